@@ -1,0 +1,30 @@
+// A weight seen as a matrix, without copying it.
+#pragma once
+
+#include <cstdint>
+
+namespace rmsgd {
+
+enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
+
+// One side of a matrix: a product of up to four tensor dimensions, the first one outermost.
+// Unused dimensions have size 1 and stride 0. Strides count elements.
+struct Side {
+  std::int64_t size[4];
+  std::int64_t stride[4];
+
+  std::int64_t length() const { return size[0] * size[1] * size[2] * size[3]; }
+};
+
+// The L x M matrix A whose Gram matrix A A^T is L x L: `small` is the smaller side.
+// A conv weight (o, i, kh, kw) of strides (s0, s1, s2, s3) in its "out" mode has
+// small = {o; s0} and large = {i, kh, kw; s1, s2, s3} when o <= i kh kw.
+// The order of the columns does not matter to a Gram matrix; callers coalesce dimensions.
+struct MatrixView {
+  const void* data;
+  DType dtype;
+  Side small;
+  Side large;
+};
+
+}  // namespace rmsgd

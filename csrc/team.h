@@ -1,0 +1,43 @@
+// The "team" interface: one source for a CPU thread, a warp and a block.
+//
+// Shared code (EVBMF, metrics, learning-rate rules, Sturm counts) is written against a team:
+//
+//   int  rank()            which member this is, 0 <= rank < size
+//   int  size()            how many members work on the same problem
+//   void barrier()         every member's earlier writes become visible to every member
+//   T    sum(T x)          the sum of x over the members, the same bits on every member
+//   T    max(T x)          likewise the largest
+//
+// Every member calls every collective, in the same order. A loop over data is written
+// `for (int i = team.rank(); i < n; i += team.size())`. No header that CUDA compiles includes a
+// standard header when __CUDACC_RTC__ is defined.
+#pragma once
+
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#define RMSGD_FN __host__ __device__ __forceinline__
+#else
+#define RMSGD_FN inline __attribute__((always_inline))
+#endif
+
+#ifndef __CUDACC_RTC__
+#include <math.h>
+#endif
+
+namespace rmsgd {
+
+// A team of one: plain sequential code.
+struct Solo {
+  RMSGD_FN int rank() const { return 0; }
+  RMSGD_FN int size() const { return 1; }
+  RMSGD_FN void barrier() const {}
+  template <class T>
+  RMSGD_FN T sum(T x) const {
+    return x;
+  }
+  template <class T>
+  RMSGD_FN T max(T x) const {
+    return x;
+  }
+};
+
+}  // namespace rmsgd
