@@ -34,6 +34,12 @@ struct Threshold {
   }
 };
 
+// tau(x) for x at or above the threshold, where the root is real; tau + alpha / tau = x - (1 + alpha).
+RMSGD_FN double tau_of(double x, double alpha) {
+  const double t = x - (1.0 + alpha);
+  return 0.5 * (t + sqrt(t * t - 4.0 * alpha));
+}
+
 struct FreeEnergyMinimum {
   int rank;               // how many values are above the threshold: the winning k
   double noise_variance;  // sigma^2, in the units of c
@@ -41,17 +47,142 @@ struct FreeEnergyMinimum {
   double gap;             // Omega of the best candidate of another rank minus free_energy (inf: none)
 };
 
+// One interval between breakpoints: the k largest values are above the threshold.
+template <class Team>
+struct FreeEnergyPiece {
+  Team& team;
+  const double* c;
+  const Threshold& threshold;
+  int k;
+  double tail;  // T_k
+  double L;
+
+  struct Slope {
+    double value;       // G_k(s)
+    double derivative;  // dG_k/ds, from dtau/ds = c tau / (tau - alpha / tau)
+  };
+
+  RMSGD_FN Slope slope(double s) const {
+    const double alpha = threshold.alpha;
+    double inverse = 0.0, curvature = 0.0;
+    for (int h = team.rank(); h < k; h += team.size()) {
+      const double tau = tau_of(c[h] * s, alpha);
+      inverse += 1.0 / tau;
+      curvature += c[h] / (tau * tau - alpha);
+    }
+    inverse = team.sum(inverse);
+    curvature = team.sum(curvature);
+    return {s * tail - (L - k) + alpha * (k + inverse), tail - alpha * curvature};
+  }
+
+  // Omega(1 / s), with x - tau = 1 + alpha + alpha / tau so that large values do not cancel.
+  RMSGD_FN double free_energy(double s) const {
+    const double alpha = threshold.alpha;
+    double sum = 0.0;
+    for (int h = team.rank(); h < k; h += team.size()) {
+      const double tau = tau_of(c[h] * s, alpha);
+      sum += 1.0 + alpha + alpha / tau + log1p(tau) + alpha * log1p(tau / alpha);
+    }
+    return s * tail - L * log(s) + team.sum(sum);
+  }
+
+  // The larger root of G_k in (left, s], given G_k(s) > 0; 0 where there is none.
+  RMSGD_FN double root_left_of(double s, Slope at_s, double left) const {
+    for (int iteration = 0; iteration < 100; ++iteration) {
+      if (at_s.derivative <= 0.0) return 0.0;  // convex: the minimum of G_k is passed, above zero
+      const double next = s - at_s.value / at_s.derivative;
+      if (!(next > left)) return 0.0;
+      if (!(s - next > 1e-15 * s)) return next;
+      s = next;
+      at_s = slope(s);
+      if (at_s.value <= 0.0) return s;  // rounding: Newton from the right stays right of the root
+    }
+    return s;
+  }
+};
+
 // The global minimum over sigma^2.
 //
-//   c, count   the `count` largest of the L values, descending
+//   c, count   the `count` largest of the L values, descending; values that count as zero are 0
 //   rest       the sum of the L - count values not given (0 when count == L)
 //   s_limit    no minimum has 1 / sigma^2 above this; infinity when count == L. With count < L every
 //              value not given must be at or below x_ / s_limit.
-//   scratch    2 * (count + 1) doubles, shared by the team
+//   tails      count + 1 doubles of scratch, shared by the team
 //
-// A total of zero gives rank 0 and sigma^2 = 0. The rank returned is below L / (1 + alpha).
+// Where fewer than L / (1 + alpha) values are above zero, Omega has no lower bound: sigma^2 = 0 and
+// the rank is their number. Otherwise the rank returned is below L / (1 + alpha).
 template <class Team>
 RMSGD_FN FreeEnergyMinimum minimise_free_energy(Team& team, const double* c, int count, double rest, int L,
-                                                double M, double s_limit, double* scratch);
+                                                double M, double s_limit, double* tails) {
+  const Threshold threshold(L, M);
+  const double alpha = threshold.alpha;
+
+  if (team.rank() == 0) {
+    tails[count] = rest;
+    for (int k = count - 1; k >= 0; --k) tails[k] = tails[k + 1] + c[k];
+  }
+  team.barrier();
+
+  const int most = count < L ? count : count - 1;  // k = L has no tail and is never below L / (1 + alpha)
+  for (int k = 0; k <= most; ++k) {
+    if (k * (1.0 + alpha) >= L) break;
+    if (tails[k] <= 0.0) return {k, 0.0, -INFINITY, INFINITY};
+  }
+
+  // How far Omega steps up as s passes a breakpoint.
+  const double step = log1p(threshold.tau) + alpha * log1p(threshold.tau / alpha) - threshold.tau;
+  // Candidates known to lose by more than this are not evaluated: the guard (`trustworthy`) never
+  // asks about a larger gap.
+  const double margin = 2e-5 * L * threshold.x;
+
+  FreeEnergyMinimum best = {-1, 0.0, INFINITY, INFINITY};
+  // Going down in k, of the interval above: its right end, an upper bound of G there, and an upper
+  // bound of "the lowest right end from there up" minus Omega at its own right end.
+  double right_above = INFINITY, slope_above = INFINITY, lead_above = INFINITY;
+
+  for (int k = most; k >= 0; --k) {
+    if (k * (1.0 + alpha) >= L) continue;  // G_k > 0 everywhere: no minimum
+    const double left = k > 0 ? threshold.x / c[k - 1] : 0.0;
+    double right = k < count ? threshold.x / c[k] : s_limit;
+    if (right > s_limit) right = s_limit;
+    const bool empty = !(right > left);  // equal values: no sigma^2 puts the threshold between them
+    const FreeEnergyPiece<Team> piece = {team, c, threshold, k, tails[k], double(L)};
+
+    // 0 < 1 / tau < 1 / tau_ bounds G_k without a loop.
+    const double floor = alpha * k - (L - k);
+    double slope_here = right * tails[k] + floor + alpha * k / threshold.tau;
+    bool ends_low = slope_here <= 0.0;  // Omega still falls at the right end
+    double position = 0.0;
+    if (!empty && !ends_low && left * tails[k] + floor <= 0.0) {
+      const auto exact = piece.slope(right);
+      slope_here = exact.value;
+      ends_low = exact.value <= 0.0;
+      if (!ends_low) position = piece.root_left_of(right, exact, left);
+    }
+
+    // A right end is a candidate unless one further right is surely lower. G is convex on the
+    // interval above, so the larger of its end values bounds the way there.
+    double lead = INFINITY;
+    if (right_above < INFINITY) {
+      const double from = slope_here - threshold.tau;  // G just after the breakpoint
+      lead = step + log(right_above / right) * (from > slope_above ? from : slope_above) + lead_above;
+    }
+    if (!empty && lead >= 0.0) lead = 0.0;
+    if (!empty && ends_low && lead >= -margin) position = right;
+    lead_above = lead;
+    right_above = right;
+    slope_above = slope_here;
+
+    if (position > 0.0) {
+      const double value = piece.free_energy(position);
+      if (best.rank < 0 || value <= best.free_energy + 1e-12 * (1.0 + fabs(best.free_energy))) {
+        best = {k, 1.0 / position, value, best.free_energy - value};
+      } else if (value - best.free_energy < best.gap) {
+        best.gap = value - best.free_energy;
+      }
+    }
+  }
+  return best;
+}
 
 }  // namespace rmsgd

@@ -1,0 +1,58 @@
+// From the minimum of the free energy to what is reported: shrinkage, the metrics of the low-rank
+// part, and whether the singular values were accurate enough for all of it.
+#pragma once
+
+#include "free_energy.h"
+
+namespace rmsgd {
+
+struct ModeMetrics {
+  int rank;
+  double noise_variance;
+  double stable_rank;       // sum d_i^2 / (L d_1^2), Eq. 2; 0 when the rank is 0
+  double condition_number;  // 1 - d_r / d_1, Eq. 3; 1 when the rank is 0
+  double nuclear;           // sum d_i / d_1, which the released code divides by a channel count
+};
+
+// The EVBMF shrinkage of one kept singular value, as the factor d / gamma:
+// (1 - (L+M) sigma^2/gamma^2 + sqrt((1 - (L+M) sigma^2/gamma^2)^2 - 4 L M sigma^4/gamma^4)) / 2,
+// written in x = gamma^2 / (M sigma^2).
+RMSGD_FN double shrinkage(double c, double noise_variance, double alpha) {
+  if (noise_variance <= 0.0) return 1.0;
+  const double y = noise_variance / c;
+  const double b = 1.0 - (1.0 + alpha) * y;
+  return 0.5 * (b + sqrt(b * b - 4.0 * alpha * y * y));
+}
+
+// Metrics of the low-rank part. c: the squared singular values over M, descending, at least
+// minimum.rank of them.
+template <class Team>
+RMSGD_FN ModeMetrics mode_metrics(Team& team, const double* c, const FreeEnergyMinimum& minimum, double L,
+                                  double M) {
+  const int rank = minimum.rank;
+  if (rank == 0) return {0, minimum.noise_variance, 0.0, 1.0, 0.0};
+  const double alpha = L / M;
+  const double first = sqrt(c[0]) * shrinkage(c[0], minimum.noise_variance, alpha);
+  const double last = sqrt(c[rank - 1]) * shrinkage(c[rank - 1], minimum.noise_variance, alpha);
+  double energy = 0.0, nuclear = 0.0;
+  for (int h = team.rank(); h < rank; h += team.size()) {
+    const double ratio = sqrt(c[h]) * shrinkage(c[h], minimum.noise_variance, alpha) / first;
+    energy += ratio * ratio;
+    nuclear += ratio;
+  }
+  return {rank, minimum.noise_variance, team.sum(energy) / L, 1.0 - last / first, team.sum(nuclear)};
+}
+
+// Whether a spectrum whose values lambda = M c are each known to within `error` (absolute) decides
+// the minimum: the threshold is well resolved, no value is too close to it, and no other rank is
+// nearly as good. `next` is the largest value below the threshold, c[rank].
+RMSGD_FN bool trustworthy(const FreeEnergyMinimum& minimum, const double* c, double next, double L, double M,
+                          double error) {
+  const double threshold = Threshold(L, M).x * minimum.noise_variance;
+  if (!(error < 1e-5 * M * threshold)) return false;
+  if (minimum.rank > 0 && !(c[minimum.rank - 1] - threshold > error / M)) return false;
+  if (!(threshold - next > error / M)) return false;
+  return minimum.gap > 2.0 * L * error / (M * minimum.noise_variance);
+}
+
+}  // namespace rmsgd

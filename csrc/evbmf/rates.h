@@ -1,0 +1,127 @@
+// The rules that move the learning rate of every layer at an epoch end.
+//
+// A layer is a probed parameter with its spectra; its measurement is a weighted sum of one column of
+// the metrics table over those spectra. All of it is float64.
+#pragma once
+
+#include "../team.h"
+
+namespace rmsgd {
+
+enum class RateRule : int { paper = 0, release = 1, published = 2 };
+
+// What one parameter group contributes to an epoch end.
+struct RateGroup {
+  double initial_lr;  // lr0, the rate the group was created with
+  double beta;
+  double zeta;   // before this epoch end
+  double decay;  // gamma when this epoch end decays, else 1
+  double floor;  // smallest eta
+  int rule;      // RateRule
+  int first;     // whether this is the group's first epoch end
+};
+
+// The state of all layers, in registration order, and of all parameters.
+struct RateTables {
+  int layers;
+  const int* parameter;         // (layers) index into eta
+  const int* group;             // (layers) index into groups
+  const int* spectrum_begin;    // (layers + 1) range into spectrum and weight
+  const int* spectrum;          // row of the metrics table
+  const double* weight;         // of that row in the layer's measurement
+  const RateGroup* groups;
+  double* stable_rank;          // (layers) s(t), becomes s(t + 1)
+  int* ready;                   // (layers) whether the layer has left the release's not_ready list
+  double* eta;                  // (parameters)
+
+  int followers;                // parameters that are not probed
+  const int* follower;          // (followers) index into eta
+  const int* leader;            // (followers) layer whose ratio it takes; -1 the mean; -2 none
+  const double* follower_lr;    // (followers) lr0 of its group
+};
+
+// beta eta + zeta (s(t+1) - s(t)) and its relatives, for one layer; `held` is the release's way to
+// keep the rate of a layer whose low-rank part is still empty.
+RMSGD_FN double next_rate(const RateGroup& group, double eta, double gain, bool held) {
+  const RateRule rule = RateRule(group.rule);
+  const double zeta = group.zeta * group.decay;
+  if (rule == RateRule::paper) {
+    const double rate = group.beta * (group.decay * eta) + zeta * gain;
+    return rate > group.floor ? rate : group.floor;
+  }
+  // The release decays its rates too; in the paper branch only zeta decays, and before its first
+  // epoch end the vector it averages into is zero.
+  const bool release = rule == RateRule::release;
+  double previous = release ? group.decay * eta : eta;
+  if (group.first) {
+    gain = group.initial_lr;
+    if (!release) previous = 0.0;
+  } else if (held) {
+    gain = group.initial_lr - group.beta * eta;
+    if (release) gain /= group.zeta;
+  }
+  const double rate = group.beta * previous + zeta * gain;
+  return rate > group.floor ? rate : group.floor;
+}
+
+// One epoch end. `metrics` has `fields` columns a row; `column` is the measurement of the rule and
+// `status` the column that is nonzero for a spectrum without values (NaN or Inf in the weight): such
+// a layer keeps its rate and its s.
+template <class Team>
+RMSGD_FN void update_rates(Team& team, const RateTables& t, const double* metrics, int fields, int column,
+                           int status, double* measured /* scratch, (layers) */, int* held /* (layers) */) {
+  for (int layer = team.rank(); layer < t.layers; layer += team.size()) {
+    double sum = 0.0;
+    bool valid = true;
+    for (int i = t.spectrum_begin[layer]; i < t.spectrum_begin[layer + 1]; ++i) {
+      const double* row = metrics + (long long)t.spectrum[i] * fields;
+      valid = valid && row[status] == 0.0;
+      sum += t.weight[i] * row[column];
+    }
+    measured[layer] = valid ? sum : NAN;
+    held[layer] = 0;
+  }
+  team.barrier();
+
+  // The release walks its list of layers that are not ready while it removes from it, so the entry
+  // after a removed one is skipped in that pass. A walk in order is what it takes to repeat that.
+  if (team.rank() == 0) {
+    bool skip = false;
+    for (int layer = 0; layer < t.layers; ++layer) {
+      const RateGroup& group = t.groups[t.group[layer]];
+      if (t.ready[layer] || group.first || RateRule(group.rule) == RateRule::paper) continue;
+      if (skip) {
+        skip = false;
+      } else if (fabs(measured[layer]) <= 1e-8) {  // numpy.isclose(s, 0)
+        held[layer] = 1;
+      } else if (measured[layer] == measured[layer]) {
+        t.ready[layer] = 1;
+        skip = true;
+      }
+    }
+  }
+  team.barrier();
+
+  double ratios = 0.0;
+  for (int layer = team.rank(); layer < t.layers; layer += team.size()) {
+    const RateGroup& group = t.groups[t.group[layer]];
+    double& eta = t.eta[t.parameter[layer]];
+    if (measured[layer] == measured[layer]) {
+      eta = next_rate(group, eta, measured[layer] - t.stable_rank[layer], held[layer] != 0);
+      t.stable_rank[layer] = measured[layer];
+    }
+    ratios += eta / group.initial_lr;
+  }
+  ratios = team.sum(ratios);
+  team.barrier();
+
+  for (int i = team.rank(); i < t.followers; i += team.size()) {
+    const int leader = t.leader[i];
+    if (leader == -2 || t.layers == 0) continue;
+    const double ratio =
+        leader == -1 ? ratios / t.layers : t.eta[t.parameter[leader]] / t.groups[t.group[leader]].initial_lr;
+    t.eta[t.follower[i]] = ratio * t.follower_lr[i];
+  }
+}
+
+}  // namespace rmsgd
