@@ -1,0 +1,1 @@
+"""Benchmarks and training runs; `python -m bench --help` lists them."""

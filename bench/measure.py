@@ -1,0 +1,256 @@
+"""Timing that can be trusted on a noisy machine, and results that can be read later.
+
+Cases that are to be compared are timed in turn, round by round, so that whatever else the machine
+does meets all of them alike. A comparison is the median over rounds of the paired ratio, with a
+bootstrap confidence interval. Absolute seconds are for the reader's orientation only.
+"""
+
+import gc
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Seconds = npt.NDArray[np.float64]
+
+
+class Interval(NamedTuple):
+    """A median and its bootstrap confidence interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+class Interleaved:
+    """Times several cases in turn, as many rounds as the caller needs.
+
+    Every round calls every case, in an order that is drawn anew (always the same draws), so that no
+    case always follows the same neighbour. A case that is quicker than `min_seconds` is called
+    several times per round and the mean is kept.
+
+    Args:
+        cases: name to function without arguments. What it returns is ignored.
+        min_seconds: shortest time a case may run in one round, in seconds.
+        warmup: calls of every case before anything is timed; at least one.
+        synchronise: called before the clock is read, for devices that work asynchronously
+            (`torch.cuda.synchronize`).
+
+    Raises:
+        ValueError: there is no case, or `warmup` < 1, or `min_seconds` is negative.
+
+    """
+
+    def __init__(
+        self,
+        cases: Mapping[str, Callable[[], object]],
+        *,
+        min_seconds: float = 0.0,
+        warmup: int = 1,
+        synchronise: Callable[[], object] | None = None,
+    ) -> None:
+        if not cases:
+            raise ValueError("cases is empty: there is nothing to time")
+        if warmup < 1:
+            raise ValueError(f"warmup must be at least 1, got {warmup}")
+        if not min_seconds >= 0:
+            raise ValueError(f"min_seconds must not be negative, got {min_seconds}")
+        self._cases = dict(cases)
+        self._synchronise = synchronise or (lambda: None)
+        self._order = np.random.default_rng(0)
+        self._seconds: dict[str, list[float]] = {name: [] for name in cases}
+        self._calls = dict.fromkeys(cases, 1)
+        with collector_paused():
+            for name in cases:
+                # The last warm-up call says how many calls make a round long enough.
+                for _ in range(warmup):
+                    single = self._time(name)
+                self._calls[name] = max(1, math.ceil(min_seconds / max(single, 1e-9)))
+
+    def _time(self, name: str) -> float:
+        case, calls = self._cases[name], self._calls[name]
+        self._synchronise()
+        start = time.perf_counter()
+        for _ in range(calls):
+            case()
+        self._synchronise()
+        return (time.perf_counter() - start) / calls
+
+    def run(self, rounds: int) -> dict[str, Seconds]:
+        """Times `rounds` more rounds.
+
+        Returns:
+            Case name to seconds per call, shape (rounds so far,), float64. Entry i of every case
+            comes from the same round.
+
+        """
+        names = list(self._cases)
+        with collector_paused():
+            for _ in range(rounds):
+                for index in self._order.permutation(len(names)):
+                    self._seconds[names[index]].append(self._time(names[index]))
+        return {name: np.array(seconds) for name, seconds in self._seconds.items()}
+
+
+def interleave(
+    cases: Mapping[str, Callable[[], object]],
+    rounds: int,
+    min_seconds: float = 0.0,
+    *,
+    warmup: int = 1,
+    synchronise: Callable[[], object] | None = None,
+) -> dict[str, Seconds]:
+    """Times `cases` over `rounds` interleaved rounds: `Interleaved` in one call."""
+    return Interleaved(cases, min_seconds=min_seconds, warmup=warmup, synchronise=synchronise).run(rounds)
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Keeps Python's garbage collector from running inside a timed region."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def median(samples: npt.ArrayLike, *, confidence: float = 0.95, resamples: int = 2000) -> Interval:
+    """Median of `samples`, shape (n,), with its percentile-bootstrap interval.
+
+    The resampling is seeded: the same samples give the same interval.
+
+    Raises:
+        ValueError: no samples, or not one-dimensional, or NaN among them.
+
+    """
+    values = np.asarray(samples, dtype=np.float64)
+    if values.ndim != 1 or values.size == 0 or np.isnan(values).any():
+        raise ValueError(f"expected a non-empty vector without NaN, got shape {values.shape}")
+    draws = np.random.default_rng(0).integers(values.size, size=(resamples, values.size))
+    low, high = np.quantile(np.median(values[draws], axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(np.median(values)), float(low), float(high))
+
+
+def ratio(a: npt.ArrayLike, b: npt.ArrayLike, *, confidence: float = 0.95, resamples: int = 2000) -> Interval:
+    """How many times as long `a` took as `b`: median over rounds of a[i] / b[i], with its interval.
+
+    Args:
+        a: seconds per round, shape (rounds,).
+        b: seconds of the reference in the same rounds, shape (rounds,).
+        confidence: probability mass of the interval.
+        resamples: number of bootstrap resamples of the rounds.
+
+    Raises:
+        ValueError: the two are not from the same number of rounds, or there is no round.
+
+    """
+    above, below = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if above.shape != below.shape:
+        raise ValueError(
+            f"a and b must come from the same rounds, got shapes {above.shape} and {below.shape}"
+        )
+    return median(above / below, confidence=confidence, resamples=resamples)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on: hardware, threads and versions. Names no host or user."""
+    description: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "architecture": platform.machine(),
+        "cores": _usable_cores(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": _memory_gib(),
+        "simd": torch.backends.cpu.get_cpu_capability(),
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "revision": _revision(),
+    }
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_properties(0)
+        description["gpu"] = device.name
+        description["gpu_memory_gib"] = round(device.total_memory / 2**30, 1)
+        description["gpu_capability"] = f"{device.major}.{device.minor}"
+        description["cuda"] = torch.version.cuda
+    return description
+
+
+def write_json(path: str | Path, payload: Any) -> None:
+    """Writes `payload` as indented JSON, whole or not at all; folders are made.
+
+    NumPy and torch values become plain numbers and lists, NaN and infinities become null (JSON has
+    neither), dataclasses and named tuples are the caller's to convert.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_text(json.dumps(_plain(payload), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        if sys.platform == "darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return platform.processor() or "unknown"
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _revision() -> str | None:
+    """The commit of the checkout, with a mark when files differ from it; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
