@@ -1,0 +1,270 @@
+"""The formulas in plain float64 NumPy: the oracle of every test, and the source that numba compiles.
+
+Everything here is written to be read against the papers, not to be fast. Notation, for an L x M
+matrix with L <= M and singular values ``gamma_1 >= ... >= gamma_L``:
+
+    c_h = gamma_h^2 / M        alpha = L / M        x_h = c_h / sigma^2        s = 1 / sigma^2
+    tau_ = 2.5129 sqrt(alpha)  x_ = (1 + tau_)(1 + alpha / tau_)
+
+EVBMF is Nakajima, Sugiyama, Babacan, Tomioka, JMLR 14 (2013); Algorithm 1 and Eq. 2 to 5 are
+Hosseini, Tuli, Plataniotis, "Exploiting Explainable Metrics for Augmented SGD", CVPR 2022.
+
+Functions marked "compiled by numba" use only what numba's nopython mode knows.
+"""
+
+import math
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+RULES = ("paper", "release", "published")
+
+
+def threshold(L: int, M: int) -> tuple[float, float, float]:
+    """``(alpha, tau_, x_)`` of an L x M matrix. Compiled by numba."""
+    alpha = L / M
+    tau = 2.5129 * math.sqrt(alpha)
+    return alpha, tau, (1.0 + tau) * (1.0 + alpha / tau)
+
+
+def tau_of(x: float, alpha: float) -> float:
+    """``tau(x)``, the larger root of ``tau + alpha / tau = x - (1 + alpha)``. Compiled by numba."""
+    t = x - (1.0 + alpha)
+    return 0.5 * (t + math.sqrt(t * t - 4.0 * alpha))
+
+
+def free_energy(noise_variance: float, c: Array, L: int, M: int) -> float:
+    """Omega(sigma^2), up to a constant, for the squared singular values over M, ``c`` (L,)."""
+    alpha, _, x_threshold = threshold(L, M)
+    x = np.asarray(c, dtype=np.float64) / noise_variance
+    above = x > x_threshold
+    t = x[above] - (1.0 + alpha)
+    tau = 0.5 * (t + np.sqrt(t * t - 4.0 * alpha))
+    # x - tau = 1 + alpha + alpha / tau: the difference of two large numbers, taken exactly.
+    kept = 1.0 + alpha + alpha / tau + np.log1p(tau) + alpha * np.log1p(tau / alpha)
+    return float(x[~above].sum() + L * math.log(noise_variance) + kept.sum())
+
+
+def slope(k: int, s: float, c: Array, tail: float, L: int, alpha: float) -> tuple[float, float]:
+    """``G_k(s) = s dOmega/ds`` with k values above the threshold, and ``dG_k/ds``. Compiled by numba."""
+    inverse = 0.0
+    curvature = 0.0
+    for h in range(k):
+        tau = tau_of(c[h] * s, alpha)
+        inverse += 1.0 / tau
+        curvature += c[h] / (tau * tau - alpha)
+    return s * tail - (L - k) + alpha * (k + inverse), tail - alpha * curvature
+
+
+def free_energy_of_rank(k: int, s: float, c: Array, tail: float, L: int, alpha: float) -> float:
+    """Omega(1 / s) with the k largest values above the threshold. Compiled by numba.
+
+    Written with ``x - tau = 1 + alpha + alpha / tau``, so that a large value does not cancel.
+    """
+    value = s * tail - L * math.log(s)
+    for h in range(k):
+        tau = tau_of(c[h] * s, alpha)
+        value += 1.0 + alpha + alpha / tau + math.log1p(tau) + alpha * math.log1p(tau / alpha)
+    return value
+
+
+def minimise_free_energy(c: Array, L: int, M: int) -> tuple[int, float, float]:
+    """The global minimum of Omega: ``(rank, noise_variance, free_energy)``. Compiled by numba.
+
+    c: (L,) float64, ``gamma_h^2 / M`` in descending order, values that count as zero set to 0.
+
+    Every interval between breakpoints is looked at: where G_k is positive at the right end, its
+    larger root is found by Newton's iteration from there; where it is not, the right end itself is
+    a candidate, since Omega steps up behind it. Among candidates within ``1e-12 (1 + |Omega|)`` the
+    smaller rank wins. Fewer than ``L / (1 + alpha)`` nonzero values: sigma^2 = 0 and that rank.
+    """
+    alpha, _, x_threshold = threshold(L, M)
+    tails = np.zeros(L + 1)
+    for h in range(L - 1, -1, -1):
+        tails[h] = tails[h + 1] + c[h]
+
+    best_rank, best_variance, best_energy = -1, 0.0, math.inf
+    for k in range(L):
+        if k * (1.0 + alpha) >= L:
+            break
+        if tails[k] <= 0.0:
+            return k, 0.0, -math.inf
+        left = x_threshold / c[k - 1] if k > 0 else 0.0
+        right = x_threshold / c[k]
+        if not right > left:
+            continue
+        s = right
+        value, derivative = slope(k, s, c, tails[k], L, alpha)
+        while value > 0.0:
+            if derivative <= 0.0:
+                s = 0.0
+                break
+            following = s - value / derivative
+            if not following > left:
+                s = 0.0
+                break
+            if not s - following > 1e-15 * s:
+                s = following
+                break
+            s = following
+            value, derivative = slope(k, s, c, tails[k], L, alpha)
+        if s > 0.0:
+            energy = free_energy_of_rank(k, s, c, tails[k], L, alpha)
+            if best_rank < 0 or energy < best_energy - 1e-12 * (1.0 + abs(best_energy)):
+                best_rank, best_variance, best_energy = k, 1.0 / s, energy
+    return best_rank, best_variance, best_energy
+
+
+def shrink(c: Array, noise_variance: float, L: int, M: int) -> Array:
+    """The factors ``d / gamma`` of the kept values ``c`` (rank,). Compiled by numba.
+
+    ``d = gamma/2 [1 - (L+M) sigma^2/gamma^2 + sqrt((1 - (L+M) sigma^2/gamma^2)^2 - 4 L M sigma^4/gamma^4)]``
+    """
+    y = noise_variance / c
+    b = 1.0 - (1.0 + L / M) * y
+    return 0.5 * (b + np.sqrt(b * b - 4.0 * (L / M) * y * y))
+
+
+def low_rank_metrics(d: Array, L: int) -> tuple[float, float, float]:
+    """``(stable rank, condition, nuclear)`` of the shrunk values ``d`` (rank,). Compiled by numba.
+
+    Stable rank ``sum d^2 / (L d_1^2)`` (Eq. 2), condition ``1 - d_r / d_1`` (Eq. 3), nuclear
+    ``sum d / d_1``, which the released code divides by a channel count. Empty: ``(0, 1, 0)``.
+    """
+    if len(d) == 0:
+        return 0.0, 1.0, 0.0
+    ratio = d / d[0]
+    return (ratio * ratio).sum() / L, 1.0 - ratio[-1], ratio.sum()
+
+
+def measure_singular_values(gamma: Array, L: int, M: int) -> tuple[int, float, float, float, float]:
+    """EVBMF and metrics of one matrix: rank, noise variance, stable rank, condition, nuclear.
+
+    gamma: (L,) float64 singular values, descending, those that count as zero set to 0.
+    Compiled by numba. A single row (L = 1) has no spectrum: rank 0, ``sigma^2 = gamma^2 / M``.
+    """
+    if L == 1 or gamma[0] == 0.0:
+        return 0, gamma[0] * gamma[0] / M, 0.0, 1.0, 0.0
+    # A power of two brings the largest value to [1/2, 1): squares neither overflow nor vanish.
+    exponent = math.frexp(gamma[0])[1]
+    c = np.empty(L)
+    for h in range(L):
+        scaled = math.ldexp(gamma[h], -exponent)
+        c[h] = scaled * scaled / M
+    rank, variance, _ = minimise_free_energy(c, L, M)
+    kept = c[:rank]
+    d = np.sqrt(kept) * shrink(kept, variance, L, M)
+    stable_rank, condition, nuclear = low_rank_metrics(d, L)
+    return rank, math.ldexp(math.ldexp(variance, exponent), exponent), stable_rank, condition, nuclear
+
+
+def singular_values(matrix: Array) -> Array:
+    """Singular values of ``matrix`` (m, n), descending, those below ``M 2^-52 gamma_1`` set to 0."""
+    matrix = np.asarray(matrix, dtype=np.float64)
+    largest = np.abs(matrix).max()
+    if largest == 0.0:
+        return np.zeros(min(matrix.shape))
+    exponent = math.frexp(largest)[1]
+    gamma = scipy.linalg.svdvals(np.ldexp(matrix, -exponent))
+    gamma[gamma <= max(matrix.shape) * 2.0**-52 * gamma[0]] = 0.0
+    return np.ldexp(gamma, exponent)
+
+
+def quality(stable_rank: float, condition: float) -> float:
+    """Quality of a layer, ``q = arctan(s / kappa)`` in [0, pi/2] (Eq. 4); 0 for an empty low rank."""
+    return math.atan2(stable_rank, condition)
+
+
+def network_quality(qualities: Array) -> float:
+    """Quality of a network, ``Q = ||q||_2^2 / sqrt(layers)`` (Eq. 5); 0 without layers."""
+    q = np.asarray(qualities, dtype=np.float64)
+    return float((q * q).sum() / math.sqrt(len(q))) if len(q) else 0.0
+
+
+def next_rate(
+    rule: int,
+    first: bool,
+    eta: float,
+    gain: float,
+    held: bool,
+    initial_lr: float,
+    beta: float,
+    zeta: float,
+    decay: float,
+    floor: float,
+) -> float:
+    """The learning rate of one layer after an epoch end, from the one before, ``eta``.
+
+    Paper (Algorithm 1): ``max(beta eta + zeta gain, floor)`` with ``gain = s(t+1) - s(t)``.
+    Release and published: as the authors' code computes it; ``held`` is its way of keeping the
+    rate of a layer whose low-rank part is empty. ``decay`` is gamma at an epoch end that decays,
+    else 1, and ``zeta`` the value before it. Compiled by numba.
+    """
+    if rule == 0:
+        return max(beta * (decay * eta) + zeta * decay * gain, floor)
+    release = rule == 1
+    previous = decay * eta if release else eta
+    if first:
+        gain = initial_lr
+        if not release:
+            previous = 0.0
+    elif held:
+        gain = initial_lr - beta * eta
+        if release:
+            gain = gain / zeta
+    return max(beta * previous + zeta * decay * gain, floor)
+
+
+def held_layers(measured: Array, ready: NDArray[np.int32], watched: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which layers the release's ``not_ready`` list holds at its first rate; updates ``ready``.
+
+    The list is walked while entries are removed from it, so the entry after a removed one is
+    skipped in that pass: neither held nor made ready. ``watched`` leaves layers out of the walk.
+    """
+    held = np.zeros(len(measured), dtype=np.bool_)
+    skip = False
+    for layer in range(len(measured)):
+        if ready[layer] or not watched[layer]:
+            continue
+        if skip:
+            skip = False
+        elif abs(measured[layer]) <= 1e-8:
+            held[layer] = True
+        elif not math.isnan(measured[layer]):
+            ready[layer] = 1
+            skip = True
+    return held
+
+
+def momentum_update(
+    w: Array,
+    grad: Array,
+    v: Array,
+    eta: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    fresh: bool,
+    velocity_form: bool,
+) -> tuple[Array, Array]:
+    """One SGD step with momentum: the new ``(w, v)``. Compiled by numba, where w is one element.
+
+    ``velocity_form`` is Algorithm 1, ``v <- momentum v - (1 - dampening) eta g, w <- w + v``;
+    otherwise torch's ``v <- momentum v + (1 - dampening) g, w <- w - eta v``. A ``fresh`` v counts
+    as zero and its gradient is not dampened. Without momentum v is left as it is.
+    """
+    g = (-grad if maximize else grad) + weight_decay * w
+    if momentum == 0.0:
+        return w - eta * g, v
+    damped = g if fresh else (1.0 - dampening) * g
+    carried = 0.0 if fresh else momentum * v
+    if velocity_form:
+        v = carried - eta * damped
+        return (w + momentum * v - eta * g if nesterov else w + v), v
+    v = carried + damped
+    return w - eta * (g + momentum * v if nesterov else v), v
