@@ -31,6 +31,7 @@ ISA_SOURCES = [
 SOURCES = [
     "csrc/bind_cpu.cpp",
     "csrc/isa.cpp",
+    "csrc/sgd/plan.cpp",
     "csrc/spectrum/measure_cpu.cpp",
 ]
 ISA_FLAGS = {"baseline": []}

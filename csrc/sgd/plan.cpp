@@ -1,0 +1,70 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "../parallel.h"
+
+namespace rmsgd {
+namespace {
+
+// Elements in a share, the unit that a thread takes at a time: some ten microseconds, so that
+// taking one costs nothing and the last one finishes soon after the others. Shares do not depend
+// on the number of threads.
+constexpr int64_t kShare = 16384;
+
+// A cut keeps the alignment of the parameter.
+constexpr int64_t kAlign = 64;
+
+// What one more tensor costs, in elements: thousands of tiny ones are work too.
+constexpr int64_t kPieceCost = 64;
+
+}  // namespace
+
+StepPlan::StepPlan(std::vector<StepTensor> tensors) : tensors_(std::move(tensors)) {
+  shares_.push_back(0);
+  int64_t room = kShare;
+  for (std::size_t k = 0; k < tensors_.size(); ++k) {
+    for (int64_t begin = 0; begin < tensors_[k].numel;) {
+      const int64_t end = std::min(tensors_[k].numel, begin + (room + kAlign - 1) / kAlign * kAlign);
+      pieces_.push_back({begin, end, int32_t(k)});
+      room -= end - begin + kPieceCost;
+      begin = end;
+      if (room <= 0) {
+        shares_.push_back(int64_t(pieces_.size()));
+        room = kShare;
+      }
+    }
+  }
+  if (shares_.back() != int64_t(pieces_.size())) shares_.push_back(int64_t(pieces_.size()));
+}
+
+void StepPlan::step(const std::vector<StepGroup>& groups, double grad_scale, int threads) {
+  for (std::size_t k = 0; k < tensors_.size(); ++k) {
+    const StepTensor& tensor = tensors_[k];
+    if (tensor.gradient == nullptr) continue;
+    if (groups[tensor.group].momentum != 0 && tensor.buffer == nullptr) {
+      throw std::invalid_argument("parameter " + std::to_string(k) + " has no buffer, but momentum is " +
+                                  std::to_string(groups[tensor.group].momentum));
+    }
+  }
+
+  const auto step_pieces = RMSGD_DISPATCH(step_pieces);
+  const int64_t shares = int64_t(shares_.size()) - 1;
+  std::atomic<int64_t> next{0};
+  parallel(int(std::min<int64_t>(threads, shares)), [&](int, int) {
+    for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < shares;) {
+      step_pieces(pieces_.data() + shares_[k], shares_[k + 1] - shares_[k], tensors_.data(), groups.data(),
+                  grad_scale);
+    }
+  });
+
+  for (StepTensor& tensor : tensors_) {
+    if (tensor.gradient != nullptr && groups[tensor.group].momentum != 0) *tensor.fresh = false;
+  }
+}
+
+}  // namespace rmsgd

@@ -1,0 +1,124 @@
+// The fused momentum step on a CPU: one pass over weights, gradients and buffers.
+#include "../half.h"
+#include "step.h"
+#include "update.h"
+
+namespace rmsgd::RMSGD_ISA {
+namespace {
+
+// Half-precision elements converted at a time: the converted values stay in the first-level cache.
+constexpr int64_t kBlock = 512;
+
+template <Memory memory, bool nesterov, class A>
+void update_all(const Coefficients<A>& coefficients, int64_t n, A* __restrict w, A* __restrict m,
+                const A* __restrict g) {
+  const Coefficients<A> c = coefficients;
+  for (int64_t i = 0; i < n; ++i) {
+    if constexpr (memory == Memory::none) {
+      A none = 0;
+      update<memory, nesterov>(c, g[i], w[i], none);
+    } else {
+      update<memory, nesterov>(c, g[i], w[i], m[i]);
+    }
+  }
+}
+
+// One parameter's step on any run of its elements, in arithmetic type A.
+template <class A>
+class Stepper {
+ public:
+  Stepper(const StepTensor& tensor, const StepGroup& group, double grad_scale)
+      : update_(choose(group)), clear_(*tensor.fresh && group.momentum != 0) {
+    const double eta = *tensor.eta * group.multiplier;
+    const double gain = *tensor.fresh ? 1 : 1 - group.dampening;
+    coefficients_.scale = A((group.maximize ? -1 : 1) / grad_scale);
+    coefficients_.weight_decay = A(group.weight_decay);
+    coefficients_.momentum = A(group.momentum);
+    coefficients_.eta = A(eta);
+    coefficients_.gain = A(group.velocity ? eta * gain : gain);
+  }
+
+  void operator()(int64_t n, A* w, A* m, const A* g) const {
+    if (clear_) __builtin_memset(m, 0, size_t(n) * sizeof(A));
+    update_(coefficients_, n, w, m, g);
+  }
+
+ private:
+  using Update = void (*)(const Coefficients<A>&, int64_t, A*, A*, const A*);
+
+  static Update choose(const StepGroup& group) {
+    if (group.momentum == 0) return update_all<Memory::none, false, A>;
+    if (group.velocity) {
+      return group.nesterov ? update_all<Memory::velocity, true, A> : update_all<Memory::velocity, false, A>;
+    }
+    return group.nesterov ? update_all<Memory::buffer, true, A> : update_all<Memory::buffer, false, A>;
+  }
+
+  Coefficients<A> coefficients_;
+  Update update_;
+  bool clear_;
+};
+
+template <class A>
+void step_same(const StepPiece& piece, const StepTensor& tensor, const Stepper<A>& step) {
+  step(piece.end - piece.begin, static_cast<A*>(tensor.weight) + piece.begin,
+       static_cast<A*>(tensor.buffer) + piece.begin, static_cast<const A*>(tensor.gradient) + piece.begin);
+}
+
+void load(Dtype dtype, const void* from, int64_t begin, int64_t n, float* to) {
+  const uint16_t* const in = static_cast<const uint16_t*>(from) + begin;
+  if (dtype == Dtype::float16) {
+    floats_of_float16(in, n, to);
+  } else {
+    floats_of_bfloat16(in, n, to);
+  }
+}
+
+void store(Dtype dtype, const float* from, int64_t n, void* to, int64_t begin) {
+  uint16_t* const out = static_cast<uint16_t*>(to) + begin;
+  if (dtype == Dtype::float16) {
+    float16_of_floats(from, n, out);
+  } else {
+    bfloat16_of_floats(from, n, out);
+  }
+}
+
+// A half-precision weight, whose gradient has its type or float32.
+void step_half(const StepPiece& piece, const StepTensor& tensor, const Stepper<float>& step) {
+  float weights[kBlock], gradients[kBlock];
+  for (int64_t i = piece.begin; i < piece.end; i += kBlock) {
+    const int64_t n = piece.end - i < kBlock ? piece.end - i : kBlock;
+    const float* g = gradients;
+    if (tensor.gradient_dtype == Dtype::float32) {
+      g = static_cast<const float*>(tensor.gradient) + i;
+    } else {
+      load(tensor.gradient_dtype, tensor.gradient, i, n, gradients);
+    }
+    load(tensor.dtype, tensor.weight, i, n, weights);
+    step(n, weights, static_cast<float*>(tensor.buffer) + i, g);
+    store(tensor.dtype, weights, n, tensor.weight, i);
+  }
+}
+
+}  // namespace
+
+void step_pieces(const StepPiece* pieces, int64_t count, const StepTensor* tensors, const StepGroup* groups,
+                 double grad_scale) {
+  for (const StepPiece* piece = pieces; piece < pieces + count; ++piece) {
+    const StepTensor& tensor = tensors[piece->tensor];
+    if (tensor.gradient == nullptr) continue;
+    const StepGroup& group = groups[tensor.group];
+    switch (tensor.dtype) {
+      case Dtype::float64:
+        step_same(*piece, tensor, Stepper<double>(tensor, group, grad_scale));
+        break;
+      case Dtype::float32:
+        step_same(*piece, tensor, Stepper<float>(tensor, group, grad_scale));
+        break;
+      default:
+        step_half(*piece, tensor, Stepper<float>(tensor, group, grad_scale));
+    }
+  }
+}
+
+}  // namespace rmsgd::RMSGD_ISA
