@@ -1,0 +1,63 @@
+"""MobileNetV2 for 32x32 images (Sandler et al., CVPR 2018): the first two strides are 1."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.models.blocks import conv, projection, scaled, strides
+
+# expansion, channels, blocks, stride of the first block
+STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 1),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+class Block(nn.Module):
+    """Expand, filter every channel by itself, reduce. Blocks of stride 1 carry a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, expansion: int, stride: int) -> None:
+        super().__init__()
+        planes = inputs * expansion
+        self.conv1 = conv(inputs, planes, 1)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = conv(planes, planes, 3, stride, groups=planes)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = conv(planes, outputs, 1)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.shortcut = projection(inputs, outputs, 1) if stride == 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return out if self.shortcut is None else out + self.shortcut(x)
+
+
+class MobileNetV2(nn.Module):
+    """Images (batch, in_channels, 32, 32) to logits (batch, classes)."""
+
+    def __init__(self, classes: int, in_channels: int, width: float) -> None:
+        super().__init__()
+        channels, features = scaled(32, width), scaled(1280, width)
+        self.conv1 = conv(in_channels, channels)
+        self.bn1 = nn.BatchNorm2d(channels)
+        blocks = []
+        for expansion, planes, count, first in STAGES:
+            outputs = scaled(planes, width)
+            for stride in strides(first, count):
+                blocks.append(Block(channels, outputs, expansion, stride))
+                channels = outputs
+        self.layers = nn.Sequential(*blocks)
+        self.conv2 = conv(channels, features, 1)
+        self.bn2 = nn.BatchNorm2d(features)
+        self.linear = nn.Linear(features, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layers(F.relu(self.bn1(self.conv1(x))))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return self.linear(out.mean((2, 3)))

@@ -1,0 +1,107 @@
+"""ResNets for small images (He et al., CVPR 2016), with a 3x3 stem and no pooling after it."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.models.blocks import conv, projection, scaled, strides
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, inputs: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = conv(inputs, planes, 3, stride)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = conv(planes, planes)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.shortcut = projection(inputs, planes, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, inputs: int, planes: int, stride: int) -> None:
+        super().__init__()
+        outputs = planes * self.expansion
+        self.conv1 = conv(inputs, planes, 1)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = conv(planes, planes, 3, stride)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = conv(planes, outputs, 1)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.shortcut = projection(inputs, outputs, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """Residual network for images (batch, in_channels, height, width) to logits (batch, classes).
+
+    Args:
+        block: `BasicBlock` or `Bottleneck`.
+        blocks: blocks per stage; every stage after the first halves the image.
+        planes: channels of the first stage, doubled by every later one.
+        classes: number of logits.
+        in_channels: channels of the images.
+        width: factor on every channel count inside.
+
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        blocks: Sequence[int],
+        planes: int,
+        classes: int,
+        in_channels: int,
+        width: float,
+    ) -> None:
+        super().__init__()
+        channels = scaled(planes, width)
+        self.conv1 = conv(in_channels, channels)
+        self.bn1 = nn.BatchNorm2d(channels)
+        stages = []
+        for index, count in enumerate(blocks):
+            stage = []
+            stage_planes = scaled(planes << index, width)
+            for stride in strides(1 if index == 0 else 2, count):
+                stage.append(block(channels, stage_planes, stride))
+                channels = stage_planes * block.expansion
+            stages.append(nn.Sequential(*stage))
+        self.layers = nn.Sequential(*stages)
+        self.linear = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layers(F.relu(self.bn1(self.conv1(x))))
+        return self.linear(out.mean((2, 3)))
+
+
+def resnet18(classes: int, in_channels: int, width: float) -> ResNet:
+    return ResNet(BasicBlock, (2, 2, 2, 2), 64, classes, in_channels, width)
+
+
+def resnet34(classes: int, in_channels: int, width: float) -> ResNet:
+    return ResNet(BasicBlock, (3, 4, 6, 3), 64, classes, in_channels, width)
+
+
+def resnet50(classes: int, in_channels: int, width: float) -> ResNet:
+    return ResNet(Bottleneck, (3, 4, 6, 3), 64, classes, in_channels, width)
+
+
+def resnet101(classes: int, in_channels: int, width: float) -> ResNet:
+    return ResNet(Bottleneck, (3, 4, 23, 3), 64, classes, in_channels, width)
+
+
+def resnet20_digits(classes: int, in_channels: int, width: float) -> ResNet:
+    """The 20-layer form of He et al., section 4.2: three stages of 16, 32 and 64 channels."""
+    return ResNet(BasicBlock, (3, 3, 3), 16, classes, in_channels, width)
