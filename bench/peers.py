@@ -1,0 +1,234 @@
+"""RMSGD and the optimizers it is measured against, each in the settings of its authors.
+
+Learning rates and weight decay are those of the paper's code (SGD .1, Adam .0003, AdamP .01,
+AdaBound .01, weight decay 1e-4, every rate but RMSGD's halved each tenth of the run); where it
+publishes none, those of the optimizer's own authors. No peer is code of ours: they come from torch,
+from pytorch_optimizer, and from the RMSGD authors' own package.
+"""
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from bench.names import look_up
+
+CACHE = Path(__file__).parents[1] / ".out" / "peers"
+RELEASE_WHEEL = "rmsgd-1.0.2-py3-none-any.whl"
+RELEASE_SHA256 = "54cdf95eeaf7ee299a879c0b58ce1440b63f7e48739a0830aa5e512dc0cc65bd"
+RELEASE_MODULE = "rmsgd_1_0_2"
+
+Named = list[tuple[str, Parameter]]
+Create = Callable[..., Optimizer]
+
+
+class PeerUnavailableError(RuntimeError):
+    """A peer's package is not installed and could not be fetched."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An optimizer, how it is made, and what the caller has to do for it.
+
+    Attributes:
+        create: makes it from a list of (name, parameter) and the settings.
+        settings: the keyword arguments of its authors.
+        note: what it is, and where the settings differ from the package's defaults.
+        scheduled: the paper halves its learning rate each tenth of the run.
+        needs_closure: `step` wants a function that computes the gradients anew; those at the
+            current weights must be there already.
+
+    """
+
+    create: Create
+    settings: Mapping[str, Any]
+    note: str
+    scheduled: bool = True
+    needs_closure: bool = False
+
+
+def _torch(name: str) -> Create:
+    def create(named: Named, **settings: Any) -> Optimizer:
+        return getattr(torch.optim, name)(_tensors(named), **settings)
+
+    return create
+
+
+def _collection(name: str) -> Create:
+    def create(named: Named, **settings: Any) -> Optimizer:
+        return getattr(_pytorch_optimizer(), name)(_tensors(named), **settings)
+
+    return create
+
+
+def _sgd_per_layer(named: Named, **settings: Any) -> Optimizer:
+    return torch.optim.SGD([{"params": [parameter]} for _, parameter in named], **settings)
+
+
+def _sam(named: Named, **settings: Any) -> Optimizer:
+    return _pytorch_optimizer().SAM(_tensors(named), torch.optim.SGD, **settings)
+
+
+def _rmsgd(named: Named, **settings: Any) -> Optimizer:
+    import rmsgd
+
+    return rmsgd.RMSGD(named, **settings)
+
+
+def _release(named: Named, **settings: Any) -> Optimizer:
+    return load_rmsgd_1_0_2().RMSGD(_tensors(named), **settings)
+
+
+def _tensors(named: Named) -> list[Parameter]:
+    return [parameter for _, parameter in named]
+
+
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+RMSGD = {"lr": 0.03, "beta": 0.98, "momentum": 0.9, "weight_decay": 1e-4}
+PUBLISHED = RMSGD | {"linear": False, "gamma": 0.98, "step_size": 1}
+
+PEERS: dict[str, Peer] = {
+    "rmsgd": Peer(_rmsgd, RMSGD, "Algorithm 1 of the paper", scheduled=False),
+    "rmsgd-published": Peer(
+        _rmsgd,
+        PUBLISHED | {"rule": "published"},
+        "the rule and the configuration that made the paper's tables",
+        scheduled=False,
+    ),
+    "rmsgd-release": Peer(
+        _rmsgd,
+        RMSGD | {"rule": "release", "linear": False},
+        "the rule of the authors' package, by our code",
+        scheduled=False,
+    ),
+    "rmsgd-1.0.2": Peer(
+        _release,
+        RMSGD | {"linear": False},
+        "the authors' package itself; its default beta is .8 and its default momentum 0",
+        scheduled=False,
+    ),
+    "sgd": Peer(_torch("SGD"), SGD, "torch's SGD with torch's choice of loop"),
+    "sgd-single": Peer(_torch("SGD"), SGD | {"foreach": False}, "torch's SGD, one tensor after the other"),
+    "sgd-foreach": Peer(_torch("SGD"), SGD | {"foreach": True}, "torch's SGD, lists of tensors at once"),
+    "sgd-fused": Peer(_torch("SGD"), SGD | {"fused": True}, "torch's SGD, one kernel"),
+    "sgd-per-layer": Peer(_sgd_per_layer, SGD, "torch's SGD with one parameter group per tensor"),
+    "sam": Peer(
+        _sam,
+        SGD | {"rho": 0.05},
+        "sharpness-aware minimisation over torch's SGD: two passes per step",
+        needs_closure=True,
+    ),
+    "sgdp": Peer(
+        _collection("SGDP"), SGD | {"nesterov": True}, "projected SGD; the package's default momentum is 0"
+    ),
+    "adam": Peer(_torch("Adam"), {"lr": 3e-4, "weight_decay": 1e-4}, "torch's Adam"),
+    "adamp": Peer(_collection("AdamP"), {"lr": 0.01, "weight_decay": 1e-4}, "projected Adam"),
+    "adagrad": Peer(_torch("Adagrad"), {"lr": 0.01, "weight_decay": 1e-4}, "torch's AdaGrad"),
+    "adabelief": Peer(
+        _collection("AdaBelief"),
+        {"lr": 1e-3, "eps": 1e-8, "weight_decay": 1e-4, "weight_decouple": False, "rectify": False},
+        "as its authors train CIFAR: coupled weight decay, eps 1e-8, not rectified; "
+        "their package rectifies by default",
+    ),
+    "adabound": Peer(
+        _collection("AdaBound"),
+        {"lr": 0.01, "final_lr": 0.1, "weight_decay": 1e-4, "weight_decouple": False},
+        "weight decay coupled as in its authors' code; the package decouples it by default",
+    ),
+}
+
+
+def peer(name: str) -> Peer:
+    """The peer called `name`; ValueError with a suggestion when there is none."""
+    return look_up("optimizer", name, PEERS)
+
+
+def make(name: str, named_parameters: Iterable[tuple[str, Parameter]], **overrides: Any) -> Optimizer:
+    """Makes the optimizer called `name` for `module.named_parameters()`.
+
+    Args:
+        name: a key of `PEERS`.
+        named_parameters: (name, parameter) pairs; those that need no gradient are left out.
+        overrides: settings that replace or extend the authors'.
+
+    Raises:
+        ValueError: unknown name, or a setting the optimizer refuses.
+        PeerUnavailableError: its package is missing and cannot be fetched.
+
+    """
+    known = peer(name)
+    trained = [(key, parameter) for key, parameter in named_parameters if parameter.requires_grad]
+    return known.create(trained, **{**known.settings, **overrides})
+
+
+def load_rmsgd_1_0_2() -> ModuleType:
+    """The authors' package, imported as `rmsgd_1_0_2` so that it does not stand in for ours.
+
+    It is fetched once, with pip and without its dependencies, checked against its known digest and
+    unpacked into `.out/peers/` of the checkout.
+
+    Raises:
+        PeerUnavailableError: pip could not fetch it, or what came has another digest.
+
+    """
+    if RELEASE_MODULE in sys.modules:
+        return sys.modules[RELEASE_MODULE]
+    package = CACHE / "rmsgd-1.0.2" / "rmsgd"
+    if not package.is_dir():
+        _fetch_release(package.parent)
+    spec = importlib.util.spec_from_file_location(RELEASE_MODULE, package / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[RELEASE_MODULE] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[RELEASE_MODULE]
+        raise
+    return module
+
+
+def _fetch_release(target: Path) -> None:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        done = subprocess.run(
+            [*command, "rmsgd==1.0.2", "--dest", folder], capture_output=True, text=True, check=False
+        )
+        wheel = Path(folder) / RELEASE_WHEEL
+        if not wheel.is_file():
+            reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            raise PeerUnavailableError(f"rmsgd 1.0.2, the authors' package, could not be fetched: {reason}")
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if digest != RELEASE_SHA256:
+            raise PeerUnavailableError(f"{RELEASE_WHEEL} is not the known file: its SHA-256 is {digest}")
+        unpacked = Path(folder) / "unpacked"
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(unpacked)
+        try:
+            os.replace(unpacked, target)
+        except OSError:
+            # Another process was quicker; its files are the same.
+            if not target.is_dir():
+                raise
+
+
+def _pytorch_optimizer() -> ModuleType:
+    try:
+        import pytorch_optimizer
+    except ImportError as error:
+        raise PeerUnavailableError("this optimizer needs the extra: pip install -e '.[bench]'") from error
+    return pytorch_optimizer

@@ -1,0 +1,134 @@
+"""The optimizers RMSGD is measured against can be made by name and train a small problem."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import peers
+
+TORCH_PEERS = [name for name in peers.PEERS if not name.startswith("rmsgd")]
+
+
+def problem():
+    """A linear regression, and a function that computes its loss and gradients."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+    inputs = torch.randn(64, 6, generator=generator)
+    targets = inputs @ torch.randn(6, 1, generator=generator)
+
+    def closure():
+        network.zero_grad()
+        loss = (network(inputs) - targets).square().mean()
+        loss.backward()
+        return loss
+
+    return network, closure
+
+
+def train(name, steps, **overrides):
+    network, closure = problem()
+    optimizer = peers.make(name, network.named_parameters(), **overrides)
+    losses = []
+    for _ in range(steps):
+        losses.append(closure().item())
+        optimizer.step(closure if peers.peer(name).needs_closure else None)
+    return network, losses
+
+
+@pytest.mark.parametrize("name", TORCH_PEERS)
+def test_a_peer_lowers_the_loss(name):
+    _, losses = train(name, 50)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("variant", ["sgd-single", "sgd-foreach", "sgd-fused", "sgd-per-layer"])
+def test_every_form_of_sgd_computes_the_same(variant):
+    reference, _ = train("sgd", 20)
+    network, _ = train(variant, 20)
+    for expected, actual in zip(reference.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_one_group_per_layer_is_one_group_per_tensor():
+    network, _ = problem()
+    optimizer = peers.make("sgd-per-layer", network.named_parameters())
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1, 1, 1]
+
+
+def test_settings_are_the_authors_unless_overridden():
+    network, _ = problem()
+    assert peers.make("sgd", network.named_parameters()).defaults["lr"] == 0.1
+    assert peers.make("sgdp", network.named_parameters()).defaults["momentum"] == 0.9
+    assert peers.make("adabound", network.named_parameters()).defaults["weight_decouple"] is False
+    assert peers.make("sgd", network.named_parameters(), lr=0.5).defaults["lr"] == 0.5
+    assert peers.PEERS["sgd"].settings["lr"] == 0.1
+
+
+def test_frozen_parameters_are_left_out():
+    network, _ = problem()
+    network[0].weight.requires_grad_(False)
+    optimizer = peers.make("sgd", network.named_parameters())
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_and_the_list():
+    with pytest.raises(ValueError, match=r"unknown optimizer 'sdgp'\. Did you mean 'sgdp'") as caught:
+        peers.make("sdgp", [])
+    assert all(name in str(caught.value) for name in peers.PEERS)
+
+
+@pytest.fixture(scope="module")
+def release():
+    try:
+        return peers.load_rmsgd_1_0_2()
+    except peers.PeerUnavailableError as error:
+        pytest.skip(str(error))
+
+
+def test_the_authors_package_loads_under_its_own_name(release):
+    assert release.__name__ == release.RMSGD.__module__.split(".")[0] == "rmsgd_1_0_2"
+    assert peers.load_rmsgd_1_0_2() is release
+    import rmsgd
+
+    assert rmsgd is not release
+
+
+def test_the_authors_package_steps_and_moves_its_rates(release):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 2))
+    optimizer = peers.make("rmsgd-1.0.2", network.named_parameters())
+    before = network[0].weight.detach().clone()
+    network(torch.randn(4, 3, 8, 8)).square().mean().backward()
+    optimizer.step()
+    optimizer.epoch_step()
+    assert not torch.equal(before, network[0].weight)
+    assert optimizer.lr_vector[0] == pytest.approx(0.03 * 1.98)
+
+
+def test_a_registry_out_of_reach_is_said_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "CACHE", tmp_path)
+    monkeypatch.delitem(sys.modules, peers.RELEASE_MODULE, raising=False)
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="noise\nERROR: no route to the index")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(peers.PeerUnavailableError, match="could not be fetched: ERROR: no route") as caught:
+        peers.load_rmsgd_1_0_2()
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_package_that_is_not_the_known_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "CACHE", tmp_path)
+    monkeypatch.delitem(sys.modules, peers.RELEASE_MODULE, raising=False)
+
+    def deliver(command, **_):
+        folder = command[command.index("--dest") + 1]
+        with open(f"{folder}/{peers.RELEASE_WHEEL}", "wb") as file:
+            file.write(b"something else")
+        return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", deliver)
+    with pytest.raises(peers.PeerUnavailableError, match="not the known file"):
+        peers.load_rmsgd_1_0_2()
