@@ -56,8 +56,10 @@ class BuildExtensions(build_ext):
         except Exception as error:  # whatever the compiler's absence or failure looks like
             if os.environ.get("RMSGD_REQUIRE_NATIVE"):
                 raise
-            say(f"the compiled core was not built ({error}). The package works without it, slower: "
-                "`rmsgd doctor` shows what runs. Install a C++17 compiler and reinstall to get it.")
+            say(
+                f"the compiled core was not built ({error}). The package works without it, slower: "
+                "`rmsgd doctor` shows what runs. Install a C++17 compiler and reinstall to get it."
+            )
 
     def _build_cpu(self, ext):
         openmp = self._openmp_flags()
@@ -85,9 +87,7 @@ class BuildExtensions(build_ext):
             objects = [name for names in pool.map(compile_one, jobs) for name in names]
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        self.compiler.link_shared_object(
-            objects, target, extra_postargs=[*openmp, *extra], target_lang="c++"
-        )
+        self.compiler.link_shared_object(objects, target, extra_postargs=[*openmp, *extra], target_lang="c++")
 
     def _openmp_flags(self):
         """What this compiler wants for OpenMP: nothing where it has none (one thread then)."""
@@ -96,7 +96,9 @@ class BuildExtensions(build_ext):
             probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
             try:
                 objects = self.compiler.compile([str(probe)], output_dir=folder, extra_postargs=["-fopenmp"])
-                self.compiler.link_executable(objects, str(Path(folder) / "probe"), extra_postargs=["-fopenmp"])
+                self.compiler.link_executable(
+                    objects, str(Path(folder) / "probe"), extra_postargs=["-fopenmp"]
+                )
             except Exception:
                 say("this compiler has no OpenMP: the CPU kernels will use one thread")
                 return []

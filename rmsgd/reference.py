@@ -13,6 +13,7 @@ Functions marked "compiled by numba" use only what numba's nopython mode knows.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import scipy.linalg
@@ -30,10 +31,10 @@ def threshold(L: int, M: int) -> tuple[float, float, float]:
     return alpha, tau, (1.0 + tau) * (1.0 + alpha / tau)
 
 
-def tau_of(x: float, alpha: float) -> float:
+def tau_of(x: Array, alpha: float) -> Array:
     """``tau(x)``, the larger root of ``tau + alpha / tau = x - (1 + alpha)``. Compiled by numba."""
     t = x - (1.0 + alpha)
-    return 0.5 * (t + math.sqrt(t * t - 4.0 * alpha))
+    return 0.5 * (t + np.sqrt(t * t - 4.0 * alpha))
 
 
 def free_energy(noise_variance: float, c: Array, L: int, M: int) -> float:
@@ -41,8 +42,7 @@ def free_energy(noise_variance: float, c: Array, L: int, M: int) -> float:
     alpha, _, x_threshold = threshold(L, M)
     x = np.asarray(c, dtype=np.float64) / noise_variance
     above = x > x_threshold
-    t = x[above] - (1.0 + alpha)
-    tau = 0.5 * (t + np.sqrt(t * t - 4.0 * alpha))
+    tau = tau_of(x[above], alpha)
     # x - tau = 1 + alpha + alpha / tau: the difference of two large numbers, taken exactly.
     kept = 1.0 + alpha + alpha / tau + np.log1p(tau) + alpha * np.log1p(tau / alpha)
     return float(x[~above].sum() + L * math.log(noise_variance) + kept.sum())
@@ -50,12 +50,9 @@ def free_energy(noise_variance: float, c: Array, L: int, M: int) -> float:
 
 def slope(k: int, s: float, c: Array, tail: float, L: int, alpha: float) -> tuple[float, float]:
     """``G_k(s) = s dOmega/ds`` with k values above the threshold, and ``dG_k/ds``. Compiled by numba."""
-    inverse = 0.0
-    curvature = 0.0
-    for h in range(k):
-        tau = tau_of(c[h] * s, alpha)
-        inverse += 1.0 / tau
-        curvature += c[h] / (tau * tau - alpha)
+    tau = tau_of(c[:k] * s, alpha)
+    inverse = (1.0 / tau).sum()
+    curvature = (c[:k] / (tau * tau - alpha)).sum()
     return s * tail - (L - k) + alpha * (k + inverse), tail - alpha * curvature
 
 
@@ -64,11 +61,9 @@ def free_energy_of_rank(k: int, s: float, c: Array, tail: float, L: int, alpha: 
 
     Written with ``x - tau = 1 + alpha + alpha / tau``, so that a large value does not cancel.
     """
-    value = s * tail - L * math.log(s)
-    for h in range(k):
-        tau = tau_of(c[h] * s, alpha)
-        value += 1.0 + alpha + alpha / tau + math.log1p(tau) + alpha * math.log1p(tau / alpha)
-    return value
+    tau = tau_of(c[:k] * s, alpha)
+    kept = 1.0 + alpha + alpha / tau + np.log1p(tau) + alpha * np.log1p(tau / alpha)
+    return s * tail - L * math.log(s) + kept.sum()
 
 
 def minimise_free_energy(c: Array, L: int, M: int) -> tuple[int, float, float]:
@@ -237,6 +232,52 @@ def held_layers(measured: Array, ready: NDArray[np.int32], watched: NDArray[np.b
             ready[layer] = 1
             skip = True
     return held
+
+
+def update_rates(
+    parameter: NDArray[np.int32],
+    group: NDArray[np.int32],
+    spectrum_begin: NDArray[np.int32],
+    weight: Array,
+    stable_rank: Array,
+    ready: NDArray[np.int32],
+    eta: Array,
+    follower: NDArray[np.int32],
+    leader: NDArray[np.int32],
+    follower_lr: Array,
+    groups: Sequence[tuple[float, float, float, float, float, int, bool]],
+    stable_ranks: Array,
+    nuclear: Array,
+) -> None:
+    """One epoch end over all layers; ``eta``, ``stable_rank`` and ``ready`` are updated in place.
+
+    Arguments up to ``follower_lr`` are those of ``backends.base.RateTables``; ``groups`` holds
+    ``(initial_lr, beta, zeta, decay, floor, rule, first)``. ``stable_ranks`` and ``nuclear`` (rows,)
+    are what ``low_rank_metrics`` gives for every matrix. A NaN there keeps its layer as it is.
+    """
+    layers = len(parameter)
+    measured = np.empty(layers)
+    watched = np.zeros(layers, dtype=np.bool_)
+    for layer in range(layers):
+        rows = slice(spectrum_begin[layer], spectrum_begin[layer + 1])
+        *_, rule, first = groups[group[layer]]
+        measured[layer] = (weight[rows] * (stable_ranks if rule == 0 else nuclear)[rows]).sum()
+        watched[layer] = rule != 0 and not first
+    held = held_layers(measured, ready, watched)
+
+    ratio = np.empty(layers)
+    for layer in range(layers):
+        initial_lr, beta, zeta, decay, floor, rule, first = groups[group[layer]]
+        at = parameter[layer]
+        if not math.isnan(measured[layer]):
+            gain = measured[layer] - stable_rank[layer]
+            eta[at] = next_rate(rule, first, eta[at], gain, held[layer], initial_lr, beta, zeta, decay, floor)
+            stable_rank[layer] = measured[layer]
+        ratio[layer] = eta[at] / initial_lr
+
+    for at, lead, lr in zip(follower, leader, follower_lr, strict=True):
+        if lead != -2 and layers:
+            eta[at] = lr * (ratio.sum() / layers if lead == -1 else ratio[lead])
 
 
 def momentum_update(

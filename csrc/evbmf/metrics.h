@@ -6,6 +6,20 @@
 
 namespace rmsgd {
 
+// One row of the metrics table: what is known of one matrix, all of it as doubles.
+enum MetricsField : int {
+  RANK,
+  NOISE_VARIANCE,
+  STABLE_RANK,
+  CONDITION_NUMBER,
+  NUCLEAR,
+  STATUS,  // MetricsStatus
+  STAGE,   // what the singular values came from: 0 fp32 Gram matrix, 1 fp64 Gram matrix, 2 SVD
+  METRICS_FIELDS
+};
+
+enum MetricsStatus : int { MEASURED, NOT_FINITE, NEEDS_SVD };
+
 struct ModeMetrics {
   int rank;
   double noise_variance;
@@ -53,6 +67,37 @@ RMSGD_FN bool trustworthy(const FreeEnergyMinimum& minimum, const double* c, dou
   if (minimum.rank > 0 && !(c[minimum.rank - 1] - threshold > error / M)) return false;
   if (!(threshold - next > error / M)) return false;
   return minimum.gap > 2.0 * L * error / (M * minimum.noise_variance);
+}
+
+// The row of the metrics table for singular values gamma (L), descending, the numerically zero ones
+// set to 0. A single row (L = 1) has no spectrum: rank 0, sigma^2 = gamma^2 / M.
+// scratch: 2 L + 1 doubles, shared by the team.
+template <class Team>
+RMSGD_FN void measure_singular_values(Team& team, const double* gamma, int L, double M, double* scratch,
+                                      double* row) {
+  ModeMetrics metrics = {0, gamma[0] * gamma[0] / M, 0.0, 1.0, 0.0};
+  if (L > 1 && gamma[0] > 0.0) {
+    int exponent = 0;  // a power of two, so that squares neither overflow nor vanish
+    frexp(gamma[0], &exponent);
+    double* c = scratch;
+    for (int h = team.rank(); h < L; h += team.size()) {
+      const double scaled = ldexp(gamma[h], -exponent);
+      c[h] = scaled * scaled / M;
+    }
+    team.barrier();
+    const FreeEnergyMinimum minimum = minimise_free_energy(team, c, L, 0.0, L, M, INFINITY, scratch + L);
+    metrics = mode_metrics(team, c, minimum, L, M);
+    metrics.noise_variance = ldexp(ldexp(minimum.noise_variance, exponent), exponent);
+  }
+  if (team.rank() == 0) {
+    row[RANK] = metrics.rank;
+    row[NOISE_VARIANCE] = metrics.noise_variance;
+    row[STABLE_RANK] = metrics.stable_rank;
+    row[CONDITION_NUMBER] = metrics.condition_number;
+    row[NUCLEAR] = metrics.nuclear;
+    row[STATUS] = MEASURED;
+    row[STAGE] = 2;
+  }
 }
 
 }  // namespace rmsgd

@@ -4,7 +4,7 @@
 // the metrics table over those spectra. All of it is float64.
 #pragma once
 
-#include "../team.h"
+#include "metrics.h"
 
 namespace rmsgd {
 
@@ -26,9 +26,8 @@ struct RateTables {
   int layers;
   const int* parameter;         // (layers) index into eta
   const int* group;             // (layers) index into groups
-  const int* spectrum_begin;    // (layers + 1) range into spectrum and weight
-  const int* spectrum;          // row of the metrics table
-  const double* weight;         // of that row in the layer's measurement
+  const int* spectrum_begin;    // (layers + 1) a layer measures rows [begin[l], begin[l + 1]) of the table
+  const double* weight;         // (rows) what a row counts for in its layer
   const RateGroup* groups;
   double* stable_rank;          // (layers) s(t), becomes s(t + 1)
   int* ready;                   // (layers) whether the layer has left the release's not_ready list
@@ -64,18 +63,19 @@ RMSGD_FN double next_rate(const RateGroup& group, double eta, double gain, bool 
   return rate > group.floor ? rate : group.floor;
 }
 
-// One epoch end. `metrics` has `fields` columns a row; `column` is the measurement of the rule and
-// `status` the column that is nonzero for a spectrum without values (NaN or Inf in the weight): such
-// a layer keeps its rate and its s.
+// One epoch end. `metrics` is the table of MetricsField rows. A layer whose weight has no spectrum
+// (NaN or Inf in it) keeps its rate and its s.
 template <class Team>
-RMSGD_FN void update_rates(Team& team, const RateTables& t, const double* metrics, int fields, int column,
-                           int status, double* measured /* scratch, (layers) */, int* held /* (layers) */) {
+RMSGD_FN void update_rates(Team& team, const RateTables& t, const double* metrics,
+                           double* measured /* scratch, (layers) */, int* held /* scratch, (layers) */) {
   for (int layer = team.rank(); layer < t.layers; layer += team.size()) {
+    const bool paper = RateRule(t.groups[t.group[layer]].rule) == RateRule::paper;
+    const int column = paper ? STABLE_RANK : NUCLEAR;
     double sum = 0.0;
     bool valid = true;
     for (int i = t.spectrum_begin[layer]; i < t.spectrum_begin[layer + 1]; ++i) {
-      const double* row = metrics + (long long)t.spectrum[i] * fields;
-      valid = valid && row[status] == 0.0;
+      const double* row = metrics + (long long)i * METRICS_FIELDS;
+      valid = valid && row[STATUS] == MEASURED;
       sum += t.weight[i] * row[column];
     }
     measured[layer] = valid ? sum : NAN;

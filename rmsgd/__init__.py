@@ -1,0 +1,8 @@
+"""RMSGD for PyTorch: per-layer learning rates from the stable rank of the weights."""
+
+from rmsgd._version import __version__
+from rmsgd.lowrank import LowRank, evbmf
+from rmsgd.metrics import LayerMetrics, Report
+from rmsgd.optimizer import RMSGD
+
+__all__ = ["RMSGD", "LayerMetrics", "LowRank", "Report", "__version__", "evbmf"]

@@ -1,0 +1,92 @@
+"""The implementations of the four operations behind the optimizer, one table each, chosen by device.
+
+``native`` is the compiled core, ``numba`` the reference compiled where no compiler was there at
+installation, ``torch`` plain torch operations for any device, ``reference`` float64 NumPy for
+tests. The environment variable ``RMSGD_BACKEND`` forces one by name.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+
+import torch
+
+from rmsgd.backends.base import Backend, BackendUnavailable
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table: a backend's name, the device type it runs on, and how to load it."""
+
+    name: str
+    device: str
+    module: str
+
+    def load(self) -> Backend:
+        """The backend; raises BackendUnavailable with the reason when it cannot run here."""
+        return _load(self.module)
+
+
+@cache
+def _load(module: str) -> Backend:
+    create: Callable[[], Backend] = import_module(f"rmsgd.backends.{module}").create
+    return create()
+
+
+ENTRIES = (
+    Entry("native", "cpu", "native"),
+    Entry("numba", "cpu", "numba_"),
+    Entry("torch", "any", "torch_"),
+    Entry("reference", "cpu", "reference"),
+)
+"""In order of preference. ``reference`` is last: it runs only when asked for."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether a backend can run here, and if not, why."""
+
+    name: str
+    device: str
+    available: bool
+    reason: str
+
+
+def statuses() -> list[Status]:
+    """Every backend's status, in order of preference."""
+    result = []
+    for entry in ENTRIES:
+        try:
+            result.append(Status(entry.name, entry.device, True, entry.load().description))
+        except BackendUnavailable as error:
+            result.append(Status(entry.name, entry.device, False, str(error)))
+    return result
+
+
+def backend_for(device: torch.device) -> Backend:
+    """The backend that runs on ``device``: the one RMSGD_BACKEND names, else the first available.
+
+    Raises:
+        ValueError: RMSGD_BACKEND names no backend, or one for another device.
+        BackendUnavailable: RMSGD_BACKEND names one that cannot run here.
+    """
+    forced = os.environ.get("RMSGD_BACKEND", "")
+    if forced:
+        for entry in ENTRIES:
+            if entry.name == forced:
+                if entry.device not in ("any", device.type):
+                    raise ValueError(
+                        f"RMSGD_BACKEND={forced} runs on {entry.device}, but a parameter is on {device}"
+                    )
+                return entry.load()
+        names = ", ".join(entry.name for entry in ENTRIES)
+        raise ValueError(f"RMSGD_BACKEND={forced} is unknown; choose one of {names}")
+    for entry in ENTRIES:
+        if entry.device in ("any", device.type):
+            try:
+                return entry.load()
+            except BackendUnavailable:
+                continue
+    raise BackendUnavailable(f"no backend runs on {device}")

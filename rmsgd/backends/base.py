@@ -1,0 +1,124 @@
+"""What a backend is: four operations on one device, and the tables they work on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from rmsgd.layers import Unfolding
+
+# Columns of the metrics table, one row per matrix, float64 (csrc/evbmf/metrics.h has the same).
+RANK, NOISE_VARIANCE, STABLE_RANK, CONDITION_NUMBER, NUCLEAR, STATUS, STAGE = range(7)
+FIELDS = 7
+
+# Values of STATUS.
+MEASURED, NOT_FINITE, NEEDS_SVD = range(3)
+
+
+class BackendUnavailable(RuntimeError):  # noqa: N818 - it reads as the state it reports
+    """A backend cannot run here; the message says why and what to do."""
+
+
+class StepGroup(NamedTuple):
+    """The hyper-parameters of one parameter group at one step."""
+
+    multiplier: float
+    """What eta is multiplied by: the group's lr over the lr it was created with."""
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+    velocity: bool
+    """Whether past gradients are kept as a velocity (Algorithm 1) or as torch's momentum buffer."""
+
+
+@dataclass(frozen=True)
+class StepTables:
+    """The parameters of one device, as a step needs them."""
+
+    parameters: Sequence[Tensor]
+    buffers: Sequence[Tensor | None]
+    """Of the parameters' strides; float64 for a float64 parameter, else float32."""
+    groups: Sequence[int]
+    """Per parameter, the index of its group among those given to ``step``."""
+    eta: Tensor
+    """(parameters,) float64, the learning rates before the groups' multipliers."""
+    fresh: Tensor
+    """(parameters,) bool, true until a gradient has entered the buffer. On the CPU."""
+
+
+class Stepper(Protocol):
+    """Takes steps for one set of parameters, whose memory stays where it is."""
+
+    def step(
+        self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], grad_scale: float = 1.0
+    ) -> None:
+        """One momentum step, in place; gradients of the parameters' dtypes and strides, never written."""
+
+
+class RateGroup(NamedTuple):
+    """What one parameter group contributes to an epoch end; see ``reference.next_rate``."""
+
+    initial_lr: float
+    beta: float
+    zeta: float
+    decay: float
+    floor: float
+    rule: int
+    first: bool
+
+
+@dataclass(frozen=True)
+class RateTables:
+    """All layers of one device in registration order, and the parameters that follow them.
+
+    Layer l measures the rows ``[spectrum_begin[l], spectrum_begin[l + 1])`` of the metrics table,
+    weighted by ``weight``. ``leader`` is, per follower, the layer whose ratio eta / lr0 it takes: -1 is the
+    mean ratio, -2 leaves it alone.
+    """
+
+    parameter: Tensor  # (layers,) int32: index into eta
+    group: Tensor  # (layers,) int32
+    spectrum_begin: Tensor  # (layers + 1,) int32
+    weight: Tensor  # (rows,) float64
+    stable_rank: Tensor  # (layers,) float64, updated
+    ready: Tensor  # (layers,) int32, updated
+    eta: Tensor  # (parameters,) float64, updated
+    follower: Tensor  # (followers,) int32: index into eta
+    leader: Tensor  # (followers,) int32
+    follower_lr: Tensor  # (followers,) float64
+
+
+class Backend(Protocol):
+    """One implementation of the step, the spectra with EVBMF, and the learning-rate rules."""
+
+    name: str
+    description: str
+    """What runs, for ``rmsgd doctor``."""
+
+    def stepper(self, tables: StepTables) -> Stepper:
+        """A stepper for these parameters."""
+
+    def measure(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> Tensor:
+        """The metrics table (matrices, FIELDS), float64, on the matrices' device.
+
+        A matrix with a NaN or an Inf has STATUS ``NOT_FINITE`` and NaN in every metric.
+        """
+
+    def measure_spectrum(self, gamma: Tensor, M: int) -> Tensor:
+        """One row of the table from L singular values (float64, descending, zeros set to 0)."""
+
+    def update_rates(self, tables: RateTables, groups: Sequence[RateGroup], metrics: Tensor) -> None:
+        """Move the learning rates: one epoch end."""
+
+
+def same_layout(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """``gradient`` with the strides of ``parameter``, itself where it has them already."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_strided(
+        parameter.size(), parameter.stride(), dtype=gradient.dtype, device=gradient.device
+    ).copy_(gradient)

@@ -1,0 +1,118 @@
+"""The compiled core on the CPU, ``rmsgd._cpu``."""
+
+import math
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from rmsgd import reference
+from rmsgd.backends.base import (
+    NEEDS_SVD,
+    NOT_FINITE,
+    STATUS,
+    BackendUnavailable,
+    RateGroup,
+    RateTables,
+    StepGroup,
+    StepTables,
+)
+from rmsgd.layers import Unfolding, as_matrix
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+class NativeStepper:
+    """The fused step: one call for all parameters."""
+
+    def __init__(self, core: ModuleType, tables: StepTables) -> None:
+        self._tables = tables  # keeps the memory alive that the plan points to
+        self._plan = core.StepPlan(
+            [p.data_ptr() for p in tables.parameters],
+            [0 if b is None else b.data_ptr() for b in tables.buffers],
+            [_DTYPES[p.dtype] for p in tables.parameters],
+            [p.numel() for p in tables.parameters],
+            tables.groups,
+            range(len(tables.parameters)),
+            tables.eta.numpy(),
+            tables.fresh.numpy(),
+        )
+
+    def step(
+        self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], grad_scale: float = 1.0
+    ) -> None:
+        """See ``base.Stepper``."""
+        pointers = [0 if g is None else g.data_ptr() for g in gradients]
+        self._plan.step(pointers, groups, grad_scale, torch.get_num_threads())
+
+
+class NativeBackend:
+    """The fused step, the batched spectra with EVBMF, and the rules, as compiled code."""
+
+    name = "native"
+
+    def __init__(self, core: ModuleType) -> None:
+        self._core = core
+        self.description = f"compiled, {core.isa()} kernels"
+
+    def stepper(self, tables: StepTables) -> NativeStepper:
+        """See ``base.Backend``."""
+        return NativeStepper(self._core, tables)
+
+    def measure(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> Tensor:
+        """See ``base.Backend``; a Gram matrix where it is accurate enough, else an SVD."""
+        table = torch.from_numpy(
+            self._core.measure([_describe(*matrix) for matrix in matrices], torch.get_num_threads())
+        )
+        for row, (weight, unfolding) in zip(table, matrices, strict=True):
+            if row[STATUS] == NEEDS_SVD:
+                matrix = as_matrix(weight.detach(), unfolding).double().numpy()
+                row.copy_(
+                    self.measure_spectrum(torch.from_numpy(reference.singular_values(matrix)), unfolding.M)
+                )
+            elif row[STATUS] == NOT_FINITE:
+                row[:STATUS] = math.nan
+        return table
+
+    def measure_spectrum(self, gamma: Tensor, M: int) -> Tensor:
+        """See ``base.Backend``."""
+        return torch.from_numpy(self._core.measure_spectrum(gamma.numpy(), M))
+
+    def update_rates(self, tables: RateTables, groups: Sequence[RateGroup], metrics: Tensor) -> None:
+        """See ``base.Backend``."""
+        arrays = [tensor.numpy() for tensor in vars(tables).values()]
+        self._core.update_rates(*arrays, groups, metrics.numpy())
+
+
+def _describe(weight: Tensor, unfolding: Unfolding) -> tuple[object, ...]:
+    """A weight as the core takes it: address, dtype, sizes and strides of either side."""
+    shape, strides = weight.shape, weight.stride()
+    small, large = unfolding.small, unfolding.large
+    return (
+        weight.data_ptr(),
+        _DTYPES[weight.dtype],
+        [shape[d] for d in small],
+        [strides[d] for d in small],
+        [shape[d] for d in large],
+        [strides[d] for d in large],
+    )
+
+
+def create() -> NativeBackend:
+    """The backend; raises BackendUnavailable where the core was not built or cannot be loaded."""
+    try:
+        from rmsgd import _cpu
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"rmsgd._cpu is not there ({error}): it is built at installation where a C++17 compiler is found"
+        ) from None
+    try:
+        return NativeBackend(_cpu)
+    except RuntimeError as error:  # RMSGD_ISA asks for what this CPU does not have
+        raise BackendUnavailable(str(error)) from None

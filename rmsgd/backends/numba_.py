@@ -1,0 +1,72 @@
+"""The reference compiled by numba: the fallback where no compiler was there at installation."""
+
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+
+from rmsgd import reference
+from rmsgd.backends.base import BackendUnavailable
+from rmsgd.backends.numpy_ import NumpyBackend
+
+_COMPILED = (
+    "threshold",
+    "tau_of",
+    "slope",
+    "free_energy_of_rank",
+    "minimise_free_energy",
+    "shrink",
+    "low_rank_metrics",
+    "measure_singular_values",
+    "momentum_update",
+)
+
+
+def _compile_reference() -> dict[str, Any]:
+    """The reference's functions compiled together, each calling the compiled others."""
+    import numba
+
+    scope = dict(vars(reference))
+    for name in _COMPILED:
+        source = getattr(reference, name)
+        # A function looks names up in the module it came from: here that is `scope`.
+        copy = FunctionType(source.__code__, scope, name, source.__defaults__, source.__closure__)
+        scope[name] = numba.njit(copy, nogil=True)
+    return scope
+
+
+def create() -> NumpyBackend:
+    """The backend; raises BackendUnavailable where numba cannot be imported."""
+    try:
+        import numba
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"numba cannot be imported ({error}): pip install rmsgd-kernels[numba]"
+        ) from None
+
+    scope = _compile_reference()
+    element = scope["momentum_update"]
+
+    @numba.njit(nogil=True, parallel=True, error_model="numpy")
+    def update(  # type: ignore[no-untyped-def]
+        w, grad, v, eta, momentum, dampening, weight_decay, nesterov, maximize, fresh, velocity
+    ):
+        new_w, new_v = np.empty_like(w), np.empty_like(v)
+        for i in numba.prange(len(w)):
+            new_w[i], new_v[i] = element(
+                w[i],
+                grad[i],
+                v[i],
+                eta,
+                momentum,
+                dampening,
+                weight_decay,
+                nesterov,
+                maximize,
+                fresh,
+                velocity,
+            )
+        return new_w, new_v
+
+    description = f"numba {numba.__version__}, compiled on first use"
+    return NumpyBackend("numba", description, scope["measure_singular_values"], update)

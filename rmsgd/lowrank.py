@@ -1,0 +1,79 @@
+"""EVBMF of a single matrix, for rank selection and low-rank compression."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rmsgd.backends import backend_for
+from rmsgd.backends.base import NOISE_VARIANCE, RANK
+from rmsgd.backends.torch_ import singular_values
+from rmsgd.layers import SUPPORTED_DTYPES
+from rmsgd.reference import shrink
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The low-rank part of a matrix, ``U @ diag(singular_values) @ Vh``, and the noise beside it."""
+
+    singular_values: Tensor
+    """(rank,) float64 on the weight's device: shrunk, descending."""
+    noise_variance: float
+    """Variance of the noise per entry: the global minimiser of the free energy."""
+    rank: int
+    U: Tensor | None
+    """(rows, rank) float64, or None."""
+    Vh: Tensor | None
+    """(rank, columns) float64, or None."""
+
+
+@torch.no_grad()
+def evbmf(weight: Tensor, vectors: bool = False) -> LowRank:
+    """Factorise a matrix into low rank and noise by empirical variational Bayes, exactly.
+
+    The noise variance is the global minimiser of the free energy (Nakajima et al., JMLR 14, 2013),
+    found in float64; the rank is the number of singular values above its threshold, and those are
+    shrunk as the analytic solution says.
+
+    Args:
+        weight: (m, n), either side the larger, any real floating dtype, CPU or CUDA, any strides.
+        vectors: also return the singular vectors.
+
+    Raises:
+        TypeError: ``weight`` is not a floating-point tensor.
+        ValueError: it is not a matrix with at least one entry, or has a NaN or an Inf.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+    if weight.dtype not in SUPPORTED_DTYPES:
+        raise TypeError(f"weight must be a real floating-point tensor, got {weight.dtype}")
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(f"weight must be a matrix with at least one entry, got shape {tuple(weight.shape)}")
+    if weight.is_meta:
+        raise ValueError("weight is on the meta device: it has a shape but no values")
+    matrix = weight.detach().double()
+    largest = float(matrix.abs().max())
+    if not largest < float("inf"):
+        raise ValueError("weight has NaN or infinite entries")
+
+    left = right = None
+    if vectors:
+        left, gamma, right = torch.linalg.svd(matrix, full_matrices=False)
+        gamma[gamma <= max(matrix.shape) * 2.0**-52 * gamma[0]] = 0.0
+    else:
+        gamma = singular_values(matrix, largest)
+    L, M = min(matrix.shape), max(matrix.shape)
+    row = backend_for(matrix.device).measure_spectrum(gamma, M)
+    rank, variance = int(row[RANK]), float(row[NOISE_VARIANCE])
+    kept = gamma[:rank]
+    if rank and variance > 0.0:
+        kept = kept * torch.from_numpy(shrink((kept * kept).cpu().numpy() / M, variance, L, M)).to(
+            kept.device
+        )
+    return LowRank(
+        kept,
+        variance,
+        rank,
+        None if left is None else left[:, :rank],
+        None if right is None else right[:rank],
+    )
