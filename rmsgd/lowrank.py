@@ -67,9 +67,11 @@ def evbmf(weight: Tensor, vectors: bool = False) -> LowRank:
     rank, variance = int(row[RANK]), float(row[NOISE_VARIANCE])
     kept = gamma[:rank]
     if rank and variance > 0.0:
-        kept = kept * torch.from_numpy(shrink((kept * kept).cpu().numpy() / M, variance, L, M)).to(
-            kept.device
-        )
+        # In units of the largest value: the squares of tiny and huge ones leave the range of a double.
+        first = float(kept[0])
+        ratio = (kept / first).cpu().numpy()
+        factors = shrink(ratio * ratio / M, variance / first / first, L, M)
+        kept = kept * torch.from_numpy(factors).to(kept.device)
     return LowRank(
         kept,
         variance,

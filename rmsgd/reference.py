@@ -63,7 +63,7 @@ def free_energy_of_rank(k: int, s: float, c: Array, tail: float, L: int, alpha: 
     """
     tau = tau_of(c[:k] * s, alpha)
     kept = 1.0 + alpha + alpha / tau + np.log1p(tau) + alpha * np.log1p(tau / alpha)
-    return s * tail - L * math.log(s) + kept.sum()
+    return float(s * tail - L * math.log(s) + kept.sum())
 
 
 def minimise_free_energy(c: Array, L: int, M: int) -> tuple[int, float, float]:
@@ -165,7 +165,7 @@ def singular_values(matrix: Array) -> Array:
     exponent = math.frexp(largest)[1]
     gamma = scipy.linalg.svdvals(np.ldexp(matrix, -exponent))
     gamma[gamma <= max(matrix.shape) * 2.0**-52 * gamma[0]] = 0.0
-    return np.ldexp(gamma, exponent)
+    return np.asarray(np.ldexp(gamma, exponent))
 
 
 def quality(stable_rank: float, condition: float) -> float:
@@ -173,7 +173,7 @@ def quality(stable_rank: float, condition: float) -> float:
     return math.atan2(stable_rank, condition)
 
 
-def network_quality(qualities: Array) -> float:
+def network_quality(qualities: Sequence[float]) -> float:
     """Quality of a network, ``Q = ||q||_2^2 / sqrt(layers)`` (Eq. 5); 0 without layers."""
     q = np.asarray(qualities, dtype=np.float64)
     return float((q * q).sum() / math.sqrt(len(q))) if len(q) else 0.0

@@ -114,8 +114,18 @@ class NumpyBackend:
 
 def update_rates(tables: RateTables, groups: Sequence[RateGroup], metrics: Tensor) -> None:
     """``reference.update_rates`` on a table of metrics; everything on the CPU."""
+    t = tables
     reference.update_rates(
-        *(tensor.numpy() for tensor in vars(tables).values()),
+        t.parameter.numpy(),
+        t.group.numpy(),
+        t.spectrum_begin.numpy(),
+        t.weight.numpy(),
+        t.stable_rank.numpy(),
+        t.ready.numpy(),
+        t.eta.numpy(),
+        t.follower.numpy(),
+        t.leader.numpy(),
+        t.follower_lr.numpy(),
         groups,
         metrics[:, STABLE_RANK].numpy(),
         metrics[:, NUCLEAR].numpy(),

@@ -109,7 +109,7 @@ def singular_values(matrix: Tensor, largest: float) -> Tensor:
     scale = math.ldexp(1.0, math.frexp(largest)[1])
     gamma = torch.linalg.svdvals(matrix / scale)
     gamma[gamma <= max(matrix.shape) * 2.0**-52 * gamma[0]] = 0.0
-    return gamma * scale
+    return torch.mul(gamma, scale)
 
 
 def create() -> TorchBackend:
