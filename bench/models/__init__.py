@@ -21,16 +21,22 @@ class Architecture:
         create: called with classes, in_channels (images only) and width.
         sample: shape of one sample: (channels, height, width), or (length,) for tokens.
         classes: number of logits unless the caller wants another.
+        any_size: images of another height and width do as well.
 
     """
 
     create: Callable[..., nn.Module]
     sample: tuple[int, ...] = (3, 32, 32)
     classes: int = 10
+    any_size: bool = True
 
     @property
     def reads_tokens(self) -> bool:
         return len(self.sample) == 1
+
+    def accepts(self, sample: tuple[int, ...]) -> bool:
+        """Whether samples of this shape can be read, given the right number of input channels."""
+        return len(sample) == len(self.sample) and (self.any_size or sample[1:] == self.sample[1:])
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -46,7 +52,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "efficientnetb0": Architecture(efficientnet.EfficientNetB0),
     "shufflenetv2": Architecture(shufflenet.shufflenetv2_1_5x),
     "shufflenetv2-1x": Architecture(shufflenet.shufflenetv2_1x),
-    "vit-b16": Architecture(vit.VisionTransformer, sample=(3, vit.IMAGE, vit.IMAGE), classes=1000),
+    "vit-b16": Architecture(vit.VisionTransformer, (3, vit.IMAGE, vit.IMAGE), 1000, any_size=False),
     "gpt": Architecture(gpt.GPT, sample=(gpt.CONTEXT,), classes=65),
 }
 

@@ -1,0 +1,30 @@
+"""`python -m bench COMMAND`: one line per command here, everything else in the command's module."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# Command to what it does. Its module has the same name, with underscores, and a function
+# `main(arguments: Sequence[str]) -> int`; it is imported only when it is asked for.
+COMMANDS = {
+    "train": "train a network with several optimizers side by side",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status; 2 for bad arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Benchmarks and training runs of RMSGD. Every command has its own --help.",
+    )
+    choices = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        choices.add_parser(name, help=summary, add_help=False)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = parser.parse_args(given[:1]).command
+    return importlib.import_module(f"bench.{chosen.replace('-', '_')}").main(given[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""`python -m bench train`: arguments, progress, table, result file and figures."""
+
+import argparse
+import ast
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bench import data, measure, models, peers, training
+from bench.training import Run, Settings
+from rmsgd import plots
+
+DEFAULTS = Settings()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command.
+
+    Returns:
+        0 when every optimizer finished with at least one seed, 1 when one diverged with all of
+        them, 130 when interrupted. Bad arguments exit with 2.
+
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    console = Console(stderr=True)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    settings = Settings(
+        options.model,
+        options.data,
+        options.optimizers,
+        options.seeds,
+        options.epochs,
+        options.batch,
+        options.width,
+        options.samples,
+        options.device,
+        overrides(options.set),
+    )
+    try:
+        runs = _train(settings, console)
+    except (training.SettingsError, peers.PeerUnavailableError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        console.print("interrupted: nothing was written")
+        return 130
+    _write(options.out, settings, runs, console)
+    summary = training.summary(settings, runs)
+    Console().print(table(settings, summary))
+    lost = [name for name, entry in summary.items() if entry["diverged"] == entry["runs"]]
+    if lost:
+        console.print(f"diverged with every seed: {', '.join(lost)}")
+    return 1 if lost else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench train",
+        description="Trains one network with several optimizers and seeds, epochs interleaved, and writes a "
+        "table, result.json and figures.",
+        epilog=f"Models: {', '.join(models.ARCHITECTURES)}.  Optimizers: {', '.join(peers.PEERS)}.",
+    )
+    add = parser.add_argument
+    add("--model", default=DEFAULTS.model, help="network (default: %(default)s)")
+    add("--data", default=DEFAULTS.data, help=f"{' or '.join(data.NAMES)} (default: %(default)s)")
+    add(
+        "--optimizers",
+        type=_names,
+        default=",".join(DEFAULTS.optimizers),
+        metavar="A,B,...",
+        help="compared in this order; ratios are to sgd, or to the first without it (default: %(default)s)",
+    )
+    add(
+        "--seeds",
+        type=_integers,
+        default=",".join(map(str, DEFAULTS.seeds)),
+        metavar="N,M,...",
+        help="a run of every optimizer for each (default: %(default)s)",
+    )
+    add("--epochs", type=int, default=DEFAULTS.epochs, help="passes over the data (default: %(default)s)")
+    add("--batch", type=int, default=DEFAULTS.batch, help="mini-batch size (default: %(default)s)")
+    add("--width", type=float, default=DEFAULTS.width, help="factor on channel counts (default: %(default)s)")
+    add(
+        "--samples",
+        type=int,
+        default=DEFAULTS.samples,
+        help="size of the synthetic training set (default: %(default)s)",
+    )
+    add("--device", default=DEFAULTS.device, help="cpu, cuda or cuda:N (default: %(default)s)")
+    add("--threads", type=int, default=0, help="threads of torch on the CPU (default: all cores)")
+    add(
+        "--set",
+        type=_assignment,
+        action="append",
+        default=[],
+        metavar="OPTIMIZER.KEY=VALUE",
+        help="replace a setting of an optimizer, e.g. rmsgd.beta=0.9; may be repeated",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path(".out/train"),
+        help="folder for result.json and the figures (default: %(default)s)",
+    )
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers like 0,1,2, got {text!r}") from None
+
+
+def _assignment(text: str) -> tuple[str, str, Any]:
+    """Parses OPTIMIZER.KEY=VALUE. An optimizer's name may hold dots; the value is a Python literal."""
+    target, _, literal = text.partition("=")
+    optimizer, _, key = target.rpartition(".")
+    try:
+        if not optimizer or not key.isidentifier():
+            raise ValueError
+        return optimizer, key, ast.literal_eval(literal)
+    except (ValueError, SyntaxError):
+        message = f"expected OPTIMIZER.KEY=VALUE like rmsgd.beta=0.9 or rmsgd.rule='release', got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def overrides(assignments: Sequence[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
+    """Gathers (optimizer, key, value) into optimizer -> settings."""
+    gathered: dict[str, dict[str, Any]] = {}
+    for optimizer, key, value in assignments:
+        gathered.setdefault(optimizer, {})[key] = value
+    return gathered
+
+
+def _train(settings: Settings, console: Console) -> list[Run]:
+    total = len(settings.optimizers) * len(settings.seeds) * settings.epochs
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("epochs"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("starting", total=total)
+
+        def on_epoch(run: Run) -> None:
+            accuracy = run.epochs[-1].test_accuracy
+            said = f"{run.optimizer_name}, seed {run.seed}: {accuracy:.1%}"
+            if run.diverged:
+                said = f"{run.optimizer_name}, seed {run.seed}: diverged"
+                progress.console.print(f"{said} in epoch {len(run.epochs)}; the others go on")
+                progress.advance(task, settings.epochs - len(run.epochs))
+            progress.update(task, advance=1, description=said)
+
+        return training.train(settings, on_epoch)
+
+
+def table(settings: Settings, summary: dict[str, dict[str, Any]]) -> Table:
+    """The summary as one table: a row per optimizer."""
+    reference = training.reference_optimizer(settings)
+    title = f"{settings.model} on {settings.data}, {settings.epochs} epochs, {_seeds(settings)}"
+    caption = (
+        f"Seconds: medians per epoch. Epoch time: training and epoch end over {reference}'s in the same "
+        "epochs, with its 95 % interval; evaluation is left out."
+    )
+    rows = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    rows.add_column("optimizer", no_wrap=True)
+    for column in (
+        "test accuracy\n(%)",
+        "training\n(s)",
+        "epoch end\n(s)",
+        "evaluation\n(s)",
+        f"epoch time\n({reference} = 1)",
+    ):
+        rows.add_column(column, justify="right", no_wrap=True)
+    for name, entry in summary.items():
+        seconds = [_number(entry["seconds"][phase], ".3f") for phase in training.PHASES]
+        ratio = entry["epoch_time_ratio"]
+        if name == reference:
+            relative = "1"
+        else:
+            relative = f"{ratio['median']:.3f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "-"
+        rows.add_row(name, _accuracy(entry), *seconds, relative)
+    return rows
+
+
+def _seeds(settings: Settings) -> str:
+    count = len(settings.seeds)
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def _accuracy(entry: dict[str, Any]) -> str:
+    mean, deviation = entry["test_accuracy_mean"], entry["test_accuracy_std"]
+    parts = [] if mean is None else [f"{100 * mean:.2f}"]
+    if deviation is not None:
+        parts.append(f"± {100 * deviation:.2f}")
+    if entry["diverged"]:
+        parts.append(f"({entry['diverged']} of {entry['runs']} diverged)")
+    return " ".join(parts)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _write(folder: Path, settings: Settings, runs: Sequence[Run], console: Console) -> None:
+    path = folder / "result.json"
+    measure.write_json(path, training.result(settings, runs))
+    written = [path]
+    try:
+        written += figures(folder, settings, runs)
+    except ModuleNotFoundError as error:
+        console.print(f"no figures: {error}")
+    console.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
+
+
+def figures(folder: Path, settings: Settings, runs: Sequence[Run]) -> list[Path]:
+    """Draws what the runs measured into `folder` and returns the files.
+
+    For every optimizer that probes its layers, the learning rate and the stable rank of each layer
+    (mean over seeds); for all together, the test accuracy against the time they trained.
+    """
+    subject = f"{settings.model}, {settings.data}"
+    written = []
+    for name in settings.optimizers:
+        probed = [run for run in runs if run.optimizer_name == name and run.epochs[0].stable_rank]
+        for quantity, label in (("learning_rates", "learning rate"), ("stable_rank", "stable rank")):
+            if probed:
+                path = folder / f"{name}-{quantity.replace('_', '-')}.png"
+                title = f"{name} on {subject}: {label} of every layer"
+                plots.layer_curves(path, layer_means(probed, quantity), ylabel=label, title=title)
+                written.append(path)
+    path = folder / "accuracy-over-time.png"
+    plots.bands_over_time(
+        path,
+        {
+            name: accuracy_over_time([run for run in runs if run.optimizer_name == name], settings.epochs)
+            for name in settings.optimizers
+        },
+        ylabel="test accuracy (%)",
+        xlabel="wall-clock time of training, evaluation left out (s)",
+        title=f"{subject}: mean and range over {_seeds(settings)}",
+    )
+    return [*written, path]
+
+
+def layer_means(runs: Sequence[Run], quantity: str) -> dict[str, np.ndarray]:
+    """Probed layer to its mean over seeds, shape (epochs,), as far as all seeds got."""
+    length = min(len(run.epochs) for run in runs)
+    layers = list(runs[0].epochs[0].stable_rank or ())
+
+    def value(run: Run, epoch: int, layer: str) -> float:
+        return (getattr(run.epochs[epoch], quantity) or {}).get(layer, math.nan)
+
+    return {
+        layer: np.mean([[value(run, epoch, layer) for epoch in range(length)] for run in runs], axis=0)
+        for layer in layers
+    }
+
+
+def accuracy_over_time(runs: Sequence[Run], epochs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds trained so far and test accuracy in per cent, both (seeds, epochs), NaN after an end."""
+    times = np.full((len(runs), epochs), np.nan)
+    accuracies = times.copy()
+    for index, run in enumerate(runs):
+        times[index, : len(run.epochs)] = np.cumsum([training.epoch_time(epoch) for epoch in run.epochs])
+        accuracies[index, : len(run.epochs)] = [100 * epoch.test_accuracy for epoch in run.epochs]
+    return times, accuracies
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,365 @@
+"""Training several optimizers side by side: the engine behind `python -m bench train`.
+
+Every optimizer starts from the same weights and sees the same batches. Their epochs are interleaved
+(A's first, B's first, A's second, ...) in an order drawn anew each epoch, so that a busy machine
+slows all of them alike and the ratio of their epoch times stays honest.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import data, measure, models, peers
+
+SCHEMA = "rmsgd-bench-train/1"
+PHASES = ("training", "epoch_end", "evaluation")
+
+
+class SettingsError(ValueError):
+    """Settings that make no sense, or that model, data or optimizer refuse."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is trained, on what, and how.
+
+    Attributes:
+        model: key of `bench.models.ARCHITECTURES`.
+        data: key of `bench.data.NAMES`.
+        optimizers: keys of `bench.peers.PEERS`.
+        seeds: one run per seed and optimizer; a seed fixes initial weights and batches.
+        epochs: passes over the training set.
+        batch: mini-batch size.
+        width: factor on the network's channel counts.
+        samples: size of a synthetic training set.
+        device: torch device.
+        overrides: optimizer name to settings that replace its authors'.
+
+    """
+
+    model: str = "resnet20-digits"
+    data: str = "digits"
+    optimizers: tuple[str, ...] = ("rmsgd", "sgd", "sam")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: int = 15
+    batch: int = 64
+    width: float = 1.0
+    samples: int = 2048
+    device: str = "cpu"
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises ValueError, naming the field, for what is wrong before anything is built."""
+        models.architecture(self.model)
+        for names, what in ((self.optimizers, "optimizer"), (self.seeds, "seed")):
+            if not names:
+                raise ValueError(f"at least one {what} is needed")
+            if len(set(names)) < len(names):
+                raise ValueError(f"every {what} may be given once, got {', '.join(map(str, names))}")
+        for name in (*self.optimizers, *self.overrides):
+            peers.peer(name)
+        if unused := set(self.overrides) - set(self.optimizers):
+            raise ValueError(f"settings for {', '.join(sorted(unused))}, which is not among the optimizers")
+        for name in ("epochs", "batch", "samples", "width"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if any(seed < 0 for seed in self.seeds):
+            raise ValueError(f"seeds must not be negative, got {', '.join(map(str, self.seeds))}")
+        check_device(self.device)
+
+
+@dataclass
+class Epoch:
+    """One epoch of one run.
+
+    Attributes:
+        epoch: counted from 1.
+        train_loss: mean over the batches.
+        test_loss: mean over the test set, at the end of the epoch.
+        test_accuracy: fraction of the test set, at the end of the epoch.
+        seconds: phase (training, epoch_end, evaluation) to seconds.
+        learning_rates: parameter name to the rate applied during this epoch.
+        stable_rank: probed parameter name to its stable rank at the end of the epoch (RMSGD only).
+        quality: of the whole network at the end of the epoch (RMSGD only).
+
+    """
+
+    epoch: int
+    train_loss: float
+    test_loss: float
+    test_accuracy: float
+    seconds: dict[str, float]
+    learning_rates: dict[str, float]
+    stable_rank: dict[str, float] | None
+    quality: float | None
+
+
+class Run:
+    """One optimizer and one seed.
+
+    Attributes:
+        optimizer_name: key of `bench.peers.PEERS`.
+        seed: of the initial weights and of the batches.
+        epochs: what happened so far.
+        diverged: the loss stopped being a number; no further epoch is run.
+
+    """
+
+    def __init__(self, settings: Settings, dataset: data.Dataset, optimizer_name: str, seed: int) -> None:
+        self.optimizer_name, self.seed = optimizer_name, seed
+        self.epochs: list[Epoch] = []
+        self.diverged = False
+        self._dataset = dataset
+        self._peer = peers.peer(optimizer_name)
+        self._device = torch.device(settings.device)
+        torch.manual_seed(seed)
+        channels = dataset.sample[0] if len(dataset.sample) == 3 else None
+        network = models.build(settings.model, dataset.classes, channels, settings.width)
+        self._network = network.to(self._device)
+        self._optimizer = peers.make(
+            optimizer_name, self._network.named_parameters(), **settings.overrides.get(optimizer_name, {})
+        )
+        self._batches = data.Batches(dataset.train, settings.batch, seed)
+        self._schedule = None
+        if self._peer.scheduled:
+            # The paper's StepLR, 25 epochs of 250, in proportion to this run.
+            period = max(1, round(settings.epochs / 10))
+            self._schedule = torch.optim.lr_scheduler.StepLR(self._optimizer, period, 0.5)
+
+    def train_epoch(self) -> Epoch:
+        """Trains for one epoch, then evaluates, and appends what it measured to `epochs`."""
+        number = len(self.epochs) + 1
+        # Dropout draws from the global generator, which runs share: without this the neighbours of a
+        # run in the interleaving would change its result.
+        torch.manual_seed(hash((self.seed, number)) & 0x7FFFFFFF)
+        rates = self._learning_rates()
+        clock = PhaseClock(self._device)
+        train_loss = self._train()
+        clock.stop("training")
+        probed = None
+        test_loss = test_accuracy = math.nan
+        if math.isfinite(train_loss):
+            self._end_epoch()
+            clock.stop("epoch_end")
+            test_loss, test_accuracy = self._evaluate()
+            clock.stop("evaluation")
+            probed = self._optimizer.report() if hasattr(self._optimizer, "report") else None
+        self.diverged = not math.isfinite(test_loss)
+        epoch = Epoch(
+            number,
+            train_loss,
+            test_loss,
+            test_accuracy,
+            clock.seconds,
+            rates,
+            {layer.name: layer.stable_rank for layer in probed.layers} if probed else None,
+            probed.quality if probed else None,
+        )
+        self.epochs.append(epoch)
+        return epoch
+
+    def _train(self) -> float:
+        self._network.train()
+        total = torch.zeros((), device=self._device)
+        for inputs, targets in self._batches:
+
+            def gradients(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+                self._optimizer.zero_grad()
+                loss = cross_entropy(self._network(inputs), targets)
+                loss.backward()
+                return loss
+
+            # Read once per epoch: a host copy per step would stall a GPU.
+            total += gradients().detach()
+            self._optimizer.step(gradients if self._peer.needs_closure else None)
+        return total.item() / len(self._batches)
+
+    def _end_epoch(self) -> None:
+        if hasattr(self._optimizer, "epoch_step"):
+            self._optimizer.epoch_step()
+        if self._schedule is not None:
+            self._schedule.step()
+
+    @torch.no_grad()
+    def _evaluate(self, chunk: int = 512) -> tuple[float, float]:
+        self._network.eval()
+        test = self._dataset.test
+        loss = torch.zeros((), device=self._device)
+        correct = torch.zeros((), dtype=torch.int64, device=self._device)
+        for inputs, targets in zip(test.inputs.split(chunk), test.targets.split(chunk), strict=True):
+            logits = self._network(inputs)
+            loss += cross_entropy(logits, targets, reduction="sum")
+            correct += (logits.argmax(-1) == targets).sum()
+        return loss.item() / test.targets.numel(), correct.item() / test.targets.numel()
+
+    def _learning_rates(self) -> dict[str, float]:
+        if hasattr(self._optimizer, "learning_rates"):
+            return {name: float(rate) for name, rate in self._optimizer.learning_rates().items()}
+        groups = self._optimizer.param_groups
+        return {f"group {index}": float(group["lr"]) for index, group in enumerate(groups)}
+
+
+class PhaseClock:
+    """Seconds per phase of an epoch; waits for the device before it looks at the clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._start = self._now()
+
+    def stop(self, phase: str) -> None:
+        """Books the time since the last stop under `phase`."""
+        now = self._now()
+        self.seconds[phase] += now - self._start
+        self._start = now
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross entropy of logits (..., classes) with targets (...), for images and tokens alike."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError when torch has no such device here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
+
+
+def prepare(settings: Settings) -> list[list[Run]]:
+    """Builds every run, nothing trained yet: a list per seed, in the order of the optimizers.
+
+    Raises:
+        SettingsError: settings that make no sense, or that model, data or optimizer refuse.
+
+    """
+    try:
+        settings.check()
+        dataset = data.load(settings.data, settings.model, settings.device, settings.samples)
+        return [
+            [Run(settings, dataset, name, seed) for name in settings.optimizers] for seed in settings.seeds
+        ]
+    except (ValueError, TypeError) as error:
+        raise SettingsError(str(error)) from error
+
+
+def train(settings: Settings, on_epoch: Callable[[Run], object] = lambda run: None) -> list[Run]:
+    """Trains every optimizer with every seed, epochs interleaved within a seed.
+
+    Args:
+        settings: what to train.
+        on_epoch: called after every epoch with the run it belongs to.
+
+    Returns:
+        The runs, by seed and then in the order of `settings.optimizers`. A run whose loss stops
+        being a number ends there and says so; the others go on.
+
+    Raises:
+        SettingsError: settings that make no sense, or that model, data or optimizer refuse.
+
+    """
+    seeds = prepare(settings)
+    order = np.random.default_rng(0)
+    for runs in seeds:
+        for _ in range(settings.epochs):
+            for index in order.permutation(len(runs)):
+                if not runs[index].diverged:
+                    runs[index].train_epoch()
+                    on_epoch(runs[index])
+    return [run for runs in seeds for run in runs]
+
+
+def result(settings: Settings, runs: Sequence[Run]) -> dict[str, Any]:
+    """Everything about the runs as plain values, ready for `measure.write_json`."""
+    used = {name: peers.peer(name) for name in settings.optimizers}
+    return {
+        "schema": SCHEMA,
+        "config": asdict(settings),
+        "machine": measure.machine(),
+        "optimizers": {
+            name: {
+                "settings": {**known.settings, **settings.overrides.get(name, {})},
+                "halved_every_tenth": known.scheduled,
+                "note": known.note,
+            }
+            for name, known in used.items()
+        },
+        "summary": summary(settings, runs),
+        "runs": [
+            {
+                "optimizer": run.optimizer_name,
+                "seed": run.seed,
+                "diverged": run.diverged,
+                "epochs": [asdict(epoch) for epoch in run.epochs],
+            }
+            for run in runs
+        ],
+    }
+
+
+def summary(settings: Settings, runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """One entry per optimizer: accuracy over seeds, seconds per epoch, epoch time against SGD.
+
+    The accuracy is that of the last epoch, over the seeds that did not diverge. Seconds are medians
+    over epochs and seeds; the first epoch of a run, which pays for warming up, counts only when
+    there is no other. Epoch time is training plus epoch end: evaluation is not the optimizer's.
+    """
+    reference = reference_optimizer(settings)
+    by_name = {name: [run for run in runs if run.optimizer_name == name] for name in settings.optimizers}
+    entries = {}
+    for name, mine in by_name.items():
+        final = [run.epochs[-1].test_accuracy for run in mine if not run.diverged]
+        timed = [epoch.seconds for run in mine for epoch in warm_epochs(run)]
+        pairs = list(paired_epochs(mine, by_name[reference]))
+        entries[name] = {
+            "runs": len(mine),
+            "diverged": sum(run.diverged for run in mine),
+            "test_accuracy_mean": float(np.mean(final)) if final else None,
+            "test_accuracy_std": float(np.std(final, ddof=1)) if len(final) > 1 else None,
+            "seconds": {
+                phase: float(np.median([seconds[phase] for seconds in timed])) if timed else None
+                for phase in PHASES
+            },
+            "reference": reference,
+            "epoch_time_ratio": measure.ratio(*zip(*pairs, strict=True))._asdict() if pairs else None,
+        }
+    return entries
+
+
+def reference_optimizer(settings: Settings) -> str:
+    """Whose epoch time is 1: SGD where it takes part, else the first optimizer."""
+    return "sgd" if "sgd" in settings.optimizers else settings.optimizers[0]
+
+
+def warm_epochs(run: Run) -> list[Epoch]:
+    """The epochs of a run whose time counts: complete ones, the first only when there is no other."""
+    complete = [epoch for epoch in run.epochs if math.isfinite(epoch.test_loss)]
+    return complete[1:] or complete
+
+
+def paired_epochs(runs: Sequence[Run], references: Sequence[Run]) -> Iterator[tuple[float, float]]:
+    """Epoch times, in seconds, of two optimizers in the same epochs of the same seeds."""
+    for run, reference in zip(runs, references, strict=True):
+        theirs = {epoch.epoch: epoch_time(epoch) for epoch in warm_epochs(reference)}
+        for epoch in warm_epochs(run):
+            if epoch.epoch in theirs:
+                yield epoch_time(epoch), theirs[epoch.epoch]
+
+
+def epoch_time(epoch: Epoch) -> float:
+    """Seconds of training and epoch end."""
+    return epoch.seconds["training"] + epoch.seconds["epoch_end"]
