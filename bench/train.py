@@ -33,7 +33,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
-    if options.threads:
+    if options.threads is not None:
+        if options.threads < 1:
+            parser.error(f"threads must be positive, got {options.threads}")
         torch.set_num_threads(options.threads)
     settings = Settings(
         options.model,
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     Console().print(table(settings, summary))
     lost = [name for name, entry in summary.items() if entry["diverged"] == entry["runs"]]
     if lost:
-        console.print(f"diverged with every seed: {', '.join(lost)}")
+        console.print(f"diverged with every seed: {', '.join(lost)}", soft_wrap=True)
     return 1 if lost else 0
 
 
@@ -97,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         help="size of the synthetic training set (default: %(default)s)",
     )
     add("--device", default=DEFAULTS.device, help="cpu, cuda or cuda:N (default: %(default)s)")
-    add("--threads", type=int, default=0, help="threads of torch on the CPU (default: all cores)")
+    add("--threads", type=int, help="threads of torch on the CPU (default: all cores)")
     add(
         "--set",
         type=_assignment,
@@ -226,7 +228,7 @@ def _write(folder: Path, settings: Settings, runs: Sequence[Run], console: Conso
     try:
         written += figures(folder, settings, runs)
     except ModuleNotFoundError as error:
-        console.print(f"no figures: {error}")
+        console.print(f"no figures: {error}", soft_wrap=True, markup=False)
     console.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
 
 

@@ -138,7 +138,7 @@ class Run:
         number = len(self.epochs) + 1
         # Dropout draws from the global generator, which runs share: without this the neighbours of a
         # run in the interleaving would change its result.
-        torch.manual_seed(hash((self.seed, number)) & 0x7FFFFFFF)
+        torch.manual_seed(1_000_003 * self.seed + number)
         rates = self._learning_rates()
         clock = PhaseClock(self._device)
         train_loss = self._train()

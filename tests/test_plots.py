@@ -1,0 +1,60 @@
+"""Figures are drawn without a display, from plain values, and say what they need."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from rmsgd import plots
+
+PNG = b"\x89PNG"
+
+
+@pytest.mark.parametrize("layers", [1, 2, 20, 200])
+def test_layer_curves_are_drawn_for_any_number_of_layers(tmp_path, layers):
+    curves = {f"layers.{index}.conv.weight": np.linspace(0.03, 0.01 * index, 5) for index in range(layers)}
+    path = tmp_path / "figure.png"
+    plots.layer_curves(path, curves, ylabel="learning rate")
+    assert path.read_bytes().startswith(PNG)
+
+
+def test_gaps_single_epochs_and_logarithms_are_drawn(tmp_path):
+    plots.layer_curves(tmp_path / "one.png", {"a": [0.1]}, ylabel="stable rank")
+    plots.layer_curves(tmp_path / "gap.svg", {"a": [0.1, float("nan"), 0.3]}, ylabel="stable rank")
+    plots.layer_curves(tmp_path / "log.pdf", {"a": [0.0, 1e-3, 1.0]}, ylabel="rate", log=True)
+    assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())
+
+
+def test_bands_leave_out_runs_that_ended_early(tmp_path):
+    times = np.cumsum(np.ones((3, 6)), axis=1)
+    values = np.tile(np.linspace(10, 90, 6), (3, 1))
+    values[1, 3:] = np.nan
+    lost = np.full((3, 6), np.nan)
+    path = tmp_path / "figure.png"
+    plots.bands_over_time(path, {"sgd": (times, values), "lost": (times, lost)}, ylabel="accuracy (%)")
+    assert path.read_bytes().startswith(PNG)
+
+
+def test_more_optimizers_than_colours_still_get_a_line_each(tmp_path):
+    times = np.cumsum(np.ones((1, 4)), axis=1)
+    curves = {f"optimizer {index}": (times, times * index) for index in range(20)}
+    plots.bands_over_time(tmp_path / "figure.png", curves, ylabel="accuracy (%)")
+
+
+def test_shapes_that_do_not_fit_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"sgd: times and values must share a shape"):
+        plots.bands_over_time(tmp_path / "f.png", {"sgd": (np.ones((1, 2)), np.ones((1, 3)))}, ylabel="")
+    with pytest.raises(ValueError, match="no layer to draw"):
+        plots.layer_curves(tmp_path / "f.png", {}, ylabel="")
+
+
+def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"rmsgd-kernels\[plot\]"):
+        plots.layer_curves(tmp_path / "f.png", {"a": [1.0]}, ylabel="")
+
+
+def test_importing_the_module_does_not_import_matplotlib():
+    code = "import sys, rmsgd.plots; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
