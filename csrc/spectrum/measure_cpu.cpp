@@ -1,0 +1,330 @@
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <vector>
+
+#include "../isa.h"
+#include "../parallel.h"
+#include "eigenvalues_cpu.h"
+#include "gram_cpu.h"
+#include "measure.h"
+#include "tridiagonal_cpu.h"
+
+namespace rmsgd {
+namespace {
+
+// From this size on all threads work on one matrix; below, each thread has its own.
+constexpr std::int64_t SHARED_ROWS = 1024;
+
+std::int64_t rows_of(const MatrixView& matrix) { return matrix.small.length(); }
+std::int64_t columns_of(const MatrixView& matrix) { return matrix.large.length(); }
+
+double cost_of(const MatrixView& matrix) {
+  const double rows = double(rows_of(matrix)), columns = double(columns_of(matrix));
+  return rows * rows * (rows + columns);
+}
+
+// ---- memory ----
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// What one matrix of up to `rows` rows needs: its Gram matrix in double, and as much again for packed
+// columns, then for the copy in fp32 that is reduced.
+class Workspace {
+ public:
+  explicit Workspace(std::int64_t rows) {
+    const std::size_t stride = tridiagonal_stride(rows), padded = (rows + 15) / 16 * 16;
+    const std::size_t gram_bytes = stride * padded * sizeof(double);
+    const std::size_t copy_bytes =
+        std::max(gram_packed_size(rows) * sizeof(double), stride * padded * sizeof(float));
+    const std::size_t work_bytes = tridiagonal_work_size(rows) * sizeof(double);
+    const std::size_t vector_bytes = (8 * padded + eigenvalues_work_size(rows)) * sizeof(double);
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, gram_bytes + copy_bytes + work_bytes + vector_bytes) != 0)
+      throw std::bad_alloc();
+    memory_.reset(static_cast<char*>(memory));
+    char* next = memory_.get();
+    gram = reinterpret_cast<double*>(next);
+    copy = next += gram_bytes;
+    work = next += copy_bytes;
+    diagonal = reinterpret_cast<double*>(next += work_bytes);
+    squares = diagonal + padded;
+    values = squares + padded;
+    tails = values + padded;
+    eigenvalues_work = tails + 2 * padded;
+  }
+
+  double* gram;
+  void* copy;  // packed columns, then the fp32 copy of the Gram matrix
+  void* work;
+  double *diagonal, *squares, *values, *tails, *eigenvalues_work;
+
+  // What rank 0 decides for its team.
+  double trace = 0.0;
+  int scale_exponent = 0;
+  bool repeat = false;
+  MetricsStatus status = MEASURED;
+
+ private:
+  std::unique_ptr<char, Free> memory_;
+};
+
+// ---- one matrix: Gram, tridiagonal form, eigenvalues ----
+
+enum class Stage { gram_f32 = 0, gram_f64 = 1 };
+
+// Traces that leave room on both sides: nothing overflowed, and what underflowed does not matter.
+bool in_range(double trace, Stage stage) {
+  return stage == Stage::gram_f32 ? trace > 0x1p-60 && trace < 0x1p100 : trace > 0x1p-600 && trace < 0x1p900;
+}
+
+void form_gram(const MatrixView& matrix, Stage stage, Workspace& space, const ThreadTeam& team) {
+  const std::ptrdiff_t stride = tridiagonal_stride(rows_of(matrix));
+  const double scale = std::ldexp(1.0, space.scale_exponent);
+  if (stage == Stage::gram_f32) {
+    RMSGD_DISPATCH(gram_f32)(matrix, float(scale), space.gram, stride, static_cast<float*>(space.copy), team);
+  } else {
+    RMSGD_DISPATCH(gram_f64)(matrix, scale, space.gram, stride, static_cast<double*>(space.copy), team);
+  }
+  if (team.rank() == 0) {
+    space.trace = 0.0;
+    for (std::int64_t i = 0; i < rows_of(matrix); ++i) space.trace += space.gram[i * stride + i];
+  }
+}
+
+// The Gram matrix of the weight, scaled by a power of two where its squares would leave the range of the
+// format. Almost no weight needs it, so the first attempt does without and the trace tells.
+void form_scaled_gram(const MatrixView& matrix, Stage stage, Workspace& space, const ThreadTeam& team) {
+  if (team.rank() == 0) space.scale_exponent = 0;
+  team.barrier();
+  form_gram(matrix, stage, space, team);
+  if (team.rank() == 0) {
+    space.status = MEASURED;
+    space.repeat = !in_range(space.trace, stage);
+    if (space.repeat) {
+      const Magnitude magnitude = RMSGD_DISPATCH(magnitude)(matrix);
+      if (!magnitude.finite) space.status = NOT_FINITE;
+      space.repeat = magnitude.finite && magnitude.largest > 0.0;
+      const int limit = stage == Stage::gram_f32 ? 126 : 1022;
+      if (space.repeat) space.scale_exponent = std::min(-std::ilogb(magnitude.largest), limit);
+    }
+  }
+  team.barrier();
+  if (space.repeat) form_gram(matrix, stage, space, team);
+  team.barrier();
+}
+
+// Scales the Gram matrix to a trace in [1, 2) and reduces it: `diagonal` and `squares` on rank 0. Returns the
+// exponent of that scale.
+int reduce(int rows, Stage stage, Workspace& space, const ThreadTeam& team) {
+  const int exponent = -std::ilogb(space.trace);
+  const double scale = std::ldexp(1.0, exponent);
+  if (stage == Stage::gram_f32) {
+    RMSGD_DISPATCH(tridiagonalise_f32)(space.gram, scale, rows, static_cast<float*>(space.copy),
+                                       space.diagonal, space.squares, static_cast<float*>(space.work), team);
+  } else {
+    RMSGD_DISPATCH(tridiagonalise_f64)(space.gram, scale, rows, space.gram, space.diagonal, space.squares,
+                                       static_cast<double*>(space.work), team);
+  }
+  return exponent;
+}
+
+struct Interval {
+  double upper;  // no eigenvalue is above
+  double tolerance;
+};
+
+// Squares the off-diagonal and bounds the eigenvalues (Gershgorin).
+Interval prepare(int rows, Stage stage, Workspace& space) {
+  double upper = 0.0;
+  for (int i = 0; i < rows; ++i) {
+    const double left = i > 0 ? std::fabs(space.tails[i - 1]) : 0.0;
+    const double right = i + 1 < rows ? std::fabs(space.squares[i]) : 0.0;
+    upper = std::max(upper, space.diagonal[i] + left + right);
+    space.tails[i] = right;
+  }
+  for (int i = 0; i + 1 < rows; ++i) {
+    space.squares[i] = std::max(space.squares[i] * space.squares[i], SMALLEST_SQUARE);
+  }
+  return {upper, upper * (stage == Stage::gram_f32 ? 0x1p-31 : 0x1p-51)};
+}
+
+// Eigenvalues of a positive semidefinite matrix: what rounding put below zero is zero.
+void find_largest(int rows, int count, double lower, const Interval& interval, Workspace& space) {
+  RMSGD_DISPATCH(largest_eigenvalues)
+  (space.diagonal, space.squares, rows, count, lower, interval.upper, interval.tolerance, space.values,
+   space.eigenvalues_work);
+}
+
+// ---- EVBMF ----
+
+struct Needed {
+  int count;       // values that the minimiser may need
+  double lower;    // they lie above this
+  double s_limit;  // no minimum has 1 / sigma^2 above this
+};
+
+// A value lambda = M c adds at least min(c s, 1 + alpha) to s dOmega/ds, so where the sum of these exceeds L,
+// Omega increases for good. With N(t) values above t, sum min(lambda, t) is the integral of N from 0 to t;
+// one Sturm count of a grid bounds it from below.
+Needed needed_values(int rows, double columns, double trace, const Interval& interval, Workspace& space) {
+  constexpr int GRID = 96;
+  constexpr double RATIO = 1.06;
+  const Needed all = {rows, 0.0, std::numeric_limits<double>::infinity()};
+  const double alpha = rows / columns;
+  double shifts[GRID];
+  int above[GRID];
+  shifts[GRID - 1] = (1.0 + alpha) * trace / rows;
+  for (int i = GRID - 2; i >= 0; --i) shifts[i] = shifts[i + 1] / RATIO;
+  RMSGD_DISPATCH(count_above)(space.diagonal, space.squares, rows, shifts, GRID, above);
+  double integral = 0.0, left = 0.0, limit = 0.0;
+  for (int i = 0; i < GRID; ++i) {
+    integral += (shifts[i] - left) * above[i];
+    left = shifts[i];
+    if (integral * (1.0 + alpha) > rows * 1.001 * shifts[i])
+      limit = 1.05 * columns * (1.0 + alpha) / shifts[i];
+  }
+  if (limit == 0.0) return all;
+  const double lower = columns * Threshold(rows, columns).x / limit;
+  if (lower >= interval.upper) return {0, lower, limit};
+  int count;
+  RMSGD_DISPATCH(count_above)(space.diagonal, space.squares, rows, &lower, 1, &count);
+  return {count, lower, limit};
+}
+
+void write_row(double* row, const ModeMetrics& metrics, MetricsStatus status, Stage stage) {
+  row[RANK] = metrics.rank;
+  row[NOISE_VARIANCE] = metrics.noise_variance;
+  row[STABLE_RANK] = metrics.stable_rank;
+  row[CONDITION_NUMBER] = metrics.condition_number;
+  row[NUCLEAR] = metrics.nuclear;
+  row[STATUS] = status;
+  row[STAGE] = int(stage);
+}
+
+// The metrics of a reduced Gram matrix of trace `trace` times 2^exponent; false where they are not to be
+// trusted.
+bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Workspace& space, double* row) {
+  const int rows = int(rows_of(matrix));
+  const double columns = double(columns_of(matrix));
+  const double trace = std::ldexp(space.trace, exponent);
+  const double unit = stage == Stage::gram_f32 ? 0x1p-24 : 0x1p-53;
+  const Interval interval = prepare(rows, stage, space);
+  Needed needed = needed_values(rows, columns, trace, interval, space);
+  double* const values = space.values;
+  double rest = 0.0;
+  for (;;) {
+    find_largest(rows, needed.count, needed.lower, interval, space);
+    if (needed.count == rows) break;
+    // The rest of the trace keeps enough digits only while it is not a small difference.
+    rest = trace - std::accumulate(values, values + needed.count, 0.0);
+    if (rest > 1e-4 * trace) break;
+    needed = {rows, 0.0, std::numeric_limits<double>::infinity()};
+    rest = 0.0;
+  }
+  const double largest = needed.count > 0 ? values[0] : interval.upper;
+  const double zero = stage == Stage::gram_f64 ? 64.0 * rows * unit * largest : 0.0;
+  for (int h = 0; h < needed.count; ++h) values[h] = values[h] > zero ? values[h] / columns : 0.0;
+  Solo solo;
+  const FreeEnergyMinimum minimum = minimise_free_energy(solo, values, needed.count, rest / columns, rows,
+                                                         columns, needed.s_limit, space.tails);
+  ModeMetrics metrics = mode_metrics(solo, values, minimum, rows, columns);
+  const double next = minimum.rank < needed.count ? values[minimum.rank] : needed.lower / columns;
+  const bool trusted = trustworthy(minimum, values, next, rows, columns, 8.0 * unit * largest);
+  metrics.noise_variance = std::ldexp(metrics.noise_variance, -exponent - 2 * space.scale_exponent);
+  write_row(row, metrics, trusted || stage == Stage::gram_f32 ? MEASURED : NEEDS_SVD, stage);
+  return trusted;
+}
+
+// One row by the team; every member takes the same way through it.
+void measure_one(const MatrixView& matrix, Workspace& space, const ThreadTeam& team, double* row) {
+  const int rows = int(rows_of(matrix));
+  Stage stage = matrix.dtype == DType::f64 || rows == 1 ? Stage::gram_f64 : Stage::gram_f32;
+  for (;; stage = Stage::gram_f64) {
+    form_scaled_gram(matrix, stage, space, team);
+    if (space.status == NOT_FINITE || space.trace == 0.0 || rows == 1) {
+      const double columns = double(columns_of(matrix));
+      const double noise = std::ldexp(space.trace / columns, -2 * space.scale_exponent);
+      if (team.rank() == 0) write_row(row, {0, noise, 0.0, 1.0, 0.0}, space.status, stage);
+      break;
+    }
+    const int exponent = reduce(rows, stage, space, team);
+    if (team.rank() == 0) {
+      space.repeat = !measure_reduced(matrix, stage, exponent, space, row) && stage == Stage::gram_f32;
+    }
+    team.barrier();
+    if (!space.repeat) break;
+  }
+  team.barrier();
+}
+
+}  // namespace
+
+void measure(const MatrixView* matrices, int count, int threads, double* out) {
+  std::vector<int> order;
+  for (int i = 0; i < count; ++i) {
+    if (rows_of(matrices[i]) > 0) {
+      order.push_back(i);
+    } else {
+      write_row(out + std::int64_t(i) * MEASURE_FIELDS, {0, 0.0, 0.0, 1.0, 0.0}, MEASURED, Stage::gram_f64);
+    }
+  }
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int a, int b) { return cost_of(matrices[a]) > cost_of(matrices[b]); });
+  const auto shared_end = std::stable_partition(order.begin(), order.end(),
+                                                [&](int i) { return rows_of(matrices[i]) >= SHARED_ROWS; });
+  const int shared = int(shared_end - order.begin()), total = int(order.size());
+  std::int64_t largest_shared = 0, largest_own = 0;
+  for (int k = 0; k < total; ++k) {
+    std::int64_t& largest = k < shared ? largest_shared : largest_own;
+    largest = std::max(largest, rows_of(matrices[order[k]]));
+  }
+  // The first thread works in the shared space once the shared matrices are done.
+  std::vector<Workspace> spaces;
+  spaces.emplace_back(std::max(largest_shared, largest_own));
+  for (int t = 1; t < threads; ++t) spaces.emplace_back(largest_own);
+
+  Barrier meeting;
+  std::atomic<int> next{shared};
+  parallel(threads, [&](int thread, int actual) {
+    const ThreadTeam team(thread, actual, &meeting);
+    for (int k = 0; k < shared; ++k) {
+      measure_one(matrices[order[k]], spaces[0], team, out + std::int64_t(order[k]) * MEASURE_FIELDS);
+    }
+    const ThreadTeam alone(0, 1, nullptr);
+    for (int k; (k = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
+      measure_one(matrices[order[k]], spaces[thread], alone, out + std::int64_t(order[k]) * MEASURE_FIELDS);
+    }
+  });
+}
+
+void gram_eigenvalues(const MatrixView& matrix, bool double_precision, int threads, double* out) {
+  const int rows = int(rows_of(matrix));
+  if (rows == 0) return;
+  const Stage stage = double_precision ? Stage::gram_f64 : Stage::gram_f32;
+  Workspace space(rows);
+  Barrier meeting;
+  parallel(rows < SHARED_ROWS ? 1 : threads, [&](int thread, int actual) {
+    const ThreadTeam team(thread, actual, &meeting);
+    form_scaled_gram(matrix, stage, space, team);
+    if (space.status == NOT_FINITE || space.trace == 0.0) {
+      const double value = space.trace == 0.0 ? 0.0 : std::numeric_limits<double>::quiet_NaN();
+      if (thread == 0) std::fill(out, out + rows, value);
+      return;
+    }
+    const int exponent = reduce(rows, stage, space, team);
+    if (thread != 0) return;
+    const Interval interval = prepare(rows, stage, space);
+    find_largest(rows, rows, 0.0, interval, space);
+    for (int h = 0; h < rows; ++h) out[h] = std::ldexp(space.values[h], -exponent - 2 * space.scale_exponent);
+  });
+}
+
+}  // namespace rmsgd

@@ -1,0 +1,107 @@
+// SIMD vectors of the instruction set a source is compiled for (see ../isa.h), as GCC and Clang
+// vector extensions: the same source gives SSE2, AVX2, AVX-512 and NEON code.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../team.h"
+
+namespace rmsgd {
+namespace RMSGD_ISA {
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
+
+// Never below four lanes (the kernels work on four rows at a time): without AVX a vector of doubles
+// is a pair of registers.
+template <class T>
+constexpr int LANES = VECTOR_BYTES / int(sizeof(T)) < 4 ? 4 : VECTOR_BYTES / int(sizeof(T));
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float vector __attribute__((vector_size(LANES<float> * 4), may_alias));
+  typedef float unaligned __attribute__((vector_size(LANES<float> * 4), aligned(4), may_alias));
+};
+
+template <>
+struct Simd<double> {
+  typedef double vector __attribute__((vector_size(LANES<double> * 8), may_alias));
+  typedef double unaligned __attribute__((vector_size(LANES<double> * 8), aligned(8), may_alias));
+};
+
+template <class T>
+using Vector = typename Simd<T>::vector;
+
+template <class T>
+RMSGD_FN Vector<T> load(const T* from) {
+  return *reinterpret_cast<const typename Simd<T>::unaligned*>(from);
+}
+
+template <class T>
+RMSGD_FN void store(T* to, Vector<T> x) {
+  *reinterpret_cast<typename Simd<T>::unaligned*>(to) = x;
+}
+
+template <class T>
+RMSGD_FN T horizontal_sum(Vector<T> x) {
+  T halves[LANES<T>];
+  store(halves, x);
+  for (int width = LANES<T> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) halves[i] += halves[i + width];
+  }
+  return halves[0];
+}
+
+// `n` rounded up or down to whole vectors.
+template <class T>
+RMSGD_FN ptrdiff_t vectors_up(ptrdiff_t n) {
+  return (n + LANES<T> - 1) / LANES<T> * LANES<T>;
+}
+
+template <class T>
+RMSGD_FN ptrdiff_t vectors_down(ptrdiff_t n) {
+  return n / LANES<T> * LANES<T>;
+}
+
+// The heart of both matrix products: a tile of ROWS x (VECTORS * LANES) sums over k of a[k] b[k].
+// Row r of the left operand at step k is a[k * a_step + r]; lane l of vector v of the right one is
+// b[k * b_step + v * b_group + l].
+// 4 x 3 vectors are 12 accumulators: enough to hide the latency of a fused multiply-add on every CPU
+// we know, and with the operands they fill AVX2's 16 registers.
+constexpr int TILE_ROWS = 4, TILE_VECTORS = 3;
+
+template <class T, int VECTORS>
+struct Tile {
+  Vector<T> sum[TILE_ROWS][VECTORS];
+
+  RMSGD_FN Tile(const T* a, ptrdiff_t a_step, const T* b, ptrdiff_t b_step, ptrdiff_t b_group,
+                ptrdiff_t depth) {
+#pragma GCC unroll 4
+    for (int r = 0; r < TILE_ROWS; ++r) {
+#pragma GCC unroll 3
+      for (int v = 0; v < VECTORS; ++v) sum[r][v] = Vector<T>{};
+    }
+    for (ptrdiff_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
+      Vector<T> right[VECTORS];
+#pragma GCC unroll 3
+      for (int v = 0; v < VECTORS; ++v) right[v] = load(b + v * b_group);
+#pragma GCC unroll 4
+      for (int r = 0; r < TILE_ROWS; ++r) {
+#pragma GCC unroll 3
+        for (int v = 0; v < VECTORS; ++v) sum[r][v] += a[r] * right[v];
+      }
+    }
+  }
+};
+
+}  // namespace RMSGD_ISA
+}  // namespace rmsgd

@@ -1,0 +1,244 @@
+#include "tridiagonal_cpu.h"
+
+#include <math.h>
+
+#include "simd.h"
+
+namespace rmsgd {
+namespace RMSGD_ISA {
+namespace {
+
+// A vector whose remaining part has a sum of squares below this is zero: the matrix has norm 1, and the
+// squares would not be accurate any more.
+template <class T>
+constexpr double NEGLIGIBLE = sizeof(T) == 4 ? 1e-30 : 1e-290;
+
+// dots[k] = rows[k] . x over columns [first, end), for `count` rows one stride apart. Whole vectors.
+template <class T>
+void dot_rows(const T* rows, ptrdiff_t stride, int count, const T* x, ptrdiff_t first, ptrdiff_t end,
+              T* dots) {
+  constexpr int W = LANES<T>;
+  int k = 0;
+  for (; k + 4 <= count; k += 4) {
+    const T* row = rows + k * stride;
+    Vector<T> sum[4] = {};
+    for (ptrdiff_t j = first; j < end; j += W) {
+      const Vector<T> right = load(x + j);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) sum[r] += load(row + r * stride + j) * right;
+    }
+    for (int r = 0; r < 4; ++r) dots[k + r] = horizontal_sum<T>(sum[r]);
+  }
+  for (; k < count; ++k) {
+    Vector<T> sum = {};
+    for (ptrdiff_t j = first; j < end; j += W) sum += load(rows + k * stride + j) * load(x + j);
+    dots[k] = horizontal_sum<T>(sum);
+  }
+}
+
+// x -= sum over k of factors[k] rows[k].
+template <class T>
+void subtract_rows(T* x, const T* rows, ptrdiff_t stride, int count, const T* factors, ptrdiff_t first,
+                   ptrdiff_t end) {
+  constexpr int W = LANES<T>;
+  int k = 0;
+  for (; k + 4 <= count; k += 4) {
+    const T* row = rows + k * stride;
+    const T* factor = factors + k;
+    for (ptrdiff_t j = first; j < end; j += W) {
+      Vector<T> value = load(x + j);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) value -= factor[r] * load(row + r * stride + j);
+      store(x + j, value);
+    }
+  }
+  for (; k < count; ++k) {
+    for (ptrdiff_t j = first; j < end; j += W) {
+      store(x + j, load(x + j) - factors[k] * load(rows + k * stride + j));
+    }
+  }
+}
+
+// y += A v for the block row `top` of a symmetric A of which the upper triangle is stored: each element
+// right of the diagonal block serves its row and its column while it is in a register.
+template <class T>
+RMSGD_FN void multiply_block_row(const T* matrix, ptrdiff_t stride, ptrdiff_t top, ptrdiff_t end, const T* v,
+                                 T* y) {
+  constexpr int W = LANES<T>;
+  for (int group = 0; group < W; group += 4) {
+    const T* row = matrix + (top + group) * stride;
+    const T* scale = v + top + group;
+    Vector<T> sum[4] = {};
+    for (ptrdiff_t j = top + W; j < end; j += W) {
+      const Vector<T> right = load(v + j);
+      Vector<T> below = load(y + j);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        const Vector<T> a = load(row + r * stride + j);
+        sum[r] += a * right;
+        below += a * scale[r];
+      }
+      store(y + j, below);
+    }
+    for (int r = 0; r < 4; ++r) y[top + group + r] += horizontal_sum<T>(sum[r]);
+  }
+  Vector<T> here = load(y + top);
+  for (int r = 0; r < W; ++r) here += v[top + r] * load(matrix + (top + r) * stride + top);
+  store(y + top, here);
+}
+
+// A -= left^T right for the rows and columns from `first` on, upper triangle by whole vectors.
+// left and right are 2 PANEL rows each, one stride apart.
+template <class T>
+void subtract_products(T* matrix, ptrdiff_t stride, ptrdiff_t first, ptrdiff_t end, const T* left,
+                       const T* right, int depth, const ThreadTeam& team) {
+  constexpr int W = LANES<T>;
+  ptrdiff_t turn = 0;
+  for (ptrdiff_t row = first; row < end; row += TILE_ROWS, ++turn) {
+    if (turn % team.size() != team.rank()) continue;
+    ptrdiff_t column = vectors_down<T>(row);
+    for (; column + TILE_VECTORS * W <= end; column += TILE_VECTORS * W) {
+      const Tile<T, TILE_VECTORS> tile(left + row, stride, right + column, stride, W, depth);
+#pragma GCC unroll 4
+      for (int r = 0; r < TILE_ROWS; ++r) {
+        T* to = matrix + (row + r) * stride + column;
+#pragma GCC unroll 3
+        for (int v = 0; v < TILE_VECTORS; ++v) store(to + v * W, load(to + v * W) - tile.sum[r][v]);
+      }
+    }
+    for (; column < end; column += W) {
+      const Tile<T, 1> tile(left + row, stride, right + column, stride, W, depth);
+#pragma GCC unroll 4
+      for (int r = 0; r < TILE_ROWS; ++r) {
+        T* to = matrix + (row + r) * stride + column;
+        store(to, load(to) - tile.sum[r][0]);
+      }
+    }
+  }
+}
+
+// Householder reflection H = 1 - tau v v^T that turns (x_1, x_2, ...) into (beta, 0, ...); x becomes v,
+// v_1 = 1. The sums are formed in T by vectors, the scalars in double.
+template <class T>
+RMSGD_FN double reflect(T* x, ptrdiff_t at, ptrdiff_t end, double* beta) {
+  constexpr int W = LANES<T>;
+  const double alpha = double(x[at]);
+  for (ptrdiff_t j = vectors_down<T>(at); j <= at; ++j) x[j] = T(0);
+  Vector<T> squares = {};
+  for (ptrdiff_t j = vectors_down<T>(at); j < end; j += W) squares += load(x + j) * load(x + j);
+  const double rest = double(horizontal_sum<T>(squares));
+  if (rest < NEGLIGIBLE<T>) {
+    *beta = alpha;
+    return 0.0;
+  }
+  *beta = alpha > 0.0 ? -sqrt(alpha * alpha + rest) : sqrt(alpha * alpha + rest);
+  const T factor = T(1.0 / (alpha - *beta));
+  for (ptrdiff_t j = vectors_down<T>(at); j < end; j += W) store(x + j, load(x + j) * factor);
+  x[at] = T(1);
+  return (*beta - alpha) / *beta;
+}
+
+// A reflection reads the whole rest of the matrix once (the product A v), so PANEL of them are gathered
+// before the rest is updated: A <- A - V W^T - W V^T. Until then row j of the present matrix is the stored
+// one less its part of the pending products, and A v likewise.
+template <class T>
+void tridiagonalise(const double* gram, double scale, int n, T* matrix, double* diagonal,
+                    double* off_diagonal, T* work, const ThreadTeam& team) {
+  constexpr int W = LANES<T>;
+  const ptrdiff_t stride = tridiagonal_stride(n);
+  const ptrdiff_t end = vectors_up<T>(n);
+  for (ptrdiff_t i = team.rank(); i < end; i += team.size()) {
+    for (ptrdiff_t j = vectors_down<T>(i); j < end; ++j) {
+      matrix[i * stride + j] = T(scale * gram[i * stride + j]);
+    }
+  }
+  team.barrier();
+  const int parts = product_parts(n);
+  T* const v_rows = work;  // V, W and V again: [V W] and [W V] are both at hand
+  T* const w_rows = v_rows + PANEL * stride;
+  T* const v_again = w_rows + PANEL * stride;
+  T* const row = v_again + PANEL * stride;
+  T* const partial = row + stride;
+  for (int start = 0; start < n; start += PANEL) {
+    const int panel_end = start + PANEL < n ? start + PANEL : n;
+    for (int j = start; j < panel_end; ++j) {
+      const int pending = j - start;
+      const ptrdiff_t first = vectors_down<T>(j + 1 < n ? j + 1 : j);
+      T* const v = v_rows + pending * stride;
+      T* const w = w_rows + pending * stride;
+      double tau = 0.0;
+      if (team.rank() == 0) {
+        T from_v[PANEL], from_w[PANEL];
+        for (int k = 0; k < pending; ++k) {
+          from_v[k] = v_rows[k * stride + j];
+          from_w[k] = w_rows[k * stride + j];
+        }
+        const ptrdiff_t begin = vectors_down<T>(j);
+        for (ptrdiff_t i = begin; i < end; i += W) store(row + i, load(matrix + j * stride + i));
+        subtract_rows(row, w_rows, stride, pending, from_v, begin, end);
+        subtract_rows(row, v_rows, stride, pending, from_w, begin, end);
+        diagonal[j] = double(row[j]);
+        for (ptrdiff_t i = 0; i < end; ++i) v[i] = i > j ? row[i] : T(0);
+        if (j + 1 < n) tau = reflect(v, j + 1, end, &off_diagonal[j]);
+        for (ptrdiff_t i = 0; i < end; ++i) w[i] = T(0);
+        row[0] = T(tau);
+      }
+      team.barrier();
+      if (j + 1 >= n) continue;
+      tau = double(row[0]);
+      if (tau == 0.0) {
+        // Every thread has read tau before the first writes the row again.
+        team.barrier();
+        continue;
+      }
+      for (int part = team.rank(); part < parts; part += team.size()) {
+        T* const y = partial + part * stride;
+        for (ptrdiff_t i = first; i < end; i += W) store(y + i, Vector<T>{});
+        for (ptrdiff_t top = first + part * W; top < end; top += parts * W) {
+          multiply_block_row(matrix, stride, top, end, v, y);
+        }
+      }
+      team.barrier();
+      if (team.rank() == 0) {
+        for (ptrdiff_t i = first; i < end; i += W) {
+          Vector<T> sum = load(partial + i);
+          for (int part = 1; part < parts; ++part) sum += load(partial + part * stride + i);
+          store(w + i, sum);
+        }
+        T with_v[PANEL], with_w[PANEL];
+        dot_rows(v_rows, stride, pending, v, first, end, with_v);
+        dot_rows(w_rows, stride, pending, v, first, end, with_w);
+        subtract_rows(w, v_rows, stride, pending, with_w, first, end);
+        subtract_rows(w, w_rows, stride, pending, with_v, first, end);
+        T product;
+        dot_rows(w, stride, 1, v, first, end, &product);
+        const T factor = T(tau), shift = T(0.5 * tau * double(product));
+        for (ptrdiff_t i = first; i < end; i += W) store(w + i, factor * (load(w + i) - shift * load(v + i)));
+        for (ptrdiff_t i = first; i <= j; ++i) w[i] = T(0);
+      }
+      // The next reflection begins with a barrier before the others read what was written here.
+    }
+    if (panel_end == n) break;
+    if (team.rank() == 0) {
+      for (ptrdiff_t i = 0; i < PANEL * stride; ++i) v_again[i] = v_rows[i];
+    }
+    team.barrier();
+    subtract_products(matrix, stride, vectors_down<T>(panel_end), end, v_rows, w_rows, 2 * PANEL, team);
+    team.barrier();
+  }
+}
+
+}  // namespace
+
+void tridiagonalise_f32(const double* gram, double scale, int n, float* matrix, double* diagonal,
+                        double* off_diagonal, float* work, const ThreadTeam& team) {
+  tridiagonalise(gram, scale, n, matrix, diagonal, off_diagonal, work, team);
+}
+
+void tridiagonalise_f64(const double* gram, double scale, int n, double* matrix, double* diagonal,
+                        double* off_diagonal, double* work, const ThreadTeam& team) {
+  tridiagonalise(gram, scale, n, matrix, diagonal, off_diagonal, work, team);
+}
+
+}  // namespace RMSGD_ISA
+}  // namespace rmsgd
