@@ -8,29 +8,20 @@ and write them. ``write_back`` brings them to the state.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rmsgd.backends import backend_for
-from rmsgd.backends.base import (
-    CONDITION_NUMBER,
-    MEASURED,
-    NOISE_VARIANCE,
-    RANK,
-    STABLE_RANK,
-    STATUS,
-    RateGroup,
-    RateTables,
-    StepGroup,
-    StepTables,
-    same_layout,
-)
+from rmsgd.backends.base import STABLE_RANK, RateGroup, RateTables, StepGroup, StepTables, same_layout
 from rmsgd.layers import Unfolding, is_probed, leader_of, measurement_weights, unfoldings
-from rmsgd.metrics import LayerMetrics
+from rmsgd.measurement import Measurement
+from rmsgd.state import State, buffer_key
 
-State = dict[str, Any]
+_PROBING = ("probe", "linear", "rule")
+"""The options of a group that decide which of its parameters are probed."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +30,11 @@ class Member:
 
     parameter: Tensor
     group: int
+    position: int
+    """Where it stands among all parameters, in the order of registration."""
     name: str
     """Its name if the optimizer was given names, else "group.index"."""
     named: bool
-
-
-def buffer_key(group: Mapping[str, Any]) -> str:
-    """What a group's state calls its memory of past gradients."""
-    return "velocity" if group["rule"] == "paper" else "momentum_buffer"
 
 
 class Ledger:
@@ -68,24 +56,27 @@ class Ledger:
         self.device = members[0].parameter.device
         self._parameters = [m.parameter for m in members]
         self._states = [state[p] for p in self._parameters]
-        self._layout = self._memory()
-        self._trainable = self._requires_grad()
         self._backend = backend_for(self.device)
         self._build_step(groups)
         self._build_rates(groups)
-        self.metrics: Tensor | None = None
+        self._addresses = self._addresses_now()
+        self._probing = self._probing_now(groups)
 
     def _build_step(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        buffers = [
-            state.get(buffer_key(groups[m.group]))
-            for m, state in zip(self.members, self._states, strict=True)
+        self._keys = [buffer_key(groups[m.group]) for m in self.members]
+        self._buffers = [state.get(key) for state, key in zip(self._states, self._keys, strict=True)]
+        self._bufferless = [
+            m.parameter
+            for m, buffer in zip(self.members, self._buffers, strict=True)
+            if buffer is None and groups[m.group]["momentum"] != 0
         ]
         rates = [state["rate"] for state in self._states]
         fresh = [state["fresh"] for state in self._states]
         self._eta = torch.tensor(rates, dtype=torch.float64, device=self.device)
         self._fresh = torch.tensor(fresh, dtype=torch.bool)
+        self._stepped, self._copies = _dense(self._parameters)
         self._stepper = self._backend.stepper(
-            StepTables(self._parameters, buffers, [m.group for m in self.members], self._eta, self._fresh)
+            StepTables(self._stepped, self._buffers, [m.group for m in self.members], self._eta, self._fresh)
         )
 
     def _build_rates(self, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -134,108 +125,79 @@ class Ledger:
             for i in self._probed
         )
 
-    def _memory(self) -> list[tuple[int, torch.device]]:
-        return [(p.data_ptr(), p.device) for p in self._parameters]
+    # -- whether it still holds ------------------------------------------------------------------
 
-    def _requires_grad(self) -> list[bool]:
-        return [p.requires_grad for p in self._parameters]
+    def _addresses_now(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self._parameters))
+
+    def _probing_now(self, groups: Sequence[Mapping[str, Any]]) -> list[object]:
+        trainable = [p.requires_grad for p in self._parameters]
+        return [trainable, [[group[key] for key in _PROBING] for group in groups]]
 
     def is_current(self) -> bool:
-        """Whether the parameters still lie where they lay when this ledger was made."""
-        return self._layout == self._memory()
+        """Whether parameters and buffers are where they were when this ledger was made."""
+        return (
+            self._addresses == self._addresses_now()
+            and all(map(is_, map(dict.get, self._states, self._keys), self._buffers))
+            and all(p.grad is None for p in self._bufferless)
+        )
 
-    def probes_the_same(self) -> bool:
-        """Whether the same parameters are trainable as when this ledger was made."""
-        return self._trainable == self._requires_grad()
+    def probes_the_same(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the same parameters are to be measured as when this ledger was made."""
+        return self._probing == self._probing_now(groups)
+
+    # -- steps -----------------------------------------------------------------------------------
 
     def step(self, groups: Sequence[StepGroup], grad_scale: float) -> None:
         """One step along the parameters' gradients."""
         gradients: list[Tensor | None] = []
         written: list[Tensor] = []
-        for member, p in zip(self.members, self._parameters, strict=True):
-            grad = p.grad
+        for member, p in zip(self.members, self._stepped, strict=True):
+            grad = member.parameter.grad
             if grad is not None:
-                written.append(p)
-                if grad.stride() != p.stride() or grad.dtype != p.dtype or grad.is_sparse:
-                    grad = self._usable(grad, member)
+                written.append(member.parameter)
+                if grad.stride() != p.stride() or grad.dtype != p.dtype or grad.layout != torch.strided:
+                    grad = _usable(grad, p, member.name)
             gradients.append(grad)
+        for p, dense in self._copies:
+            dense.copy_(p)
         self._stepper.step(gradients, groups, grad_scale)
+        for p, dense in self._copies:
+            p.copy_(dense)
         torch.autograd.graph.increment_version(written)
 
-    def _usable(self, grad: Tensor, member: Member) -> Tensor:
-        if grad.layout != torch.strided:
-            raise RuntimeError(
-                f"RMSGD does not support sparse gradients, and {member.name} has one ({grad.layout}); "
-                "use a dense gradient (sparse=False in an embedding)"
-            )
-        if grad.dtype != member.parameter.dtype:
-            grad = grad.to(member.parameter.dtype)
-        return same_layout(grad, member.parameter)
+    # -- epoch ends ------------------------------------------------------------------------------
 
     def measure_first(self) -> None:
         """Take s(0) from the weights as they are, for layers that ask for it and have none yet."""
-        if not self._first_measurement_due:
-            return
-        self._first_measurement_due = False
-        measured = self._measurements(self._backend.measure(self._spectra))
-        due = self._tables.stable_rank.isnan() & ~measured.isnan()
-        self._tables.stable_rank[due] = measured[due]
+        if self._first_measurement_due:
+            self._first_measurement_due = False
+            self._fill_in(self._backend.measure(self._spectra))
 
-    def _measurements(self, metrics: Tensor) -> Tensor:
-        """The layers' s under the paper's rule, NaN where a weight is not finite; (layers,)."""
+    def _fill_in(self, metrics: Tensor) -> None:
+        """Give the layers that have no s yet the one measured, NaN where a weight is not finite."""
         rows = metrics[:, STABLE_RANK] * self._tables.weight
         sizes = self._tables.spectrum_begin.diff()
         layers = torch.repeat_interleave(torch.arange(len(sizes), device=rows.device), sizes)
-        return torch.zeros(len(sizes), dtype=rows.dtype, device=rows.device).index_add_(0, layers, rows)
+        measured = torch.zeros(len(sizes), dtype=rows.dtype, device=rows.device).index_add_(0, layers, rows)
+        known = self._tables.stable_rank
+        known.copy_(torch.where(known.isnan(), measured, known))
 
-    def epoch_step(self, groups: Sequence[RateGroup]) -> None:
-        """Measure every layer and move the rates; the metrics stay for the report."""
-        self.metrics = self._backend.measure(self._spectra)
-        self._backend.update_rates(self._tables, groups, self.metrics)
-
-    def not_finite(self) -> list[str]:
-        """Names of the layers whose last measurement met a NaN or an Inf."""
-        if self.metrics is None:
-            return []
-        bad = (self.metrics[:, STATUS] != MEASURED).tolist()
-        begin = self._tables.spectrum_begin.tolist()
-        return [
-            self.members[i].name
-            for layer, i in enumerate(self._probed)
-            if any(bad[begin[layer] : begin[layer + 1]])
-        ]
+    def epoch_step(self, groups: Sequence[RateGroup]) -> Measurement:
+        """Measure every layer and move the rates."""
+        metrics = self._backend.measure(self._spectra)
+        self._fill_in(metrics)
+        self._backend.update_rates(self._tables, groups, metrics)
+        return Measurement(
+            [self.members[i].position for i in self._probed],
+            [self.members[i].name for i in self._probed],
+            [tuple(self._parameters[i].shape) for i in self._probed],
+            metrics,
+        )
 
     def rates(self) -> list[float]:
         """eta of every parameter, before its group's multiplier."""
         return self._eta.tolist()
-
-    def layers(self) -> dict[int, LayerMetrics]:
-        """What the last epoch end measured, by the index of the member."""
-        assert self.metrics is not None
-        rows = self.metrics.tolist()
-        begin = self._tables.spectrum_begin.tolist()
-        result = {}
-        for layer, i in enumerate(self._probed):
-            p, name = self._parameters[i], self.members[i].name
-            mine = rows[begin[layer] : begin[layer + 1]]
-            if any(row[STATUS] != MEASURED for row in mine):
-                result[i] = LayerMetrics.skip(name, tuple(p.shape), "a weight is NaN or infinite")
-                continue
-            modes: list[str] = []
-            columns: list[list[float]] = []
-            for row, unfolding in zip(mine, unfoldings(p.shape), strict=True):
-                modes += unfolding.modes
-                columns += [row] * len(unfolding.modes)
-            result[i] = LayerMetrics.from_modes(
-                name,
-                tuple(p.shape),
-                tuple(modes),
-                tuple(int(row[RANK]) for row in columns),
-                tuple(row[NOISE_VARIANCE] for row in columns),
-                tuple(row[STABLE_RANK] for row in columns),
-                tuple(row[CONDITION_NUMBER] for row in columns),
-            )
-        return result
 
     def write_back(self) -> None:
         """Bring rates, measurements and flags to the optimizer's state, as plain numbers."""
@@ -245,3 +207,24 @@ class Ledger:
         ranks, ready = self._tables.stable_rank.tolist(), self._tables.ready.tolist()
         for i, s, r in zip(self._probed, ranks, ready, strict=True):
             self._states[i]["stable_rank"], self._states[i]["ready"] = s, bool(r)
+
+
+def _dense(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """The parameters as the kernels take them, and (parameter, copy) for those with gaps in memory."""
+    dense, copies = [], []
+    for p in parameters:
+        like = torch.empty_like(p, memory_format=torch.preserve_format)
+        if like.stride() != p.stride():
+            copies.append((p, like))
+        dense.append(p if like.stride() == p.stride() else like)
+    return dense, copies
+
+
+def _usable(grad: Tensor, p: Tensor, name: str) -> Tensor:
+    """A gradient of the parameter's type and layout."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"RMSGD does not support sparse gradients, and {name} has one ({grad.layout}); "
+            "use a dense gradient (sparse=False in an embedding)"
+        )
+    return same_layout(grad.to(p.dtype), p)

@@ -1,21 +1,29 @@
 """RMSGD: SGD with momentum whose learning rate follows each layer's stable rank."""
 
-import math
 import warnings
 from collections.abc import Callable
-from typing import Any, overload
+from copy import deepcopy
+from itertools import chain
+from operator import is_
+from typing import Any, Never, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from rmsgd.backends.base import RateGroup, StepGroup
-from rmsgd.layers import SUPPORTED_DTYPES
-from rmsgd.ledger import Ledger, Member, buffer_key
+from rmsgd.ledger import Ledger, Member
+from rmsgd.measurement import Measurement
 from rmsgd.metrics import Report
-from rmsgd.reference import RULES
-
-INITIAL_RANKS = ("zero", "measure")
+from rmsgd.options import (
+    check_options,
+    check_parameter,
+    multiplier,
+    parameter_name,
+    rate_group,
+    refuse,
+    step_group,
+)
+from rmsgd.state import check_and_complete, check_shape, complete, follow, unwrap
 
 
 class RMSGD(Optimizer):
@@ -66,7 +74,8 @@ class RMSGD(Optimizer):
 
     Raises:
         ValueError: an option is out of its range; the message names it and its value.
-        TypeError: a parameter is not a floating-point tensor of a supported type.
+        TypeError: a parameter is not a floating-point tensor of a supported type, or an option is
+            not one of RMSGD's, as torch's ``foreach``, ``fused`` and ``differentiable``.
     """
 
     _step_supports_amp_scaling = True
@@ -90,7 +99,9 @@ class RMSGD(Optimizer):
         rule: str = "paper",
         initial_rank: str = "zero",
         process_group: Any = None,
+        **refused: Never,
     ) -> None:
+        refuse(refused)
         defaults = {
             "lr": lr,
             "beta": beta,
@@ -108,98 +119,121 @@ class RMSGD(Optimizer):
             "initial_rank": initial_rank,
             "probe": True,
         }
-        _check_options(defaults)
+        check_options(defaults)
         self.process_group = process_group
-        self._ledgers: list[Ledger] | None = None
-        self._measured: list[Ledger] | None = None
+        self._forget_ledgers()
         super().__init__(params, defaults)
 
     # -- parameters and state --------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its rates start at its lr. See ``torch.optim.Optimizer.add_param_group``."""
-        _check_options({**self.defaults, **param_group})
-        self._settle()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            check_options(group)
             for index, p in enumerate(group["params"]):
-                _check_parameter(p, _name(group, len(self.param_groups) - 1, index))
-        except TypeError:
+                check_parameter(p, parameter_name(group, len(self.param_groups) - 1, index))
+        except Exception:
             self.param_groups.pop()
             raise
         group.setdefault("lr0", float(group["lr"]))
-        group.setdefault("epoch", 0)
+        self._complete(group)
+
+    def _complete(self, group: dict[str, Any]) -> None:
         for p in group["params"]:
-            self._adopt(p, group)
+            complete(p, self.state[p], group)
 
-    def _adopt(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Complete the state of one parameter: present from the start, so that checkpoints fit."""
-        state = self.state[p]
-        key = buffer_key(group)
-        if group["momentum"] != 0 and state.get(key) is None:
-            state["fresh"] = True
-            state[key] = torch.zeros_like(p, dtype=_buffer_dtype(p), memory_format=torch.preserve_format)
-        state.setdefault("fresh", True)
-        state.setdefault("rate", group["lr0"])
-        state.setdefault("stable_rank", math.nan if group["initial_rank"] == "measure" else 0.0)
-        state.setdefault("ready", False)
+    def _forget_ledgers(self) -> None:
+        self._ledgers: list[Ledger] | None = None
+        self._order: list[Tensor] = []
+        self._group_kinds: list[tuple[int, bool, str]] = []
+        self._state_objects: list[Any] = []
+        self._measured: list[Measurement] | None = None
 
-    def _settle(self) -> None:
-        """Bring everything the ledgers hold to the state, and drop them."""
-        if self._ledgers is not None:
-            for ledger in self._ledgers:
-                ledger.write_back()
-        self._ledgers = None
+    def _ledgers_are_current(self) -> bool:
+        """Whether groups, state, parameters and their memory are what the ledgers were made from."""
+        return (
+            self._ledgers is not None
+            and self._group_kinds == _kinds(self.param_groups)
+            and all(map(is_, chain.from_iterable(g["params"] for g in self.param_groups), self._order))
+            and len(self._state_objects) == len(self.state)
+            and all(map(is_, self.state.values(), self._state_objects))
+            and all(ledger.is_current() for ledger in self._ledgers)
+        )
 
     def _current_ledgers(self) -> list[Ledger]:
-        if self._ledgers is None or not all(ledger.is_current() for ledger in self._ledgers):
-            self._settle()
-            self._ledgers = self._open_ledgers()
+        if not self._ledgers_are_current():
+            self._write_back()
+            self._open_ledgers()
+        assert self._ledgers is not None
         return self._ledgers
 
-    def _open_ledgers(self) -> list[Ledger]:
-        by_device: dict[torch.device, list[Member]] = {}
+    def _write_back(self) -> None:
+        for ledger in self._ledgers or ():
+            ledger.write_back()
+
+    def _open_ledgers(self) -> None:
+        members: dict[Tensor, Member] = {}
         for g, group in enumerate(self.param_groups):
             for index, p in enumerate(group["params"]):
-                self._adopt(p, group)
-                self._follow(p, group)
-                member = Member(p, g, _name(group, g, index), "param_names" in group)
-                by_device.setdefault(p.device, []).append(member)
-        return [Ledger(members, self.param_groups, self.state) for members in by_device.values()]
-
-    def _follow(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Keep a parameter's memory on its device and in its layout, also after ``model.to``."""
-        state, key = self.state[p], buffer_key(group)
-        buffer = state.get(key)
-        if buffer is None:
-            return
-        if buffer.shape != p.shape:
-            raise RuntimeError(
-                f"a parameter was resized to {tuple(p.shape)}, but its {key} has the shape "
-                f"{tuple(buffer.shape)}: make a new optimizer for the new parameter"
-            )
-        dtype = _buffer_dtype(p)
-        if buffer.is_meta and not p.is_meta:
-            state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-        elif buffer.device != p.device or buffer.dtype != dtype or buffer.stride() != p.stride():
-            moved = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            state[key] = moved.copy_(buffer)
+                name = parameter_name(group, g, index)
+                members.setdefault(p, Member(p, g, len(members), name, "param_names" in group))
+        for p, member in members.items():
+            check_shape(p, self.state[p], member.name)
+        for p in [p for p in self.state if p not in members]:
+            del self.state[p]
+        by_device: dict[torch.device, list[Member]] = {}
+        for p, member in members.items():
+            group = self.param_groups[member.group]
+            complete(p, self.state[p], group)
+            follow(p, self.state[p], group)
+            by_device.setdefault(p.device, []).append(member)
+        self._ledgers = [Ledger(on_device, self.param_groups, self.state) for on_device in by_device.values()]
+        self._order = [p for group in self.param_groups for p in group["params"]]
+        self._group_kinds = _kinds(self.param_groups)
+        self._state_objects = list(self.state.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to go on: tensors and plain numbers only."""
-        self._settle()
+        """Everything a run needs to go on: tensors and plain numbers only; see ``rmsgd.state``."""
+        self._write_back()
         return super().state_dict()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint of RMSGD, under any rule, or of ``torch.optim.SGD``.
+
+        As in torch, the checkpoint's options replace the optimizer's; those it lacks stay. The
+        checkpoint's tensors are copied.
+
+        Raises:
+            ValueError: the checkpoint is of rmsgd 1.0.2, or its parameters are not the optimizer's; the
+                message names those that differ, and nothing has been changed.
+        """
+        handle = self.register_load_state_dict_pre_hook(check_and_complete)  # sees what other hooks give
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
+        self._write_back()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)
-        self._ledgers = None
-        self._measured = None
+        self._forget_ledgers()
+        for group in self.param_groups:
+            for p in group["params"]:
+                unwrap(p, self.state[p])
+            self._complete(group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RMSGD":
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        copy.__setstate__(deepcopy(self.__getstate__(), memo))
+        copy.process_group = self.process_group
+        return copy
 
     # -- steps -----------------------------------------------------------------------------------
 
@@ -216,19 +250,19 @@ class RMSGD(Optimizer):
             closure: reevaluates the model and returns the loss, which is returned.
 
         Raises:
-            RuntimeError: a gradient is sparse. Nothing has been changed then.
+            RuntimeError: a gradient is sparse, or a parameter was resized. Nothing has been changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        ledgers = self._current_ledgers()
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0.0:
             return loss
         scale = 1.0 if grad_scale is None else float(grad_scale)
-        groups = [_step_group(group) for group in self.param_groups]
+        ledgers = self._current_ledgers()
+        groups = [step_group(group) for group in self.param_groups]
         for ledger in ledgers:
             ledger.measure_first()
             ledger.step(groups, scale)
@@ -241,18 +275,27 @@ class RMSGD(Optimizer):
         A layer whose weight holds a NaN or an Inf keeps its rate; a warning names it.
         """
         ledgers = self._current_ledgers()
-        if not all(ledger.probes_the_same() for ledger in ledgers):
-            self._settle()
+        if not all(ledger.probes_the_same(self.param_groups) for ledger in ledgers):
+            self._write_back()
+            self._open_ledgers()
             ledgers = self._current_ledgers()
-        groups = [_rate_group(group) for group in self.param_groups]
-        for ledger in ledgers:
-            ledger.measure_first()
-            ledger.epoch_step(groups)
+        heads = [self.state[group["params"][0]] if group["params"] else None for group in self.param_groups]
+        groups = [
+            rate_group(group, *(1, 1.0) if head is None else (head["epoch"], head["decay"]))
+            for group, head in zip(self.param_groups, heads, strict=True)
+        ]
+        self._measured = [ledger.epoch_step(groups) for ledger in ledgers]
         for group, moved in zip(self.param_groups, groups, strict=True):
-            group["epoch"] += 1
-            group["zeta"] = moved.zeta * moved.decay
-        self._measured = ledgers
-        bad = [name for ledger in ledgers if ledger.device.type == "cpu" for name in ledger.not_finite()]
+            for p in group["params"]:
+                state = self.state[p]
+                state["epoch"] += 1
+                state["decay"] *= moved.decay
+        bad = [
+            name
+            for measurement in self._measured
+            if measurement.metrics.device.type == "cpu"  # others are not waited for
+            for name in measurement.not_finite()
+        ]
         if bad:
             warnings.warn(
                 f"NaN or infinite weights in {', '.join(bad)}: not measured, the learning rate stays",
@@ -267,7 +310,7 @@ class RMSGD(Optimizer):
         for ledger in self._current_ledgers():
             rates.update(zip((m.parameter for m in ledger.members), ledger.rates(), strict=True))
         return {
-            _name(group, g, index): rates[p] * (float(group["lr"]) / group["lr0"])
+            parameter_name(group, g, index): rates[p] * multiplier(group)
             for g, group in enumerate(self.param_groups)
             for index, p in enumerate(group["params"])
         }
@@ -280,90 +323,10 @@ class RMSGD(Optimizer):
         """
         if self._measured is None:
             raise RuntimeError("report() needs an epoch_step() first: nothing has been measured yet")
-        layers = {}
-        for ledger in self._measured:
-            for i, layer in ledger.layers().items():
-                layers[ledger.members[i].parameter] = layer
-        order = [p for group in self.param_groups for p in group["params"]]
-        return Report(tuple(layers[p] for p in order if p in layers))
+        layers = {at: layer for part in self._measured for at, layer in part.layers().items()}
+        return Report(tuple(layer for _, layer in sorted(layers.items())))
 
 
-def _name(group: dict[str, Any], g: int, index: int) -> str:
-    names = group.get("param_names")
-    return str(names[index]) if names else f"{g}.{index}"
-
-
-def _buffer_dtype(p: Tensor) -> torch.dtype:
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
-
-
-def _step_group(group: dict[str, Any]) -> StepGroup:
-    return StepGroup(
-        float(group["lr"]) / group["lr0"],
-        float(group["momentum"]),
-        float(group["dampening"]),
-        float(group["weight_decay"]),
-        group["nesterov"],
-        group["maximize"],
-        group["rule"] == "paper",
-    )
-
-
-def _rate_group(group: dict[str, Any]) -> RateGroup:
-    epoch, step_size = group["epoch"], group["step_size"]
-    decays = step_size is not None and epoch > 0 and epoch % step_size == 0
-    floor = {"paper": group["min_lr"], "release": 0.0, "published": 1e-10}[group["rule"]]
-    return RateGroup(
-        group["lr0"],
-        group["beta"],
-        group["zeta"],
-        group["gamma"] if decays else 1.0,
-        floor,
-        RULES.index(group["rule"]),
-        epoch == 0,
-    )
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    def fail(name: str, expected: str) -> None:
-        raise ValueError(f"{name} must be {expected}, got {options[name]!r}")
-
-    lr = options["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
-    number = float(lr)
-    if not 0.0 < number < math.inf:
-        fail("lr", "above 0 (a scheduler may take it to 0 later)")
-    if not 0.0 <= options["beta"] < 1.0:
-        fail("beta", "in [0, 1)")
-    if not 0.0 < options["gamma"] < math.inf:
-        fail("gamma", "above 0")
-    step_size = options["step_size"]
-    if step_size is not None and not (isinstance(step_size, int) and step_size > 0):
-        fail("step_size", "a positive whole number of epochs, or None")
-    for name in ("momentum", "weight_decay", "min_lr"):
-        if not 0.0 <= options[name] < math.inf:
-            fail(name, "0 or more")
-    if not math.isfinite(options["dampening"]):
-        fail("dampening", "finite")
-    if not 0.0 < options["zeta"] < math.inf:
-        fail("zeta", "above 0")
-    if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
-        raise ValueError(
-            "nesterov needs a momentum above 0 and no dampening, got "
-            f"momentum={options['momentum']!r}, dampening={options['dampening']!r}"
-        )
-    if options["rule"] not in RULES:
-        fail("rule", f"one of {', '.join(RULES)}")
-    if options["initial_rank"] not in INITIAL_RANKS:
-        fail("initial_rank", f"one of {', '.join(INITIAL_RANKS)}")
-
-
-def _check_parameter(p: Tensor, name: str) -> None:
-    if p.is_complex():
-        raise TypeError(f"parameter {name} is complex ({p.dtype}); RMSGD needs real parameters")
-    if p.dtype not in SUPPORTED_DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
-        raise TypeError(f"parameter {name} has dtype {p.dtype}; RMSGD knows {known}")
-    if p.layout != torch.strided:
-        raise TypeError(f"parameter {name} has layout {p.layout}; RMSGD needs dense parameters")
+def _kinds(groups: list[dict[str, Any]]) -> list[tuple[int, bool, str]]:
+    """What of the groups decides which memory their parameters need."""
+    return [(len(group["params"]), group["momentum"] != 0, group["rule"]) for group in groups]

@@ -1,0 +1,65 @@
+"""What one epoch end measured: the metrics of every matrix, and the layers they belong to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rmsgd.backends.base import (
+    CONDITION_NUMBER,
+    MEASURED,
+    NOISE_VARIANCE,
+    RANK,
+    STABLE_RANK,
+    STATUS,
+)
+from rmsgd.layers import unfoldings
+from rmsgd.metrics import LayerMetrics
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The metrics of the layers of one device; read only when they are looked at.
+
+    ``metrics`` is the backend's table, (matrices, FIELDS); a layer's rows are those of the unfoldings of
+    its shape, one layer after the other.
+    """
+
+    positions: Sequence[int]
+    """Where the layers stand among all parameters."""
+    names: Sequence[str]
+    shapes: Sequence[tuple[int, ...]]
+    metrics: Tensor
+
+    def _rows(self) -> list[list[list[float]]]:
+        rows = iter(self.metrics.tolist())
+        return [[next(rows) for _ in unfoldings(shape)] for shape in self.shapes]
+
+    def not_finite(self) -> list[str]:
+        """Names of the layers whose weights hold a NaN or an Inf."""
+        return [
+            name
+            for name, rows in zip(self.names, self._rows(), strict=True)
+            if any(row[STATUS] != MEASURED for row in rows)
+        ]
+
+    def layers(self) -> dict[int, LayerMetrics]:
+        """The layers' metrics by their positions."""
+        layers = zip(self.positions, self.names, self.shapes, self._rows(), strict=True)
+        return {i: _layer(name, shape, rows) for i, name, shape, rows in layers}
+
+
+def _layer(name: str, shape: tuple[int, ...], rows: Sequence[Sequence[float]]) -> LayerMetrics:
+    if any(row[STATUS] != MEASURED for row in rows):
+        return LayerMetrics.skip(name, shape, "a weight is NaN or infinite")
+    # A 1 x 1 kernel's two modes share one spectrum.
+    modes = [(mode, row) for row, u in zip(rows, unfoldings(shape), strict=True) for mode in u.modes]
+    return LayerMetrics.from_modes(
+        name,
+        shape,
+        tuple(mode for mode, _ in modes),
+        tuple(int(row[RANK]) for _, row in modes),
+        tuple(row[NOISE_VARIANCE] for _, row in modes),
+        tuple(row[STABLE_RANK] for _, row in modes),
+        tuple(row[CONDITION_NUMBER] for _, row in modes),
+    )
