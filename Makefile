@@ -1,0 +1,49 @@
+# Everything runs in .venv, made on first use with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+NATIVE := $(shell find csrc -type f)
+
+.PHONY: demo test test-all lint format bench clean help
+
+help:
+	@echo "make demo      train a small ResNet on digits with RMSGD, SGD and SAM: table, JSON and plots"
+	@echo "make test      the test suite          make test-all  the slow tests too"
+	@echo "make lint      ruff, mypy, clang-format    make format    apply them"
+	@echo "make bench     measure speed on this machine and rewrite the README's table"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Editable: Python changes need no reinstall, a change under csrc/ rebuilds the core.
+$(STAMP): $(BIN)/python pyproject.toml setup.py constraints.txt $(NATIVE)
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m bench train --out .out/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -type f | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -type f | xargs $(BIN)/clang-format -i
+
+bench: $(STAMP)
+	$(BIN)/python -m bench speed --out bench/results --readme README.md
+
+clean:
+	rm -rf build *.egg-info rmsgd/*.so $(STAMP)
