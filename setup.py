@@ -30,6 +30,7 @@ ISA_SOURCES = [
 # Compiled once, for the baseline.
 SOURCES = [
     "csrc/bind_cpu.cpp",
+    "csrc/bind_step.cpp",
     "csrc/isa.cpp",
     "csrc/sgd/plan.cpp",
     "csrc/spectrum/measure_cpu.cpp",
@@ -39,7 +40,7 @@ if X86:
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 
-CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
 
 
 def say(message: str) -> None:

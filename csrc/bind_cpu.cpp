@@ -11,106 +11,145 @@
 #include <utility>
 #include <vector>
 
-#include "sgd/plan.h"
+#include "bind.h"
+#include "evbmf/metrics.h"
+#include "evbmf/rates.h"
+#include "spectrum/measure.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
 
 namespace {
 
-using Pointer = std::uintptr_t;
+using rmsgd::dtype_of;
+using rmsgd::Pointer;
 
-rmsgd::Dtype dtype_of(const std::string& name) {
-  if (name == "float32") return rmsgd::Dtype::float32;
-  if (name == "float64") return rmsgd::Dtype::float64;
-  if (name == "float16") return rmsgd::Dtype::float16;
-  if (name == "bfloat16") return rmsgd::Dtype::bfloat16;
-  throw py::value_error("dtypes: expected float32, float64, float16 or bfloat16, got " + name);
-}
+// -- spectra and EVBMF -------------------------------------------------------------------------
 
-void expect_length(const char* name, std::size_t length, std::size_t expected) {
-  if (length == expected) return;
-  throw py::value_error(std::string(name) + ": expected one for each of the " + std::to_string(expected) +
-                        " parameters, got " + std::to_string(length));
-}
+using Shape = std::vector<std::int64_t>;
+// pointer, dtype, sizes and strides of the smaller side, sizes and strides of the larger side
+using MatrixTuple = std::tuple<Pointer, std::string, Shape, Shape, Shape, Shape>;
 
-// multiplier, momentum, dampening, weight_decay, nesterov, maximize, velocity
-using GroupTuple = std::tuple<double, double, double, double, bool, bool, bool>;
-
-rmsgd::StepPlan make_step_plan(const std::vector<Pointer>& parameters, const std::vector<Pointer>& buffers,
-                               const std::vector<std::string>& dtypes,
-                               const std::vector<std::int64_t>& numels,
-                               const std::vector<std::int32_t>& groups,
-                               const std::vector<std::int64_t>& eta_indices,
-                               const py::array_t<double, 0>& eta, py::array_t<bool, 0>& fresh) {
-  const std::size_t n = parameters.size();
-  expect_length("buffers", buffers.size(), n);
-  expect_length("dtypes", dtypes.size(), n);
-  expect_length("numels", numels.size(), n);
-  expect_length("groups", groups.size(), n);
-  expect_length("eta_indices", eta_indices.size(), n);
-  if (eta.ndim() != 1) throw py::value_error("eta: expected one dimension");
-  if (fresh.ndim() != 1) throw py::value_error("fresh: expected one dimension");
-  expect_length("fresh", std::size_t(fresh.shape(0)), n);
-  std::vector<rmsgd::StepTensor> tensors(n);
-  for (std::size_t k = 0; k < n; ++k) {
-    if (eta_indices[k] < 0 || eta_indices[k] >= eta.shape(0)) {
-      throw py::index_error("eta_indices: " + std::to_string(eta_indices[k]) +
-                            " is not an index of eta, which has " + std::to_string(eta.shape(0)) +
-                            " elements");
+// Neighbouring dimensions that lie one behind the other in memory become one.
+rmsgd::Side side_of(const Shape& sizes, const Shape& strides) {
+  if (sizes.size() != strides.size()) throw py::value_error("matrices: sizes and strides differ in number");
+  rmsgd::Side side = {{1, 1, 1, 1}, {0, 0, 0, 0}};
+  int last = -1;
+  for (std::size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] < 1) throw py::value_error("matrices: a size is below 1");
+    if (sizes[d] == 1) continue;
+    if (last >= 0 && side.stride[last] == strides[d] * sizes[d]) {
+      side.size[last] *= sizes[d];
+      side.stride[last] = strides[d];
+      continue;
     }
-    if (groups[k] < 0) throw py::index_error("groups: an index is negative");
-    if (numels[k] < 0) throw py::value_error("numels: a number of elements is negative");
-    if (numels[k] > 0 && parameters[k] == 0) throw py::value_error("parameters: a pointer is null");
-    rmsgd::StepTensor& tensor = tensors[k];
-    tensor.weight = reinterpret_cast<void*>(parameters[k]);
-    tensor.buffer = reinterpret_cast<void*>(buffers[k]);
-    tensor.gradient = nullptr;
-    tensor.eta = eta.data(eta_indices[k]);
-    tensor.fresh = fresh.mutable_data(py::ssize_t(k));
-    tensor.numel = numels[k];
-    tensor.group = groups[k];
-    tensor.dtype = dtype_of(dtypes[k]);
-    tensor.gradient_dtype = tensor.dtype;
+    if (++last == 4) throw py::value_error("matrices: a side has more than four dimensions");
+    side.size[last] = sizes[d];
+    side.stride[last] = strides[d];
   }
-  return rmsgd::StepPlan(std::move(tensors));
+  return side;
 }
 
-void step(rmsgd::StepPlan& plan, const std::vector<Pointer>& gradients, const std::vector<GroupTuple>& groups,
-          double grad_scale, int threads) {
-  auto& tensors = plan.tensors();
-  expect_length("gradients", gradients.size(), tensors.size());
-  if (!(grad_scale > 0) || std::isinf(grad_scale)) {
-    throw py::value_error("grad_scale: expected a positive number, got " + std::to_string(grad_scale));
-  }
+py::array_t<double> measure(const std::vector<MatrixTuple>& matrices, int threads) {
   if (threads < 1) throw py::value_error("threads: expected at least 1, got " + std::to_string(threads));
-  std::vector<rmsgd::StepGroup> shared;
-  shared.reserve(groups.size());
-  for (const auto& [multiplier, momentum, dampening, weight_decay, nesterov, maximize, velocity] : groups) {
-    shared.push_back({multiplier, momentum, dampening, weight_decay, nesterov, maximize, velocity});
-  }
-  for (std::size_t k = 0; k < tensors.size(); ++k) {
-    if (std::size_t(tensors[k].group) >= groups.size()) {
-      throw py::index_error("groups: a parameter has index " + std::to_string(tensors[k].group) + ", got " +
-                            std::to_string(groups.size()) + " groups");
+  std::vector<rmsgd::MatrixView> views;
+  views.reserve(matrices.size());
+  for (const auto& [data, dtype, small_sizes, small_strides, large_sizes, large_strides] : matrices) {
+    views.push_back({reinterpret_cast<const void*>(data), rmsgd::DType(dtype_of(dtype)),
+                     side_of(small_sizes, small_strides), side_of(large_sizes, large_strides)});
+    if (views.back().small.length() > views.back().large.length()) {
+      throw py::value_error("matrices: the smaller side is the longer one");
     }
-    tensors[k].gradient = reinterpret_cast<const void*>(gradients[k]);
   }
-  py::gil_scoped_release unlocked;
-  plan.step(shared, grad_scale, threads);
+  py::array_t<double> table({py::ssize_t(views.size()), py::ssize_t(rmsgd::METRICS_FIELDS)});
+  double* out = table.mutable_data();
+  {
+    py::gil_scoped_release unlocked;
+    rmsgd::measure(views.data(), int(views.size()), threads, out);
+  }
+  return table;
 }
 
-void bind_step(py::module_& m) {
-  py::class_<rmsgd::StepPlan>(m, "StepPlan")
-      .def(py::init(&make_step_plan), "parameters"_a, "buffers"_a, "dtypes"_a, "numels"_a, "groups"_a,
-           "eta_indices"_a, "eta"_a.noconvert(), "fresh"_a.noconvert(), py::keep_alive<1, 8>(),
-           py::keep_alive<1, 9>())
-      .def("step", &step, "gradients"_a, "groups"_a, "grad_scale"_a = 1.0, "threads"_a = 1);
+py::array_t<double> measure_spectrum(const py::array_t<double, py::array::c_style>& gamma, std::int64_t M) {
+  if (gamma.ndim() != 1 || gamma.shape(0) < 1) throw py::value_error("gamma: expected one dimension, not empty");
+  const int L = int(gamma.shape(0));
+  if (M < L) throw py::value_error("M: expected at least the number of singular values");
+  py::array_t<double> row(py::ssize_t(rmsgd::METRICS_FIELDS));
+  double* out = row.mutable_data();
+  const double* values = gamma.data();
+  std::vector<double> scratch(2 * std::size_t(L) + 1);
+  py::gil_scoped_release unlocked;
+  rmsgd::Solo team;
+  rmsgd::measure_singular_values(team, values, L, double(M), scratch.data(), out);
+  return row;
+}
+
+// -- learning rates ----------------------------------------------------------------------------
+
+// initial_lr, beta, zeta, decay, floor, rule, first
+using RateTuple = std::tuple<double, double, double, double, double, int, bool>;
+
+template <class T>
+using Table = py::array_t<T, py::array::c_style>;
+
+void update_rates(const Table<int>& parameter, const Table<int>& group, const Table<int>& spectrum_begin,
+                  const Table<double>& weight, Table<double>& stable_rank, Table<int>& ready,
+                  Table<double>& eta, const Table<int>& follower, const Table<int>& leader,
+                  const Table<double>& follower_lr, const std::vector<RateTuple>& groups,
+                  const Table<double>& metrics) {
+  const std::size_t layers = std::size_t(parameter.size());
+  const auto expect = [](const char* name, std::size_t size, std::size_t expected) {
+    if (size == expected) return;
+    throw py::value_error(std::string(name) + ": expected " + std::to_string(expected) + " entries, got " +
+                          std::to_string(size));
+  };
+  const auto expect_indices = [](const char* name, const Table<int>& indices, std::int64_t least,
+                                 std::int64_t end) {
+    for (py::ssize_t i = 0; i < indices.size(); ++i) {
+      if (indices.data()[i] >= least && indices.data()[i] < end) continue;
+      throw py::index_error(std::string(name) + ": " + std::to_string(indices.data()[i]) + " is out of range");
+    }
+  };
+  expect("group", group.size(), layers);
+  expect("spectrum_begin", spectrum_begin.size(), layers + 1);
+  expect("stable_rank", stable_rank.size(), layers);
+  expect("ready", ready.size(), layers);
+  expect("leader", leader.size(), follower.size());
+  expect("follower_lr", follower_lr.size(), follower.size());
+  expect("metrics", metrics.size(), weight.size() * rmsgd::METRICS_FIELDS);
+  expect_indices("parameter", parameter, 0, eta.size());
+  expect_indices("group", group, 0, std::int64_t(groups.size()));
+  expect_indices("spectrum_begin", spectrum_begin, 0, weight.size() + 1);
+  expect_indices("follower", follower, 0, eta.size());
+  expect_indices("leader", leader, -2, std::int64_t(layers));
+
+  std::vector<rmsgd::RateGroup> rate_groups;
+  for (const auto& [initial_lr, beta, zeta, decay, floor, rule, first] : groups) {
+    rate_groups.push_back({initial_lr, beta, zeta, decay, floor, rule, first});
+  }
+  const rmsgd::RateTables tables = {int(layers),          parameter.data(),
+                                    group.data(),         spectrum_begin.data(),
+                                    weight.data(),        rate_groups.data(),
+                                    stable_rank.mutable_data(), ready.mutable_data(),
+                                    eta.mutable_data(),   int(follower.size()),
+                                    follower.data(),      leader.data(),
+                                    follower_lr.data()};
+  std::vector<double> measured(layers);
+  std::vector<int> held(layers);
+  rmsgd::Solo team;
+  rmsgd::update_rates(team, tables, metrics.data(), measured.data(), held.data());
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU kernels of rmsgd.";
-  bind_step(m);
+  rmsgd::bind_step(m);
+  m.def("measure", &measure, "matrices"_a, "threads"_a = 1);
+  m.def("measure_spectrum", &measure_spectrum, "gamma"_a.noconvert(), "M"_a);
+  m.def("update_rates", &update_rates, "parameter"_a.noconvert(), "group"_a.noconvert(),
+        "spectrum_begin"_a.noconvert(), "weight"_a.noconvert(), "stable_rank"_a.noconvert(),
+        "ready"_a.noconvert(), "eta"_a.noconvert(), "follower"_a.noconvert(), "leader"_a.noconvert(),
+        "follower_lr"_a.noconvert(), "groups"_a, "metrics"_a.noconvert());
+  m.def("isa", [] { return rmsgd::isa_name(rmsgd::active_isa()); });
 }

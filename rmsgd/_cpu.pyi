@@ -1,10 +1,11 @@
-"""The CPU kernels of rmsgd: pointers, sizes and plain numbers; no torch type crosses this border."""
+"""The CPU kernels of rmsgd, in terms of pointers, sizes and plain numbers."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 Group: TypeAlias = tuple[float, float, float, float, bool, bool, bool]
 """multiplier, momentum, dampening, weight_decay, nesterov, maximize, velocity."""
@@ -67,4 +68,36 @@ class StepPlan:
             ValueError: a length, `grad_scale` or `threads` is wrong, or a parameter with momentum and a
                 gradient has no buffer. Nothing has been written then.
             IndexError: `groups` is too short.
+        """
+    def step_tensors(
+        self,
+        tensor_type: type[Tensor],
+        parameters: list[Tensor],
+        groups: Sequence[Group],
+        grad_scale: float = 1.0,
+        threads: int = 1,
+    ) -> list[int] | None:
+        """Take one step along each parameter's `grad`, which is read and checked here.
+
+        The quick way for plain tensors, without a Python operation per parameter. It needs
+        torch >= 2.10, whose tensor type carries the C exchange table of DLPack.
+
+        Args:
+            tensor_type: `torch.Tensor`.
+            parameters: the plan's parameters in its order, plain tensors; their memory is compared with the
+                plan's. The buffers' is not.
+            groups: as for `step`.
+            grad_scale: as for `step`.
+            threads: as for `step`.
+
+        Returns:
+            The indices of the parameters without a gradient, which were left alone. The caller bumps
+            the version counters of all the others. None, and nothing is written, where a parameter's memory
+            is not as planned, or a gradient is not a dense CPU tensor of the parameter's strides and dtype
+            (or float32 for a half-precision parameter), or torch is older: the caller then looks at each
+            one and uses `step`.
+
+        Raises:
+            ValueError, IndexError: as `step` does.
+            TypeError: one of `parameters` is not a `tensor_type`.
         """

@@ -28,6 +28,7 @@ StepPlan::StepPlan(std::vector<StepTensor> tensors) : tensors_(std::move(tensors
   shares_.push_back(0);
   int64_t room = kShare;
   for (std::size_t k = 0; k < tensors_.size(); ++k) {
+    groups_ = std::max(groups_, std::size_t(tensors_[k].group) + 1);
     for (int64_t begin = 0; begin < tensors_[k].numel;) {
       const int64_t end = std::min(tensors_[k].numel, begin + (room + kAlign - 1) / kAlign * kAlign);
       pieces_.push_back({begin, end, int32_t(k)});

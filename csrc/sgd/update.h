@@ -17,9 +17,9 @@ template <class A>
 struct Coefficients {
   A scale;  // what a stored gradient is multiplied by: 1 / grad_scale, negated to maximise
   A weight_decay;
-  A momentum;  //
-  A eta;       // learning rate
-  A gain;      // what a gradient enters the memory with: 1 - dampening, times eta for a velocity
+  A momentum;
+  A eta;   // learning rate
+  A gain;  // what a gradient enters the memory with: 1 - dampening, times eta for a velocity
 };
 
 // One weight `w` and its memory `m` take one step along the stored gradient `g`.
