@@ -8,9 +8,9 @@
 //   T    sum(T x)          the sum of x over the members, the same bits on every member
 //   T    max(T x)          likewise the largest
 //
-// Every member calls every collective, in the same order. A loop over data is written
-// `for (int i = team.rank(); i < n; i += team.size())`. No header that CUDA compiles includes a
-// standard header when __CUDACC_RTC__ is defined.
+// Every member calls every collective, in the same order; sum and max are barriers too. A loop over
+// data is written `for (int i = team.rank(); i < n; i += team.size())`. No header that CUDA compiles
+// includes a standard header when __CUDACC_RTC__ is defined.
 #pragma once
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
@@ -21,6 +21,9 @@
 
 #ifndef __CUDACC_RTC__
 #include <math.h>
+#else
+#define INFINITY __int_as_float(0x7f800000)
+#define NAN __int_as_float(0x7fffffff)
 #endif
 
 namespace rmsgd {

@@ -1,0 +1,109 @@
+// Elements of weights and gradients as CUDA kernels load and store them: converted one at a time, in
+// registers, 16 bytes of them per access.
+#pragma once
+
+#include "team.h"
+
+namespace rmsgd {
+
+struct Float16 {
+  unsigned short bits;
+};
+
+struct BFloat16 {
+  unsigned short bits;
+};
+
+RMSGD_FN float float_of_word(unsigned word) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(word);
+#else
+  float x;
+  __builtin_memcpy(&x, &word, sizeof x);
+  return x;
+#endif
+}
+
+RMSGD_FN unsigned word_of_float(float x) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(x);
+#else
+  unsigned word;
+  __builtin_memcpy(&word, &x, sizeof word);
+  return word;
+#endif
+}
+
+RMSGD_FN float widen(float x) { return x; }
+RMSGD_FN double widen(double x) { return x; }
+RMSGD_FN float widen(BFloat16 x) { return float_of_word(unsigned(x.bits) << 16); }
+
+RMSGD_FN float widen(Float16 x) {
+#ifdef __CUDA_ARCH__
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+#else
+  // Exponent and fraction in place make 2^-112 of the number, subnormals included; an exponent of
+  // all ones stays all ones.
+  const unsigned magnitude = unsigned(x.bits & 0x7fff) << 13;
+  const float finite = float_of_word(magnitude) * 0x1p112f;
+  const float wide = magnitude >= 0x0f800000u ? float_of_word(0x7f800000u | magnitude) : finite;
+  return x.bits & 0x8000 ? -wide : wide;
+#endif
+}
+
+// Rounds to nearest even; a NaN stays one.
+RMSGD_FN void narrow(float x, float& to) { to = x; }
+RMSGD_FN void narrow(double x, double& to) { to = x; }
+
+RMSGD_FN void narrow(float x, BFloat16& to) {
+  const unsigned word = word_of_float(x);
+  const unsigned rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+  to.bits = (unsigned short)((word & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : rounded);
+}
+
+RMSGD_FN void narrow(float x, Float16& to) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#else
+  const unsigned word = word_of_float(x), magnitude = word & 0x7fffffffu;
+  unsigned bits;
+  if (magnitude > 0x7f800000u) {
+    bits = 0x7fff;
+  } else if (magnitude >= 0x477ff000u) {  // rounds to 2^16 or more
+    bits = 0x7c00;
+  } else if (magnitude < 0x38800000u) {  // subnormal: adding 1/2 leaves the rounded fraction below
+    bits = word_of_float(float_of_word(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    bits = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  to.bits = (unsigned short)(bits | (word >> 16 & 0x8000u));
+#endif
+}
+
+// `count` neighbouring elements, moved in one access (or in accesses of 16 bytes) when aligned to 16 bytes.
+template <class T, int count>
+struct alignas(16) Pack {
+  T value[count];
+
+  RMSGD_FN static bool fits(const T* address) { return (unsigned long long)address % 16 == 0; }
+
+  RMSGD_FN void load(const T* from, bool aligned) {
+    if (aligned) {
+      *this = *reinterpret_cast<const Pack*>(from);
+    } else {
+      for (int i = 0; i < count; ++i) value[i] = from[i];
+    }
+  }
+
+  RMSGD_FN void store(T* to, bool aligned) const {
+    if (aligned) {
+      *reinterpret_cast<Pack*>(to) = *this;
+    } else {
+      for (int i = 0; i < count; ++i) to[i] = value[i];
+    }
+  }
+};
+
+}  // namespace rmsgd

@@ -1,0 +1,170 @@
+// From a tridiagonal matrix to a row of the metrics table, by a team: the eigenvalues that EVBMF may
+// need, its minimum, and whether they were accurate enough to decide it.
+#pragma once
+
+#include "../evbmf/metrics.h"
+#include "sturm.h"
+
+namespace rmsgd {
+
+// Which values the minimiser has to see.
+struct NeededValues {
+  int count;
+  double lower;    // they lie above this, all others at or below
+  double s_limit;  // no minimum has 1 / sigma^2 above this
+};
+
+// Shifts of the grid below.
+constexpr int BOUND_GRID = 96;
+
+// A value lambda = M c adds at least min(c s, 1 + alpha) to s dOmega/ds, so where the sum of these exceeds L,
+// Omega increases for good. With N(t) values above t, the sum of min(lambda, t) is the integral of N from 0
+// to t; counts on a grid bound it from below. counts: BOUND_GRID ints of scratch, shared.
+template <class T, class Team>
+RMSGD_FN NeededValues needed_values(Team& team, const T* diagonal, const T* squares, int L, double M,
+                                    double trace, double upper, int* counts) {
+  constexpr double RATIO = 1.06, SPAN = 253.5;  // 1.06^95
+  const double alpha = L / M, bottom = (1.0 + alpha) * trace / L / SPAN;
+  for (int i = team.rank(); i < BOUND_GRID; i += team.size()) {
+    double shift = bottom;
+    for (int k = 0; k < i; ++k) shift *= RATIO;
+    counts[i] = eigenvalues_above(diagonal, squares, L, T(shift));
+  }
+  team.barrier();
+  double limit = 0.0;
+  if (team.rank() == 0) {
+    double integral = 0.0, left = 0.0, shift = bottom;
+    for (int i = 0; i < BOUND_GRID; ++i, shift *= RATIO) {
+      integral += (shift - left) * counts[i];
+      left = shift;
+      if (integral * (1.0 + alpha) > L * 1.001 * shift) limit = 1.05 * M * (1.0 + alpha) / shift;
+    }
+  }
+  limit = team.sum(limit);
+  if (limit == 0.0) return {L, 0.0, INFINITY};
+  const double lower = M * Threshold(L, M).x / limit;
+  if (lower >= upper) return {0, lower, limit};
+  return {eigenvalues_above(diagonal, squares, L, T(lower)), lower, limit};
+}
+
+// Scratch of measure_tridiagonal for matrices of up to L rows and `members` members, in bytes.
+template <class T>
+RMSGD_FN int measure_scratch(int L, int members) {
+  const int counts = sturm_counts(L > BOUND_GRID ? L : BOUND_GRID, members);
+  return (2 * L + 2) * int(sizeof(T)) + (2 * L + 2) * int(sizeof(T)) + (L + 2) * int(sizeof(double)) +
+         (counts + 2) * int(sizeof(int));
+}
+
+// Unit roundoff of T, and what a Gram matrix in it counts as stage.
+template <class T>
+RMSGD_FN double roundoff() {
+  return sizeof(T) == 4 ? 0x1p-24 : 0x1p-53;
+}
+
+struct TridiagonalSpectrum {
+  int count;       // values known: the largest ones, over M, in `c`, descending
+  double rest;     // the sum of the others, over M
+  double s_limit;  // see minimise_free_energy
+  double next;     // no value beyond the known ones is above this
+  double largest;  // lambda_1
+  const double* c;
+  double* tails;  // count + 1 doubles of scratch
+};
+
+// The values of a Gram matrix that was scaled to the trace `trace` (about 1) and reduced.
+template <class T, class Team>
+RMSGD_FN TridiagonalSpectrum tridiagonal_spectrum(Team& team, const T* diagonal_in, const T* off_diagonal,
+                                                  int L, double M, double trace, unsigned char* scratch) {
+  double* const c = reinterpret_cast<double*>(scratch);
+  T* const diagonal = reinterpret_cast<T*>(c + L + 2);
+  T* const squares = diagonal + L + 1;
+  T* const low = squares + L + 1;
+  T* const high = low + L + 1;
+  int* const counts = reinterpret_cast<int*>(high + L + 1);
+
+  T upper = 0;  // Gershgorin
+  for (int i = team.rank(); i < L; i += team.size()) {
+    const T left = i > 0 ? T(fabs(off_diagonal[i - 1])) : T(0),
+            right = i + 1 < L ? T(fabs(off_diagonal[i])) : T(0);
+    diagonal[i] = diagonal_in[i];
+    squares[i] = right * right;
+    const T bound = diagonal_in[i] + left + right;
+    if (bound > upper) upper = bound;
+  }
+  upper = team.max(upper) * T(1.000001);
+
+  NeededValues needed = needed_values(team, diagonal, squares, L, M, trace, double(upper), counts);
+  double rest = 0.0;
+  for (;;) {
+    team.barrier();  // counts are free again
+    largest_eigenvalues(team, diagonal, squares, L, needed.count, T(needed.lower), upper, low, high, counts,
+                        low);
+    double sum = 0.0;
+    for (int h = team.rank(); h < needed.count; h += team.size()) sum += double(low[h]);
+    rest = trace - team.sum(sum);
+    if (needed.count == L) {
+      rest = 0.0;
+      break;
+    }
+    // The rest of the trace has digits enough only while it is no small difference.
+    if (rest > 1e-4 * trace) break;
+    needed = {L, 0.0, INFINITY};
+  }
+  const double largest = needed.count > 0 ? double(low[0]) : double(upper);
+  // Values of an fp32 Gram matrix that are lost in rounding fail the guard; those of an fp64 one are
+  // zero where double could not tell them from it.
+  const double zero = sizeof(T) == 8 ? 64.0 * L * roundoff<T>() * largest : 0.0;
+  for (int h = team.rank(); h < needed.count; h += team.size()) {
+    c[h] = double(low[h]) > zero ? double(low[h]) / M : 0.0;
+  }
+  team.barrier();
+  return {needed.count,
+          rest / M,
+          needed.s_limit,
+          needed.lower / M,
+          largest,
+          c,
+          reinterpret_cast<double*>(diagonal)};
+}
+
+RMSGD_FN void write_metrics(double* row, const ModeMetrics& metrics, MetricsStatus status, int stage) {
+  row[RANK] = metrics.rank;
+  row[NOISE_VARIANCE] = metrics.noise_variance;
+  row[STABLE_RANK] = metrics.stable_rank;
+  row[CONDITION_NUMBER] = metrics.condition_number;
+  row[NUCLEAR] = metrics.nuclear;
+  row[STATUS] = status;
+  row[STAGE] = stage;
+}
+
+// EVBMF of that spectrum: writes the row if the values decide it, else returns false. The Gram matrix was
+// scaled by 2^exponent before its values were taken.
+template <class T, class Team>
+RMSGD_FN bool measure_spectrum(Team& team, const TridiagonalSpectrum& spectrum, int L, double M, int exponent,
+                               double* row) {
+  const FreeEnergyMinimum minimum = minimise_free_energy(team, spectrum.c, spectrum.count, spectrum.rest, L,
+                                                         M, spectrum.s_limit, spectrum.tails);
+  ModeMetrics metrics = mode_metrics(team, spectrum.c, minimum, double(L), M);
+  const double next = minimum.rank < spectrum.count ? spectrum.c[minimum.rank] : spectrum.next;
+  const double error = 8.0 * roundoff<T>() * spectrum.largest;
+  if (!trustworthy(minimum, metrics, spectrum.c, next, L, M, error)) return false;
+  metrics.noise_variance = ldexp(metrics.noise_variance, -exponent);
+  if (team.rank() == 0) write_metrics(row, metrics, MEASURED, sizeof(T) == 4 ? 0 : 1);
+  return true;
+}
+
+// The same from all L eigenvalues of an fp64 Gram matrix, descending, scaled to a largest near 1. Where they
+// do not decide, the row's status is NEEDS_SVD. scratch: 2 L + 2 doubles.
+template <class Team>
+RMSGD_FN void measure_eigenvalues(Team& team, const double* values, int L, double M, double* scratch,
+                                  double* row) {
+  const double zero = 64.0 * L * roundoff<double>() * values[0];
+  for (int h = team.rank(); h < L; h += team.size()) scratch[h] = values[h] > zero ? values[h] / M : 0.0;
+  team.barrier();
+  const TridiagonalSpectrum spectrum = {L, 0.0, INFINITY, 0.0, values[0], scratch, scratch + L + 1};
+  if (!measure_spectrum<double>(team, spectrum, L, M, 0, row) && team.rank() == 0) {
+    write_metrics(row, {0, 0.0, 0.0, 1.0, 0.0}, NEEDS_SVD, 1);
+  }
+}
+
+}  // namespace rmsgd

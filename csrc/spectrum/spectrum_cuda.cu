@@ -1,0 +1,245 @@
+// Entry points of the epoch end's spectra; spectrum_cuda.h says what follows what.
+#include "../team_cuda.h"
+#include "measure_tridiagonal.h"
+#include "singular_values.h"
+#include "spectrum_cuda.h"
+#include "tridiagonal.h"
+
+namespace rmsgd {
+namespace {
+
+enum ElementType : int { FLOAT32, FLOAT64, FLOAT16, BFLOAT16 };
+
+template <class T>
+__device__ __forceinline__ Stage stage_of() {
+  return sizeof(T) == 4 ? STAGE_FP32 : STAGE_FP64;
+}
+
+template <class Element, class T>
+__device__ __forceinline__ void gram_typed(const SpectrumArguments& arguments, const CudaMatrix& matrix,
+                                           const GramItem& item) {
+  BlockTeam team;
+  GramShared<T>& shared = *reinterpret_cast<GramShared<T>*>(shared_memory() + TEAM_SHARED);
+  gram_tile<Element>(team, matrix, item, sizeof(T) == 4 ? matrix.splits : 1,
+                     reinterpret_cast<T*>(arguments.workspace + matrix.matrix),
+                     reinterpret_cast<T*>(arguments.workspace + matrix.partial), shared);
+}
+
+template <class T>
+__device__ __forceinline__ void gram_block(const SpectrumArguments& arguments) {
+  const GramItem item = arguments.item[blockIdx.x];
+  if (arguments.state[item.matrix].stage != stage_of<T>()) return;
+  const CudaMatrix& matrix = arguments.matrix[item.matrix];
+  switch (matrix.dtype) {
+    case FLOAT32:
+      gram_typed<float, T>(arguments, matrix, item);
+      break;
+    case FLOAT64:
+      if constexpr (sizeof(T) == 8) gram_typed<double, T>(arguments, matrix, item);
+      break;
+    case FLOAT16:
+      gram_typed<Float16, T>(arguments, matrix, item);
+      break;
+    default:
+      gram_typed<BFloat16, T>(arguments, matrix, item);
+  }
+}
+
+// Writes a row that needs no spectrum, or passes the matrix on to another stage.
+__device__ __forceinline__ void settle(const SpectrumArguments& arguments, int number, double trace,
+                                       Stage stage) {
+  const CudaMatrix& matrix = arguments.matrix[number];
+  double* const row = arguments.table + (long long)arguments.row[number] * METRICS_FIELDS;
+  SpectrumState& state = arguments.state[number];
+  if (stage == STAGE_FP32) {
+    state.stage = STAGE_FP64;  // squares of fp32 numbers may leave the range of fp32, but not that of fp64
+  } else if (matrix.dtype == FLOAT64) {
+    state.stage = STAGE_SVD;
+  } else {
+    const bool finite = trace == 0.0;
+    const double zero = finite ? 0.0 : NAN;
+    write_metrics(row, {0, zero, zero, finite ? 1.0 : NAN, zero}, finite ? MEASURED : NOT_FINITE, stage);
+    if (!finite) row[RANK] = NAN;
+    state.stage = STAGE_DONE;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void tridiagonal_block(const SpectrumArguments& arguments) {
+  const TeamBlock mine = arguments.block[blockIdx.x];
+  SpectrumState& state = arguments.state[mine.matrix];
+  if (state.stage != stage_of<T>()) return;
+  const CudaMatrix& matrix = arguments.matrix[mine.matrix];
+  const int n = matrix.L, stride = matrix.stride;
+  GridTeam team(mine.block, matrix.blocks, arguments.meeting + mine.matrix);
+  T* gram = reinterpret_cast<T*>(arguments.workspace + matrix.matrix);
+  T* const vectors = reinterpret_cast<T*>(arguments.workspace + matrix.vectors);
+  T* const diagonal = vectors + tridiagonal_vectors(stride);
+
+  double trace = 0.0;
+  for (int i = team.rank(); i < n; i += team.size()) trace += double(gram[(long long)i * stride + i]);
+  trace = team.sum(trace);
+  // Within these, nothing overflowed and what underflowed does not matter.
+  const bool in_range =
+      sizeof(T) == 4 ? trace > 0x1p-60 && trace < 0x1p100 : trace > 0x1p-600 && trace < 0x1p900;
+  if (!in_range) {
+    if (team.rank() == 0) settle(arguments, mine.matrix, trace, stage_of<T>());
+    return;
+  }
+
+  // To a trace in [1, 2), in shared memory where there is room.
+  const int exponent = -ilogb(trace);
+  const T scale = T(ldexp(1.0, exponent));
+  T* const scaled = matrix.blocks == 1 && (long long)n * stride * int(sizeof(T)) <= arguments.shared_bytes
+                        ? reinterpret_cast<T*>(shared_memory() + TEAM_SHARED)
+                        : gram;
+  for (int i = team.rank(); i < n * stride; i += team.size()) scaled[i] = gram[i] * scale;
+  team.barrier();
+  tridiagonalise(team, scaled, n, stride, vectors, diagonal, diagonal + stride);
+  if (team.rank() == 0) {
+    state.trace = ldexp(trace, exponent);
+    state.exponent = exponent;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void measure_block(const SpectrumArguments& arguments) {
+  const int number = int(blockIdx.x);
+  SpectrumState& state = arguments.state[number];
+  if (state.stage != stage_of<T>()) return;
+  const CudaMatrix& matrix = arguments.matrix[number];
+  const int L = matrix.L;
+  const double M = double(matrix.M);
+  const T* const diagonal =
+      reinterpret_cast<const T*>(arguments.workspace + matrix.vectors) + tridiagonal_vectors(matrix.stride);
+  BlockTeam team;
+  const TridiagonalSpectrum spectrum = tridiagonal_spectrum(team, diagonal, diagonal + matrix.stride, L, M,
+                                                            state.trace, shared_memory() + TEAM_SHARED);
+  // EVBMF is fp64 along one chain: a warp does it as fast as a block, and where fp64 is slow faster.
+  if (threadIdx.x >= WARP) return;
+  WarpTeam warp;
+  double* const row = arguments.table + (long long)arguments.row[number] * METRICS_FIELDS;
+  const bool decided = measure_spectrum<T>(warp, spectrum, L, M, state.exponent, row);
+  if (warp.rank() == 0) state.stage = decided ? STAGE_DONE : sizeof(T) == 4 ? STAGE_FP64 : STAGE_SVD;
+}
+
+template <class Element>
+__device__ __forceinline__ void svd_block(const SpectrumArguments& arguments, int number) {
+  const CudaMatrix& matrix = arguments.matrix[number];
+  const Element* const weight = static_cast<const Element*>(matrix.weight);
+  const int L = matrix.L;
+  double* const row = arguments.table + (long long)arguments.row[number] * METRICS_FIELDS;
+  double* const gamma = arguments.svd_scratch + singular_values_scratch(L);
+  int* const counts = reinterpret_cast<int*>(gamma + L);
+  BlockTeam team;
+
+  const auto element = [&](long long column, int at) {
+    return double(
+        widen(weight[offset_of(matrix.small, unsigned(at)) + offset_of(matrix.large, unsigned(column))]));
+  };
+  double largest = 0.0, bad = 0.0;
+  for (long long i = team.rank(); i < L * matrix.M; i += team.size()) {
+    const double size = fabs(element(i / L, int(i % L)));
+    if (!(size < INFINITY)) bad = 1.0;
+    if (size > largest) largest = size;
+  }
+  bad = team.sum(bad);
+  largest = team.max(largest);
+  if (bad > 0.0 || largest == 0.0) {
+    if (team.rank() == 0) {
+      const double zero = bad > 0.0 ? NAN : 0.0;
+      write_metrics(row, {0, zero, zero, bad > 0.0 ? NAN : 1.0, zero}, bad > 0.0 ? NOT_FINITE : MEASURED,
+                    STAGE_SVD);
+      if (bad > 0.0) row[RANK] = NAN;
+    }
+    return;
+  }
+  int exponent = 0;  // a power of two in two steps: 2^-exponent itself may leave the range
+  frexp(largest, &exponent);
+  const double half = ldexp(1.0, -exponent / 2), other = ldexp(1.0, -exponent - (-exponent / 2));
+  const auto scaled = [&](long long column, int at) { return element(column, at) * half * other; };
+  singular_values(team, scaled, L, matrix.M, gamma, arguments.svd_scratch, counts);
+  const double zero = double(matrix.M) * 0x1p-52 * gamma[0];
+  team.barrier();
+  for (int h = team.rank(); h < L; h += team.size())
+    gamma[h] = gamma[h] > zero ? ldexp(gamma[h], exponent) : 0.0;
+  team.barrier();
+  measure_singular_values(team, gamma, L, double(matrix.M), arguments.svd_scratch, row);
+}
+
+}  // namespace
+}  // namespace rmsgd
+
+extern "C" __global__ void __launch_bounds__(rmsgd::GRAM_THREADS)
+    rmsgd_gram(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
+  rmsgd::gram_block<float>(arguments);
+}
+
+extern "C" __global__ void __launch_bounds__(rmsgd::GRAM_THREADS)
+    rmsgd_gram_double(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
+  rmsgd::gram_block<double>(arguments);
+}
+
+extern "C" __global__ void __launch_bounds__(rmsgd::GRAM_THREADS)
+    rmsgd_gram_sum(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
+  const rmsgd::GramItem item = arguments.item[blockIdx.x];
+  if (arguments.state[item.matrix].stage != rmsgd::STAGE_FP32) return;
+  const rmsgd::CudaMatrix& matrix = arguments.matrix[item.matrix];
+  rmsgd::BlockTeam team;
+  rmsgd::add_partial_tiles(team, matrix, item, reinterpret_cast<float*>(arguments.workspace + matrix.matrix),
+                           reinterpret_cast<const float*>(arguments.workspace + matrix.partial));
+}
+
+extern "C" __global__ void __launch_bounds__(512, 2)
+    rmsgd_tridiagonal(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
+  rmsgd::tridiagonal_block<float>(arguments);
+}
+
+extern "C" __global__ void __launch_bounds__(512)
+    rmsgd_tridiagonal_double(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
+  rmsgd::tridiagonal_block<double>(arguments);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 1)
+    rmsgd_measure(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
+  rmsgd::measure_block<float>(arguments);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 1)
+    rmsgd_measure_double(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
+  rmsgd::measure_block<double>(arguments);
+}
+
+// One block for all matrices that wait for it.
+extern "C" __global__ void __launch_bounds__(512)
+    rmsgd_svd(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
+  for (int number = 0; number < arguments.matrices; ++number) {
+    if (arguments.state[number].stage != rmsgd::STAGE_SVD) continue;
+    switch (arguments.matrix[number].dtype) {
+      case rmsgd::FLOAT32:
+        rmsgd::svd_block<float>(arguments, number);
+        break;
+      case rmsgd::FLOAT64:
+        rmsgd::svd_block<double>(arguments, number);
+        break;
+      case rmsgd::FLOAT16:
+        rmsgd::svd_block<rmsgd::Float16>(arguments, number);
+        break;
+      default:
+        rmsgd::svd_block<rmsgd::BFloat16>(arguments, number);
+    }
+    __syncthreads();
+  }
+}
+
+// One warp: EVBMF of values that are known.
+extern "C" __global__ void __launch_bounds__(rmsgd::WARP)
+    rmsgd_values(const __grid_constant__ rmsgd::ValuesArguments arguments) {
+  rmsgd::WarpTeam team;
+  const int L = arguments.L;
+  if (arguments.singular) {
+    rmsgd::measure_singular_values(team, arguments.values, L, arguments.M, arguments.scratch, arguments.row);
+    return;
+  }
+  rmsgd::measure_eigenvalues(team, arguments.values, L, arguments.M, arguments.scratch, arguments.row);
+}

@@ -1,0 +1,60 @@
+// The epoch end on a GPU: from the weights of a network to the EVBMF metrics of every matrix.
+//
+// Each stage is a kernel over all matrices, and none needs the host:
+//
+//   gram, gram_sum     caller's stream   fp32 Gram matrices
+//   tridiagonal        side stream       teams of blocks, launched cooperatively
+//   measure            side stream       eigenvalues, EVBMF, row of the table: a block per matrix
+//
+// then gram, tridiagonal and measure once more in fp64, and the singular values of what even that
+// does not decide. A matrix says in its state which stage it waits for; blocks that find it waiting
+// for another leave at once.
+#pragma once
+
+#include "gram_cuda.h"
+
+namespace rmsgd {
+
+struct Meeting;
+
+enum Stage : int { STAGE_FP32, STAGE_FP64, STAGE_SVD, STAGE_DONE };
+
+struct SpectrumState {
+  double trace;  // of the Gram matrix, scaled by 2^exponent
+  int exponent;
+  int stage;
+};
+
+// A block of the tridiagonal reduction.
+struct TeamBlock {
+  int matrix;
+  int block;
+};
+
+// Arguments of all stages.
+struct SpectrumArguments {
+  const CudaMatrix* matrix;
+  const GramItem* item;    // of this launch, one per block (gram, gram_sum)
+  const TeamBlock* block;  // of this launch, one per block (tridiagonal)
+  unsigned char* workspace;
+  SpectrumState* state;  // (matrices)
+  Meeting* meeting;      // (matrices)
+  double* table;         // (matrices, METRICS_FIELDS)
+  const int* row;        // (matrices) a matrix's row of the table
+  double* svd_scratch;   // (singular_values_scratch + L) doubles, then counts; one matrix at a time
+  int matrices;
+  int shared_bytes;  // that the tridiagonal reduction may keep a matrix in
+};
+
+// One matrix whose values are known. values: (L), descending: eigenvalues of the Gram matrix, or
+// singular values. scratch: 2 L + 2 doubles.
+struct ValuesArguments {
+  const double* values;
+  double* scratch;
+  double* row;
+  double M;
+  int L;
+  int singular;
+};
+
+}  // namespace rmsgd

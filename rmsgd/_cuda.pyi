@@ -1,0 +1,32 @@
+"""The CUDA kernels of rmsgd, compiled by nvcc. Every function raises RuntimeError with CUDA's own message."""
+
+from typing_extensions import Buffer
+
+CUDA_VERSION: int
+"""Of the toolkit it was built with: 1000 major + 10 minor."""
+ARCHITECTURES: str
+"""What it was compiled for, as in RMSGD_CUDA_ARCHS."""
+
+def device_count() -> int:
+    """How many GPUs there are."""
+
+def shared_memory(device: int) -> tuple[int, int]:
+    """Bytes of shared memory that a block may ask for, and that a multiprocessor has."""
+
+def argument_bytes(name: str) -> int:
+    """Size of a kernel's argument. KeyError: no kernel has this name."""
+
+def resident_blocks(name: str, device: int, threads: int, shared_bytes: int) -> int:
+    """How many blocks of a kernel fit on the device at once."""
+
+def launch(
+    name: str,
+    device: int,
+    blocks: int,
+    threads: int,
+    shared_bytes: int,
+    stream: int,
+    arguments: Buffer,
+    cooperative: bool = False,
+) -> None:
+    """Launch a kernel. ValueError: ``arguments`` is not of its size, or there is no block to launch."""
