@@ -4,5 +4,6 @@ from rmsgd._version import __version__
 from rmsgd.lowrank import LowRank, evbmf
 from rmsgd.metrics import LayerMetrics, Report
 from rmsgd.optimizer import RMSGD
+from rmsgd.probing import probe
 
-__all__ = ["RMSGD", "LayerMetrics", "LowRank", "Report", "__version__", "evbmf"]
+__all__ = ["RMSGD", "LayerMetrics", "LowRank", "Report", "__version__", "evbmf", "probe"]

@@ -5,14 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rmsgd.backends.base import (
-    CONDITION_NUMBER,
-    MEASURED,
-    NOISE_VARIANCE,
-    RANK,
-    STABLE_RANK,
-    STATUS,
-)
+from rmsgd.backends.base import MEASURED, STATUS
 from rmsgd.layers import unfoldings
 from rmsgd.metrics import LayerMetrics
 
@@ -46,20 +39,4 @@ class Measurement:
     def layers(self) -> dict[int, LayerMetrics]:
         """The layers' metrics by their positions."""
         layers = zip(self.positions, self.names, self.shapes, self._rows(), strict=True)
-        return {i: _layer(name, shape, rows) for i, name, shape, rows in layers}
-
-
-def _layer(name: str, shape: tuple[int, ...], rows: Sequence[Sequence[float]]) -> LayerMetrics:
-    if any(row[STATUS] != MEASURED for row in rows):
-        return LayerMetrics.skip(name, shape, "a weight is NaN or infinite")
-    # A 1 x 1 kernel's two modes share one spectrum.
-    modes = [(mode, row) for row, u in zip(rows, unfoldings(shape), strict=True) for mode in u.modes]
-    return LayerMetrics.from_modes(
-        name,
-        shape,
-        tuple(mode for mode, _ in modes),
-        tuple(int(row[RANK]) for _, row in modes),
-        tuple(row[NOISE_VARIANCE] for _, row in modes),
-        tuple(row[STABLE_RANK] for _, row in modes),
-        tuple(row[CONDITION_NUMBER] for _, row in modes),
-    )
+        return {i: LayerMetrics.from_rows(name, shape, rows) for i, name, shape, rows in layers}

@@ -1,0 +1,247 @@
+"""The command ``rmsgd``: ``probe`` looks inside checkpoints, ``doctor`` tells which backend runs."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from rmsgd._version import __version__
+from rmsgd.backends.base import BackendUnavailable
+from rmsgd.checkpoints import TORCH_SUFFIXES
+from rmsgd.comparison import Comparison
+from rmsgd.metrics import Report
+from rmsgd.probing import Probing, usable_device
+from rmsgd.series import Series, in_order_of_training
+from rmsgd.tables import comparison_table, printable, report_table, series_table
+
+OK, FAILED, INTERRUPTED = 0, 2, 130
+"""Exit codes: all was read; something could not be read, written or understood; Ctrl-C."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; argparse exits by itself, with 2, on bad usage."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rmsgd", description="Look inside networks and installations.")
+    parser.add_argument("--version", action="version", version=f"rmsgd-kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    probe = commands.add_parser(
+        "probe",
+        help="stable rank, condition number and quality of every layer of a checkpoint",
+        description="Measures every layer of a checkpoint from its weights alone: rank and noise variance "
+        "(EVBMF), stable rank, condition number and quality, and Q of the network. Several paths are a "
+        "series: the same network at several points of its training.",
+        epilog="Exit code 0, also where layers were skipped; 2 where something could not be read.",
+    )
+    probe.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="a safetensors file, a torch file (state dict or training checkpoint), or a folder of shards",
+    )
+    probe.add_argument("--compare", action="store_true", help="two paths side by side, largest change first")
+    probe.add_argument(
+        "--filter",
+        action="append",
+        metavar="PATTERN",
+        help="only layers of this name: part of it, or a shell pattern such as '*.attn.*'; may be repeated",
+    )
+    probe.add_argument("--device", help="where to measure: cpu, cuda, cuda:1 (default: cpu)")
+    probe.add_argument("--json", action="store_true", help="write JSON, and nothing else, to stdout")
+    probe.add_argument("--csv", nargs="?", const="-", metavar="FILE", help="write CSV (no FILE: to stdout)")
+    probe.add_argument("--plot", metavar="FILE", help="draw a figure (.png, .svg, .pdf)")
+    probe.add_argument("--html", metavar="FILE", help="write one self-contained page (one checkpoint)")
+    probe.add_argument(
+        "--layer",
+        metavar="NAME",
+        help="the layer whose low rank and noise the figure of a "
+        "series shows (default: the one whose quality changed most)",
+    )
+    probe.set_defaults(run=lambda options: _probe(options, probe))
+
+    doctor_ = commands.add_parser("doctor", help="which backend runs here, and why not another")
+    doctor_.add_argument("--json", action="store_true", help="write JSON, and nothing else, to stdout")
+    doctor_.set_defaults(run=_doctor)
+    return parser
+
+
+# -- probe ---------------------------------------------------------------------------------------
+
+
+class _Result(Protocol):
+    """What a report, a series and a comparison have in common."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+    def to_csv(self, path: str | os.PathLike[str] | TextIO) -> None: ...
+
+
+def _probe(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    _check_usage(options, parser)
+    paths = options.paths if options.compare else in_order_of_training(options.paths)
+    reports, code = _measure(paths, options)
+    result, table = _result(paths, reports, options.compare)
+    if result is None:
+        return code
+    if options.json:
+        print(json.dumps(result.to_dict(), indent=1, allow_nan=False))
+    elif options.csv == "-":
+        result.to_csv(sys.stdout)
+    elif table is not None:
+        _console(sys.stdout).print(table)
+    if table is not None:
+        try:
+            _write_files(options, result)
+        except (OSError, ValueError) as error:
+            _complain(str(error))
+            return code or FAILED
+    return code
+
+
+def _check_usage(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Find out before anything is measured what could not be done after it."""
+    if options.compare and len(options.paths) != 2:
+        parser.error(f"--compare takes two paths, got {len(options.paths)}")
+    if options.compare and (options.plot or options.html):
+        parser.error("--compare has a table, JSON and CSV, but no figure and no page")
+    if options.html and len(options.paths) != 1:
+        parser.error(f"--html takes one checkpoint, got {len(options.paths)}; --plot draws a series")
+    if options.json and options.csv == "-":
+        parser.error("--json and --csv both write to stdout: give --csv a FILE")
+    for option, needs in (("plot", "matplotlib"), ("html", "jinja2"), ("csv", "csv")):
+        target = getattr(options, option)
+        if target in (None, "-"):
+            continue
+        if find_spec(needs) is None:
+            parser.error(f"--{option} needs {needs}: pip install 'rmsgd-kernels[plot]'")
+        path = Path(target)
+        if path.suffix in (".safetensors", *TORCH_SUFFIXES) or target in options.paths:
+            parser.error(f"--{option} {target} would overwrite a checkpoint")
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            parser.error(f"--{option} {target} is not a file in an existing folder")
+    try:
+        usable_device(options.device or "cpu")
+    except (ValueError, BackendUnavailable) as error:
+        parser.error(str(error))
+
+
+def _measure(paths: Sequence[str], options: argparse.Namespace) -> tuple[list[Report], int]:
+    """The reports of the paths, as far as they could be read and until Ctrl-C, and the exit code."""
+    reports: list[Report] = []
+    code = OK
+    with _progress_bar() as bar:
+        task = bar.add_task("", total=len(paths))
+        for index, path in enumerate(paths):
+            bar.update(task, description=printable(Path(path).name), completed=index)
+            report, interrupted = _measure_one(path, options, partial(_advance, bar, task, index))
+            reports.append(report)
+            for error in report.errors:
+                _complain(error)
+                code = FAILED
+            if interrupted:
+                _complain(f"interrupted at {path}: what follows is what was measured until then")
+                return reports, INTERRUPTED
+    return reports, code
+
+
+def _measure_one(
+    path: str, options: argparse.Namespace, progress: Callable[[float], None]
+) -> tuple[Report, bool]:
+    """The report of one path, empty where nothing could be read, and whether Ctrl-C cut it short."""
+    report = Report(())
+    try:
+        probing = Probing(path, filter=options.filter, device=options.device)
+        try:
+            probing.run(progress)
+        finally:
+            report = probing.report()
+    except ValueError as error:
+        return Report(report.layers, (*report.errors, *str(error).splitlines())), False
+    except KeyboardInterrupt:
+        return report, True
+    return report, False
+
+
+def _result(
+    paths: Sequence[str], reports: Sequence[Report], compare: bool
+) -> tuple[_Result | None, RenderableType | None]:
+    """What the paths are together, and its table; no table where nothing was read."""
+    if compare:
+        if len(reports) < 2 or not all(report.layers for report in reports):
+            return None, None
+        comparison = Comparison((paths[0], paths[1]), *reports)
+        return comparison, comparison_table(comparison)
+    if len(paths) == 1:
+        return reports[0], report_table(reports[0], paths[0]) if reports[0].layers else None
+    series = Series(tuple(paths[: len(reports)]), tuple(reports))
+    return series, series_table(series) if any(report.layers for report in reports) else None
+
+
+def _write_files(options: argparse.Namespace, result: _Result) -> None:
+    if options.csv not in (None, "-"):
+        result.to_csv(options.csv)
+    if options.plot and isinstance(result, Report):
+        result.plot(options.plot)
+    if options.plot and isinstance(result, Series):
+        result.plot(options.plot, options.layer)
+    if options.html and isinstance(result, Report):
+        from rmsgd.page import write_page
+
+        with _progress_bar() as bar:
+            task = bar.add_task("spectra", total=1)
+            write_page(result, options.paths[0], options.html, partial(_advance, bar, task, 0))
+
+
+# -- doctor --------------------------------------------------------------------------------------
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rmsgd import doctor
+
+    found = doctor.examine()
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        _console(sys.stdout).print(doctor.as_table(found))
+    return OK
+
+
+# -- the terminal --------------------------------------------------------------------------------
+
+
+def _console(stream: TextIO) -> Console:
+    """Where output goes to a file or a pipe, lines are as long as they need to be."""
+    return Console(file=stream, width=None if stream.isatty() else 100_000, highlight=False)
+
+
+def _progress_bar() -> Progress:
+    """On stderr, only where someone looks at it; gone when it is done."""
+    console = _console(sys.stderr)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
+    return Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    )
+
+
+def _advance(bar: Progress, task: TaskID, index: int, share: float) -> None:
+    bar.update(task, completed=index + share)
+
+
+def _complain(line: str) -> None:
+    print(f"rmsgd: {printable(line)}", file=sys.stderr)

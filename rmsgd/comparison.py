@@ -1,0 +1,87 @@
+"""Two networks side by side: which layers changed, and by how much."""
+
+import os
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from rmsgd.metrics import LayerMetrics, Report, write_csv
+from rmsgd.series import comparable_name
+
+METRICS = ("quality", "stable_rank", "condition_number")
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """One layer before and after; None where it is not there or was skipped."""
+
+    name: str
+    before: LayerMetrics | None
+    after: LayerMetrics | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, after the change if it is there."""
+        layer = self.after or self.before
+        assert layer is not None
+        return layer.shape
+
+    def change(self, metric: str) -> float | None:
+        """After minus before; None where either is missing."""
+        if self.before is None or self.after is None:
+            return None
+        return float(getattr(self.after, metric)) - float(getattr(self.before, metric))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The reports of two networks whose layers have the same names."""
+
+    sources: tuple[str, str]
+    before: Report
+    after: Report
+
+    def changes(self) -> list[LayerChange]:
+        """Every layer measured on either side: the largest change of quality first, unpaired ones last.
+
+        Equal changes of quality are ordered by that of the stable rank, then of the condition number.
+        Layers are matched by ``series.comparable_name``.
+        """
+        before, after = (
+            {comparable_name(layer.name): layer for layer in report.measured}
+            for report in (self.before, self.after)
+        )
+        changes = [LayerChange(n, before.get(n), after.get(n)) for n in dict.fromkeys([*before, *after])]
+
+        def size(change: LayerChange) -> list[float]:
+            return [-1.0 if (d := change.change(metric)) is None else abs(d) for metric in METRICS]
+
+        return sorted(changes, key=size, reverse=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"sources", "quality": [before, after], "layers": [...]}``, ready for JSON."""
+        return {
+            "sources": list(self.sources),
+            "quality": [self.before.quality, self.after.quality],
+            "layers": [
+                {
+                    "name": change.name,
+                    "shape": list(change.shape),
+                    "before": None if change.before is None else change.before.to_dict(),
+                    "after": None if change.after is None else change.after.to_dict(),
+                    "change": {metric: change.change(metric) for metric in METRICS},
+                }
+                for change in self.changes()
+            ],
+        }
+
+    def to_csv(self, path: str | os.PathLike[str] | TextIO) -> None:
+        """One row per layer: every metric before, after, and its change; empty where undefined."""
+        rows = []
+        for change in self.changes():
+            row: dict[str, Any] = {"name": change.name, "shape": "x".join(map(str, change.shape))}
+            for metric in METRICS:
+                row[f"{metric}_before"] = None if change.before is None else getattr(change.before, metric)
+                row[f"{metric}_after"] = None if change.after is None else getattr(change.after, metric)
+                row[f"{metric}_change"] = change.change(metric)
+            rows.append(row)
+        write_csv(path, rows)

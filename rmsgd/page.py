@@ -1,0 +1,166 @@
+"""The probe's page: one HTML file with a sortable table and the spectrum of every layer."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rmsgd._version import __version__
+from rmsgd.layers import Unfolding, as_matrix, unfoldings
+from rmsgd.metrics import LayerMetrics, Report
+from rmsgd.probing import ProbeSource, Probing
+from rmsgd.reference import shrink, threshold
+from rmsgd.tables import rank_text, shape_text, summary, variance_text
+
+_POINTS = 200  # of a curve: what a chart of this size can show
+_CHUNK = 1 << 22  # entries turned to float64 at a time
+_WIDTH, _HEIGHT = 460, 200  # of a chart's plane, in px
+
+
+class Curve(NamedTuple):
+    """Points of a chart as SVG has them, in px."""
+
+    points: str
+    end: tuple[float, float]
+
+
+class Chart(NamedTuple):
+    """The singular values of one unfolding against their number, with the noise threshold."""
+
+    mode: str
+    L: int
+    M: int
+    rank: int
+    threshold: float
+    values: Curve
+    shrunk: Curve | None
+    threshold_y: float
+    x_ticks: Sequence[tuple[float, str]]
+    y_ticks: Sequence[tuple[float, str]]
+
+
+def write_page(
+    report: Report,
+    source: ProbeSource,
+    path: str | os.PathLike[str],
+    progress: Callable[[float], object] | None = None,
+) -> None:
+    """Write the page of a report. ``source`` is what was probed: its spectra are computed anew.
+
+    Raises:
+        ModuleNotFoundError: jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        message = "the page needs jinja2: pip install 'rmsgd-kernels[plot]'"
+        raise ModuleNotFoundError(message, name="jinja2") from error
+    probing = Probing(source)
+    rows = []
+    for index, layer in enumerate(report.measured):
+        rows.append((layer, charts(layer, probing.weight(layer.name))))
+        if progress:
+            progress((index + 1) / len(report.measured))
+    largest = {
+        field: max((getattr(layer, field) for layer in report.measured), default=0.0) or 1.0
+        for field in ("stable_rank", "condition_number", "quality")
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(shape=shape_text, rank=rank_text, variance=variance_text)
+    page = environment.get_template("probe.html").render(
+        title=os.fspath(source) if isinstance(source, str | os.PathLike) else type(source).__name__,
+        summary=summary(report),
+        rows=rows,
+        skipped=[layer for layer in report.layers if layer.skipped is not None],
+        errors=report.errors,
+        largest=largest,
+        width=_WIDTH,
+        height=_HEIGHT,
+        version=__version__,
+    )
+    Path(path).write_text(page, encoding="utf-8")
+
+
+@torch.no_grad()
+def charts(layer: LayerMetrics, weight: Tensor) -> list[Chart]:
+    """A chart for every unfolding of a measured layer."""
+    result = []
+    first = 0  # index of the unfolding's first mode among the layer's
+    for unfolding in unfoldings(weight.shape):
+        gamma = spectrum(weight, unfolding)
+        result.append(_chart(gamma, unfolding, layer.rank[first], layer.noise_variance[first]))
+        first += len(unfolding.modes)
+    return result
+
+
+def spectrum(weight: Tensor, unfolding: Unfolding) -> NDArray[np.float64]:
+    """Singular values of one unfolding, (L,) descending, from its Gram matrix in float64.
+
+    Right to 1e-8 of the largest, which no picture shows; the matrix is never held in float64 whole.
+    """
+    matrix = as_matrix(weight.detach(), unfolding)
+    scale = float(matrix.abs().max()) or 1.0
+    columns = max(1, _CHUNK // unfolding.L)
+    gram = torch.zeros(unfolding.L, unfolding.L, dtype=torch.float64, device=matrix.device)
+    for start in range(0, unfolding.M, columns):
+        part = matrix[:, start : start + columns].double() / scale
+        gram.addmm_(part, part.T)
+    values = torch.linalg.eigvalsh(gram).clamp_(min=0.0).sqrt_().flip(0)
+    return np.asarray(values.mul_(scale).cpu())
+
+
+def _chart(gamma: NDArray[np.float64], unfolding: Unfolding, rank: int, variance: float) -> Chart:
+    L, M = unfolding.L, unfolding.M
+    limit = math.sqrt(M * threshold(L, M)[2] * variance)
+    top = max(float(gamma[0]), limit) * 1.05 or 1.0
+    shrunk = None
+    if rank:
+        c = gamma[:rank] ** 2 / M
+        shrunk = _curve(gamma[:rank] * shrink(c, variance, L, M), L, top)
+    return Chart(
+        " and ".join(unfolding.modes),
+        L,
+        M,
+        rank,
+        limit,
+        _curve(gamma, L, top),
+        shrunk,
+        _y(limit, top),
+        [(_x(h, L), str(h)) for h in (1, L) if L > 1] + [(_x(rank, L), str(rank))] * (1 < rank < L),
+        [(_y(tick, top), f"{tick:g}") for tick in _round_ticks(top)],
+    )
+
+
+def _curve(values: NDArray[np.float64], L: int, top: float) -> Curve:
+    # Every one of the first, where the signal is, and then as many as can be told apart.
+    last = len(values)
+    head = np.arange(min(last, _POINTS // 2))
+    chosen = np.unique(np.concatenate([head, np.linspace(0, last - 1, min(last, _POINTS)).astype(int)]))
+    points = [(_x(h + 1, L), _y(float(values[h]), top)) for h in chosen.tolist()]
+    return Curve(" ".join(f"{x:.1f},{y:.1f}" for x, y in points), points[-1])
+
+
+def _x(h: int, L: int) -> float:
+    return round((h - 1) / max(L - 1, 1) * _WIDTH, 1)
+
+
+def _y(value: float, top: float) -> float:
+    return round((1.0 - value / top) * _HEIGHT, 1)
+
+
+def _round_ticks(top: float) -> list[float]:
+    """Zero and two to five round numbers up to ``top``."""
+    power = 10.0 ** math.floor(math.log10(top))
+    step = next(s * power for s in (0.2, 0.5, 1.0, 2.0) if top / (s * power) <= 5)
+    return [i * step for i in range(int(top / step) + 1)]

@@ -1,0 +1,237 @@
+"""Figures of what a probe measured: one network, or a series of its checkpoints.
+
+Written as those of ``rmsgd.plots``: without a display, for every kind of colour vision, matplotlib
+imported when it is needed. Every layer has a row of its own that its name fits beside, so a figure
+grows with the network.
+"""
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rmsgd.layers import as_matrix, unfoldings
+from rmsgd.lowrank import evbmf
+from rmsgd.metrics import LayerMetrics, Report
+from rmsgd.plots import DPI, PALETTE, require_matplotlib, short_name
+from rmsgd.probing import Probing
+from rmsgd.series import Series, comparable_name
+
+METRICS = {
+    "stable_rank": "stable rank\n(share of full rank, 0 to 1)",
+    "condition_number": "condition number\n(1 − smallest/largest, 0 to 1)",
+    "quality": "quality\n(angle in rad, 0 to π/2)",
+}
+
+_ROW = 0.15  # inches: a line of 7 points
+_TALLEST = 80.0  # inches: beyond it rows become thinner and only some are named
+_SHOWN = (96, 192)  # entries of a matrix that are drawn
+_PARTS = 5  # checkpoints whose parts are drawn
+
+
+def plot_report(report: Report, path: str | os.PathLike[str]) -> None:
+    """Bars of every measured layer's stable rank, condition number and quality, input at the top.
+
+    Layers whose low rank is empty, which have quality 0 and condition number 1 by definition, are grey.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: no layer was measured.
+    """
+    layers = report.measured
+    if not layers:
+        raise ValueError("no layer was measured: there is nothing to draw")
+    figure = _figure(10.0, 1.4 + _rows_height(len(layers)))
+    panels = figure.subplots(1, len(METRICS), sharey=True)
+    empty = [not any(layer.rank) for layer in layers]
+    rows = np.arange(len(layers))
+    for axes, colour, (metric, label) in zip(panels, PALETTE, METRICS.items(), strict=False):
+        values = [getattr(layer, metric) for layer in layers]
+        colours = ["0.75" if nothing else colour for nothing in empty]
+        axes.barh(rows, values, color=colours, height=0.75)
+        axes.set(xlabel=label, xlim=(0, max(values, default=0) * 1.05 or 1))
+        axes.grid(axis="x", color="0.9", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    _name_rows(panels[0], [layer.name for layer in layers])
+    note = "; grey: empty low rank" if any(empty) else ""
+    figure.suptitle(f"Q = {report.quality:.3f} over {len(layers)} layers{note}", fontsize=10)
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_series(series: Series, path: str | os.PathLike[str], layer: str | None = None) -> None:
+    """The course of a training: metrics and Q, one layer's parts, and quality by layer and checkpoint.
+
+    See ``Series.plot``.
+    """
+    by_layer = series.by_layer()
+    if not by_layer:
+        raise ValueError("no layer was measured: there is nothing to draw")
+    shown = _most_changed(by_layer) if layer is None else comparable_name(layer)
+    if shown not in by_layer:
+        raise ValueError(f"there is no measured layer {layer!r}")
+    heights = [2.6, 3.0, 0.8 + _rows_height(len(by_layer))]
+    figure = _figure(11.0, sum(heights))
+    courses, parts, map_ = figure.subfigures(3, 1, height_ratios=heights)
+    labels = checkpoint_labels(series.sources)
+    _draw_courses(courses, series, labels)
+    _draw_parts(parts, series, shown, by_layer[shown], labels)
+    _draw_map(map_, series, list(by_layer), labels)
+    figure.savefig(path, dpi=DPI)
+
+
+def checkpoint_labels(sources: Sequence[str]) -> list[str]:
+    """What tells the sources apart: their names without the start and the end that all share."""
+    # Words and numbers are kept whole: epoch_10 and epoch_12 are 10 and 12.
+    parts = [re.findall(r"\d+|[^\W\d_]+|[\W_]", source) for source in sources]
+    start, end = _alike(parts), _alike([part[::-1] for part in parts])
+    if any(len(part) <= start + end for part in parts):
+        return [os.path.basename(source) for source in sources]
+    return ["".join(part[start : len(part) - end]) for part in parts]
+
+
+def _alike(rows: Sequence[Sequence[str]]) -> int:
+    """How many first entries all rows share."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False)))
+
+
+def low_rank_and_noise(weight: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The two parts of a weight's first unfolding, (L, M) each; their sum is the weight."""
+    matrix = as_matrix(weight.detach(), unfoldings(weight.shape)[0]).double()
+    found = evbmf(matrix, vectors=True)
+    assert found.U is not None
+    assert found.Vh is not None
+    low = (found.U * found.singular_values) @ found.Vh
+    return low.cpu().numpy(), (matrix - low).cpu().numpy()
+
+
+# -- the panels of a series ----------------------------------------------------------------------
+
+
+def _draw_courses(figure: Any, series: Series, labels: Sequence[str]) -> None:
+    """Mean and range of stable rank and condition over the layers, and Q (the paper's Figure 3)."""
+    panels = figure.subplots(1, 3)
+    across = np.arange(len(labels))
+    for axes, colour, metric in zip(panels, PALETTE, ("stable_rank", "condition_number"), strict=False):
+        values = series.values(metric)
+        known = ~np.isnan(values).all(axis=0)
+        at, columns = across[known], values[:, known]
+        axes.fill_between(
+            at,
+            np.nanmin(columns, axis=0),
+            np.nanmax(columns, axis=0),
+            color=colour,
+            alpha=0.2,
+            linewidth=0,
+            label="lowest to highest layer",
+        )
+        axes.plot(at, np.nanmean(columns, axis=0), color=colour, marker=_marker(labels), label="mean")
+        axes.set_ylabel(METRICS[metric])
+        axes.legend(frameon=False, fontsize=7)
+    q = [report.quality if report.measured else math.nan for report in series.reports]
+    panels[2].plot(across, q, color=PALETTE[2], marker=_marker(labels))
+    panels[2].set_ylabel("Q of the network\n(rad² √layers)")
+    for axes in panels:
+        _name_columns(axes, labels)
+        axes.grid(color="0.9", linewidth=0.6)
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_parts(
+    figure: Any, series: Series, name: str, row: Sequence[LayerMetrics | None], labels: Sequence[str]
+) -> None:
+    """Low rank above noise at a few checkpoints, in one scale of colours (the paper's Figure 1a)."""
+    known = [i for i, layer in enumerate(row) if layer is not None]
+    chosen = np.unique(np.linspace(0, len(known) - 1, min(_PARTS, len(known))).round().astype(int))
+    pairs = []
+    for i in (known[c] for c in chosen):
+        layer = row[i]
+        assert layer is not None
+        weight = Probing(series.sources[i], filter=layer.name).weight(layer.name)
+        pairs.append((labels[i], *low_rank_and_noise(weight)))
+    rows, columns = (min(size, most) for size, most in zip(pairs[0][1].shape, _SHOWN, strict=True))
+    shown = [part[:rows, :columns] for _, *parts in pairs for part in parts]
+    scale = max(float(np.quantile(np.abs(part), 0.995)) for part in shown) or 1.0
+    panels = figure.subplots(2, len(pairs), squeeze=False)
+    for column, (label, low, noise) in enumerate(pairs):
+        energy = float(((low + noise) ** 2).sum()) or 1.0
+        for axes, part in zip(panels[:, column], (low, noise), strict=True):
+            image = axes.imshow(
+                part[:rows, :columns],
+                cmap="PuOr",
+                vmin=-scale,
+                vmax=scale,
+                aspect="auto",
+                interpolation="nearest",
+            )
+            axes.set(xticks=[], yticks=[])
+        share = 100 * float((low**2).sum()) / energy
+        panels[0, column].set_title(f"{label}: {share:.0f} % of the energy", fontsize=7)
+    panels[0, 0].set_ylabel("low rank")
+    panels[1, 0].set_ylabel("noise")
+    figure.colorbar(image, ax=panels, label="weight", pad=0.01)
+    figure.suptitle(f"{short_name(name, 60)}: the first {rows} x {columns} entries", fontsize=9)
+
+
+def _draw_map(figure: Any, series: Series, names: Sequence[str], labels: Sequence[str]) -> None:
+    """Quality over layers and checkpoints (the paper's Figure 1b)."""
+    axes = figure.subplots()
+    values = series.values("quality")
+    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+    _name_rows(axes, names)
+    _name_columns(axes, labels)
+    figure.colorbar(image, ax=axes, label="quality (rad)", pad=0.01, aspect=40)
+
+
+def _most_changed(by_layer: dict[str, list[LayerMetrics | None]]) -> str:
+    """The layer whose quality changed most, among those small enough to be factorised in a second."""
+
+    def change(name: str) -> tuple[bool, float]:
+        known = [layer for layer in by_layer[name] if layer is not None]
+        small = unfoldings(known[0].shape)[0].L <= 1024
+        return small, abs(known[-1].quality - known[0].quality)
+
+    return max(by_layer, key=change)
+
+
+# -- axes ----------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float) -> Any:
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _rows_height(rows: int) -> float:
+    return min(max(rows, 6) * _ROW, _TALLEST)
+
+
+def _name_rows(axes: Any, names: Sequence[str]) -> None:
+    """Layers from the top down, as many named as there is room for."""
+    step = math.ceil(len(names) * _ROW / _rows_height(len(names)))
+    named = range(0, len(names), step)
+    axes.set_yticks(list(named), labels=[short_name(names[i], 48) for i in named], fontsize=7)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _name_columns(axes: Any, labels: Sequence[str]) -> None:
+    step = math.ceil(len(labels) / 12)
+    named = range(0, len(labels), step)
+    longest = max(len(labels[i]) for i in named)
+    axes.set_xticks(list(named), labels=[short_name(labels[i], 24) for i in named], fontsize=7)
+    axes.tick_params(axis="x", rotation=0 if longest * len(named) < 40 else 45)
+    axes.set_xlabel("checkpoint")
+
+
+def _marker(labels: Sequence[str]) -> str:
+    return "o" if len(labels) <= 20 else ""

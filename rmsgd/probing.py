@@ -1,0 +1,266 @@
+"""``rmsgd.probe``: the metrics of every layer of a model or a checkpoint, from its weights alone."""
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmsgd.backends import backend_for
+from rmsgd.checkpoints import CheckpointError
+from rmsgd.layers import SUPPORTED_DTYPES, Unfolding, unfoldings
+from rmsgd.metrics import LayerMetrics, Report
+from rmsgd.sources import NotMeasurableError, StoredTensor, is_plain, open_source
+
+BATCH_BYTES = 64 << 20
+"""Weights measured together: enough to keep every core busy, little enough to stay unnoticed."""
+
+ProbeSource = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
+
+
+def probe(
+    source: ProbeSource,
+    *,
+    filter: str | Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    progress: Callable[[float], object] | None = None,
+) -> Report:
+    """Measure every layer of a network: stable rank, condition number, quality, rank and noise.
+
+    A layer is a tensor of two or more dimensions. A matrix is measured as it is, a tensor of three to
+    five dimensions ``(o, i, *k)`` in its two unfoldings, "in" ``(i, o k)`` and "out" ``(o, i k)``. That
+    goes for attention's packed q, k, v (one matrix) and for stacked experts ``(experts, m, n)`` too:
+    what a tensor means does not show in a checkpoint, and a report equals that of ``RMSGD.report``.
+    Biases and norms are no layers. A layer that cannot be measured is in the report, with the reason in
+    ``skipped``.
+
+    Args:
+        source: a module; a mapping of names to tensors or NumPy arrays (a state dict, also inside a
+            training checkpoint's dict); or the path of a safetensors file, a torch file, or a folder of
+            shards. Files are read a tensor at a time, and nothing in them is executed.
+        filter: measure only layers whose name matches one of these shell patterns ("*.attn.*"); a
+            pattern without any of ``*?[`` matches anywhere in the name.
+        device: where to measure. By default each tensor is measured where it lies; files, on the CPU.
+        progress: called now and then with the share of the work that is done, in [0, 1].
+
+    Returns:
+        The report. What of a checkpoint could not be read is in ``errors``, the rest is measured.
+
+    Raises:
+        TypeError: ``source`` is none of these.
+        CheckpointError: nothing could be read, or there is no weight in it (a ValueError).
+        ValueError: the device is not available, or RMSGD_BACKEND does not run there.
+    """
+    probing = Probing(source, filter=filter, device=device)
+    probing.run(progress)
+    return probing.report()
+
+
+class Probing:
+    """A probe under way, for callers that show progress or may be interrupted; see ``probe``.
+
+    ``report`` tells at any time what has been measured so far.
+    """
+
+    def __init__(
+        self,
+        source: ProbeSource,
+        *,
+        filter: str | Sequence[str] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self._device = None if device is None else usable_device(device)
+        opened = open_source(source)
+        self._errors = list(opened.errors)
+        self._stored = {stored.name: stored for stored in opened.tensors}
+        layers = [stored for stored in opened.tensors if stored.skip or len(stored.shape) > 1]
+        self._layers = [stored for stored in layers if matches(stored.name, filter)]
+        self._results: dict[int, LayerMetrics] = {}
+        if not self._layers:
+            raise CheckpointError(_nothing(source, opened.tensors, layers, filter))
+
+    def run(self, progress: Callable[[float], object] | None = None) -> None:
+        """Measure everything; may be interrupted by an exception and is then not to be run again."""
+        costs = [_cost(stored) for stored in self._layers]
+        total, done, batch_cost = sum(costs) or 1.0, 0.0, 0.0
+        batch: list[tuple[int, Tensor]] = []
+        for index, (stored, cost) in enumerate(zip(self._layers, costs, strict=True)):
+            weight = self._weight(index, stored)
+            if weight is None:
+                done += cost
+                continue
+            if batch and (
+                weight.device != batch[0][1].device
+                or sum(w.nbytes for _, w in batch) + weight.nbytes > BATCH_BYTES
+            ):
+                self._measure(batch)
+                batch, done, batch_cost = [], done + batch_cost, 0.0
+                if progress:
+                    progress(done / total)
+            batch.append((index, weight))
+            batch_cost += cost
+        if batch:
+            self._measure(batch)
+        if progress:
+            progress(1.0)
+
+    def report(self) -> Report:
+        """The layers done so far, in the order of the source."""
+        return Report(tuple(self._results[i] for i in sorted(self._results)), tuple(self._errors))
+
+    def weight(self, name: str) -> Tensor:
+        """The weight of one layer in a dtype that the backends take, on the device to measure on.
+
+        Raises:
+            NotMeasurableError: it is not a weight in plain numbers.
+            CheckpointError: it cannot be read.
+        """
+        stored = self._stored[name]
+        if stored.skip:
+            raise NotMeasurableError(stored.skip)
+        if stored_as := _scales_of(name, self._stored):
+            raise NotMeasurableError(f"scales of {stored_as}")
+        _check_shape(stored.shape)
+        weight = _check_numbers(stored.read())
+        if weight.dtype not in SUPPORTED_DTYPES:  # 8 bits
+            weight = weight.float()
+            scale = next((self._stored[n] for n in _scale_names(name) if n in self._stored), None)
+            if scale is not None:
+                weight = apply_scale(weight, scale.read().float())
+        return weight if self._device is None else weight.to(self._device)
+
+    def _weight(self, index: int, stored: StoredTensor) -> Tensor | None:
+        """The weight of a layer; None with an entry in the results where there is none."""
+        try:
+            return self.weight(stored.name)
+        except NotMeasurableError as reason:
+            self._results[index] = LayerMetrics.skip(stored.name, stored.shape, str(reason))
+        except CheckpointError as error:
+            self._errors.append(str(error))
+            self._results[index] = LayerMetrics.skip(stored.name, stored.shape, "could not be read")
+        return None
+
+    @torch.no_grad()
+    def _measure(self, batch: Sequence[tuple[int, Tensor]]) -> None:
+        matrices: list[tuple[Tensor, Unfolding]] = []
+        for _, weight in batch:
+            matrices += [(weight, unfolding) for unfolding in unfoldings(weight.shape)]
+        rows = iter(backend_for(batch[0][1].device).measure(matrices).tolist())
+        for index, weight in batch:
+            mine = [next(rows) for _ in unfoldings(weight.shape)]
+            name, shape = self._layers[index].name, self._layers[index].shape
+            self._results[index] = LayerMetrics.from_rows(name, shape, mine)
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device, if tensors and a backend can be on it.
+
+    Raises:
+        ValueError: it is unknown or not available here, or RMSGD_BACKEND names what does not run there.
+        BackendUnavailable: RMSGD_BACKEND names what cannot run here.
+    """
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(device)!r} is not available: {reason}") from None
+    backend_for(found)
+    return found
+
+
+def matches(name: str, patterns: str | Sequence[str] | None) -> bool:
+    """Whether a name fits one of the shell patterns; without wildcards, whether it holds one. None: all."""
+    if patterns is None:
+        return True
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    return any(
+        fnmatchcase(name, pattern) if re.search(r"[*?\[]", pattern) else pattern in name
+        for pattern in patterns
+    )
+
+
+def apply_scale(weight: Tensor, scale: Tensor) -> Tensor:
+    """What an 8-bit weight stands for: times its scale, one for all, per row, or per block.
+
+    Raises:
+        NotMeasurableError: the scale's shape fits no such blocks.
+    """
+    if scale.numel() == 1:
+        return weight * scale.reshape(())
+    if scale.ndim == weight.ndim:
+        for d, (size, blocks) in enumerate(zip(weight.shape, scale.shape, strict=True)):
+            block = -(-size // blocks)
+            if -(-size // block) != blocks:
+                break
+            scale = scale.repeat_interleave(block, d).narrow(d, 0, size)
+        else:
+            return weight * scale
+    raise NotMeasurableError(f"8-bit values with scales of shape {tuple(scale.shape)}, which fit no blocks")
+
+
+def _nothing(
+    source: object,
+    tensors: Sequence[StoredTensor],
+    layers: Sequence[StoredTensor],
+    patterns: str | Sequence[str] | None,
+) -> str:
+    what = os.fspath(source) if isinstance(source, str | os.PathLike) else f"this {type(source).__name__}"
+    if layers:
+        return f"{what}: no layer's name matches {patterns!r} (of {len(layers)} layers)"
+    if tensors:
+        return f"{what}: no weights in it (none of {len(tensors)} tensors has two or more dimensions)"
+    return f"{what}: no weights in it (no tensors)"
+
+
+def _cost(stored: StoredTensor) -> float:
+    """What measuring takes, up to a factor: the Gram matrix and its reduction."""
+    if stored.skip or not 2 <= len(stored.shape) <= 5:
+        return 0.0
+    return sum(float(u.L) ** 2 * (u.M + u.L) for u in unfoldings(stored.shape))
+
+
+def _check_shape(shape: Sequence[int]) -> None:
+    if len(shape) > 5:
+        raise NotMeasurableError("more than five dimensions")
+    if 0 in shape:
+        raise NotMeasurableError("empty")
+    if not unfoldings(shape):
+        raise NotMeasurableError("a single row or column has no spectrum")
+
+
+def _check_numbers(tensor: Tensor) -> Tensor:
+    """The tensor itself, if its memory holds the weight's numbers."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if not is_plain(tensor):
+        raise NotMeasurableError(f"a {type(tensor).__name__}, not a plain tensor")
+    if tensor.is_quantized or tensor.layout != torch.strided:
+        what = kind if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+        raise NotMeasurableError(f"{what}: quantised, packed or sparse storage")
+    if tensor.is_complex():
+        raise NotMeasurableError(f"{kind}: not real")
+    if tensor.dtype not in SUPPORTED_DTYPES and not re.match(r"float8_e[45]", kind):
+        raise NotMeasurableError(f"{kind}: quantised or packed weights, or indices")
+    if tensor.is_meta:
+        raise NotMeasurableError("on the meta device: a shape without values")
+    return tensor
+
+
+# -- the scales of weights stored in 8 bits ------------------------------------------------------
+
+
+def _scale_names(name: str) -> tuple[str, str]:
+    return f"{name}_scale_inv", f"{name}_scale"
+
+
+def _scales_of(name: str, names: Mapping[str, object]) -> str | None:
+    """The weight that the tensor of this name holds the scales of, if it is one."""
+    match = re.fullmatch(r"(.+)_scale(?:_inv)?|(.*)scales", name)
+    if not match:
+        return None
+    for weight in (match[1], f"{match[1]}_packed") if match[1] else (f"{match[2]}qweight",):
+        if weight in names:
+            return weight
+    return None

@@ -1,0 +1,77 @@
+"""A network at several points of its training: the reports of a series of checkpoints."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rmsgd.checkpoints import natural_order
+from rmsgd.metrics import LayerMetrics, Report, csv_row, write_csv
+
+
+@dataclass(frozen=True)
+class Series:
+    """Reports in the order of training."""
+
+    sources: tuple[str, ...]
+    """What each report is of, for people: a path, an epoch."""
+    reports: tuple[Report, ...]
+
+    def by_layer(self) -> dict[str, list[LayerMetrics | None]]:
+        """Each layer that was measured at least once, in the order of the network, over the checkpoints.
+
+        Layers are matched by ``comparable_name``.
+        """
+        layers: dict[str, list[LayerMetrics | None]] = {}
+        for index, report in enumerate(self.reports):
+            for layer in report.measured:
+                row = layers.setdefault(comparable_name(layer.name), [None] * len(self.reports))
+                row[index] = layer
+        return layers
+
+    def values(self, field: str) -> NDArray[np.float64]:
+        """One metric ("quality", "stable_rank", "condition_number"), (layers, checkpoints).
+
+        NaN where a layer was not measured.
+        """
+        rows = self.by_layer().values()
+        table = [[np.nan if layer is None else getattr(layer, field) for layer in row] for row in rows]
+        return np.array(table, dtype=np.float64).reshape(len(rows), len(self.reports))
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"series": [{"source", then the report's own keys}]}``, ready for JSON."""
+        pairs = zip(self.sources, self.reports, strict=True)
+        return {"series": [{"source": source, **report.to_dict()} for source, report in pairs]}
+
+    def to_csv(self, path: str | os.PathLike[str] | TextIO) -> None:
+        """One row per checkpoint and layer: its source, then the columns of ``Report.to_csv``."""
+        pairs = zip(self.sources, self.reports, strict=True)
+        write_csv(path, [{"source": source, **csv_row(x)} for source, report in pairs for x in report.layers])
+
+    def plot(self, path: str | os.PathLike[str], layer: str | None = None) -> None:
+        """Draw quality over layers and checkpoints, the metrics' course, and one layer's parts, to a file.
+
+        The parts are low rank and noise of ``layer``, read again from ``sources``, which must be paths; by
+        default of the layer whose quality changed most.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+            ValueError: no layer was measured, or ``layer`` is none of them.
+        """
+        from rmsgd.plots_probe import plot_series
+
+        plot_series(self, path, layer)
+
+
+def comparable_name(name: str) -> str:
+    """A layer's name without what DistributedDataParallel and torch.compile put before or into it."""
+    return re.sub(r"^(module\.)+", "", re.sub(r"(^|(?<=\.))_orig_mod\.", "", name))
+
+
+def in_order_of_training(paths: Sequence[str]) -> list[str]:
+    """Paths as a shell's wildcard gives them, with epoch 2 before epoch 10; any other order is kept."""
+    return sorted(paths, key=natural_order) if list(paths) == sorted(paths) else list(paths)

@@ -1,0 +1,137 @@
+"""What can be probed: the tensors of a module, of a mapping or of a checkpoint, before any is read."""
+
+import os
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network")
+"""Keys under which training scripts put a state dict beside an optimizer's (Lightning: the first)."""
+
+_DEEPEST = 8
+
+
+class NotMeasurableError(Exception):
+    """A tensor that is no weight in plain numbers; the message says what it is."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a source, not read yet."""
+
+    name: str
+    """The key as stored."""
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    """Raises NotMeasurableError, or CheckpointError where a file cannot be read."""
+    skip: str | None = None
+    """Why it is not to be measured, where that is known before it is read."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """All tensors of a source in its order, and what could not be read, a line each."""
+
+    tensors: tuple[StoredTensor, ...]
+    errors: tuple[str, ...] = ()
+
+
+def open_source(source: nn.Module | Mapping[str, Any] | str | os.PathLike[str]) -> Source:
+    """The tensors of a module, of a mapping of names to tensors or NumPy arrays, or of a path.
+
+    Raises:
+        TypeError: it is none of these.
+        CheckpointError: see ``checkpoints.open_checkpoint``.
+    """
+    if isinstance(source, nn.Module):
+        return Source(tuple(_of_module(source)))
+    if isinstance(source, Mapping):
+        weights = find_weights(source)
+        return Source(tuple(stored_tensors(weights, lambda name: as_tensor(weights[name]))))
+    if isinstance(source, str | os.PathLike):
+        from rmsgd.checkpoints import open_checkpoint
+
+        return open_checkpoint(source)
+    raise TypeError(
+        "source must be a torch.nn.Module, a mapping of names to tensors or NumPy arrays, or a path, "
+        f"got {type(source).__name__}"
+    )
+
+
+def _of_module(module: nn.Module) -> Iterator[StoredTensor]:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, value in parameters.items():
+        if nn.parameter.is_lazy(value):
+            yield StoredTensor(name, (), lambda: torch.empty(0), "not initialised yet (a lazy module)")
+    ready = {name: value for name, value in parameters.items() if not nn.parameter.is_lazy(value)}
+    yield from stored_tensors(ready, lambda name: ready[name].detach())
+    for name, buffer in module.named_buffers():
+        # A quantised module keeps its weights in buffers: they are listed, not passed over.
+        if buffer.ndim > 1:
+            yield StoredTensor(name, tuple(buffer.shape), buffer.detach, "a buffer, not a parameter")
+
+
+def stored_tensors(values: Mapping[str, Any], read: Callable[[str], Tensor]) -> Iterator[StoredTensor]:
+    """The entries of ``values``, tensors or arrays, which ``read`` gets by name; held is only their shape.
+
+    One of two or more dimensions that shares its memory with an earlier one is marked as skipped.
+    """
+    first: dict[Hashable, str] = {}
+    for name, value in values.items():
+        memory = _memory(value)
+        earlier = name if memory is None else first.setdefault(memory, name)
+        skip = None if earlier == name or value.ndim < 2 else f"tied: the same memory as {earlier}"
+        yield StoredTensor(name, tuple(value.shape), partial(read, name), skip)
+
+
+def _memory(value: Any) -> Hashable:
+    """Where a tensor or an array lies, equal for two that are the same numbers; None: nowhere."""
+    if isinstance(value, np.ndarray):
+        address, strides, kind = value.__array_interface__["data"][0], value.strides, value.dtype.str
+        return (address, value.shape, strides, kind) if value.size else None
+    if not is_plain(value) or value.layout != torch.strided or value.is_meta or value.numel() == 0:
+        return None
+    return (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is torch's own kind: a subclass may keep something else in its memory."""
+    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+
+
+def as_tensor(value: Tensor | NDArray[Any]) -> Tensor:
+    """An array as a tensor of the same numbers, without a copy where torch can share its memory."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    try:
+        # In this machine's byte order, forward, writeable: what torch shares.
+        return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
+    except TypeError:
+        raise NotMeasurableError(f"an array of {value.dtype}, which torch does not know") from None
+
+
+def find_weights(tree: Mapping[Any, Any]) -> dict[str, Any]:
+    """The tensors and arrays of a state dict, or of the state dict inside a training checkpoint.
+
+    A mapping under one of ``WRAPPERS`` is the state dict: its keys stay as they are and all beside
+    it is left alone. Otherwise every tensor is taken, those of inner mappings under "outer.inner";
+    an optimizer's state (a mapping with "param_groups") is passed over.
+    """
+    for key in WRAPPERS:
+        if isinstance(tree.get(key), Mapping) and (weights := find_weights(tree[key])):
+            return weights
+    return dict(_flatten(tree, "", _DEEPEST))
+
+
+def _flatten(tree: Mapping[Any, Any], prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Tensor | np.ndarray):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, Mapping) and "param_groups" not in value and depth:
+            yield from _flatten(value, f"{prefix}{key}.", depth - 1)
