@@ -56,6 +56,7 @@ inline int64_t numel(const Tensor& t) {
 
 // Whether the elements fill their memory, in any order of the dimensions.
 inline bool is_dense(const Tensor& t) {
+  if (numel(t) == 0) return true;
   int64_t filled = 1;
   for (bool grew = true; grew;) {
     grew = false;

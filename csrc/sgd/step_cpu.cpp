@@ -10,9 +10,9 @@ namespace {
 constexpr int64_t kBlock = 512;
 
 template <Memory memory, bool nesterov, class A>
-void update_all(const Coefficients<A>& coefficients, int64_t n, A* __restrict w, A* __restrict m,
+void update_all(const Coefficients<A>& given, int64_t n, A* __restrict w, A* __restrict m,
                 const A* __restrict g) {
-  const Coefficients<A> c = coefficients;
+  const Coefficients<A> c = given;  // a copy, which no write through w or m can change
   for (int64_t i = 0; i < n; ++i) {
     if constexpr (memory == Memory::none) {
       A none = 0;
@@ -28,15 +28,11 @@ template <class A>
 class Stepper {
  public:
   Stepper(const StepTensor& tensor, const StepGroup& group, double grad_scale)
-      : update_(choose(group)), clear_(*tensor.fresh && group.momentum != 0) {
-    const double eta = *tensor.eta * group.multiplier;
-    const double gain = *tensor.fresh ? 1 : 1 - group.dampening;
-    coefficients_.scale = A((group.maximize ? -1 : 1) / grad_scale);
-    coefficients_.weight_decay = A(group.weight_decay);
-    coefficients_.momentum = A(group.momentum);
-    coefficients_.eta = A(eta);
-    coefficients_.gain = A(group.velocity ? eta * gain : gain);
-  }
+      : coefficients_(coefficients<A>(*tensor.eta * group.multiplier, grad_scale, group.momentum,
+                                      group.dampening, group.weight_decay, group.maximize, group.velocity,
+                                      *tensor.fresh)),
+        update_(choose(group)),
+        clear_(*tensor.fresh && group.momentum != 0) {}
 
   void operator()(int64_t n, A* w, A* m, const A* g) const {
     if (clear_) __builtin_memset(m, 0, size_t(n) * sizeof(A));

@@ -22,6 +22,16 @@ struct Coefficients {
   A gain;  // what a gradient enters the memory with: 1 - dampening, times eta for a velocity
 };
 
+// `eta` is the parameter's learning rate. The first gradient that enters a memory (`fresh`) is never
+// dampened, as in torch.
+template <class A>
+RMSGD_FN Coefficients<A> coefficients(double eta, double grad_scale, double momentum, double dampening,
+                                      double weight_decay, bool maximize, bool velocity, bool fresh) {
+  const double gain = fresh ? 1 : 1 - dampening;
+  return {A((maximize ? -1 : 1) / grad_scale), A(weight_decay), A(momentum), A(eta),
+          A(velocity ? eta * gain : gain)};
+}
+
 // One weight `w` and its memory `m` take one step along the stored gradient `g`.
 template <Memory memory, bool nesterov, class A>
 RMSGD_FN void update(const Coefficients<A>& c, A g, A& w, A& m) {
