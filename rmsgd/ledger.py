@@ -150,21 +150,27 @@ class Ledger:
 
     def step(self, groups: Sequence[StepGroup], grad_scale: float) -> None:
         """One step along the parameters' gradients."""
-        gradients: list[Tensor | None] = []
-        written: list[Tensor] = []
-        for member, p in zip(self.members, self._stepped, strict=True):
-            grad = member.parameter.grad
-            if grad is not None:
-                written.append(member.parameter)
-                if grad.stride() != p.stride() or grad.dtype != p.dtype or grad.layout != torch.strided:
-                    grad = _usable(grad, p, member.name)
-            gradients.append(grad)
+        if not self._copies:
+            without = self._stepper.step_parameters(groups, grad_scale)
+            if without is not None:
+                _mark_written(self._parameters, without)
+                return
+        self.step_along([p.grad for p in self._parameters], groups, grad_scale)
+
+    def step_along(
+        self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], grad_scale: float
+    ) -> None:
+        """One step along these gradients, of any floating type and layout."""
+        usable = [
+            None if grad is None else _usable(grad, p, member.name)
+            for grad, p, member in zip(gradients, self._stepped, self.members, strict=True)
+        ]
         for p, dense in self._copies:
             dense.copy_(p)
-        self._stepper.step(gradients, groups, grad_scale)
+        self._stepper.step(usable, groups, grad_scale)
         for p, dense in self._copies:
             p.copy_(dense)
-        torch.autograd.graph.increment_version(written)
+        _mark_written(self._parameters, [i for i, grad in enumerate(usable) if grad is None])
 
     # -- epoch ends ------------------------------------------------------------------------------
 
@@ -228,3 +234,11 @@ def _usable(grad: Tensor, p: Tensor, name: str) -> Tensor:
             "use a dense gradient (sparse=False in an embedding)"
         )
     return same_layout(grad.to(p.dtype), p)
+
+
+def _mark_written(parameters: Sequence[Tensor], without: Sequence[int]) -> None:
+    """Tell autograd of the parameters that changed: all but these."""
+    left_out = set(without)
+    torch.autograd.graph.increment_version(
+        [p for i, p in enumerate(parameters) if i not in left_out] if without else parameters
+    )

@@ -58,6 +58,13 @@ class Stepper(Protocol):
     ) -> None:
         """One momentum step, in place; gradients of the parameters' dtypes and strides, never written."""
 
+    def step_parameters(self, groups: Sequence[StepGroup], grad_scale: float = 1.0) -> list[int] | None:
+        """The same along the parameters' own ``grad``, read without a Python operation for each.
+
+        Returns the indices of the parameters without a gradient; None where nothing was done, because
+        this stepper does not know how, or a gradient is not as ``step`` takes it.
+        """
+
 
 class RateGroup(NamedTuple):
     """What one parameter group contributes to an epoch end; see ``reference.next_rate``."""

@@ -33,6 +33,7 @@ class NativeStepper:
 
     def __init__(self, core: ModuleType, tables: StepTables) -> None:
         self._tables = tables  # keeps the memory alive that the plan points to
+        self._parameters = list(tables.parameters)
         self._plan = core.StepPlan(
             [p.data_ptr() for p in tables.parameters],
             [0 if b is None else b.data_ptr() for b in tables.buffers],
@@ -50,6 +51,14 @@ class NativeStepper:
         """See ``base.Stepper``."""
         pointers = [0 if g is None else g.data_ptr() for g in gradients]
         self._plan.step(pointers, groups, grad_scale, torch.get_num_threads())
+
+    def step_parameters(self, groups: Sequence[StepGroup], grad_scale: float = 1.0) -> list[int] | None:
+        """See ``base.Stepper``."""
+        threads = torch.get_num_threads()
+        without: list[int] | None = self._plan.step_tensors(
+            Tensor, self._parameters, groups, grad_scale, threads
+        )
+        return without
 
 
 class NativeBackend:

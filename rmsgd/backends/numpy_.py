@@ -65,6 +65,9 @@ class NumpyStepper:
                     _flat(buffer).copy_(torch.from_numpy(new_v))
                 t.fresh[i] = False
 
+    def step_parameters(self, groups: Sequence[StepGroup], grad_scale: float = 1.0) -> None:
+        """See ``base.Stepper``; one at a time is all it knows."""
+
 
 def _flat(tensor: Tensor) -> Tensor:
     """A dense tensor's elements in the order they lie in memory, as a view."""

@@ -58,6 +58,9 @@ class TorchStepper:
                     buffer.copy_(new_v)  # type: ignore[arg-type]
                 t.fresh[i] = False
 
+    def step_parameters(self, groups: Sequence[StepGroup], grad_scale: float = 1.0) -> None:
+        """See ``base.Stepper``; one at a time is all it knows."""
+
 
 class TorchBackend:
     """Singular values by ``torch.linalg`` in float64, everything after them by the reference."""

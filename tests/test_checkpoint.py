@@ -1,0 +1,303 @@
+"""A checkpoint carries everything a run needs to go on, and nothing that is not a number."""
+
+import io
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+import rmsgd
+from bench import peers
+
+
+def network(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 3)).to(dtype)
+
+
+def step(model, optimizer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    p = next(model.parameters())
+    optimizer.zero_grad()
+    model(torch.randn(8, 2, 4, 4, generator=generator).to(p)).square().mean().backward()
+    optimizer.step()
+
+
+def run(model, optimizer, begin, end, epoch=4):
+    """Steps begin to end, an epoch end after every fourth."""
+    for t in range(begin, end):
+        step(model, optimizer, t)
+        if isinstance(optimizer, rmsgd.RMSGD) and (t + 1) % epoch == 0:
+            optimizer.epoch_step()
+
+
+def saved(state_dict, **kwargs):
+    """The state_dict after a way through a file."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, **kwargs)
+
+
+def size(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    return len(file.getbuffer())
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def identical(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def state_of(optimizer):
+    """A copy of everything the optimizer holds, to compare with later."""
+    return deepcopy(optimizer.state_dict())
+
+
+def unchanged(optimizer, before):
+    after = optimizer.state_dict()
+    for key, state in before["state"].items():
+        for name, value in state.items():
+            now = after["state"][key][name]
+            assert torch.equal(value, now) if isinstance(value, torch.Tensor) else value == now
+    assert after["param_groups"] == before["param_groups"]
+
+
+def test_the_state_is_tensors_and_plain_numbers():
+    model = network()
+    optimizer = rmsgd.RMSGD(model.named_parameters(), initial_rank="measure", step_size=2, gamma=0.9)
+    run(model, optimizer, 0, 9)
+    state_dict = saved(optimizer.state_dict(), weights_only=True)
+    for state in state_dict["state"].values():
+        assert all(type(value) in (torch.Tensor, float, int, bool) for value in state.values())
+    for group in state_dict["param_groups"]:
+        values = [v for k, v in group.items() if k not in ("params", "param_names")]
+        assert all(isinstance(value, (float, int, str, type(None))) for value in values)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_checkpoint_is_hardly_larger_than_sgds(momentum):
+    torch.manual_seed(0)
+    blocks = [nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16)]
+    model = nn.Sequential(*(deepcopy(blocks[i % 2]) for i in range(80)))
+    frozen = [model[0].weight, model[3].bias]
+    for p in frozen:
+        p.requires_grad_(False)
+    ours = rmsgd.RMSGD(model.parameters(), momentum=momentum)
+    theirs = torch.optim.SGD(model.parameters(), lr=0.03, momentum=momentum)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) if p.requires_grad else None
+    for optimizer in (ours, theirs):
+        optimizer.step()
+    ours.epoch_step()
+    count = sum(1 for _ in model.parameters())
+    assert size(ours.state_dict()) <= 1.01 * size(theirs.state_dict()) + 64 * count
+
+
+@pytest.mark.parametrize("rule", ["paper", "release", "published"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_run_resumed_at_any_step_goes_on_bit_for_bit(rule, dtype):
+    options = dict(rule=rule, step_size=1, gamma=0.9, initial_rank="measure", nesterov=True)
+    model = network(dtype)
+    optimizer = rmsgd.RMSGD(model.named_parameters(), **options)
+    stops = {}
+    for t in range(12):
+        run(model, optimizer, t, t + 1)
+        stops[t + 1] = saved((model.state_dict(), optimizer.state_dict()))
+    expected, rates = weights(model), optimizer.learning_rates()
+    for t, (model_state, optimizer_state) in stops.items():
+        other = network(dtype)
+        other.load_state_dict(model_state)
+        resumed = rmsgd.RMSGD(other.named_parameters())
+        resumed.load_state_dict(optimizer_state)
+        run(other, resumed, t, 12)
+        assert identical(weights(other), expected), t
+        assert resumed.learning_rates() == rates
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_velocities_and_rates_keep_their_precision_beside_half_precision_weights(dtype):
+    model = network(dtype)
+    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.0301)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    optimizer.epoch_step()
+    before = state_of(optimizer)
+    other = rmsgd.RMSGD(model.named_parameters())
+    other.load_state_dict(saved(before))
+    for p in model.parameters():
+        velocity = other.state[p]["velocity"]
+        assert velocity.dtype == torch.float32
+        assert not torch.equal(velocity, velocity.to(dtype).float())
+    unchanged(other, before)
+
+
+def test_a_loaded_checkpoint_is_copied():
+    model = network()
+    optimizer = rmsgd.RMSGD(model.parameters())
+    run(model, optimizer, 0, 2)
+    checkpoint = optimizer.state_dict()
+    others = network()
+    other = rmsgd.RMSGD(others.parameters())
+    other.load_state_dict(checkpoint)
+    before = checkpoint["state"][0]["velocity"].clone()
+    run(others, other, 2, 4)
+    assert torch.equal(checkpoint["state"][0]["velocity"], before)
+
+
+@pytest.mark.parametrize("rule", ["paper", "release", "published"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"momentum": 0.9, "weight_decay": 1e-2},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.9, "dampening": 0.5, "maximize": True},
+        {"momentum": 0.0},
+    ],
+)
+def test_a_checkpoint_of_sgd_loads_and_the_next_step_is_sgds(rule, flags):
+    model = network(torch.float64)
+    sgd = torch.optim.SGD(model.named_parameters(), lr=0.1, **flags)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(sgd, 0.7)
+    run(model, sgd, 0, 3)
+    scheduler.step()
+    other = deepcopy(model)
+    ours = rmsgd.RMSGD(other.named_parameters(), lr=0.03, rule=rule, beta=0.5)
+    ours.load_state_dict(saved(sgd.state_dict()))
+    group = ours.param_groups[0]
+    assert (group["lr"], group["beta"], group["rule"]) == (0.1 * 0.7, 0.5, rule)
+    assert set(ours.learning_rates().values()) == {0.1 * 0.7}
+    for t in (3, 4):
+        step(model, sgd, t)
+        step(other, ours, t)
+    for a, b in zip(weights(other), weights(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+    ours.epoch_step()
+
+
+def test_parameters_of_sgd_that_never_had_a_gradient_begin_afresh():
+    model = network()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    sgd.step()
+    ours = rmsgd.RMSGD(model.parameters())
+    ours.load_state_dict(sgd.state_dict())
+    fresh = [state["fresh"] for state in ours.state_dict()["state"].values()]
+    assert fresh == [False] + [True] * 5
+
+
+def test_a_checkpoint_of_sgd_whose_schedule_ended_at_zero_loads():
+    model = network()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    run(model, sgd, 0, 1)
+    sgd.param_groups[0]["lr"] = 0.0
+    ours = rmsgd.RMSGD(model.parameters(), lr=0.03)
+    ours.load_state_dict(sgd.state_dict())
+    assert set(ours.learning_rates().values()) == {0.0}
+    ours.param_groups[0]["lr"] = 0.03
+    assert set(ours.learning_rates().values()) == {0.03}
+
+
+@pytest.mark.parametrize(("before", "after"), [("paper", "release"), ("release", "paper")])
+def test_past_gradients_change_their_form_with_the_rule(before, after):
+    model = network(torch.float64)
+    optimizer = rmsgd.RMSGD(model.parameters(), rule=before)
+    run(model, optimizer, 0, 3)
+    other = deepcopy(model)
+    twin = rmsgd.RMSGD(other.parameters(), rule=before)
+    twin.load_state_dict(saved(optimizer.state_dict()))
+    twin.param_groups[0]["rule"] = after
+    step(model, optimizer, 3)
+    step(other, twin, 3)
+    for a, b in zip(weights(other), weights(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+    keys = {key for state in twin.state.values() for key in state}
+    assert ("velocity" in keys) == (after == "paper")
+    assert ("momentum_buffer" in keys) == (after == "release")
+
+
+def test_one_of_rmsgd_1_0_2_is_refused_with_the_reason():
+    try:
+        release = peers.load_rmsgd_1_0_2()
+    except peers.PeerUnavailableError as error:
+        pytest.skip(str(error))
+    model = network()
+    theirs = release.RMSGD(model.parameters(), lr=0.03, momentum=0.9)
+    step(model, theirs, 0)
+    theirs.epoch_step()
+    ours = rmsgd.RMSGD(model.parameters())
+    before = state_of(ours)
+    with pytest.raises(ValueError, match=r"written by rmsgd 1\.0\.2.*initial_rank='measure'"):
+        ours.load_state_dict(theirs.state_dict())
+    unchanged(ours, before)
+
+
+def grown():
+    """A network with another last layer and one more."""
+    model = network()
+    model[3] = nn.Linear(32, 5)
+    model.append(nn.Linear(5, 2))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("other", "named", "message"),
+    [
+        (
+            grown,
+            True,
+            r"groups of \[8\] parameters, the optimizer of \[6\].*missing.*none; unexpected: 4.bias",
+        ),
+        (grown, False, r"groups of \[8\] parameters, the optimizer of \[6\]"),
+        (lambda: network()[:3], True, r"missing in the checkpoint: 3.bias, 3.weight; unexpected: none"),
+        (lambda: grown()[:4], True, r"shapes differ.*3.weight is \(3, 32\), its velocity \(5, 32\), 3.bias"),
+        (lambda: grown()[:4], False, r"shapes differ.*0.4 is \(3, 32\), its velocity \(5, 32\)"),
+    ],
+)
+def test_other_parameters_are_named_and_nothing_changes(other, named, message):
+    def make(model):
+        return rmsgd.RMSGD(model.named_parameters() if named else model.parameters())
+
+    model, theirs = network(), make(other())
+    ours = make(model)
+    run(model, ours, 0, 5)
+    before = state_of(ours)
+    with pytest.raises(ValueError, match=message):
+        ours.load_state_dict(theirs.state_dict())
+    unchanged(ours, before)
+    step(model, ours, 6)
+
+
+def test_the_same_parameters_in_another_order_are_refused():
+    model = network()
+    named = list(model.named_parameters())
+    theirs = rmsgd.RMSGD(named[2:] + named[:2])
+    ours = rmsgd.RMSGD(named)
+    with pytest.raises(ValueError, match=r"lists 1.weight where the optimizer has 0.weight"):
+        ours.load_state_dict(theirs.state_dict())
+    prefixed = rmsgd.RMSGD([(f"module.{name}", p) for name, p in named])
+    ours.load_state_dict(prefixed.state_dict())
+
+
+def test_state_of_parameters_in_no_group_is_refused():
+    ours = rmsgd.RMSGD(network().parameters())
+    state_dict = ours.state_dict()
+    state_dict["state"][17] = {"rate": 0.1}
+    with pytest.raises(ValueError, match="state for parameters in none of its groups: 17"):
+        ours.load_state_dict(state_dict)
+
+
+def test_reading_the_state_does_not_disturb_the_run():
+    model, other = network(), network()
+    watched, alone = rmsgd.RMSGD(model.parameters()), rmsgd.RMSGD(other.parameters())
+    for t in range(8):
+        run(model, watched, t, t + 1)
+        watched.state_dict()
+        run(other, alone, t, t + 1)
+    assert identical(weights(model), weights(other))
