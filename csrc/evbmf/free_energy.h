@@ -44,8 +44,21 @@ struct FreeEnergyMinimum {
   int rank;               // how many values are above the threshold: the winning k
   double noise_variance;  // sigma^2, in the units of c
   double free_energy;     // Omega there
-  double gap;             // Omega of the best candidate of another rank minus free_energy (inf: none)
+  double tolerance;       // every c_h may be off by this much, the sum of all kept, and `rank` still wins
 };
+
+// The largest error of a value, in units of sigma^2 times the threshold x_, that `tolerance` can vouch for.
+constexpr double LARGEST_ERROR = 1e-3;
+
+// By how much Omega at one minimum (k values above the threshold, 1 / sigma^2 = s) can move against Omega at
+// another, per unit of error in every c_h while their sum is kept. To first order a minimum moves by
+// s (g(x_h) / x_h - 1) for each value above its threshold, g = 1 + alpha (1 + 1 / tau), and by nothing for
+// the others: two minima share all but |k - k'| terms, and the shared ones differ by at most 1.2 |s - s'|
+// each. One term more is for right ends, which move with c_{k+1}; the factor 2 covers the second order.
+RMSGD_FN double swing(int k, double s, int other_k, double other_s) {
+  const int shared = k < other_k ? k : other_k;
+  return 2.0 * ((shared + 1) * fabs(s - other_s) + (abs(k - other_k) + 1) * (s > other_s ? s : other_s));
+}
 
 // One interval between breakpoints: the k largest values are above the threshold.
 template <class Team>
@@ -131,14 +144,13 @@ RMSGD_FN FreeEnergyMinimum minimise_free_energy(Team& team, const double* c, int
 
   // How far Omega steps up as s passes a breakpoint.
   const double step = log1p(threshold.tau) + alpha * log1p(threshold.tau / alpha) - threshold.tau;
-  // Candidates known to lose by more than this are not evaluated: the guard (`trustworthy`) never
-  // asks about a larger gap.
-  const double margin = 2e-5 * L * threshold.x;
-
   FreeEnergyMinimum best = {-1, 0.0, INFINITY, INFINITY};
   // Going down in k, of the interval above: its right end, an upper bound of G there, and an upper
-  // bound of "the lowest right end from there up" minus Omega at its own right end.
+  // bound of "the lowest right end from there up" minus Omega at its own right end; and where that lowest
+  // right end is.
   double right_above = INFINITY, slope_above = INFINITY, lead_above = INFINITY;
+  int lowest_k = 0;
+  double lowest_s = 0.0;
 
   for (int k = most; k >= 0; --k) {
     if (k * (1.0 + alpha) >= L) continue;  // G_k > 0 everywhere: no minimum
@@ -160,26 +172,39 @@ RMSGD_FN FreeEnergyMinimum minimise_free_energy(Team& team, const double* c, int
       if (!ends_low) position = piece.root_left_of(right, exact, left);
     }
 
-    // A right end is a candidate unless one further right is surely lower. G is convex on the
-    // interval above, so the larger of its end values bounds the way there.
+    // A right end is a candidate unless one further right is surely lower, by more than the largest error
+    // can move it. G is convex on the interval above, so the larger of its end values bounds the way there.
     double lead = INFINITY;
     if (right_above < INFINITY) {
       const double from = slope_here - threshold.tau;  // G just after the breakpoint
       lead = step + log(right_above / right) * (from > slope_above ? from : slope_above) + lead_above;
     }
-    if (!empty && lead >= 0.0) lead = 0.0;
-    if (!empty && ends_low && lead >= -margin) position = right;
+    if (!empty && lead >= 0.0) {
+      lead = 0.0;
+      lowest_k = k;
+      lowest_s = right;
+    }
+    if (!empty && ends_low &&
+        (lead == 0.0 || lead >= -LARGEST_ERROR * threshold.x / right * swing(k, right, lowest_k, lowest_s))) {
+      position = right;
+    }
     lead_above = lead;
     right_above = right;
     slope_above = slope_here;
 
     if (position > 0.0) {
       const double value = piece.free_energy(position);
-      if (best.rank < 0 || value <= best.free_energy + 1e-12 * (1.0 + fabs(best.free_energy))) {
-        best = {k, 1.0 / position, value, best.free_energy - value};
-      } else if (value - best.free_energy < best.gap) {
-        best.gap = value - best.free_energy;
+      const bool wins = best.rank < 0 || value <= best.free_energy + 1e-12 * (1.0 + fabs(best.free_energy));
+      // Where a new minimum wins, what the old one could bear against another is still a bound: gaps add up,
+      // and so, at most, do swings.
+      double tolerance = best.tolerance;
+      if (best.rank >= 0) {
+        const double bearable =
+            fabs(value - best.free_energy) / swing(k, position, best.rank, 1.0 / best.noise_variance);
+        if (bearable < tolerance) tolerance = bearable;
       }
+      if (wins) best = {k, 1.0 / position, value, tolerance};
+      best.tolerance = tolerance;
     }
   }
   return best;

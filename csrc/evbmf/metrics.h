@@ -57,16 +57,39 @@ RMSGD_FN ModeMetrics mode_metrics(Team& team, const double* c, const FreeEnergyM
   return {rank, minimum.noise_variance, team.sum(energy) / L, 1.0 - last / first, team.sum(nuclear)};
 }
 
-// Whether a spectrum whose values lambda = M c are each known to within `error` (absolute) decides
-// the minimum: the threshold is well resolved, no value is too close to it, and no other rank is
-// nearly as good. `next` is the largest value below the threshold, c[rank].
-RMSGD_FN bool trustworthy(const FreeEnergyMinimum& minimum, const double* c, double next, double L, double M,
-                          double error) {
-  const double threshold = Threshold(L, M).x * minimum.noise_variance;
-  if (!(error < 1e-5 * M * threshold)) return false;
-  if (minimum.rank > 0 && !(c[minimum.rank - 1] - threshold > error / M)) return false;
-  if (!(threshold - next > error / M)) return false;
-  return minimum.gap > 2.0 * L * error / (M * minimum.noise_variance);
+// d ln d / d ln lambda of a shrunk value, and one half more than -d ln d / d ln sigma^2.
+RMSGD_FN double shrinkage_slope(double c, double noise_variance, double alpha) {
+  const double tau = tau_of(c / noise_variance, alpha);
+  return (1.0 + tau) * (tau + alpha) / (tau * tau - alpha) - 0.5;
+}
+
+// Whether values lambda = M c, each known to within `error` (absolute) and their sum much better, are good
+// enough: no other rank can win, sigma^2 is within 1e-4 of itself, the condition within 1e-5 and the stable
+// rank within 1e-6 (sums of k errors are taken as sqrt(k) of them: rounding has no preferred sign).
+// next: the largest value below the threshold, c[rank].
+RMSGD_FN bool trustworthy(const FreeEnergyMinimum& minimum, const ModeMetrics& metrics, const double* c,
+                          double next, double L, double M, double error) {
+  if (!(minimum.noise_variance > 0.0)) return false;
+  const Threshold threshold(L, M);
+  const double relative = error / (M * minimum.noise_variance);
+  if (!(relative < LARGEST_ERROR * threshold.x && error < M * minimum.tolerance)) return false;
+
+  const int rank = minimum.rank;
+  if (rank == 0) return true;
+  // sigma^2 is c_{k+1} / x_ at a right end; at a root of G it takes up the errors of the values kept.
+  const bool right_end = next >= (1.0 - 1e-9) * threshold.x * minimum.noise_variance;
+  const double noise_error = right_end
+                                 ? relative / threshold.x
+                                 : 1.2 * sqrt(rank + 1.0) * relative / (L - rank * (1.0 + threshold.alpha));
+  const double first_slope = shrinkage_slope(c[0], minimum.noise_variance, threshold.alpha);
+  const double last_slope = shrinkage_slope(c[rank - 1], minimum.noise_variance, threshold.alpha);
+  const double first_error = first_slope * (error / (M * c[0]) + noise_error);
+  const double last_error = last_slope * (error / (M * c[rank - 1]) + noise_error);
+  const double condition_error = (1.0 - metrics.condition_number) * (first_error + last_error);
+  const double stable_rank_error = 2.0 * (last_slope * sqrt(double(rank)) / L * error / (M * c[0]) +
+                                          metrics.stable_rank * (first_error + last_slope * noise_error));
+  return noise_error < 1e-4 && (rank == 1 || condition_error < 1e-5) &&
+         (rank == 1 || stable_rank_error < 1e-6);
 }
 
 // The row of the metrics table for singular values gamma (L), descending, the numerically zero ones

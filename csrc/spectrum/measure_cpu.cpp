@@ -230,14 +230,14 @@ bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Worksp
     rest = 0.0;
   }
   const double largest = needed.count > 0 ? values[0] : interval.upper;
-  const double zero = stage == Stage::gram_f64 ? 64.0 * rows * unit * largest : 0.0;
-  for (int h = 0; h < needed.count; ++h) values[h] = values[h] > zero ? values[h] / columns : 0.0;
+  // No value counts as zero here: where rounding errors come near sigma^2 the guard below rejects the row.
+  for (int h = 0; h < needed.count; ++h) values[h] /= columns;
   Solo solo;
   const FreeEnergyMinimum minimum = minimise_free_energy(solo, values, needed.count, rest / columns, rows,
                                                          columns, needed.s_limit, space.tails);
   ModeMetrics metrics = mode_metrics(solo, values, minimum, rows, columns);
   const double next = minimum.rank < needed.count ? values[minimum.rank] : needed.lower / columns;
-  const bool trusted = trustworthy(minimum, values, next, rows, columns, 8.0 * unit * largest);
+  const bool trusted = trustworthy(minimum, metrics, values, next, rows, columns, 8.0 * unit * largest);
   metrics.noise_variance = std::ldexp(metrics.noise_variance, -exponent - 2 * space.scale_exponent);
   write_row(row, metrics, trusted || stage == Stage::gram_f32 ? MEASURED : NEEDS_SVD, stage);
   return trusted;

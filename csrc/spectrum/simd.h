@@ -28,12 +28,14 @@ struct Simd;
 
 template <>
 struct Simd<float> {
+  typedef double wide __attribute__((vector_size(LANES<float> * 8), may_alias));
   typedef float vector __attribute__((vector_size(LANES<float> * 4), may_alias));
   typedef float unaligned __attribute__((vector_size(LANES<float> * 4), aligned(4), may_alias));
 };
 
 template <>
 struct Simd<double> {
+  typedef double wide __attribute__((vector_size(LANES<double> * 8), may_alias));
   typedef double vector __attribute__((vector_size(LANES<double> * 8), may_alias));
   typedef double unaligned __attribute__((vector_size(LANES<double> * 8), aligned(8), may_alias));
 };
@@ -49,6 +51,27 @@ RMSGD_FN Vector<T> load(const T* from) {
 template <class T>
 RMSGD_FN void store(T* to, Vector<T> x) {
   *reinterpret_cast<typename Simd<T>::unaligned*>(to) = x;
+}
+
+// As many doubles as a vector of T has lanes.
+template <class T>
+using Wide = typename Simd<T>::wide;
+
+template <class T>
+RMSGD_FN Wide<T> load_wide(const T* from) {
+  return __builtin_convertvector(load(from), Wide<T>);
+}
+
+template <class T>
+RMSGD_FN void store_narrow(T* to, Wide<T> x) {
+  store(to, __builtin_convertvector(x, Vector<T>));
+}
+
+template <class T>
+RMSGD_FN double horizontal_sum_wide(Wide<T> x) {
+  double sum = 0.0;
+  for (int i = 0; i < LANES<T>; ++i) sum += x[i];
+  return sum;
 }
 
 template <class T>

@@ -124,18 +124,22 @@ RMSGD_FN double reflect(T* x, ptrdiff_t at, ptrdiff_t end, double* beta) {
   constexpr int W = LANES<T>;
   const double alpha = double(x[at]);
   for (ptrdiff_t j = vectors_down<T>(at); j <= at; ++j) x[j] = T(0);
-  Vector<T> squares = {};
-  for (ptrdiff_t j = vectors_down<T>(at); j < end; j += W) squares += load(x + j) * load(x + j);
-  const double rest = double(horizontal_sum<T>(squares));
+  Wide<T> squares = {};
+  for (ptrdiff_t j = vectors_down<T>(at); j < end; j += W) squares += load_wide(x + j) * load_wide(x + j);
+  const double rest = horizontal_sum_wide<T>(squares);
   if (rest < NEGLIGIBLE<T>) {
     *beta = alpha;
     return 0.0;
   }
   *beta = alpha > 0.0 ? -sqrt(alpha * alpha + rest) : sqrt(alpha * alpha + rest);
-  const T factor = T(1.0 / (alpha - *beta));
-  for (ptrdiff_t j = vectors_down<T>(at); j < end; j += W) store(x + j, load(x + j) * factor);
+  const double factor = 1.0 / (alpha - *beta);
+  squares = Wide<T>{};
+  for (ptrdiff_t j = vectors_down<T>(at); j < end; j += W) {
+    store_narrow(x + j, load_wide(x + j) * factor);
+    squares += load_wide(x + j) * load_wide(x + j);
+  }
   x[at] = T(1);
-  return (*beta - alpha) / *beta;
+  return 2.0 / (1.0 + horizontal_sum_wide<T>(squares));
 }
 
 // A reflection reads the whole rest of the matrix once (the product A v), so PANEL of them are gathered
@@ -158,7 +162,8 @@ void tridiagonalise(const double* gram, double scale, int n, T* matrix, double* 
   T* const w_rows = v_rows + PANEL * stride;
   T* const v_again = w_rows + PANEL * stride;
   T* const row = v_again + PANEL * stride;
-  T* const partial = row + stride;
+  double* const shared_tau = reinterpret_cast<double*>(row + stride);
+  T* const partial = row + stride + 16;
   for (int start = 0; start < n; start += PANEL) {
     const int panel_end = start + PANEL < n ? start + PANEL : n;
     for (int j = start; j < panel_end; ++j) {
@@ -181,11 +186,11 @@ void tridiagonalise(const double* gram, double scale, int n, T* matrix, double* 
         for (ptrdiff_t i = 0; i < end; ++i) v[i] = i > j ? row[i] : T(0);
         if (j + 1 < n) tau = reflect(v, j + 1, end, &off_diagonal[j]);
         for (ptrdiff_t i = 0; i < end; ++i) w[i] = T(0);
-        row[0] = T(tau);
+        *shared_tau = tau;
       }
       team.barrier();
       if (j + 1 >= n) continue;
-      tau = double(row[0]);
+      tau = *shared_tau;
       if (tau == 0.0) {
         // Every thread has read tau before the first writes the row again.
         team.barrier();
@@ -210,10 +215,12 @@ void tridiagonalise(const double* gram, double scale, int n, T* matrix, double* 
         dot_rows(w_rows, stride, pending, v, first, end, with_w);
         subtract_rows(w, v_rows, stride, pending, with_w, first, end);
         subtract_rows(w, w_rows, stride, pending, with_v, first, end);
-        T product;
-        dot_rows(w, stride, 1, v, first, end, &product);
-        const T factor = T(tau), shift = T(0.5 * tau * double(product));
-        for (ptrdiff_t i = first; i < end; i += W) store(w + i, factor * (load(w + i) - shift * load(v + i)));
+        Wide<T> products = {};
+        for (ptrdiff_t i = first; i < end; i += W) products += load_wide(w + i) * load_wide(v + i);
+        const double shift = 0.5 * tau * horizontal_sum_wide<T>(products);
+        for (ptrdiff_t i = first; i < end; i += W) {
+          store_narrow(w + i, tau * (load_wide(w + i) - shift * load_wide(v + i)));
+        }
         for (ptrdiff_t i = first; i <= j; ++i) w[i] = T(0);
       }
       // The next reflection begins with a barrier before the others read what was written here.

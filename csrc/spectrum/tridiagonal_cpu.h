@@ -23,7 +23,7 @@ RMSGD_FN ptrdiff_t tridiagonal_stride(ptrdiff_t n) {
   return whole % 128 == 0 ? whole + 16 : whole;
 }
 RMSGD_FN ptrdiff_t tridiagonal_work_size(ptrdiff_t n) {
-  return tridiagonal_stride(n) * (3 * PANEL + 1 + product_parts(n));
+  return tridiagonal_stride(n) * (3 * PANEL + 1 + product_parts(n)) + 16;
 }
 
 }  // namespace rmsgd
