@@ -3,11 +3,16 @@
 `rmsgd._cpu` holds the hot kernels once per instruction set and chooses at run time. A machine
 without a compiler still gets a working installation: the build says so and the numba or the torch
 backend runs instead.
+
+`rmsgd._cuda` is built where nvcc is found (RMSGD_NVCC, the PATH, CUDA_HOME), for the architectures of
+RMSGD_CUDA_ARCHS ("75,90"; the newest one as PTX too); RMSGD_CUDA=0 leaves it out. Where it is missing,
+CuPy compiles the same kernels at run time.
 """
 
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +45,11 @@ if X86:
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 
+# Compiled by nvcc, once per architecture.
+CUDA_SOURCES = ["csrc/sgd/step_cuda.cu", "csrc/spectrum/spectrum_cuda.cu", "csrc/evbmf/rates_cuda.cu"]
+CUDA_ARCHS = "75,80,86,89,90,100,120"
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+
 CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
 
 
@@ -49,9 +59,12 @@ def say(message: str) -> None:
 
 
 class BuildExtensions(build_ext):
-    """Compiles each source for each instruction set it needs, all cores at work."""
+    """Compiles each source for each instruction set or GPU it needs, all cores at work."""
 
     def build_extension(self, ext):
+        if ext.name == "rmsgd._cuda":
+            self._build_cuda_or_say_why_not(ext)
+            return
         try:
             self._build_cpu(ext)
         except Exception as error:  # whatever the compiler's absence or failure looks like
@@ -105,8 +118,97 @@ class BuildExtensions(build_ext):
                 return []
         return ["-fopenmp"]
 
+    def _build_cuda_or_say_why_not(self, ext):
+        try:
+            self._build_cuda(ext)
+        except Exception as error:
+            if os.environ.get("RMSGD_REQUIRE_NATIVE"):
+                raise
+            say(
+                f"the CUDA kernels were not built ({error}). On a GPU, CuPy compiles them at run time: "
+                "pip install 'rmsgd-kernels[cuda13]' (or [cuda12])."
+            )
+
+    def _build_cuda(self, ext):
+        nvcc = find_nvcc()
+        archs = os.environ.get("RMSGD_CUDA_ARCHS") or supported_archs(nvcc)
+        say(f"compiling the CUDA kernels for {archs} with {nvcc}; this takes some minutes")
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        include = ["-Icsrc", f"-I{nvcc.parent.parent / 'include'}"]
+
+        def compile_one(source):
+            target = folder / f"{Path(source).stem}-{archs.replace(',', '-')}.o"
+            listed = target.with_suffix(".d")
+            if not is_newer(target, listed):
+                flags = [*NVCC_FLAGS, *gencode(archs), *include, "-MD", "-MF", listed]
+                run([nvcc, *flags, "-c", source, "-o", target])
+            return str(target)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, CUDA_SOURCES))
+        objects += self.compiler.compile(
+            ["csrc/bind_cuda.cpp"],
+            output_dir=str(folder),
+            macros=[("RMSGD_CUDA_ARCHITECTURES", f'"{archs}"')],
+            include_dirs=[*ext.include_dirs, str(nvcc.parent.parent / "include")],
+            extra_postargs=[*CXX_FLAGS, "-Wno-unknown-pragmas"],
+        )
+        target = self.get_ext_fullpath(ext.name)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        # Static: the module then needs nothing but a driver, and shares no symbol with torch's runtime.
+        libraries = [nvcc.parent.parent / "lib64", nvcc.parent.parent / "lib"]
+        self.compiler.link_shared_object(
+            objects,
+            target,
+            libraries=["cudart_static", "dl", "rt", "pthread"],
+            library_dirs=[str(folder) for folder in libraries if folder.is_dir()],
+            target_lang="c++",
+        )
+        say("compiled the CUDA kernels")
+
     def get_source_files(self):
         return [*ISA_SOURCES, *SOURCES]
+
+
+def find_nvcc() -> Path | None:
+    """The CUDA compiler, symbolic links and launch scripts resolved; None where there is none."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [os.environ.get("RMSGD_NVCC"), *(f"{home}/bin/nvcc" for home in homes if home)]
+    for candidate in [*candidates, shutil.which("nvcc")]:
+        if candidate and Path(candidate).is_file():
+            return Path(candidate).resolve()
+    return None
+
+
+def supported_archs(nvcc: Path) -> str:
+    """Those of CUDA_ARCHS that this nvcc knows."""
+    known = run([nvcc, "--list-gpu-arch"])
+    return ",".join(arch for arch in CUDA_ARCHS.split(",") if f"compute_{arch}" in known)
+
+
+def gencode(archs: str) -> list[str]:
+    """nvcc's flags for machine code of every architecture and PTX of the newest."""
+    numbers = sorted((arch.strip() for arch in archs.split(",")), key=int)
+    flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+    return [*flags, f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
+
+
+def is_newer(target: Path, listed: Path) -> bool:
+    """Whether a target is newer than all files of a makefile rule that the compiler wrote."""
+    if not (target.is_file() and listed.is_file()):
+        return False
+    files = listed.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+    return all(Path(f).is_file() and Path(f).stat().st_mtime <= target.stat().st_mtime for f in files)
+
+
+def run(command: list) -> str:
+    """Output of a command; RuntimeError with the end of what it said when it fails."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip()
+        raise RuntimeError(f"{Path(str(command[0])).name} failed: {said[-2000:]}")
+    return done.stdout
 
 
 class BuildPython(build_py):
@@ -118,14 +220,19 @@ class BuildPython(build_py):
             shutil.copytree(ROOT / "csrc", Path(self.build_lib) / "rmsgd" / "_csrc", dirs_exist_ok=True)
 
 
-def cpu_extension():
+def extensions():
     import pybind11
 
-    return Extension("rmsgd._cpu", [], include_dirs=["csrc", pybind11.get_include()], language="c++")
+    names = ["rmsgd._cpu"]
+    if os.environ.get("RMSGD_CUDA") != "0" and find_nvcc() is not None:
+        names.append("rmsgd._cuda")
+    return [
+        Extension(name, [], include_dirs=["csrc", pybind11.get_include()], language="c++") for name in names
+    ]
 
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[cpu_extension()],
+        ext_modules=extensions(),
         cmdclass={"build_ext": BuildExtensions, "build_py": BuildPython},
     )
