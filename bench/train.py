@@ -4,7 +4,8 @@ import argparse
 import ast
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,6 @@ def main(arguments: Sequence[str]) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    console = Console(stderr=True)
-    if options.threads is not None:
-        if options.threads < 1:
-            parser.error(f"threads must be positive, got {options.threads}")
-        torch.set_num_threads(options.threads)
     settings = Settings(
         options.model,
         options.data,
@@ -49,20 +45,36 @@ def main(arguments: Sequence[str]) -> int:
         options.device,
         overrides(options.set),
     )
-    try:
-        runs = _train(settings, console)
-    except (training.SettingsError, peers.PeerUnavailableError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        console.print("interrupted: nothing was written")
-        return 130
-    _write(options.out, settings, runs, console)
+    console = Console(stderr=True)
+    # Batches of digits are so small that a second thread costs as much as it brings on idle cores,
+    # and many times more on busy ones.
+    threads = options.threads or (1 if options.data == "digits" else torch.get_num_threads())
+    with torch_threads(threads):
+        try:
+            runs = _train(settings, console)
+        except (training.SettingsError, peers.PeerUnavailableError) as error:
+            parser.error(str(error))
+        except KeyboardInterrupt:
+            console.print("interrupted: nothing was written")
+            return 130
+        _write(options.out, settings, runs, console)
     summary = training.summary(settings, runs)
     Console().print(table(settings, summary))
     lost = [name for name, entry in summary.items() if entry["diverged"] == entry["runs"]]
     if lost:
         console.print(f"diverged with every seed: {', '.join(lost)}", soft_wrap=True)
     return 1 if lost else 0
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Lets torch use `count` threads for as long as the context lasts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         help="size of the synthetic training set (default: %(default)s)",
     )
     add("--device", default=DEFAULTS.device, help="cpu, cuda or cuda:N (default: %(default)s)")
-    add("--threads", type=int, help="threads of torch on the CPU (default: all cores)")
+    add("--threads", type=_positive, help="threads on the CPU (default: 1 for digits, else all cores)")
     add(
         "--set",
         type=_assignment,
@@ -115,6 +127,12 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for result.json and the figures (default: %(default)s)",
     )
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ class Settings:
 
     """
 
-    model: str = "resnet20-digits"
+    model: str = "resnet14-digits"
     data: str = "digits"
     optimizers: tuple[str, ...] = ("rmsgd", "sgd", "sam")
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -24,8 +24,8 @@ PUBLISHED = {
     # nanoGPT's 10,646,784 for six layers of 384, 65 characters and no biases leave out positions.
     "gpt": 10_646_784 + 256 * 384,
 }
-# He et al. report 0.27 M for ResNet-20; images with one channel and projection shortcuts here.
-UNPUBLISHED = {"resnet20-digits": 272_186}
+# He et al. report 0.27 M for n = 3 (20 layers) with three input channels.
+UNPUBLISHED = {"resnet14-digits": 174_970}
 
 
 def parameters(name, **options):

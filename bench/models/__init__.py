@@ -40,7 +40,7 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "resnet20-digits": Architecture(resnet.resnet20_digits, sample=(1, 8, 8)),
+    "resnet14-digits": Architecture(resnet.resnet14_digits, sample=(1, 8, 8)),
     "resnet18": Architecture(resnet.resnet18),
     "resnet34": Architecture(resnet.resnet34),
     "resnet50": Architecture(resnet.resnet50),

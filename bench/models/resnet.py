@@ -102,6 +102,6 @@ def resnet101(classes: int, in_channels: int, width: float) -> ResNet:
     return ResNet(Bottleneck, (3, 4, 23, 3), 64, classes, in_channels, width)
 
 
-def resnet20_digits(classes: int, in_channels: int, width: float) -> ResNet:
-    """The 20-layer form of He et al., section 4.2: three stages of 16, 32 and 64 channels."""
-    return ResNet(BasicBlock, (3, 3, 3), 16, classes, in_channels, width)
+def resnet14_digits(classes: int, in_channels: int, width: float) -> ResNet:
+    """The 6n + 2 layers of He et al., section 4.2, with n = 2: stages of 16, 32 and 64 channels."""
+    return ResNet(BasicBlock, (2, 2, 2), 16, classes, in_channels, width)
