@@ -1,11 +1,13 @@
 """Data that is already where the network is: no loader processes, no transfer inside an epoch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bench import folder
 from bench.models import architecture
 from bench.names import look_up
 
@@ -64,21 +66,30 @@ class Batches:
             yield self._split.inputs[chosen], self._split.targets[chosen]
 
 
-def load(name: str, model: str, device: str | torch.device = "cpu", samples: int = 2048) -> Dataset:
+def load(name: str, model: str, device: str | torch.device = "cpu", samples: int | None = None) -> Dataset:
     """The data set called `name`, in a form that `model` reads.
 
     Args:
-        name: "digits", scikit-learn's 1797 images of 8x8 handwritten digits, or "synthetic".
+        name: "digits", scikit-learn's 1797 images of 8x8 handwritten digits; "synthetic"; or the path
+            of a folder in one of `bench.folder.LAYOUTS`.
         model: a key of `bench.models.ARCHITECTURES`.
         device: where the tensors are put.
-        samples: size of the synthetic training set; the test set is a quarter of it.
+        samples: size of the synthetic training set (2048 by default; the test set is a quarter of
+            it), or the most images that are read of each split of a folder.
 
     Raises:
-        ValueError: unknown name, or the model cannot read the samples.
+        ValueError: unknown name, a folder that is not what it claims, or samples that the model
+            cannot read.
 
     """
-    make = look_up("data", name, {"digits": _digits, "synthetic": _synthetic})
-    dataset = make(model, torch.device(device), samples)
+    if samples is not None and samples < 4:
+        raise ValueError(f"samples must be at least 4, got {samples}")
+    device = torch.device(device)
+    if name not in NAMES and Path(name).is_dir():
+        dataset = _folder(name, model, device, samples)
+    else:
+        make = look_up("data", name, {"digits": _digits, "synthetic": _synthetic})
+        dataset = make(model, device, samples)
     known = architecture(model)
     if not known.accepts(dataset.sample):
         raise ValueError(
@@ -88,29 +99,47 @@ def load(name: str, model: str, device: str | torch.device = "cpu", samples: int
     return dataset
 
 
-def _digits(model: str, device: torch.device, samples: int) -> Dataset:
-    """One fifth of every class is held out, always the same; pixels are standardised."""
+def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (n, channels, height, width) as float32, each channel to mean 0 and deviation 1."""
+    train, test = train.float(), test.float()
+    mean = train.mean((0, 2, 3), keepdim=True)
+    deviation = train.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
+    return (train - mean) / deviation, (test - mean) / deviation
+
+
+def _digits(model: str, device: torch.device, samples: int | None) -> Dataset:
+    """One fifth of every class is held out, always the same fifth."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     pixels, labels = load_digits(return_X_y=True)
     parts = train_test_split(pixels, labels, test_size=0.2, stratify=labels, random_state=0)
-    mean, std = parts[0].mean(), parts[0].std()
-    train_x, test_x = (
-        torch.tensor((part - mean) / std, dtype=torch.float32, device=device).view(-1, 1, 8, 8)
-        for part in parts[:2]
-    )
-    train_y, test_y = (torch.tensor(part, dtype=torch.int64, device=device) for part in parts[2:])
-    return Dataset("digits", Split(train_x, train_y), Split(test_x, test_y), classes=10)
+    images = _standardised(*(torch.tensor(part).view(-1, 1, 8, 8) for part in parts[:2]))
+    targets = [torch.tensor(part, dtype=torch.int64) for part in parts[2:]]
+    return _dataset("digits", images, targets, 10, device)
 
 
-def _synthetic(model: str, device: torch.device, samples: int) -> Dataset:
+def _folder(name: str, model: str, device: torch.device, samples: int | None) -> Dataset:
+    known = architecture(model)
+    if known.reads_tokens:
+        raise ValueError(f"{model} reads tokens, {name} is a folder of images")
+    train, test, classes = folder.read(Path(name), known.sample[1:], samples)
+    return _dataset(name, _standardised(train[0], test[0]), (train[1], test[1]), classes, device)
+
+
+def _dataset(
+    name: str, images: Sequence[Tensor], targets: Sequence[Tensor], classes: int, device: torch.device
+) -> Dataset:
+    train, test = (Split(x.to(device), y.to(device)) for x, y in zip(images, targets, strict=True))
+    return Dataset(name, train, test, classes)
+
+
+def _synthetic(model: str, device: torch.device, samples: int | None) -> Dataset:
     """Samples shaped for `model`: a noisy image of its class, or tokens with a fixed successor each."""
-    if samples < 4:
-        raise ValueError(f"samples must be at least 4, got {samples}")
     known = architecture(model)
     generator = torch.Generator(device).manual_seed(0)
-    count = samples + samples // 4
+    kept = 2048 if samples is None else samples
+    count = kept + kept // 4
     if known.reads_tokens:
         inputs = torch.randint(known.classes, (count, *known.sample), generator=generator, device=device)
         successor = torch.randperm(known.classes, generator=generator, device=device)
@@ -120,5 +149,5 @@ def _synthetic(model: str, device: torch.device, samples: int) -> Dataset:
         prototypes = torch.randn(known.classes, *known.sample, generator=generator, device=device)
         inputs = torch.randn(count, *known.sample, generator=generator, device=device)
         inputs += 0.2 * prototypes[targets]
-    train, test = (Split(inputs[part], targets[part]) for part in (slice(samples), slice(samples, None)))
+    train, test = (Split(inputs[part], targets[part]) for part in (slice(kept), slice(kept, None)))
     return Dataset("synthetic", train, test, known.classes)

@@ -13,8 +13,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,6 +117,71 @@ def interleave(
 ) -> dict[str, Seconds]:
     """Times `cases` over `rounds` interleaved rounds: `Interleaved` in one call."""
     return Interleaved(cases, min_seconds=min_seconds, warmup=warmup, synchronise=synchronise).run(rounds)
+
+
+class HostClock:
+    """Books time under phases by the host's clock, waiting for the device at every boundary.
+
+    Args:
+        device: what has to be idle before the clock is read.
+        phases: names that `seconds` holds from the start, at 0.
+
+    Attributes:
+        seconds: phase to seconds booked so far.
+
+    """
+
+    def __init__(self, device: torch.device, phases: Iterable[str] = ()) -> None:
+        self._device = device
+        self.seconds = dict.fromkeys(phases, 0.0)
+        self._last = self._now()
+
+    def stop(self, phase: str) -> None:
+        """Books the time since the last boundary under `phase`."""
+        now = self._now()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def _now(self) -> float:
+        synchronise(self._device)
+        return time.perf_counter()
+
+
+class EventClock:
+    """Books time under phases by CUDA events on the current stream, which stop neither side.
+
+    `seconds` waits for the device; between two boundaries it counts what passed on the stream,
+    including the time the stream waited for the host.
+    """
+
+    def __init__(self, device: torch.device, phases: Iterable[str] = ()) -> None:
+        self._device = device
+        self._phases = list(phases)
+        self._marks = [("", self._event())]
+
+    def stop(self, phase: str) -> None:
+        """Books the time since the last boundary under `phase`."""
+        self._marks.append((phase, self._event()))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Phase to seconds booked so far."""
+        synchronise(self._device)
+        booked = dict.fromkeys(self._phases, 0.0)
+        for (_, before), (phase, after) in pairwise(self._marks):
+            booked[phase] = booked.get(phase, 0.0) + before.elapsed_time(after) / 1000
+        return booked
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until `device` has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @contextmanager

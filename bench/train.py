@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bench import data, measure, models, peers, training
+from bench import folder, measure, models, peers, training
 from bench.training import Run, Settings
 from rmsgd import plots
 
@@ -82,11 +82,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bench train",
         description="Trains one network with several optimizers and seeds, epochs interleaved, and writes a "
         "table, result.json and figures.",
-        epilog=f"Models: {', '.join(models.ARCHITECTURES)}.  Optimizers: {', '.join(peers.PEERS)}.",
+        epilog=f"Models: {', '.join(models.ARCHITECTURES)}.  Optimizers: {', '.join(peers.PEERS)}.  "
+        f"A folder holds {folder.LAYOUTS}.",
     )
     add = parser.add_argument
     add("--model", default=DEFAULTS.model, help="network (default: %(default)s)")
-    add("--data", default=DEFAULTS.data, help=f"{' or '.join(data.NAMES)} (default: %(default)s)")
+    add("--data", default=DEFAULTS.data, help="digits, synthetic or a folder (default: %(default)s)")
     add(
         "--optimizers",
         type=_names,
@@ -105,10 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=DEFAULTS.batch, help="mini-batch size (default: %(default)s)")
     add("--width", type=float, default=DEFAULTS.width, help="factor on channel counts (default: %(default)s)")
     add(
-        "--samples",
-        type=int,
-        default=DEFAULTS.samples,
-        help="size of the synthetic training set (default: %(default)s)",
+        "--samples", type=int, help="synthetic training samples (default: 2048), or the most read of a folder"
     )
     add("--device", default=DEFAULTS.device, help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--threads", type=_positive, help="threads on the CPU (default: 1 for digits, else all cores)")

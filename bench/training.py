@@ -6,7 +6,6 @@ slows all of them alike and the ratio of their epoch times stays honest.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -32,13 +31,13 @@ class Settings:
 
     Attributes:
         model: key of `bench.models.ARCHITECTURES`.
-        data: key of `bench.data.NAMES`.
+        data: one of `bench.data.NAMES`, or a folder that `bench.folder` reads.
         optimizers: keys of `bench.peers.PEERS`.
         seeds: one run per seed and optimizer; a seed fixes initial weights and batches.
         epochs: passes over the training set.
         batch: mini-batch size.
         width: factor on the network's channel counts.
-        samples: size of a synthetic training set.
+        samples: size of a synthetic training set, or most images read from a folder; None: 2048, all.
         device: torch device.
         overrides: optimizer name to settings that replace its authors'.
 
@@ -51,7 +50,7 @@ class Settings:
     epochs: int = 15
     batch: int = 64
     width: float = 1.0
-    samples: int = 2048
+    samples: int | None = None
     device: str = "cpu"
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -67,7 +66,7 @@ class Settings:
             peers.peer(name)
         if unused := set(self.overrides) - set(self.optimizers):
             raise ValueError(f"settings for {', '.join(sorted(unused))}, which is not among the optimizers")
-        for name in ("epochs", "batch", "samples", "width"):
+        for name in ("epochs", "batch", "width"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if any(seed < 0 for seed in self.seeds):
@@ -140,7 +139,7 @@ class Run:
         # run in the interleaving would change its result.
         torch.manual_seed(1_000_003 * self.seed + number)
         rates = self._learning_rates()
-        clock = PhaseClock(self._device)
+        clock = measure.HostClock(self._device, PHASES)
         train_loss = self._train()
         clock.stop("training")
         probed = None
@@ -204,26 +203,6 @@ class Run:
             return {name: float(rate) for name, rate in self._optimizer.learning_rates().items()}
         groups = self._optimizer.param_groups
         return {f"group {index}": float(group["lr"]) for index, group in enumerate(groups)}
-
-
-class PhaseClock:
-    """Seconds per phase of an epoch; waits for the device before it looks at the clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-        self._start = self._now()
-
-    def stop(self, phase: str) -> None:
-        """Books the time since the last stop under `phase`."""
-        now = self._now()
-        self.seconds[phase] += now - self._start
-        self._start = now
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
