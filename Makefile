@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f)
+# The CUDA kernels take minutes to compile: here only where there is a GPU to run them.
+export RMSGD_CUDA ?= $(if $(shell command -v nvidia-smi),1,0)
 
 .PHONY: demo test test-all lint format bench clean help
 

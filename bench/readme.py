@@ -1,0 +1,108 @@
+"""The README's measured tables, written from the JSON of a run: no figure there is typed by hand.
+
+A table stands between `<!-- measured: NAME -->` and `<!-- /measured -->`.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def rewrite(path: Path, result: dict[str, Any]) -> None:
+    """Replace every marked table of `path` for which `result` has the figures.
+
+    Raises:
+        ValueError: the file has no mark of a table that this run measured.
+
+    """
+    text = path.read_text(encoding="utf-8")
+    for name, rows_to_text in TABLES.items():
+        if name not in result:
+            continue
+        mark = re.compile(rf"(<!-- measured: {name} -->\n).*?(<!-- /measured -->)", re.DOTALL)
+        body = f"{_where(result['machine'])}\n\n{rows_to_text(result[name])}\n"
+        text, count = mark.subn(lambda m, body=body: m[1] + body + m[2], text)
+        if not count:
+            raise ValueError(f"{path} has no line '<!-- measured: {name} -->' to write the table behind")
+    path.write_text(text, encoding="utf-8")
+
+
+def _where(machine: dict[str, Any]) -> str:
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, "
+        f"{machine['threads']} threads; medians of interleaved rounds."
+    )
+
+
+def _markdown(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---"] + ["---:"] * (len(headings) - 1), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _step(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0]["seconds"])
+    headings = ["step, ms (/ fused SGD)", *names, "of the floor's bandwidth"]
+    return _markdown(
+        headings,
+        [
+            [
+                f"{row['model']} ({row['tensors']} tensors)",
+                *(f"{row['seconds'][n] * 1e3:.2f} ({row['to_sgd_fused'][n]['median']:.2f})" for n in names),
+                f"{row['bandwidth_of_floor']['median']:.0%}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _epoch_end(rows: list[dict[str, Any]]) -> str:
+    headings = [
+        "epoch end",
+        "spectra",
+        "ms",
+        "/ Gram products",
+        "the same, initial weights",
+        "rmsgd 1.0.2, s",
+        "times faster",
+        "fp32 Gram / fp64 Gram / SVD",
+    ]
+    return _markdown(
+        headings,
+        [
+            [
+                row["model"],
+                str(row["spectra"]),
+                f"{row['seconds']['rmsgd'] * 1e3:.1f}",
+                f"{row['to_gram']['median']:.2f}",
+                f"{row['to_gram_initial']['median']:.2f}",
+                f"{row['seconds']['rmsgd-1.0.2']:.2f}" if "rmsgd-1.0.2" in row["seconds"] else "",
+                f"{row['faster_than_release']['median']:.1f}" if "faster_than_release" in row else "",
+                " / ".join(str(count) for count in row["stages"].values()),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def search_cells(row: dict[str, Any]) -> list[str]:
+    """Per search: spectra above the minimum, those with another rank, the worst error of sigma^2."""
+    return [
+        f"{missed} ({row['another_rank'][name]}; {row['worst_error_of_variance'][name]:.1%})"
+        for name, missed in row["above_the_minimum"].items()
+    ]
+
+
+def _noise_search(rows: list[dict[str, Any]]) -> str:
+    headings = ["above the minimum (another rank; worst error of sigma²)", "spectra", "rmsgd"]
+    return _markdown(
+        [*headings, "rmsgd 1.0.2", "Python VBMF"],
+        [[f"{row['model']}, {row['weights']}", str(row["spectra"]), *search_cells(row)] for row in rows],
+    )
+
+
+TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
+    "step": _step,
+    "epoch-end": _epoch_end,
+    "noise-search": _noise_search,
+}

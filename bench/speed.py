@@ -1,0 +1,69 @@
+"""`python -m bench speed`: what a step and an epoch end cost on this machine, against the peers.
+
+Everything that is compared is timed in turn in the same run (`bench.measure`). The epoch end is
+timed as `epoch_step(); learning_rates()`, so that nothing can hide behind it, on weights as training
+leaves them and on initial ones. The floors are what no implementation gets below: for the step a
+plain loop over one array with the same traffic, for the epoch end the Gram products of both modes.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from bench import readme, speed_epoch_end, speed_step
+from bench.measure import machine, write_json
+
+SECTIONS: dict[str, Callable[..., list[dict[str, Any]]]] = {
+    "step": speed_step.measure,
+    "epoch-end": speed_epoch_end.measure,
+}
+TABLES: dict[str, Callable[[list[dict[str, Any]]], Table]] = {
+    "step": speed_step.table,
+    "epoch-end": speed_epoch_end.table,
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measures, prints the tables, writes `speed-cpu.json` and the plot; 0, or 2 for bad arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench speed",
+        description="Time the step and the epoch end against torch's SGD and rmsgd 1.0.2.",
+    )
+    parser.add_argument("--out", type=Path, default=Path(".out/speed"), help="folder for JSON and plot")
+    parser.add_argument("--section", choices=sorted(SECTIONS), action="append", help="only this one")
+    parser.add_argument("--models", help="comma-separated; default: all of the section")
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
+    parser.add_argument("--quick", action="store_true", help="leave out rmsgd 1.0.2, which takes minutes")
+    parser.add_argument("--readme", type=Path, help="rewrite the measured tables of this file")
+    options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        parser.error("--rounds: an interval needs at least 2 rounds")
+
+    console = Console()
+    models = options.models.split(",") if options.models else None
+    result: dict[str, Any] = {"schema": 1, "machine": machine()}
+    torch.manual_seed(0)
+    for section in options.section or SECTIONS:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            try:
+                rows = SECTIONS[section](progress, models, options.rounds, quick=options.quick)
+            except ValueError as error:
+                parser.error(str(error))
+        result[section] = rows
+        console.print(TABLES[section](rows))
+    path = options.out / "speed-cpu.json"
+    write_json(path, result)
+    written = [str(path)]
+    if "epoch-end" in result:
+        written.append(str(speed_epoch_end.plot(result["epoch-end"], options.out / "epoch-end-cost.png")))
+    if options.readme:
+        readme.rewrite(options.readme, result)
+        written.append(str(options.readme))
+    console.print("wrote " + ", ".join(written))
+    return 0

@@ -1,0 +1,139 @@
+"""The epoch end of a whole network, against rmsgd 1.0.2 and against the products it cannot avoid."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+import rmsgd
+from bench import peers
+from bench.measure import Interleaved, median, ratio
+from bench.models import build
+from bench.weights import OneLinear, make_trained_like
+from rmsgd import backends, plots
+from rmsgd.backends.base import STAGE
+from rmsgd.layers import Unfolding, unfoldings
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+MODELS = (*RESNETS, "mobilenetv2", "vit-b16", "linear-4096")
+WITHOUT_RELEASE = ("vit-b16", "linear-4096")  # minutes per call
+RELEASE_ROUNDS = 3
+STAGES = ("fp32 Gram", "fp64 Gram", "SVD")
+
+
+def network(name: str) -> nn.Module:
+    """A model of `bench.models`, or "linear-N"."""
+    return OneLinear(int(name.removeprefix("linear-"))) if name.startswith("linear-") else build(name)
+
+
+def spectra(model: nn.Module) -> list[tuple[Tensor, Unfolding]]:
+    """Every weight with each of its distinct unfoldings."""
+    return [(p, u) for p in model.parameters() if p.ndim > 1 for u in unfoldings(p.shape)]
+
+
+def gram_products(model: nn.Module) -> Callable[[], None]:
+    """`torch.mm` of every unfolding with its transpose: both modes, whole matrices, in fp32."""
+    matrices = []
+    for p in model.parameters():
+        for u in unfoldings(p.shape) if p.ndim > 1 else ():
+            matrix = p.detach().permute(u.small + u.large).reshape(u.L, u.M).contiguous()
+            matrices += [(matrix, torch.empty(u.L, u.L))] * len(u.modes)
+
+    def products() -> None:
+        for matrix, out in matrices:
+            torch.mm(matrix, matrix.T, out=out)
+
+    return products
+
+
+def _ours(model: nn.Module) -> Callable[[], None]:
+    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03)
+
+    def epoch_end() -> None:
+        optimizer.epoch_step()
+        optimizer.learning_rates()
+
+    return epoch_end
+
+
+def measure(
+    progress: Progress, models: Sequence[str] | None, rounds: int, *, quick: bool
+) -> list[dict[str, Any]]:
+    """One row per model: seconds and ratios, and how many spectra each stage of the guard took."""
+    rows = []
+    for name in progress.track(models or MODELS, description="epoch end"):
+        initial, trained = network(name), network(name)
+        make_trained_like(trained)
+        cases = {"rmsgd": _ours(trained), "rmsgd, initial": _ours(initial), "gram": gram_products(trained)}
+        seconds = Interleaved(cases, min_seconds=0.05).run(rounds)
+        row: dict[str, Any] = {
+            "model": name,
+            "spectra": len(spectra(trained)),
+            "sum_L2M": sum(u.L**2 * u.M for _, u in spectra(trained)),
+            "stages": _stages(trained),
+            "stages_initial": _stages(initial),
+            "seconds": {case: median(times).median for case, times in seconds.items()},
+            "to_gram": ratio(seconds["rmsgd"], seconds["gram"])._asdict(),
+            "to_gram_initial": ratio(seconds["rmsgd, initial"], seconds["gram"])._asdict(),
+        }
+        if not quick and name not in WITHOUT_RELEASE:
+            copies = [(n, p.detach().clone().requires_grad_()) for n, p in trained.named_parameters()]
+            release = peers.make("rmsgd-1.0.2", copies, linear=True)
+            pair = {"rmsgd": cases["rmsgd"], "rmsgd-1.0.2": release.epoch_step}
+            seconds = Interleaved(pair).run(RELEASE_ROUNDS)
+            row["seconds"]["rmsgd-1.0.2"] = median(seconds["rmsgd-1.0.2"]).median
+            row["faster_than_release"] = ratio(seconds["rmsgd-1.0.2"], seconds["rmsgd"])._asdict()
+        rows.append(row)
+    return rows
+
+
+def _stages(model: nn.Module) -> dict[str, int]:
+    table = backends.backend_for(torch.device("cpu")).measure(spectra(model))
+    counts = Counter(int(stage) for stage in table[:, STAGE].tolist())
+    return {name: counts[stage] for stage, name in enumerate(STAGES)}
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows as a table."""
+    result = Table(title="One epoch end (trained-like weights, all convolutions and linear layers)")
+    headings = (
+        "network", "spectra", "ms", "/ Gram products", "initial weights", "rmsgd 1.0.2 (s)", "times faster",
+        " / ".join(STAGES),
+    )  # fmt: skip
+    for heading in headings:
+        result.add_column(heading, justify="left" if heading == "network" else "right")
+    for row in rows:
+        release = row["seconds"].get("rmsgd-1.0.2")
+        result.add_row(
+            row["model"],
+            str(row["spectra"]),
+            f"{row['seconds']['rmsgd'] * 1e3:.1f}",
+            f"{row['to_gram']['median']:.2f}",
+            f"{row['to_gram_initial']['median']:.2f}",
+            "" if release is None else f"{release:.2f}",
+            "" if release is None else f"{row['faster_than_release']['median']:.1f}",
+            " / ".join(str(row["stages"][stage]) for stage in STAGES),
+        )
+    return result
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> Path:
+    """Seconds against the sum of L^2 M: on a line of slope 1 the cost grows as the products do."""
+    plots.proportions(
+        path,
+        [row["sum_L2M"] for row in rows],
+        {
+            "epoch end": [row["seconds"]["rmsgd"] for row in rows],
+            "Gram products": [row["seconds"]["gram"] for row in rows],
+        },
+        names=[row["model"] for row in rows],
+        xlabel="sum of L² M over the spectra",
+        ylabel="time (s)",
+        title="Cost of an epoch end",
+    )
+    return path

@@ -1,0 +1,89 @@
+"""The step of a whole network, against torch's SGD in its forms and the plain loop."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from rich.table import Table
+
+from bench import peers
+from bench.measure import interleave, median, ratio
+from bench.models import build
+
+MODELS = ("resnet50", "resnet101", "mobilenetv2")
+PEERS = ("rmsgd", "sgd-fused", "sgd-foreach", "sgd-single", "sgd-per-layer")
+RELEASE = "rmsgd-1.0.2"
+FLOOR = "plain loop"
+
+
+def plain_loop(elements: int) -> Callable[[], object]:
+    """The momentum update as a plain loop over one array: 20 bytes moved per element, no more.
+
+    Compiled by numba, on as many threads as torch uses.
+    """
+    import numba
+
+    @numba.njit(parallel=True, fastmath=True)
+    def update(w, g, v):  # type: ignore[no-untyped-def]
+        momentum, eta = np.float32(0.9), np.float32(1e-6)
+        for i in numba.prange(w.size):
+            v[i] = momentum * v[i] - eta * g[i]
+            w[i] += v[i]
+
+    numba.set_num_threads(torch.get_num_threads())
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(elements, dtype=np.float32) for _ in range(3)]
+    return lambda: update(*arrays)
+
+
+def _case(name: str, model: str) -> Callable[[], object]:
+    network = build(model)
+    optimizer = peers.make(name, network.named_parameters(), lr=1e-6)
+    for p in network.parameters():
+        p.grad = torch.randn_like(p)
+    step: Callable[[], object] = optimizer.step
+    return step
+
+
+def measure(
+    progress: Progress, models: Sequence[str] | None, rounds: int, *, quick: bool
+) -> list[dict[str, Any]]:
+    """One row per model: the median seconds of every case, and their ratios to fused SGD."""
+    rows = []
+    for model in progress.track(models or MODELS, description="step"):
+        names = [*PEERS] if quick else [*PEERS, RELEASE]
+        cases = {name: _case(name, model) for name in names}
+        parameters = sum(p.numel() for p in build(model).parameters())
+        cases[FLOOR] = plain_loop(parameters)
+        seconds = interleave(cases, rounds, min_seconds=0.02, warmup=2)
+        rows.append(
+            {
+                "model": model,
+                "parameters": parameters,
+                "tensors": len(list(build(model).parameters())),
+                "seconds": {name: median(times).median for name, times in seconds.items()},
+                "to_sgd_fused": {
+                    name: ratio(times, seconds["sgd-fused"])._asdict() for name, times in seconds.items()
+                },
+                "bandwidth_of_floor": ratio(seconds[FLOOR], seconds["rmsgd"])._asdict(),
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows as a table: milliseconds, and ratios to fused SGD."""
+    names = list(rows[0]["seconds"])
+    result = Table(title="One step (ms; in brackets relative to torch's fused SGD)")
+    result.add_column("network")
+    for name in names:
+        result.add_column(name, justify="right")
+    result.add_column("of the floor's bandwidth", justify="right")
+    for row in rows:
+        cells = [
+            f"{row['seconds'][name] * 1e3:.2f} ({row['to_sgd_fused'][name]['median']:.2f})" for name in names
+        ]
+        result.add_row(row["model"], *cells, f"{row['bandwidth_of_floor']['median']:.0%}")
+    return result
