@@ -71,7 +71,8 @@ py::array_t<double> measure(const std::vector<MatrixTuple>& matrices, int thread
 }
 
 py::array_t<double> measure_spectrum(const py::array_t<double, py::array::c_style>& gamma, std::int64_t M) {
-  if (gamma.ndim() != 1 || gamma.shape(0) < 1) throw py::value_error("gamma: expected one dimension, not empty");
+  if (gamma.ndim() != 1 || gamma.shape(0) < 1)
+    throw py::value_error("gamma: expected one dimension, not empty");
   const int L = int(gamma.shape(0));
   if (M < L) throw py::value_error("M: expected at least the number of singular values");
   py::array_t<double> row(py::ssize_t(rmsgd::METRICS_FIELDS));
@@ -107,7 +108,8 @@ void update_rates(const Table<int>& parameter, const Table<int>& group, const Ta
                                  std::int64_t end) {
     for (py::ssize_t i = 0; i < indices.size(); ++i) {
       if (indices.data()[i] >= least && indices.data()[i] < end) continue;
-      throw py::index_error(std::string(name) + ": " + std::to_string(indices.data()[i]) + " is out of range");
+      throw py::index_error(std::string(name) + ": " + std::to_string(indices.data()[i]) +
+                            " is out of range");
     }
   };
   expect("group", group.size(), layers);
@@ -127,12 +129,18 @@ void update_rates(const Table<int>& parameter, const Table<int>& group, const Ta
   for (const auto& [initial_lr, beta, zeta, decay, floor, rule, first] : groups) {
     rate_groups.push_back({initial_lr, beta, zeta, decay, floor, rule, first});
   }
-  const rmsgd::RateTables tables = {int(layers),          parameter.data(),
-                                    group.data(),         spectrum_begin.data(),
-                                    weight.data(),        rate_groups.data(),
-                                    stable_rank.mutable_data(), ready.mutable_data(),
-                                    eta.mutable_data(),   int(follower.size()),
-                                    follower.data(),      leader.data(),
+  const rmsgd::RateTables tables = {int(layers),
+                                    parameter.data(),
+                                    group.data(),
+                                    spectrum_begin.data(),
+                                    weight.data(),
+                                    rate_groups.data(),
+                                    stable_rank.mutable_data(),
+                                    ready.mutable_data(),
+                                    eta.mutable_data(),
+                                    int(follower.size()),
+                                    follower.data(),
+                                    leader.data(),
                                     follower_lr.data()};
   std::vector<double> measured(layers);
   std::vector<int> held(layers);

@@ -21,16 +21,24 @@ const char* isa_name(Isa isa);
 // RMSGD_EACH_ISA(declarations;) declares the same functions in every instruction set's namespace;
 // RMSGD_DISPATCH(function) is the one for the active set.
 #if defined(__x86_64__)
-#define RMSGD_EACH_ISA(...)                                  \
-  namespace rmsgd::baseline { __VA_ARGS__ }                  \
-  namespace rmsgd::avx2 { __VA_ARGS__ }                      \
-  namespace rmsgd::avx512 { __VA_ARGS__ }
-#define RMSGD_DISPATCH(function)                                                  \
-  (::rmsgd::active_isa() == ::rmsgd::Isa::avx512 ? &::rmsgd::avx512::function     \
-   : ::rmsgd::active_isa() == ::rmsgd::Isa::avx2 ? &::rmsgd::avx2::function       \
+#define RMSGD_EACH_ISA(...)   \
+  namespace rmsgd::baseline { \
+  __VA_ARGS__                 \
+  }                           \
+  namespace rmsgd::avx2 {     \
+  __VA_ARGS__                 \
+  }                           \
+  namespace rmsgd::avx512 {   \
+  __VA_ARGS__                 \
+  }
+#define RMSGD_DISPATCH(function)                                              \
+  (::rmsgd::active_isa() == ::rmsgd::Isa::avx512 ? &::rmsgd::avx512::function \
+   : ::rmsgd::active_isa() == ::rmsgd::Isa::avx2 ? &::rmsgd::avx2::function   \
                                                  : &::rmsgd::baseline::function)
 #else
-#define RMSGD_EACH_ISA(...) \
-  namespace rmsgd::baseline { __VA_ARGS__ }
+#define RMSGD_EACH_ISA(...)   \
+  namespace rmsgd::baseline { \
+  __VA_ARGS__                 \
+  }
 #define RMSGD_DISPATCH(function) (&::rmsgd::baseline::function)
 #endif

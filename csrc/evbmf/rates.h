@@ -24,19 +24,19 @@ struct RateGroup {
 // The state of all layers, in registration order, and of all parameters.
 struct RateTables {
   int layers;
-  const int* parameter;         // (layers) index into eta
-  const int* group;             // (layers) index into groups
-  const int* spectrum_begin;    // (layers + 1) a layer measures rows [begin[l], begin[l + 1]) of the table
-  const double* weight;         // (rows) what a row counts for in its layer
+  const int* parameter;       // (layers) index into eta
+  const int* group;           // (layers) index into groups
+  const int* spectrum_begin;  // (layers + 1) a layer measures rows [begin[l], begin[l + 1]) of the table
+  const double* weight;       // (rows) what a row counts for in its layer
   const RateGroup* groups;
-  double* stable_rank;          // (layers) s(t), becomes s(t + 1)
-  int* ready;                   // (layers) whether the layer has left the release's not_ready list
-  double* eta;                  // (parameters)
+  double* stable_rank;  // (layers) s(t), becomes s(t + 1)
+  int* ready;           // (layers) whether the layer has left the release's not_ready list
+  double* eta;          // (parameters)
 
-  int followers;                // parameters that are not probed
-  const int* follower;          // (followers) index into eta
-  const int* leader;            // (followers) layer whose ratio it takes; -1 the mean; -2 none
-  const double* follower_lr;    // (followers) lr0 of its group
+  int followers;              // parameters that are not probed
+  const int* follower;        // (followers) index into eta
+  const int* leader;          // (followers) layer whose ratio it takes; -1 the mean; -2 none
+  const double* follower_lr;  // (followers) lr0 of its group
 };
 
 // beta eta + zeta (s(t+1) - s(t)) and its relatives, for one layer; `held` is the release's way to
