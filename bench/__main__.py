@@ -9,6 +9,9 @@ from collections.abc import Sequence
 # `main(arguments: Sequence[str]) -> int`; it is imported only when it is asked for.
 COMMANDS = {
     "train": "train a network with several optimizers side by side",
+    "epoch-time": "time an epoch with several optimizers, part by part",
+    "noise-search": "compare the EVBMF searches: ours, rmsgd 1.0.2's and the Python VBMF's",
+    "speed": "time the step and the epoch end against torch's SGD and rmsgd 1.0.2",
 }
 
 

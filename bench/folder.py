@@ -54,6 +54,20 @@ def read(folder: Path, size: tuple[int, int], limit: int | None) -> tuple[Images
     return _first(train, limit), _first(test, limit), classes
 
 
+def sizes(folder: Path) -> tuple[int, int]:
+    """How many training and test images there are in a folder that `read` accepts."""
+
+    def records(pattern: str, labels: int) -> int:
+        return sum(path.stat().st_size // (labels + PIXELS) for path in folder.glob(pattern))
+
+    def files(split: str) -> int:
+        return sum(path.suffix.lower() in SUFFIXES for path in folder.glob(f"{split}/*/*"))
+
+    train = records("data_batch_*.bin", 1) + records("train.bin", 2) + files("train")
+    test = records("test_batch.bin", 1) + records("test.bin", 2)
+    return train, test + files("test" if (folder / "test").is_dir() else "val")
+
+
 def _first(images: Images, limit: int | None) -> Images:
     return images[0][:limit], images[1][:limit]
 

@@ -4,8 +4,7 @@ import argparse
 import ast
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bench import folder, measure, models, peers, training
+from bench import arguments, measure, peers, training
 from bench.training import Run, Settings
 from rmsgd import plots
 
 DEFAULTS = Settings()
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(given: Sequence[str]) -> int:
     """Runs the command.
 
     Returns:
@@ -32,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
 
     """
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     settings = Settings(
         options.model,
         options.data,
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     # Batches of digits are so small that a second thread costs as much as it brings on idle cores,
     # and many times more on busy ones.
     threads = options.threads or (1 if options.data == "digits" else torch.get_num_threads())
-    with torch_threads(threads):
+    with arguments.torch_threads(threads):
         try:
             runs = _train(settings, console)
         except (training.SettingsError, peers.PeerUnavailableError) as error:
@@ -66,38 +65,26 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if lost else 0
 
 
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Lets torch use `count` threads for as long as the context lasts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench train",
         description="Trains one network with several optimizers and seeds, epochs interleaved, and writes a "
         "table, result.json and figures.",
-        epilog=f"Models: {', '.join(models.ARCHITECTURES)}.  Optimizers: {', '.join(peers.PEERS)}.  "
-        f"A folder holds {folder.LAYOUTS}.",
+        epilog=arguments.KNOWN,
     )
     add = parser.add_argument
     add("--model", default=DEFAULTS.model, help="network (default: %(default)s)")
     add("--data", default=DEFAULTS.data, help="digits, synthetic or a folder (default: %(default)s)")
     add(
         "--optimizers",
-        type=_names,
+        type=arguments.names,
         default=",".join(DEFAULTS.optimizers),
         metavar="A,B,...",
         help="compared in this order; ratios are to sgd, or to the first without it (default: %(default)s)",
     )
     add(
         "--seeds",
-        type=_integers,
+        type=arguments.integers,
         default=",".join(map(str, DEFAULTS.seeds)),
         metavar="N,M,...",
         help="a run of every optimizer for each (default: %(default)s)",
@@ -109,7 +96,11 @@ def _parser() -> argparse.ArgumentParser:
         "--samples", type=int, help="synthetic training samples (default: 2048), or the most read of a folder"
     )
     add("--device", default=DEFAULTS.device, help="cpu, cuda or cuda:N (default: %(default)s)")
-    add("--threads", type=_positive, help="threads on the CPU (default: 1 for digits, else all cores)")
+    add(
+        "--threads",
+        type=arguments.positive,
+        help="threads on the CPU (default: 1 for digits, else all cores)",
+    )
     add(
         "--set",
         type=_assignment,
@@ -125,23 +116,6 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for result.json and the figures (default: %(default)s)",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers like 0,1,2, got {text!r}") from None
 
 
 def _assignment(text: str) -> tuple[str, str, Any]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import data, measure, models, peers
+from bench import arguments, data, measure, models, peers
 
 SCHEMA = "rmsgd-bench-train/1"
 PHASES = ("training", "epoch_end", "evaluation")
@@ -57,11 +57,8 @@ class Settings:
     def check(self) -> None:
         """Raises ValueError, naming the field, for what is wrong before anything is built."""
         models.architecture(self.model)
-        for names, what in ((self.optimizers, "optimizer"), (self.seeds, "seed")):
-            if not names:
-                raise ValueError(f"at least one {what} is needed")
-            if len(set(names)) < len(names):
-                raise ValueError(f"every {what} may be given once, got {', '.join(map(str, names))}")
+        arguments.check_unique("optimizer", self.optimizers)
+        arguments.check_unique("seed", self.seeds)
         for name in (*self.optimizers, *self.overrides):
             peers.peer(name)
         if unused := set(self.overrides) - set(self.optimizers):
@@ -71,7 +68,7 @@ class Settings:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if any(seed < 0 for seed in self.seeds):
             raise ValueError(f"seeds must not be negative, got {', '.join(map(str, self.seeds))}")
-        check_device(self.device)
+        arguments.check_device(self.device)
 
 
 @dataclass
@@ -208,15 +205,6 @@ class Run:
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Cross entropy of logits (..., classes) with targets (...), for images and tokens alike."""
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
-
-
-def check_device(name: str) -> None:
-    """Raises ValueError when torch has no such device here."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
 
 
 def prepare(settings: Settings) -> list[list[Run]]:

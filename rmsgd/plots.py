@@ -126,6 +126,46 @@ def bands_over_time(
     _save(figure, path)
 
 
+def stacked_bars(
+    path: str | PathLike[str],
+    names: Sequence[str],
+    parts: Mapping[str, Sequence[float]],
+    *,
+    xlabel: str,
+    notes: Sequence[str] = (),
+    title: str = "",
+) -> None:
+    """One horizontal bar per name, put together from parts.
+
+    Args:
+        path: file to write.
+        names: labels of the bars, from top to bottom.
+        parts: label of a part to its length in every bar, in the order they are stacked.
+        xlabel: label of the horizontal axis, with its unit.
+        notes: what is written at the end of each bar.
+        title: above the axes.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+
+    """
+    figure, axes = _axes(title, xlabel, "")
+    figure.set_size_inches(7.2, 1.6 + 0.34 * len(names))
+    places = np.arange(len(names))
+    ends = np.zeros(len(names))
+    for colour, (label, lengths) in zip(PALETTE, parts.items(), strict=False):
+        axes.barh(places, lengths, left=ends, color=colour, label=label, height=0.7)
+        ends += np.asarray(lengths, dtype=np.float64)
+    for place, end, note in zip(places, ends, notes, strict=False):
+        axes.annotate(note, (end, place), textcoords="offset points", xytext=(5, 0), va="center", fontsize=8)
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, 1.1 * max(ends, default=1.0))
+    figure.legend(frameon=False, loc="outside lower center", ncols=len(parts))
+    _save(figure, path)
+
+
 def _matplotlib() -> Any:
     try:
         import matplotlib

@@ -30,6 +30,7 @@ def test_cifar_10_is_read_from_its_binary_files(tmp_path):
     dataset = data.load(str(tmp_path), "resnet18")
     assert dataset.sample == (3, 32, 32)
     assert (len(dataset.train), len(dataset.test), dataset.classes) == (100, 20, 10)
+    assert folder.sizes(tmp_path) == (100, 20)
     assert dataset.test.targets[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     torch.testing.assert_close(dataset.train.inputs.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
 
@@ -42,6 +43,7 @@ def test_cifar_100_takes_the_fine_label(tmp_path):
     dataset = data.load(str(tmp_path), "resnet18", samples=8)
     assert (len(dataset.train), dataset.classes) == (8, 100)
     assert set(dataset.test.targets.tolist()) == {99}
+    assert folder.sizes(tmp_path) == (20, 20)
 
 
 def test_a_folder_per_class_is_resized_to_what_the_model_reads(tmp_path):
@@ -51,6 +53,7 @@ def test_a_folder_per_class_is_resized_to_what_the_model_reads(tmp_path):
     assert dataset.sample == (3, 32, 32)
     assert dataset.classes == 2
     assert dataset.train.targets.tolist() == [0, 1, 0, 1]
+    assert folder.sizes(tmp_path) == (6, 6)
 
 
 def test_pixels_keep_their_places(tmp_path):

@@ -1,0 +1,62 @@
+"""What the commands' arguments have in common: types, checks and the lists in their help."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from bench import folder, models, peers
+
+KNOWN = (
+    f"Models: {', '.join(models.ARCHITECTURES)}.  Optimizers: {', '.join(peers.PEERS)}.  "
+    f"A folder holds {folder.LAYOUTS}."
+)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """`A,B,...`."""
+    return tuple(text.split(","))
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """`0,1,...`."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers like 0,1,2, got {text!r}") from None
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError when torch has no such device here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
+
+
+def check_unique(what: str, values: Sequence[object]) -> None:
+    """Raises ValueError when there is none, or one stands there twice."""
+    if not values:
+        raise ValueError(f"at least one {what} is needed")
+    if len(set(values)) < len(values):
+        raise ValueError(f"every {what} may be given once, got {', '.join(map(str, values))}")
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[int]:
+    """Lets torch use `count` threads for as long as the context lasts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield count
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,192 @@
+"""`python -m bench epoch-time`: arguments, table, JSON, CSV and bar chart of `bench.epoch_timing`."""
+
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from bench import arguments, epoch_timing, measure, peers
+from bench.epoch_timing import Settings
+from bench.measure import Interval
+from rmsgd import plots
+
+DEFAULT_OPTIMIZERS = ("rmsgd", "sgd", "sgd-per-layer", "sam", "sgdp", "adamp", "adam")
+TOLERANCE = 0.03  # of a round, between the sum of its parts and one clock around it
+
+
+def main(given: Sequence[str]) -> int:
+    """Times, prints the table, writes JSON, CSV and a bar chart.
+
+    Returns:
+        0, 1 when the parts do not add up or the memory does not suffice, 130 when interrupted. Bad
+        arguments exit with 2.
+
+    """
+    parser = _parser()
+    options = parser.parse_args(given)
+    console = Console(stderr=True)
+    with arguments.torch_threads(options.threads or torch.get_num_threads()) as threads:
+        settings = Settings(
+            options.model,
+            options.data,
+            options.optimizers,
+            options.batch,
+            options.rounds,
+            options.device,
+            options.width,
+            threads,
+        )
+        try:
+            arguments.check_device(settings.device)
+            arguments.check_unique("optimizer", settings.optimizers)
+            with Progress(console=console) as progress:
+                task = progress.add_task("rounds", total=settings.rounds)
+                result = epoch_timing.run(settings, lambda done: progress.update(task, completed=done))
+        except (ValueError, peers.PeerUnavailableError) as error:
+            parser.error(str(error))
+        except epoch_timing.DoesNotFitError as error:
+            console.print(str(error), soft_wrap=True)
+            return 1
+        except KeyboardInterrupt:
+            console.print("interrupted: nothing was written")
+            return 130
+    Console().print(table(result))
+    _write(options.out, result, console)
+    return _complaints(result, console)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench epoch-time",
+        description="Time an epoch of one network with several optimizers, in interleaved rounds: forward "
+        "and backward, step, epoch end, evaluation.",
+        epilog=f"{arguments.KNOWN}  The protocol is at the top of bench/epoch_timing.py.",
+    )
+    add = parser.add_argument
+    add("--model", default="resnet18", help="network (default: %(default)s)")
+    add("--data", default="synthetic", help="synthetic, digits or a folder (default: %(default)s)")
+    add(
+        "--optimizers",
+        type=arguments.names,
+        default=",".join(DEFAULT_OPTIMIZERS),
+        metavar="A,B,...",
+        help="ratios are to sgd, or to the first without it (default: %(default)s)",
+    )
+    add("--batch", type=arguments.positive, default=128, help="mini-batch size (default: %(default)s)")
+    add("--rounds", type=arguments.positive, default=15, help="interleaved rounds (default: %(default)s)")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    add("--threads", type=arguments.positive, help="threads on the CPU (default: all cores)")
+    add("--width", type=float, default=1.0, help="factor on channel counts (default: %(default)s)")
+    add("--out", type=Path, default=Path(".out/epoch-time"), help="folder (default: %(default)s)")
+    return parser
+
+
+def table(result: dict[str, Any]) -> Table:
+    """A row per optimizer."""
+    config, epoch, reference = result["config"], result["epoch"], result["reference"]
+    rows = Table(
+        title=f"{config['model']}, batch {config['batch']}, {config['data']}, {config['device']}: "
+        f"an epoch of {epoch['steps']} steps",
+        caption=f"Medians of {config['rounds']} interleaved rounds, 95 % intervals. Added: own time (steps "
+        f"and epoch end) beyond {reference}'s, in per cent of its epoch. Evaluation is not in the epoch.",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,
+    )
+    rows.add_column("optimizer", no_wrap=True)
+    for heading in (
+        "fwd+bwd\n(ms)",
+        "step\n(ms)",
+        "epoch end\n(ms)",
+        "eval.\n(s)",
+        "epoch\n(s)",
+        f"epoch\n({reference} = 1)",
+        "added\n(%)",
+    ):
+        rows.add_column(heading, justify="right", no_wrap=True)
+    for row in result["optimizers"]:
+        is_reference = row["optimizer"] == reference
+        ratio = Interval(**row["ratio"])
+        rows.add_row(
+            row["optimizer"],
+            f"{1e3 * row['forward_backward']['median']:.2f}",
+            f"{1e3 * row['step']['median']:.2f}",
+            f"{1e3 * row['epoch_end']['median']:.1f}",
+            f"{row['evaluation']['median']:.2f}",
+            f"{row['epoch']['median']:.2f}",
+            "1" if is_reference else f"{ratio.median:.3f} [{ratio.low:.2f}, {ratio.high:.2f}]",
+            "0" if is_reference else f"{row['added_percent']['median']:+.2f}",
+        )
+    return rows
+
+
+def _write(out: Path, result: dict[str, Any], console: Console) -> None:
+    stem = f"{result['config']['model']}-{torch.device(result['config']['device']).type}"
+    written = [out / f"{stem}.json", out / f"{stem}.csv"]
+    measure.write_json(written[0], result)
+    write_csv(written[1], result["optimizers"])
+    chart = out / f"{stem}.png"
+    try:
+        bar_chart(chart, result)
+        written.append(chart)
+    except ModuleNotFoundError as error:
+        console.print(f"no chart: {error}", soft_wrap=True, markup=False)
+    console.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A line per optimizer; an interval is three columns, `_median`, `_low` and `_high`. Seconds."""
+    flat = []
+    for row in rows:
+        line: dict[str, Any] = {}
+        for key, value in row.items():
+            if isinstance(value, dict):
+                line |= {f"{key}_{part}": number for part, number in value.items()}
+            else:
+                line[key] = value
+        flat.append(line)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(flat[0]))
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def bar_chart(path: Path, result: dict[str, Any]) -> None:
+    """Epochs as stacked bars: forward and backward, steps, epoch end; the ratio behind each."""
+    rows, steps = result["optimizers"], result["epoch"]["steps"]
+    config = result["config"]
+    plots.stacked_bars(
+        path,
+        [row["optimizer"] for row in rows],
+        {
+            "forward and backward": [steps * row["forward_backward"]["median"] for row in rows],
+            "steps": [steps * row["step"]["median"] for row in rows],
+            "epoch end": [row["epoch_end"]["median"] for row in rows],
+        },
+        notes=[f"{row['ratio']['median']:.2f}" for row in rows],
+        xlabel=f"time of one epoch of {steps} steps (s); at the bar's end: {result['reference']} = 1",
+        title=f"{config['model']}, batch {config['batch']}, {config['data']}, {config['device']}",
+    )
+
+
+def _complaints(result: dict[str, Any], console: Console) -> int:
+    status = 0
+    for row in result["optimizers"]:
+        off = row["parts_over_whole"] - 1
+        if abs(off) > TOLERANCE:
+            status = 1
+            console.print(
+                f"{row['optimizer']}: the parts are {off:+.1%} off the measured whole", soft_wrap=True
+            )
+        if not row["finite"]:
+            console.print(
+                f"{row['optimizer']}: its loss is no number any more; the times stand", soft_wrap=True
+            )
+    return status

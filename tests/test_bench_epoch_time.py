@@ -1,0 +1,179 @@
+"""`python -m bench epoch-time`: parts that add up, ratios by round, and answers to bad input."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from bench import epoch_time, epoch_timing
+from bench.__main__ import main
+from bench.epoch_timing import Settings, Workload
+
+FLAGS = [
+    "--model",
+    "resnet14-digits",
+    "--data",
+    "digits",
+    "--width",
+    "0.5",
+    "--rounds",
+    "3",
+    "--threads",
+    "1",
+]
+TINY = Settings("resnet14-digits", "digits", ("rmsgd", "sgd", "sam"), 64, 3, "cpu", 0.5, 1)
+
+
+@pytest.fixture(scope="module")
+def result():
+    with epoch_time.arguments.torch_threads(1):
+        return epoch_timing.run(TINY)
+
+
+def rows(result):
+    return {row["optimizer"]: row for row in result["optimizers"]}
+
+
+def refusal(capsys, *flags):
+    with pytest.raises(SystemExit) as stop:
+        main(["epoch-time", *FLAGS, *flags])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_the_parts_add_up_to_the_measured_whole(result):
+    for row in result["optimizers"]:
+        assert abs(row["parts_over_whole"] - 1) < epoch_time.TOLERANCE, row["optimizer"]
+
+
+def test_every_part_of_every_round_is_kept(result):
+    for seconds in result["seconds_per_round"].values():
+        assert {part: len(values) for part, values in seconds.items()} == dict.fromkeys(
+            ("forward_backward", "step", "epoch_end", "evaluation", "parts", "whole"), 3
+        )
+
+
+def test_the_epoch_is_its_steps_and_its_end(result):
+    assert result["epoch"]["steps"] == 23  # 1437 digits by 64, the last batch begun
+    assert result["epoch"]["evaluation_batches"] == 6
+    row = rows(result)["rmsgd"]
+    low, high = row["epoch"]["low"], row["epoch"]["high"]
+    parts = 23 * (row["forward_backward"]["median"] + row["step"]["median"]) + row["epoch_end"]["median"]
+    assert 0.8 * low < parts < 1.2 * high
+
+
+def test_only_rmsgd_spends_time_at_the_end_of_an_epoch(result):
+    ends = {name: row["epoch_end"]["median"] for name, row in rows(result).items()}
+    assert ends["rmsgd"] > 20 * max(ends["sgd"], ends["sam"])
+
+
+def test_the_second_pass_of_sam_is_booked_as_forward_and_backward(result):
+    sam, sgd = rows(result)["sam"], rows(result)["sgd"]
+    assert sam["forward_backward"]["median"] > 1.4 * sgd["forward_backward"]["median"]
+
+
+def test_momentum_is_the_state_of_sgd(result):
+    network = epoch_timing.models.build(TINY.model, width=TINY.width)
+    size = sum(parameter.nbytes for parameter in network.parameters()) / 2**20
+    assert rows(result)["sgd"]["state_mib"] == pytest.approx(size, rel=1e-3)
+
+
+def test_ratios_are_taken_within_a_round():
+    work = Workload([(torch.zeros(1, 1), torch.zeros(1))], (torch.zeros(1), torch.zeros(1)), 10, 2, 10)
+    speeds = (1.0, 3.0, 9.0)  # the machine gets slower from round to round
+
+    def seconds(forward, step, end):
+        parts = {"forward_backward": forward, "step": step, "epoch_end": end, "evaluation": 0.5}
+        return {part: [value * speed for speed in speeds] for part, value in parts.items()} | {
+            "parts": list(speeds),
+            "whole": list(speeds),
+        }
+
+    measured = {"rmsgd": seconds(1, 0.1, 0.5), "sgd": seconds(1, 0.1, 0), "sam": seconds(2, 0.1, 0)}
+    by_name = {row["optimizer"]: row for row in epoch_timing.summarise(TINY, work, measured)}
+    assert by_name["rmsgd"]["ratio"]["median"] == pytest.approx(11.5 / 11)
+    assert by_name["rmsgd"]["ratio"]["low"] == pytest.approx(by_name["rmsgd"]["ratio"]["high"])
+    assert by_name["rmsgd"]["added_percent"]["median"] == pytest.approx(100 * 0.5 / 11)
+    assert by_name["sam"]["ratio"]["median"] == pytest.approx(21 / 11)
+    assert by_name["sam"]["added_percent"]["median"] == pytest.approx(0)
+    assert by_name["sgd"]["evaluation"]["median"] == pytest.approx(2 * 0.5 * 3)
+
+
+def test_the_command_leaves_json_csv_and_a_chart(capsys, tmp_path):
+    status = main(["epoch-time", *FLAGS, "--optimizers", "rmsgd,sgd", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert status == 0
+    for word in ("rmsgd", "fwd+bwd", "step", "epoch end", "eval.", "added"):
+        assert word in out
+    result = json.loads((tmp_path / "resnet14-digits-cpu.json").read_text())
+    assert result["schema"] == epoch_timing.SCHEMA
+    assert result["machine"]["cpu"]
+    assert result["reference"] == "sgd"
+    with (tmp_path / "resnet14-digits-cpu.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["optimizer"] for line in lines] == ["rmsgd", "sgd"]
+    assert float(lines[0]["ratio_low"]) <= float(lines[0]["ratio_median"]) <= float(lines[0]["ratio_high"])
+    assert (tmp_path / "resnet14-digits-cpu.png").stat().st_size > 1000
+
+
+def test_parts_that_do_not_add_up_are_status_1(capsys, tmp_path, monkeypatch, result):
+    spoilt = json.loads(json.dumps(result))
+    spoilt["optimizers"][0]["parts_over_whole"] = 0.9
+    monkeypatch.setattr(epoch_timing, "run", lambda *_: spoilt)
+    assert main(["epoch-time", *FLAGS, "--out", str(tmp_path)]) == 1
+    assert "rmsgd: the parts are -10.0% off the measured whole" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "resnet81"], "unknown model 'resnet81'. Did you mean 'resnet18'?"),
+        (["--optimizers", "sgd,smgd"], "unknown optimizer 'smgd'. Did you mean"),
+        (["--optimizers", "sgd,sgd"], "every optimizer may be given once"),
+        (["--data", "no-such-folder"], "unknown data 'no-such-folder'"),
+        (["--data", "tests"], "tests holds no images that are known here: expected data_batch_1.bin"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["--batch", "0"], "expected a whole number above 0"),
+        (["--batch", "2000"], "batch must be between 1 and the 1437 training samples"),
+        (["--rounds", "few"], "expected a whole number above 0"),
+        (["--width", "-1"], "width must be positive"),
+    ],
+)
+def test_bad_arguments_are_status_2_and_say_what_was_expected(capsys, monkeypatch, request, flags, message):
+    monkeypatch.chdir(request.config.rootpath)
+    assert message in refusal(capsys, *flags)
+
+
+def test_out_of_memory_says_which_batch_would_fit(capsys, tmp_path, monkeypatch):
+    step = epoch_timing.Case._steps
+
+    def limited(case, steps):
+        if len(case._work.batches[0][0]) > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(case, steps)
+
+    monkeypatch.setattr(epoch_timing.Case, "_steps", limited)
+    flags = ["--optimizers", "sgd,adam", "--batch", "256", "--out", str(tmp_path)]
+    assert main(["epoch-time", *FLAGS, *flags]) == 1
+    assert "out of memory on cpu" in (err := capsys.readouterr().err)
+    assert "batch 256" in err
+    assert "batch 32 would fit" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_of_torch_are_not_taken_for_want_of_memory(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(epoch_timing.Case, "_steps", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        epoch_timing.run(TINY)
+
+
+@pytest.mark.gpu
+def test_parts_add_up_on_a_gpu():
+    result = epoch_timing.run(Settings("resnet18", "synthetic", ("rmsgd", "sgd"), 64, 3, "cuda", 1.0, 1))
+    for row in result["optimizers"]:
+        assert abs(row["parts_over_whole"] - 1) < epoch_time.TOLERANCE
+        assert row["peak_mib"] > row["state_mib"]
