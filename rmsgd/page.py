@@ -64,7 +64,7 @@ def write_page(
     probing = Probing(source)
     rows = []
     for index, layer in enumerate(report.measured):
-        rows.append((layer, charts(layer, probing.weight(layer.name))))
+        rows.append((layer, _sort_keys(index, layer), charts(layer, probing.weight(layer.name))))
         if progress:
             progress((index + 1) / len(report.measured))
     largest = {
@@ -90,6 +90,12 @@ def write_page(
         version=__version__,
     )
     Path(path).write_text(page, encoding="utf-8")
+
+
+def _sort_keys(index: int, layer: LayerMetrics) -> list[float]:
+    """What the table is sorted by, a number per column."""
+    metrics = (layer.stable_rank, layer.condition_number, layer.quality)
+    return [index, math.prod(layer.shape), sum(layer.rank), *metrics, layer.noise_variance[0]]
 
 
 @torch.no_grad()

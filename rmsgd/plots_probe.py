@@ -60,6 +60,7 @@ def plot_report(report: Report, path: str | os.PathLike[str]) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="x", labeltop=len(layers) > 60)
     _name_rows(panels[0], [layer.name for layer in layers])
     note = "; grey: empty low rank" if any(empty) else ""
     figure.suptitle(f"Q = {report.quality:.3f} over {len(layers)} layers{note}", fontsize=10)
@@ -77,7 +78,7 @@ def plot_series(series: Series, path: str | os.PathLike[str], layer: str | None 
     shown = _most_changed(by_layer) if layer is None else comparable_name(layer)
     if shown not in by_layer:
         raise ValueError(f"there is no measured layer {layer!r}")
-    heights = [2.6, 3.0, 0.8 + _rows_height(len(by_layer))]
+    heights = [2.6, 3.0, 1.4 + _rows_height(len(by_layer))]
     figure = _figure(11.0, sum(heights))
     courses, parts, map_ = figure.subfigures(3, 1, height_ratios=heights)
     labels = checkpoint_labels(series.sources)
@@ -141,7 +142,7 @@ def _draw_courses(figure: Any, series: Series, labels: Sequence[str]) -> None:
     for axes in panels:
         _name_columns(axes, labels)
         axes.grid(color="0.9", linewidth=0.6)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, axes.dataLim.y1 * 1.05 or 1)
         axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -174,21 +175,24 @@ def _draw_parts(
             )
             axes.set(xticks=[], yticks=[])
         share = 100 * float((low**2).sum()) / energy
-        panels[0, column].set_title(f"{label}: {share:.0f} % of the energy", fontsize=7)
+        panels[0, column].set_title(f"{label}: {share:.0f} % of energy", fontsize=7)
     panels[0, 0].set_ylabel("low rank")
     panels[1, 0].set_ylabel("noise")
     figure.colorbar(image, ax=panels, label="weight", pad=0.01)
-    figure.suptitle(f"{short_name(name, 60)}: the first {rows} x {columns} entries", fontsize=9)
+    figure.suptitle(
+        f"{short_name(name, 60)}: its first {rows} x {columns} entries, and the share of low rank", fontsize=9
+    )
 
 
 def _draw_map(figure: Any, series: Series, names: Sequence[str], labels: Sequence[str]) -> None:
     """Quality over layers and checkpoints (the paper's Figure 1b)."""
     axes = figure.subplots()
     values = series.values("quality")
+    axes.set_facecolor("0.85")  # shows where a layer was not measured
     image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     _name_rows(axes, names)
     _name_columns(axes, labels)
-    figure.colorbar(image, ax=axes, label="quality (rad)", pad=0.01, aspect=40)
+    figure.colorbar(image, ax=axes, label="quality (rad)", location="top", aspect=60)
 
 
 def _most_changed(by_layer: dict[str, list[LayerMetrics | None]]) -> str:

@@ -1,0 +1,285 @@
+"""The command line says what it found, keeps stdout clean, and tells failures by its exit code."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from rmsgd import cli, doctor
+from rmsgd.backends import Status
+from rmsgd.probing import Probing
+
+
+def network(epoch=1):
+    torch.manual_seed(epoch)
+    state = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Linear(32, 20)).state_dict()
+    state["2.weight"] += epoch * 0.1 * torch.randn(20, 1) @ torch.randn(1, 32)
+    return {**state, "index": torch.zeros(4, 4, dtype=torch.int64)}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    save_file(network(), tmp_path / "model.safetensors")
+    return str(tmp_path / "model.safetensors")
+
+
+@pytest.fixture
+def epochs(tmp_path):
+    for epoch in (1, 2, 10):
+        torch.save(network(epoch), tmp_path / f"epoch_{epoch}.pt")
+    return sorted(str(path) for path in tmp_path.glob("epoch_*.pt"))
+
+
+def run(capsys, *arguments):
+    code = cli.main(["probe", *map(str, arguments)])
+    return code, *capsys.readouterr()
+
+
+def bad_usage(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["probe", *map(str, arguments)])
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+# -- one checkpoint ------------------------------------------------------------------------------
+
+
+def test_a_probe_prints_a_table_with_what_was_skipped_and_q(capsys, checkpoint):
+    code, out, err = run(capsys, checkpoint)
+    assert code == 0
+    assert err == ""
+    for text in ("0.weight", "16 x 3 x 3 x 3", " in, ", " out", "20 x 32", "int64", "Q = ", "1 skipped"):
+        assert text in out
+
+
+def test_with_json_only_json_is_on_stdout(capsys, checkpoint):
+    code, out, _ = run(capsys, checkpoint, "--json")
+    content = json.loads(out)
+    assert code == 0
+    assert list(content) == ["quality", "layers"]
+    assert [layer["name"] for layer in content["layers"]] == ["0.weight", "2.weight", "index"]
+
+
+def test_csv_goes_to_stdout_or_to_a_file(capsys, checkpoint, tmp_path):
+    _, out, _ = run(capsys, checkpoint, "--csv")
+    run(capsys, checkpoint, "--csv", tmp_path / "out.csv")
+    assert out == (tmp_path / "out.csv").read_text()
+    assert out.startswith("name,shape,")
+
+
+def test_a_figure_and_a_page_are_written(capsys, checkpoint, tmp_path):
+    code, *_ = run(capsys, checkpoint, "--plot", tmp_path / "out.png", "--html", tmp_path / "out.html")
+    assert code == 0
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out.html").read_text()
+    assert "noise threshold" in page
+    assert page.count("<tbody ") == 2
+    assert page.count("<svg") == 3  # two modes and a matrix
+
+
+def test_a_page_is_complete_in_itself(capsys, checkpoint, tmp_path):
+    run(capsys, checkpoint, "--html", tmp_path / "out.html")
+    page = (tmp_path / "out.html").read_text()
+    assert not re.search(r"(src|href)=|@import|url\(|https?://", page)
+
+
+def test_names_from_a_file_steer_neither_terminal_nor_page(capsys, tmp_path):
+    torch.save({"<b>\x1b[31m[red]x": torch.randn(4, 6)}, tmp_path / "odd.pt")
+    _, out, _ = run(capsys, tmp_path / "odd.pt", "--html", tmp_path / "out.html")
+    assert "<b>\\x1b[31m[red]x" in out
+    assert "<b>\x1b" not in (tmp_path / "out.html").read_text()
+
+
+def test_a_filter_may_be_repeated(capsys, checkpoint):
+    _, out, _ = run(capsys, checkpoint, "--json", "--filter", "0.w", "--filter", "2.*")
+    assert [layer["name"] for layer in json.loads(out)["layers"]] == ["0.weight", "2.weight"]
+
+
+# -- several -------------------------------------------------------------------------------------
+
+
+def test_several_paths_are_a_series_in_order_of_training(capsys, epochs, tmp_path):
+    code, out, _ = run(capsys, *epochs, "--json", "--plot", tmp_path / "out.png")
+    sources = [os.path.basename(entry["source"]) for entry in json.loads(out)["series"]]
+    assert code == 0
+    assert sources == ["epoch_1.pt", "epoch_2.pt", "epoch_10.pt"]
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_series_prints_its_checkpoints_and_each_layers_course(capsys, epochs):
+    _, out, _ = run(capsys, *epochs)
+    assert "epoch_10.pt" in out
+    assert re.search(r"2\.weight .* -> .*[▁▂▃▄▅▆▇█]{3}", out)
+
+
+def test_a_series_as_csv_has_a_column_for_the_checkpoint(capsys, epochs):
+    _, out, _ = run(capsys, *epochs, "--csv")
+    assert out.startswith("source,name,")
+    assert len(out.splitlines()) == 1 + 3 * 3
+
+
+def test_two_checkpoints_are_compared(capsys, epochs):
+    code, out, _ = run(capsys, "--compare", *epochs[:2], "--json")
+    changes = json.loads(out)
+    assert code == 0
+    assert changes["sources"] == epochs[:2]
+    sizes = [abs(layer["change"]["quality"]) for layer in changes["layers"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert "->" in run(capsys, "--compare", *epochs[:2])[1]
+    assert "quality_change" in run(capsys, "--compare", *epochs[:2], "--csv")[1]
+
+
+# -- failures ------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_read_is_one_line_and_exit_code_2(capsys, tmp_path):
+    (tmp_path / "notes.pt").write_text("notes")
+    code, out, err = run(capsys, tmp_path / "notes.pt")
+    assert code == 2
+    assert out == ""
+    assert err.splitlines() == [
+        f"rmsgd: {tmp_path}/notes.pt: a text file, neither a safetensors nor a torch file"
+    ]
+
+
+def test_with_json_a_failure_is_json_too(capsys, tmp_path):
+    code, out, _ = run(capsys, tmp_path / "nothing.pt", "--json")
+    assert code == 2
+    assert json.loads(out)["layers"] == []
+    assert "no such file" in json.loads(out)["errors"][0]
+
+
+def test_one_bad_checkpoint_leaves_the_rest_of_the_series(capsys, epochs, tmp_path):
+    (tmp_path / "epoch_3.pt").write_bytes(Path(epochs[0]).read_bytes()[:1000])
+    code, out, err = run(capsys, *epochs, tmp_path / "epoch_3.pt", "--json")
+    assert code == 2
+    assert [len(entry["layers"]) for entry in json.loads(out)["series"]] == [3, 3, 0, 3]
+    assert "epoch_3.pt" in err
+
+
+def test_skipped_layers_are_no_failure(capsys, tmp_path):
+    torch.save({"packed": torch.ones(4, 4, dtype=torch.uint8)}, tmp_path / "packed.pt")
+    code, out, _ = run(capsys, tmp_path / "packed.pt")
+    assert code == 0
+    assert "quantised or packed" in out
+
+
+def test_bad_usage_is_found_before_anything_is_measured(capsys, checkpoint, tmp_path, monkeypatch):
+    assert "two paths" in bad_usage(capsys, "--compare", checkpoint)
+    assert "existing folder" in bad_usage(capsys, checkpoint, "--plot", tmp_path / "no" / "out.png")
+    assert "overwrite a checkpoint" in bad_usage(capsys, checkpoint, "--csv", tmp_path / "other.pt")
+    assert "not available" in bad_usage(capsys, checkpoint, "--device", "abacus")
+    monkeypatch.setenv("RMSGD_BACKEND", "abacus")
+    assert "RMSGD_BACKEND=abacus is unknown" in bad_usage(capsys, checkpoint)
+
+
+@pytest.mark.parametrize(("option", "module"), [("--plot", "matplotlib"), ("--html", "jinja2")])
+def test_a_missing_extra_is_named(capsys, checkpoint, tmp_path, monkeypatch, option, module):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    message = bad_usage(capsys, checkpoint, option, tmp_path / "out")
+    assert module in message
+    assert "rmsgd-kernels[plot]" in message
+
+
+def test_a_file_that_cannot_be_written_is_a_failure_after_the_table(capsys, checkpoint, tmp_path):
+    code, out, err = run(capsys, checkpoint, "--plot", tmp_path / "out.nonsense")
+    assert code == 2
+    assert "Q = " in out
+    assert "nonsense" in err
+
+
+def test_ctrl_c_prints_what_is_done_so_far(capsys, checkpoint, monkeypatch):
+    measure = Probing._measure
+
+    def measure_once(self, batch):
+        if self.report().layers:
+            raise KeyboardInterrupt
+        measure(self, batch)
+
+    monkeypatch.setattr("rmsgd.probing.BATCH_BYTES", 1)
+    monkeypatch.setattr(Probing, "_measure", measure_once)
+    code, out, err = run(capsys, checkpoint, "--json", "--filter", "weight")
+    assert code == 130
+    assert [layer["name"] for layer in json.loads(out)["layers"]] == ["0.weight"]
+    assert "interrupted" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to send")
+def test_ctrl_c_stops_the_command(tmp_path):
+    weight = torch.randn(1500, 1500)
+    save_file({f"{i}.weight": weight + i for i in range(200)}, tmp_path / "large.safetensors")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rmsgd", "probe", str(tmp_path / "large.safetensors"), "--json"],
+        env={**os.environ, "RMSGD_BACKEND": "reference"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(8)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(json.loads(out)["layers"]) < 200
+    assert "Traceback" not in err
+
+
+# -- doctor --------------------------------------------------------------------------------------
+
+
+def test_doctor_lists_every_backend_with_a_reason(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"native", "numba", "torch"} <= {backend["name"] for backend in found["backends"]}
+    for backend in found["backends"]:
+        assert list(backend) == ["name", "device", "available", "reason"]
+        assert backend["reason"]
+    assert {"rmsgd", "torch", "numba", "cupy", "instruction set"} <= set(found["versions"])
+    assert found["used"]["cpu"] in {backend["name"] for backend in found["backends"]}
+
+
+def test_doctor_has_a_table_for_people(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for text in ("native", "torch", "available", "instruction set", "cpu uses "):
+        assert text in out
+
+
+def test_doctor_warns_of_the_authors_package_beside_ours(monkeypatch):
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "1.0.2" if name == "rmsgd" else version(name))
+    [warning] = doctor.examine()["warnings"]
+    assert "rmsgd 1.0.2" in warning
+    assert "pip uninstall rmsgd" in warning
+
+
+def test_doctor_says_what_to_do_where_only_a_slow_backend_runs(monkeypatch):
+    monkeypatch.setenv("RMSGD_BACKEND", "torch")
+    [advice] = doctor.examine()["advice"]
+    assert "C++17 compiler" in advice
+    assert "rmsgd-kernels[numba]" in advice
+
+
+def test_doctor_tells_of_a_backend_that_cannot_run(monkeypatch, capsys):
+    status = Status("native", "cpu", False, "rmsgd._cpu is not there")
+    monkeypatch.setattr(doctor, "statuses", lambda: [status])
+    cli.main(["doctor"])
+    out = capsys.readouterr().out
+    assert "not available" in out
+    assert "rmsgd._cpu is not there" in out
+
+
+def test_doctor_reports_an_unknown_backend_instead_of_failing(monkeypatch, capsys):
+    monkeypatch.setenv("RMSGD_BACKEND", "abacus")
+    assert cli.main(["doctor"]) == 0
+    assert "RMSGD_BACKEND=abacus is unknown" in capsys.readouterr().out
