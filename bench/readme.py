@@ -21,10 +21,10 @@ def rewrite(path: Path, result: dict[str, Any]) -> None:
         if name not in result:
             continue
         mark = re.compile(rf"(<!-- measured: {name} -->\n).*?(<!-- /measured -->)", re.DOTALL)
-        body = f"{_where(result['machine'])}\n\n{rows_to_text(result[name])}\n"
-        text, count = mark.subn(lambda m, body=body: m[1] + body + m[2], text)
-        if not count:
+        if not mark.search(text):
             raise ValueError(f"{path} has no line '<!-- measured: {name} -->' to write the table behind")
+        body = f"{_where(result['machine'])}\n\n{rows_to_text(result[name])}\n"
+        text = mark.sub(lambda m, body=body: m[1] + body + m[2], text)
     path.write_text(text, encoding="utf-8")
 
 

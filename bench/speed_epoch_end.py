@@ -106,7 +106,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
         " / ".join(STAGES),
     )  # fmt: skip
     for heading in headings:
-        result.add_column(heading, justify="left" if heading == "network" else "right")
+        first = heading == "network"
+        result.add_column(heading, justify="left" if first else "right", no_wrap=first)
     for row in rows:
         release = row["seconds"].get("rmsgd-1.0.2")
         result.add_row(

@@ -77,7 +77,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     """The rows as a table: milliseconds, and ratios to fused SGD."""
     names = list(rows[0]["seconds"])
     result = Table(title="One step (ms; in brackets relative to torch's fused SGD)")
-    result.add_column("network")
+    result.add_column("network", no_wrap=True)
     for name in names:
         result.add_column(name, justify="right")
     result.add_column("of the floor's bandwidth", justify="right")

@@ -1,0 +1,91 @@
+"""`python -m bench speed` and `noise-search`: real figures on small networks, and the README's tables."""
+
+import json
+
+import pytest
+
+from bench import noise_search, readme, speed
+from bench.speed_epoch_end import gram_products, network, spectra
+from bench.weights import OneLinear, make_trained_like
+
+
+def test_speed_measures_step_and_epoch_end_and_writes_json_and_plot(tmp_path, capsys):
+    arguments = ["--out", str(tmp_path), "--models", "resnet14-digits", "--rounds", "2", "--quick"]
+    assert speed.main(arguments) == 0
+    result = json.loads((tmp_path / "speed-cpu.json").read_text())
+    (step,), (end,) = result["step"], result["epoch-end"]
+    assert step["to_sgd_fused"]["sgd-fused"]["median"] == 1.0
+    assert set(step["seconds"]) >= {"rmsgd", "sgd-fused", "sgd-foreach", "sgd-per-layer", "plain loop"}
+    assert all(seconds > 0 for seconds in [*step["seconds"].values(), *end["seconds"].values()])
+    assert sum(end["stages"].values()) == end["spectra"]
+    assert (tmp_path / "epoch-end-cost.png").stat().st_size > 1000
+    assert "resnet14-digits" in capsys.readouterr().out
+
+
+def test_an_unknown_model_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        speed.main(["--out", str(tmp_path), "--models", "resnet19", "--section", "epoch-end"])
+    assert exit_.value.code == 2
+    assert "resnet19" in capsys.readouterr().err
+
+
+def test_gram_products_are_those_of_both_modes():
+    model = network("resnet14-digits")
+    # Every convolution but the first, whose in mode has one row, has two; a 1x1 kernel's share a spectrum.
+    products = gram_products(model).__closure__
+    (matrices,) = [cell.cell_contents for cell in products if isinstance(cell.cell_contents, list)]
+    assert len(matrices) == sum(len(u.modes) for _, u in spectra(model))
+
+
+def test_trained_like_weights_have_a_low_rank_part_and_are_the_same_every_time():
+    import torch
+
+    import rmsgd
+
+    torch.manual_seed(0)
+    model = OneLinear(48)
+    initial = model.linear.weight.detach().clone()
+    make_trained_like(model, seed=3)
+    again = OneLinear(48)
+    again.linear.weight.data.copy_(initial)
+    make_trained_like(again, seed=3)
+    assert torch.equal(model.linear.weight, again.linear.weight)
+    assert rmsgd.evbmf(initial).rank == 0
+    assert rmsgd.evbmf(model.linear.weight.detach()).rank > 0
+
+
+def test_the_noise_search_finds_ours_at_the_minimum():
+    row = noise_search.compare("resnet14-digits", "trained-like", "")
+    assert row["above_the_minimum"]["rmsgd"] == 0
+    assert row["another_rank"]["rmsgd"] == 0
+    assert row["worst_error_of_variance"]["rmsgd"] < 1e-9
+    assert row["worst_error_of_variance"]["vbmf"] > 1e-9
+
+
+def test_the_readme_is_rewritten_between_its_marks_only(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- measured: step -->\nold\n<!-- /measured -->\nafter\n")
+    times = {"rmsgd": 0.001, "sgd-fused": 0.002}
+    ratios = {name: {"median": seconds / 0.002} for name, seconds in times.items()}
+    row = {
+        "model": "net",
+        "tensors": 3,
+        "seconds": times,
+        "to_sgd_fused": ratios,
+        "bandwidth_of_floor": {"median": 0.9},
+    }
+    machine = {"cpu": "a CPU", "cores": 2, "torch": "2.13.0", "threads": 2}
+    readme.rewrite(page, {"machine": machine, "step": [row]})
+    text = page.read_text()
+    assert text.startswith("before\n<!-- measured: step -->\na CPU, 2 cores")
+    assert "| net (3 tensors) | 1.00 (0.50) | 2.00 (1.00) | 90% |" in text
+    assert text.endswith("<!-- /measured -->\nafter\n")
+    assert "old" not in text
+
+
+def test_a_readme_without_the_mark_is_refused(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("nothing here\n")
+    with pytest.raises(ValueError, match="measured: step"):
+        readme.rewrite(page, {"machine": {}, "step": []})
+    assert page.read_text() == "nothing here\n"
