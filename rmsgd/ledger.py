@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rmsgd.backends import backend_for
 from rmsgd.backends.base import STABLE_RANK, RateGroup, RateTables, StepGroup, StepTables, same_layout
+from rmsgd.distributed import SharedMeasurement, is_dtensor, local, local_gradient
 from rmsgd.layers import Unfolding, is_probed, leader_of, measurement_weights, unfoldings
 from rmsgd.measurement import Measurement
 from rmsgd.state import State, buffer_key
@@ -44,6 +45,7 @@ class Ledger:
         members: the parameters, in registration order.
         groups: all parameter groups of the optimizer; ``Member.group`` is an index into them.
         state: the optimizer's state of each parameter; read now, written by ``write_back``.
+        process_group: of the ranks that hold copies of the plain parameters, to share the epoch end with.
     """
 
     def __init__(
@@ -51,14 +53,18 @@ class Ledger:
         members: Sequence[Member],
         groups: Sequence[Mapping[str, Any]],
         state: Mapping[Tensor, State],
+        process_group: Any = None,
     ) -> None:
         self.members = members
         self.device = members[0].parameter.device
         self._parameters = [m.parameter for m in members]
+        self._spread = any(map(is_dtensor, self._parameters))
         self._states = [state[p] for p in self._parameters]
         self._backend = backend_for(self.device)
         self._build_step(groups)
         self._build_rates(groups)
+        shared = process_group is not None or (self._spread and self._spectra)
+        self._sharing = SharedMeasurement(self._spectra, process_group) if shared else None
         self._addresses = self._addresses_now()
         self._probing = self._probing_now(groups)
 
@@ -74,9 +80,11 @@ class Ledger:
         fresh = [state["fresh"] for state in self._states]
         self._eta = torch.tensor(rates, dtype=torch.float64, device=self.device)
         self._fresh = torch.tensor(fresh, dtype=torch.bool)
-        self._stepped, self._copies = _dense(self._parameters)
+        self._stepped, self._copies = _dense([local(p) for p in self._parameters])
+        self._empty = [i for i, p in enumerate(self._stepped) if p.numel() == 0]
+        buffers = [None if buffer is None else local(buffer) for buffer in self._buffers]
         self._stepper = self._backend.stepper(
-            StepTables(self._stepped, self._buffers, [m.group for m in self.members], self._eta, self._fresh)
+            StepTables(self._stepped, buffers, [m.group for m in self.members], self._eta, self._fresh)
         )
 
     def _build_rates(self, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -128,7 +136,8 @@ class Ledger:
     # -- whether it still holds ------------------------------------------------------------------
 
     def _addresses_now(self) -> list[int]:
-        return list(map(Tensor.data_ptr, self._parameters))
+        tensors = map(local, self._parameters) if self._spread else self._parameters
+        return list(map(Tensor.data_ptr, tensors))
 
     def _probing_now(self, groups: Sequence[Mapping[str, Any]]) -> list[object]:
         trainable = [p.requires_grad for p in self._parameters]
@@ -150,7 +159,7 @@ class Ledger:
 
     def step(self, groups: Sequence[StepGroup], grad_scale: float) -> None:
         """One step along the parameters' gradients."""
-        if not self._copies:
+        if not self._copies and not self._spread:
             without = self._stepper.step_parameters(groups, grad_scale)
             if without is not None:
                 _mark_written(self._parameters, without)
@@ -162,12 +171,14 @@ class Ledger:
     ) -> None:
         """One step along these gradients, of any floating type and layout."""
         usable = [
-            None if grad is None else _usable(grad, p, member.name)
+            None if grad is None else _usable(local_gradient(grad, member.parameter), p, member.name)
             for grad, p, member in zip(gradients, self._stepped, self.members, strict=True)
         ]
         for p, dense in self._copies:
             dense.copy_(p)
         self._stepper.step(usable, groups, grad_scale)
+        for i in self._empty:  # an empty shard's gradient is another rank's: all their flags are alike
+            self._fresh[i] &= usable[i] is None
         for p, dense in self._copies:
             p.copy_(dense)
         _mark_written(self._parameters, [i for i, grad in enumerate(usable) if grad is None])
@@ -178,7 +189,12 @@ class Ledger:
         """Take s(0) from the weights as they are, for layers that ask for it and have none yet."""
         if self._first_measurement_due:
             self._first_measurement_due = False
-            self._fill_in(self._backend.measure(self._spectra))
+            self._fill_in(self._measure())
+
+    def _measure(self) -> Tensor:
+        if self._sharing is None:
+            return self._backend.measure(self._spectra)
+        return self._sharing(self._backend.measure)
 
     def _fill_in(self, metrics: Tensor) -> None:
         """Give the layers that have no s yet the one measured, NaN where a weight is not finite."""
@@ -191,7 +207,9 @@ class Ledger:
 
     def epoch_step(self, groups: Sequence[RateGroup]) -> Measurement:
         """Measure every layer and move the rates."""
-        metrics = self._backend.measure(self._spectra)
+        if self._sharing is not None:
+            self._sharing.check_agreement(self._description(groups), self.device)
+        metrics = self._measure()
         self._fill_in(metrics)
         self._backend.update_rates(self._tables, groups, metrics)
         return Measurement(
@@ -200,6 +218,14 @@ class Ledger:
             [tuple(self._parameters[i].shape) for i in self._probed],
             metrics,
         )
+
+    def _description(self, groups: Sequence[RateGroup]) -> list[str]:
+        """What all ranks have to hold alike, a line for each layer. Rates only where no wait is needed."""
+        eta = self._eta.tolist() if self.device.type == "cpu" else [math.nan] * len(self.members)
+        return [
+            f"{m.name} {tuple(m.parameter.shape)} {m.parameter.dtype} rate {eta[i]} {groups[m.group]}"
+            for i, m in ((i, self.members[i]) for i in self._probed)
+        ]
 
     def rates(self) -> list[float]:
         """eta of every parameter, before its group's multiplier."""

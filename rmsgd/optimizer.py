@@ -189,7 +189,10 @@ class RMSGD(Optimizer):
             complete(p, self.state[p], group)
             follow(p, self.state[p], group)
             by_device.setdefault(p.device, []).append(member)
-        self._ledgers = [Ledger(on_device, self.param_groups, self.state) for on_device in by_device.values()]
+        self._ledgers = [
+            Ledger(on_device, self.param_groups, self.state, self.process_group)
+            for on_device in by_device.values()
+        ]
         self._order = [p for group in self.param_groups for p in group["params"]]
         self._group_kinds = _kinds(self.param_groups)
         self._state_objects = list(self.state.values())

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rmsgd.distributed import is_dtensor
 from rmsgd.options import multiplier, parameter_name
 
 State = dict[str, Any]
@@ -183,6 +184,11 @@ def _check_states(
         p, name = owners[key]
         for kind in _BUFFERS:
             buffer = state.get(kind)
+            if buffer is not None and is_dtensor(buffer) != is_dtensor(p):
+                raise ValueError(
+                    f"{name} or its {kind} is a DTensor and the other is not: load the checkpoint with "
+                    "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+                )
             if buffer is not None and buffer.shape != p.shape:
                 different.append(f"{name} is {tuple(p.shape)}, its {kind} {tuple(buffer.shape)}")
     if different:

@@ -1,0 +1,181 @@
+"""The epoch end of a job of several processes: each matrix is factorised once, by one of them.
+
+Nothing here is called, and no collective issued, unless parameters are DTensors or the optimizer
+was given a process group. Every rank then has the same table of metrics, bit for bit: each row is
+computed by one rank and added to the zeros of the others.
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rmsgd.backends.base import FIELDS
+from rmsgd.layers import Unfolding
+
+Matrix: TypeAlias = tuple[Tensor, Unfolding]
+Measure: TypeAlias = Callable[[Sequence[Matrix]], Tensor]
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over a device mesh."""
+    module = sys.modules.get("torch.distributed.tensor")  # not there: nobody has made one
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor; the memory itself."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def local_gradient(grad: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's part of a gradient, spread as its parameter is (a collective where it is not)."""
+    if not is_dtensor(grad):
+        return grad
+    spread: Any = grad
+    if spread.placements != parameter.placements:  # type: ignore[attr-defined]
+        spread = spread.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+    return local(spread)
+
+
+def cost(unfolding: Unfolding) -> int:
+    """Time of one matrix in units of a multiplication: Gram matrix and tridiagonal form."""
+    L, M = unfolding.L, unfolding.M
+    return L * L * (M + 3 * L)
+
+
+def split(costs: Sequence[int], ranks: int) -> list[int]:
+    """Which rank takes which matrix: the costliest first, each to the rank with the least so far."""
+    owners, load = [0] * len(costs), [0] * ranks
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[i] = load.index(min(load))
+        load[owners[i]] += costs[i]
+    return owners
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Those that share work: a process group, or a device mesh as the groups along its dimensions."""
+
+    groups: tuple[Any, ...]
+    size: int
+    index: int
+
+    @classmethod
+    def of_group(cls, group: Any) -> "Ranks":
+        """The ranks of a process group, of which this process is one."""
+        return cls((group,), dist.get_world_size(group), dist.get_rank(group))
+
+    @classmethod
+    def of_mesh(cls, mesh: Any) -> "Ranks":
+        """The ranks of a device mesh, of which this process is one."""
+        index = 0
+        for size, at in zip(mesh.shape, mesh.get_coordinate(), strict=True):
+            index = index * size + at
+        return cls(tuple(mesh.get_group(d) for d in range(mesh.ndim)), mesh.size(), index)
+
+    def reduce(self, tensor: Tensor, op: Any) -> Tensor:
+        """``tensor`` reduced over all ranks, in place."""
+        for group in self.groups:
+            dist.all_reduce(tensor, op=op, group=group)
+        return tensor
+
+    def gather(self, thing: Any) -> list[Any]:
+        """Every rank's object, in the order of their indices."""
+        things = [thing]
+        for group in reversed(self.groups):
+            parts: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(parts, things, group=group)
+            things = [one for part in parts for one in part]
+        return things
+
+    def check_agreement(self, lines: Sequence[str], device: torch.device) -> None:
+        """Raise RuntimeError on every rank if the lines are not the same on all, naming the first.
+
+        One exchange of a digest; the lines themselves travel only when they differ.
+        """
+        digest = int.from_bytes(hashlib.sha256("\n".join(lines).encode()).digest()[:7], "big")
+        extremes = self.reduce(torch.tensor([digest, -digest], device=device), dist.ReduceOp.MAX).tolist()
+        if extremes[0] == -extremes[1]:
+            return
+        everyone = self.gather(list(lines))
+        for rank, theirs in enumerate(everyone):
+            for i in range(max(len(theirs), len(everyone[0]))):
+                a, b = (lines[i] if i < len(lines) else "nothing" for lines in (everyone[0], theirs))
+                if a != b:
+                    raise RuntimeError(f"the ranks disagree: rank 0 has {a}; rank {rank} has {b}")
+
+
+class SharedMeasurement:
+    """Measures matrices together with the other ranks that hold them.
+
+    Args:
+        matrices: on every rank the same ones in the same order.
+        process_group: of the ranks that hold copies of the plain tensors; None: each for itself.
+    """
+
+    def __init__(self, matrices: Sequence[Matrix], process_group: Any) -> None:
+        self._matrices = matrices
+        shared: dict[Any, list[int]] = {}
+        self._ranks: dict[Any, Ranks] = {}
+        for i, (weight, _) in enumerate(matrices):
+            mesh = weight.device_mesh if is_dtensor(weight) else None  # type: ignore[attr-defined]
+            shared.setdefault(mesh, []).append(i)
+            if mesh is not None and mesh not in self._ranks:
+                self._ranks[mesh] = Ranks.of_mesh(mesh)
+        if process_group is not None:
+            self._ranks[None] = Ranks.of_group(process_group)
+        self._shared = shared
+
+    def check_agreement(self, lines: Sequence[str], device: torch.device) -> None:
+        """Raise RuntimeError on every rank if these lines are not the same on all of them."""
+        for ranks in self._ranks.values():
+            ranks.check_agreement(lines, device)
+
+    def __call__(self, measure: Measure) -> Tensor:
+        """The metrics table of all matrices; ``measure`` is the backend's, for those of this rank."""
+        if not self._matrices:
+            return measure([])
+        parts = [self._measure(measure, mesh, mine) for mesh, mine in self._shared.items()]
+        table = torch.empty(len(self._matrices), FIELDS, dtype=torch.float64, device=parts[0].device)
+        for part, rows in zip(parts, self._shared.values(), strict=True):
+            table[rows] = part
+        return table
+
+    def _measure(self, measure: Measure, mesh: Any, rows: Sequence[int]) -> Tensor:
+        matrices = [self._matrices[i] for i in rows]
+        ranks = self._ranks.get(mesh)
+        if ranks is None:
+            return measure(matrices)
+        owners = split([cost(unfolding) for _, unfolding in matrices], ranks.size)
+        mine = [i for i, owner in enumerate(owners) if owner == ranks.index]
+        device = local(matrices[0][0]).device
+        table = torch.zeros(len(matrices), FIELDS, dtype=torch.float64, device=device)
+        if mesh is not None:
+            matrices = _gather(matrices, mine)
+        if mine:
+            table[mine] = measure([matrices[i] for i in mine])
+        return ranks.reduce(table, dist.ReduceOp.SUM)
+
+
+def _gather(matrices: Sequence[Matrix], mine: Sequence[int]) -> list[Matrix]:
+    """The matrices as whole tensors where they are this rank's; all ranks take part in every one.
+
+    A tensor is gathered once for its unfoldings, and let go at once by the ranks that do not measure it.
+    """
+    result = list(matrices)
+    wanted = set(mine)
+    previous: Tensor | None = None
+    whole: Tensor | None = None
+    for i, (weight, unfolding) in enumerate(matrices):
+        if weight is not previous:
+            previous, whole = weight, weight.full_tensor()  # type: ignore[attr-defined]
+        if i in wanted:
+            assert whole is not None
+            result[i] = (whole, unfolding)
+    return result

@@ -1,0 +1,75 @@
+"""Jobs of several processes on this machine, over gloo, that run functions of the tests."""
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+PATIENCE = 240.0
+"""Seconds after which a job counts as hanging."""
+
+
+def _work(rank: int, size: int, store: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"] = str(rank), str(size), str(rank)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
+    while (order := pipe.recv()) is not None:
+        function, arguments = order
+        torch.manual_seed(0)
+        try:
+            pipe.send((function(*arguments), None))
+        except BaseException:
+            pipe.send((None, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class Job:
+    """So many ranks, waiting for functions to run on all of them."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._folder = tempfile.TemporaryDirectory()
+        context = mp.get_context("spawn")
+        pipes = [context.Pipe() for _ in range(size)]
+        self._pipes = [ours for ours, _ in pipes]
+        store = str(Path(self._folder.name) / "store")
+        self._processes = [
+            context.Process(target=_work, args=(rank, size, store, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What the function returns on each rank; raises what any of them raised."""
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(PATIENCE):
+                raise TimeoutError(f"rank {rank} of {self.size} does not answer")
+            answers.append(pipe.recv())
+        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(answers) if error is not None]
+        if errors:
+            raise RuntimeError("\n".join(errors))
+        return [result for result, _ in answers]
+
+    def close(self) -> None:
+        """End the job."""
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+        self._folder.cleanup()
