@@ -54,8 +54,9 @@ def run(make, dtype, steps):
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("rule", ["paper", "release", "published"])
 def test_200_steps_equal_sgd_for_all_flags(backend, rule, dtype):
-    steps = 200 if backend == "native" else 20  # the others are slow, and have no state beyond the buffers
-    for flags in FLAGS:
+    # The fallbacks are slow and share their element rule: fewer steps, every third set of flags.
+    steps, flag_sets = (200, FLAGS) if backend == "native" else (20, FLAGS[::3])
+    for flags in flag_sets:
         ours = run(lambda p, f=flags: rmsgd.RMSGD(p, lr=0.01, rule=rule, **f), dtype, steps)
         theirs = run(lambda p, f=flags: torch.optim.SGD(p, lr=0.01, **f), dtype, steps)
         for a, b in zip(ours, theirs, strict=True):
