@@ -28,21 +28,22 @@ struct CudaSide {
   long long stride[4];
 };
 
-// What is known of one L x M weight, and where its Gram matrix and everything after it goes.
+// What is known of one L x M weight, and where its Gram matrix and everything after it goes: places in the
+// workspace, in bytes, with room for doubles.
 struct CudaMatrix {
   const void* weight;
   CudaSide small;  // L, the rows
   CudaSide large;  // M, the columns
   long long M;
+  long long matrix;   // the Gram matrix
+  long long partial;  // tiles x splits partial tiles of floats; unused if splits is 1
+  long long vectors;  // of the tridiagonal reduction, and its result
   int L;
-  int dtype;          // as in CudaStepTensor
-  int stride;         // of the Gram matrix: L rounded up to 4
-  int splits;         // of the columns, in the fp32 Gram matrix
-  long long matrix;   // bytes from the workspace's start: the Gram matrix, room for doubles
-  long long partial;  // likewise: tiles x splits partial tiles of floats; unused if splits is 1
-  long long vectors;  // likewise: the tridiagonal reduction's vectors, room for doubles
-  int blocks;         // that work on the tridiagonal reduction
-  int first_block;    // of those, in the launch
+  int dtype;   // as in CudaStepTensor
+  int stride;  // of the Gram matrix: L rounded up to 4
+  int splits;  // of the columns, in the fp32 Gram matrix
+  int blocks;  // that work on the tridiagonal reduction
+  int unused;
 };
 
 struct GramItem {

@@ -1,7 +1,8 @@
 """The implementations of the four operations behind the optimizer, one table each, chosen by device.
 
 ``native`` is the compiled core, ``numba`` the reference compiled where no compiler was there at
-installation, ``torch`` plain torch operations for any device, ``reference`` float64 NumPy for
+installation, ``cuda`` the kernels that nvcc compiled at installation, ``cupy`` the same ones
+compiled at run time, ``torch`` plain torch operations for any device, ``reference`` float64 NumPy for
 tests. The environment variable ``RMSGD_BACKEND`` forces one by name.
 """
 
@@ -38,6 +39,8 @@ def _load(module: str) -> Backend:
 ENTRIES = (
     Entry("native", "cpu", "native"),
     Entry("numba", "cpu", "numba_"),
+    Entry("cuda", "cuda", "cuda"),
+    Entry("cupy", "cuda", "nvrtc"),
     Entry("torch", "any", "torch_"),
     Entry("reference", "cpu", "reference"),
 )

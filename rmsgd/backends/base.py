@@ -1,6 +1,7 @@
 """What a backend is: four operations on one device, and the tables they work on."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -25,7 +26,8 @@ class StepGroup(NamedTuple):
     """The hyper-parameters of one parameter group at one step."""
 
     multiplier: float
-    """What eta is multiplied by: the group's lr over the lr it was created with."""
+    """What eta is multiplied by: the group's lr over the lr it was created with. On a GPU it may be a
+    float64 tensor of one element there, read when the step runs."""
     momentum: float
     dampening: float
     weight_decay: float
@@ -47,7 +49,7 @@ class StepTables:
     eta: Tensor
     """(parameters,) float64, the learning rates before the groups' multipliers."""
     fresh: Tensor
-    """(parameters,) bool, true until a gradient has entered the buffer. On the CPU."""
+    """(parameters,) bool, true until a gradient has entered the buffer."""
 
 
 class Stepper(Protocol):
@@ -99,6 +101,17 @@ class RateTables:
     follower_lr: Tensor  # (followers,) float64
 
 
+class OnCallersStream:
+    """Of backends that work where they are called: nothing runs aside."""
+
+    def aside(self, device: torch.device) -> AbstractContextManager[None]:
+        """See ``Backend``."""
+        return nullcontext()
+
+    def join(self, device: torch.device) -> None:
+        """See ``Backend``."""
+
+
 class Backend(Protocol):
     """One implementation of the step, the spectra with EVBMF, and the learning-rate rules."""
 
@@ -108,6 +121,12 @@ class Backend(Protocol):
 
     def stepper(self, tables: StepTables) -> Stepper:
         """A stepper for these parameters."""
+
+    def aside(self, device: torch.device) -> AbstractContextManager[None]:
+        """Within it, ``measure`` and ``update_rates`` run beside the caller's stream; steps wait for them."""
+
+    def join(self, device: torch.device) -> None:
+        """Before results of work done aside are read: make the caller's stream wait for them."""
 
     def measure(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> Tensor:
         """The metrics table (matrices, FIELDS), float64, on the matrices' device.

@@ -13,6 +13,7 @@ from rmsgd.backends.base import (
     NOT_FINITE,
     STATUS,
     BackendUnavailable,
+    OnCallersStream,
     RateGroup,
     RateTables,
     StepGroup,
@@ -61,7 +62,7 @@ class NativeStepper:
         return without
 
 
-class NativeBackend:
+class NativeBackend(OnCallersStream):
     """The fused step, the batched spectra with EVBMF, and the rules, as compiled code."""
 
     name = "native"

@@ -16,6 +16,7 @@ from rmsgd.backends.base import (
     NUCLEAR,
     STABLE_RANK,
     STATUS,
+    OnCallersStream,
     RateGroup,
     RateTables,
     StepGroup,
@@ -74,7 +75,7 @@ def _flat(tensor: Tensor) -> Tensor:
     return torch.as_strided(tensor, (tensor.numel(),), (1,))
 
 
-class NumpyBackend:
+class NumpyBackend(OnCallersStream):
     """The reference's functions: ``measure`` for EVBMF with metrics, ``update`` for the step."""
 
     def __init__(

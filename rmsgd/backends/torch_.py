@@ -12,6 +12,7 @@ from rmsgd.backends.base import (
     MEASURED,
     NOT_FINITE,
     STATUS,
+    OnCallersStream,
     RateGroup,
     RateTables,
     StepGroup,
@@ -62,7 +63,7 @@ class TorchStepper:
         """See ``base.Stepper``; one at a time is all it knows."""
 
 
-class TorchBackend:
+class TorchBackend(OnCallersStream):
     """Singular values by ``torch.linalg`` in float64, everything after them by the reference."""
 
     name = "torch"

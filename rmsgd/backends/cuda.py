@@ -1,0 +1,285 @@
+"""The CUDA kernels, compiled when the package was installed (``rmsgd._cuda``) or at run time (``nvrtc``)."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rmsgd.backends.base import (
+    FIELDS,
+    NEEDS_SVD,
+    NOISE_VARIANCE,
+    NOT_FINITE,
+    STATUS,
+    BackendUnavailable,
+    RateGroup,
+    RateTables,
+    StepTables,
+)
+from rmsgd.backends.cuda_spectra import LARGEST, Matrix, SpectraPlan, workspace_bytes
+from rmsgd.backends.cuda_step import CudaStepper
+from rmsgd.backends.kernels import Kernels, upload
+from rmsgd.backends.streams import Streams
+from rmsgd.backends.torch_ import singular_values
+from rmsgd.layers import as_matrix
+
+WORKSPACE_BYTES = 224 * 2**20
+"""Matrices are measured in batches whose workspace stays below this, half of it when memory is short."""
+
+_KEPT_PLANS = 8
+_RATES_THREADS = 256
+_TEAM_SHARED = 512
+_VALUES_THREADS = 32
+
+_RATE_GROUP = np.dtype(
+    [
+        ("initial_lr", "f8"),
+        ("beta", "f8"),
+        ("zeta", "f8"),
+        ("decay", "f8"),
+        ("floor", "f8"),
+        ("rule", "i4"),
+        ("first", "i4"),
+    ]
+)
+_RATE_POINTERS = ("parameter", "group", "spectrum_begin", "weight", "groups", "stable_rank", "ready", "eta")
+_FOLLOWER_POINTERS = ("follower", "leader", "follower_lr")
+_RATES_ARGUMENTS = np.dtype(
+    [
+        ("layers", "i4"),
+        *((name, "u8") for name in _RATE_POINTERS),
+        ("followers", "i4"),
+        *((name, "u8") for name in _FOLLOWER_POINTERS),
+        ("metrics", "u8"),
+        ("measured", "u8"),
+        ("held", "u8"),
+    ],
+    align=True,
+)
+_VALUES_ARGUMENTS = np.dtype(
+    [("values", "u8"), ("scratch", "u8"), ("row", "u8"), ("M", "f8"), ("L", "i4"), ("singular", "i4")]
+)
+
+
+class CudaBackend:
+    """Step, spectra with EVBMF and rules on NVIDIA GPUs; nothing waits for the host.
+
+    Only matrices of more than 1024 rows are measured by torch's own routine, which does.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kernels: Kernels,
+        description: str,
+        streams: Callable[[torch.device], Streams] = Streams,
+    ) -> None:
+        self.name = name
+        self.description = description
+        self._kernels = kernels
+        self._make_streams = streams
+        self._streams_of: dict[torch.device, Streams] = {}
+        self._plans: dict[tuple[object, ...], list[SpectraPlan]] = {}
+        self._budget = WORKSPACE_BYTES
+
+    def _streams(self, device: torch.device) -> Streams:
+        if device not in self._streams_of:
+            self._streams_of[device] = self._make_streams(device)
+        return self._streams_of[device]
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    def stepper(self, tables: StepTables) -> CudaStepper:
+        """See ``base.Backend``."""
+        return CudaStepper(self._kernels, self._streams(tables.eta.device), tables)
+
+    # -- epoch ends ------------------------------------------------------------------------------
+
+    @contextmanager
+    def aside(self, device: torch.device) -> Iterator[None]:
+        """See ``base.Backend``."""
+        with self._streams(device).aside():
+            yield
+
+    def join(self, device: torch.device) -> None:
+        """See ``base.Backend``."""
+        self._streams(device).join()
+
+    def measure(self, matrices: Sequence[Matrix]) -> Tensor:
+        """See ``base.Backend``.
+
+        Within ``aside`` the Gram matrices are formed on the caller's stream and the rest beside it.
+        Weights that the fp32 Gram matrix does not decide (a range of singular values beyond some
+        1e4) are read once more there: they must not change until the next step, which waits.
+
+        Raises:
+            torch.cuda.OutOfMemoryError: there is no room for the workspace of a single matrix.
+        """
+        if not matrices:
+            return torch.empty(0, FIELDS, dtype=torch.float64)
+        device = matrices[0][0].device
+        streams = self._streams(device)
+        small = [i for i, (_, u) in enumerate(matrices) if u.L <= LARGEST]
+        table = torch.empty(len(matrices), FIELDS, dtype=torch.float64, device=device)
+        if small:
+            self._measure_small([matrices[i] for i in small], streams, table, small)
+        streams.fork()
+        for i, (weight, u) in enumerate(matrices):
+            if u.L > LARGEST:
+                table[i] = self._measure_large(weight.detach(), (weight, u))
+        return table
+
+    def _measure_small(
+        self, matrices: Sequence[Matrix], streams: Streams, table: Tensor, rows: Sequence[int]
+    ) -> None:
+        whole = len(rows) == len(table)
+        target = table if whole else table.new_empty(len(rows), FIELDS)
+        launched = False
+        while True:
+            try:
+                first = 0
+                for plan in self._plans_for(matrices):
+                    if launched:
+                        streams.settle()  # the next workspace is the last one's memory
+                    launched = True
+                    plan.measure(streams, target[first : first + plan.count])
+                    first += plan.count
+                break
+            except torch.cuda.OutOfMemoryError:
+                if self._budget <= max(workspace_bytes(u) for _, u in matrices):
+                    raise
+                self._budget //= 2
+                self._plans.clear()
+        if not whole:
+            table[list(rows)] = target
+
+    def _plans_for(self, matrices: Sequence[Matrix]) -> list[SpectraPlan]:
+        """Tables for these matrices where they lie now; made again only when one has moved."""
+        key = tuple((w.data_ptr(), w.dtype, w.shape, w.stride(), w.device, u) for w, u in matrices)
+        plans = self._plans.get(key)
+        if plans is None:
+            if len(self._plans) >= _KEPT_PLANS:
+                self._plans.pop(next(iter(self._plans)))
+            plans = [SpectraPlan(self._kernels, batch) for batch in self._batches(matrices)]
+            self._plans[key] = plans
+        return plans
+
+    def _batches(self, matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
+        batch: list[Matrix] = []
+        size = 0
+        for matrix in matrices:
+            more = workspace_bytes(matrix[1])
+            if batch and size + more > self._budget:
+                yield batch
+                batch, size = [], 0
+            batch.append(matrix)
+            size += more
+        yield batch
+
+    def _measure_large(self, weight: Tensor, matrix: Matrix) -> Tensor:
+        """One row by torch's eigenvalue routine, from an fp64 Gram matrix: it waits for the host."""
+        unfolding = matrix[1]
+        A = as_matrix(weight, unfolding).double()
+        largest = float(A.abs().max())
+        if not math.isfinite(largest):
+            row = torch.full((FIELDS,), math.nan, dtype=torch.float64, device=A.device)
+            row[STATUS] = NOT_FINITE
+            return row
+        if largest == 0.0:
+            return self.measure_spectrum(A.new_zeros(unfolding.L), unfolding.M)
+        exponent = math.frexp(largest)[1]
+        A = A * math.ldexp(1.0, -exponent)
+        values = torch.linalg.eigvalsh(A @ A.T).flip(0).clamp(min=0.0)
+        row = self._measure_values(values, unfolding.M, singular=False)
+        if row[STATUS] == NEEDS_SVD:
+            return self.measure_spectrum(
+                singular_values(as_matrix(weight, unfolding).double(), largest), unfolding.M
+            )
+        row[NOISE_VARIANCE] *= math.ldexp(1.0, 2 * exponent)
+        return row
+
+    def measure_spectrum(self, gamma: Tensor, M: int) -> Tensor:
+        """See ``base.Backend``."""
+        return self._measure_values(gamma, M, singular=True)
+
+    def _measure_values(self, values: Tensor, M: int, singular: bool) -> Tensor:
+        values = values.contiguous()
+        L = len(values)
+        scratch = values.new_empty(2 * L + 2)
+        row = values.new_empty(FIELDS)
+        arguments = np.zeros(1, _VALUES_ARGUMENTS)
+        arguments[0] = (values.data_ptr(), scratch.data_ptr(), row.data_ptr(), M, L, singular)
+        stream = self._streams(values.device).current()
+        self._kernels.launch(
+            "rmsgd_values", values.device.index or 0, 1, _VALUES_THREADS, 0, stream, arguments
+        )
+        return row
+
+    def update_rates(self, tables: RateTables, groups: Sequence[RateGroup], metrics: Tensor) -> None:
+        """See ``base.Backend``."""
+        device = tables.eta.device
+        streams = self._streams(device)
+        layers, followers = len(tables.parameter), len(tables.follower)
+        on_device = upload(np.array([tuple(group) for group in groups], _RATE_GROUP), device)
+        measured = torch.empty(layers, dtype=torch.float64, device=device)
+        held = torch.empty(layers, dtype=torch.int32, device=device)
+        arguments = np.zeros(1, _RATES_ARGUMENTS)
+        head = arguments[0]
+        head["layers"], head["followers"] = layers, followers
+        for name in (*_RATE_POINTERS, *_FOLLOWER_POINTERS):
+            head[name] = (on_device if name == "groups" else getattr(tables, name)).data_ptr()
+        head["metrics"] = metrics.data_ptr()
+        head["measured"], head["held"] = measured.data_ptr(), held.data_ptr()
+        self._kernels.launch(
+            "rmsgd_rates",
+            device.index or 0,
+            1,
+            _RATES_THREADS,
+            _TEAM_SHARED,
+            streams.current(),
+            arguments,
+        )
+        for tensor in vars(tables).values():
+            streams.keep(tensor)
+
+
+def create() -> CudaBackend:
+    """The backend; raises BackendUnavailable where there is no GPU, no driver or no ``rmsgd._cuda``."""
+    check_torch()
+    try:
+        from rmsgd import _cuda
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"rmsgd._cuda is not there ({error}): it is built at installation where nvcc "
+            "(CUDA 12.1 or later) is found"
+        ) from None
+    version = f"{_cuda.CUDA_VERSION // 1000}.{_cuda.CUDA_VERSION % 1000 // 10}"
+    try:
+        _cuda.device_count()
+        _cuda.resident_blocks("rmsgd_rates", torch.cuda.current_device(), _RATES_THREADS, _TEAM_SHARED)
+    except RuntimeError as error:
+        reason = (
+            f"{error} (kernels built by CUDA {version} for sm_{_cuda.ARCHITECTURES}): update the driver, "
+            "or set RMSGD_CUDA_ARCHS for this GPU and reinstall"
+        )
+        warnings.warn(f"the CUDA kernels of rmsgd cannot run here: {reason}", stacklevel=2)
+        raise BackendUnavailable(reason) from None
+    description = f"compiled by nvcc {version} for sm_{_cuda.ARCHITECTURES}"
+    return CudaBackend("cuda", cast(Kernels, _cuda), description)
+
+
+def check_torch() -> None:
+    """Raise BackendUnavailable where torch itself can use no NVIDIA GPU."""
+    if torch.version.cuda is None:
+        raise BackendUnavailable(
+            "this torch is built without CUDA: install one with it, see pytorch.org/get-started"
+        )
+    if not torch.cuda.is_available():
+        raise BackendUnavailable(
+            "torch finds no CUDA device: check nvidia-smi; without a GPU or a driver nothing can run"
+        )

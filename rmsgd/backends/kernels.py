@@ -1,0 +1,42 @@
+"""What the CUDA backends ask of compiled kernels, whoever compiled them, and how tables get to a GPU."""
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+"""The kernels' numbers for element types."""
+
+
+class Kernels(Protocol):
+    """The CUDA kernels, by name. Each takes one struct; ``rmsgd._cuda`` is one implementation."""
+
+    def launch(
+        self,
+        name: str,
+        device: int,
+        blocks: int,
+        threads: int,
+        shared_bytes: int,
+        stream: int,
+        arguments: NDArray[Any],
+        cooperative: bool = False,
+    ) -> None:
+        """Launch a kernel; ``arguments`` are copied. Raises RuntimeError with CUDA's message."""
+
+    def resident_blocks(self, name: str, device: int, threads: int, shared_bytes: int) -> int:
+        """How many blocks of a kernel fit on the device at once."""
+
+    def shared_memory(self, device: int) -> tuple[int, int]:
+        """Bytes of shared memory that a block may ask for, and that a multiprocessor has."""
+
+
+def upload(table: NDArray[Any], device: torch.device) -> Tensor:
+    """A table's bytes on the device, without waiting for it."""
+    host = torch.from_numpy(np.ascontiguousarray(table).view(np.uint8).reshape(-1))
+    if device.type != "cuda":
+        return host.clone()
+    return host.pin_memory().to(device, non_blocking=True)

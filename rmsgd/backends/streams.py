@@ -1,0 +1,64 @@
+"""Where the work of an epoch end runs on a GPU: a stream beside the caller's, which steps wait for."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Streams:
+    """The streams of one CUDA device. Kernels are given a stream's address."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._caller: torch.cuda.Stream | None = None
+        # External: a captured wait is for whatever was recorded last when the graph is replayed. It
+        # needs to have been recorded once.
+        self._done = torch.cuda.Event(external=True)  # type: ignore[no-untyped-call]
+        self._done.record(self._side)
+
+    def current(self) -> int:
+        """The stream that torch uses now."""
+        return torch.cuda.current_stream(self._device).cuda_stream
+
+    def caller(self) -> int:
+        """The stream of whoever called ``epoch_step``: the current one, except within ``aside``."""
+        return self.current() if self._caller is None else self._caller.cuda_stream
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within it, torch's stream is the one beside the caller's."""
+        self._caller = torch.cuda.current_stream(self._device)
+        self._caller.wait_event(self._done)  # its memory may still be in use there
+        try:
+            with torch.cuda.stream(self._side):
+                yield
+        finally:
+            self._done.record(self._side)
+            self._caller = None
+
+    @contextmanager
+    def on_caller(self) -> Iterator[None]:
+        """Within it, torch's stream is the caller's."""
+        with torch.cuda.stream(self._caller or torch.cuda.current_stream(self._device)):
+            yield
+
+    def settle(self) -> None:
+        """Make the caller's stream wait for the current one, as when memory is used again."""
+        if self._caller is not None:
+            self._caller.wait_stream(self._side)
+
+    def fork(self) -> None:
+        """Make the current stream wait for what the caller's has been given so far."""
+        if self._caller is not None:
+            self._side.wait_stream(self._caller)
+
+    def join(self) -> None:
+        """Make the current stream wait for all that was done aside; when captured, at every replay."""
+        torch.cuda.current_stream(self._device).wait_event(self._done)
+
+    def keep(self, tensor: Tensor) -> None:
+        """Keep a tensor's memory until the current stream is done with it."""
+        tensor.record_stream(torch.cuda.current_stream(self._device))
