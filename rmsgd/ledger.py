@@ -8,6 +8,7 @@ and write them. ``write_back`` brings them to the state.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import is_
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from rmsgd.backends import backend_for
 from rmsgd.backends.base import STABLE_RANK, RateGroup, RateTables, StepGroup, StepTables, same_layout
+from rmsgd.backends.cuda_step import CudaStepper
 from rmsgd.distributed import SharedMeasurement, is_dtensor, local, local_gradient
 from rmsgd.layers import Unfolding, is_probed, leader_of, measurement_weights, unfoldings
 from rmsgd.measurement import Measurement
@@ -79,7 +81,7 @@ class Ledger:
         rates = [state["rate"] for state in self._states]
         fresh = [state["fresh"] for state in self._states]
         self._eta = torch.tensor(rates, dtype=torch.float64, device=self.device)
-        self._fresh = torch.tensor(fresh, dtype=torch.bool)
+        self._fresh = torch.tensor(fresh, dtype=torch.bool, device=self.device)
         self._stepped, self._copies = _dense([local(p) for p in self._parameters])
         self._empty = [i for i, p in enumerate(self._stepped) if p.numel() == 0]
         buffers = [None if buffer is None else local(buffer) for buffer in self._buffers]
@@ -157,23 +159,36 @@ class Ledger:
 
     # -- steps -----------------------------------------------------------------------------------
 
-    def step(self, groups: Sequence[StepGroup], grad_scale: float) -> None:
-        """One step along the parameters' gradients."""
-        if not self._copies and not self._spread:
+    def scaling(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> float | None:
+        """What the next step's gradients are divided by; None where an overflow skips it.
+
+        A GPU reads both tensors when the step runs, and nothing waits for them here.
+        """
+        if isinstance(self._stepper, CudaStepper):
+            self._stepper.scale_by(grad_scale, found_inf)
+            return 1.0
+        if found_inf is not None and float(found_inf) != 0.0:
+            return None
+        return 1.0 if grad_scale is None else float(grad_scale)
+
+    def step(
+        self,
+        groups: Sequence[StepGroup],
+        grad_scale: float,
+        gradients: Mapping[Tensor, Tensor] | None = None,
+    ) -> None:
+        """One step along these gradients, or along the parameters' own."""
+        if gradients is None and not self._copies and not self._spread:
             without = self._stepper.step_parameters(groups, grad_scale)
             if without is not None:
                 _mark_written(self._parameters, without)
                 return
-        self.step_along([p.grad for p in self._parameters], groups, grad_scale)
-
-    def step_along(
-        self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], grad_scale: float
-    ) -> None:
-        """One step along these gradients, of any floating type and layout."""
-        usable = [
-            None if grad is None else _usable(local_gradient(grad, member.parameter), p, member.name)
-            for grad, p, member in zip(gradients, self._stepped, self.members, strict=True)
-        ]
+        usable: list[Tensor | None] = []
+        for member, p in zip(self.members, self._stepped, strict=True):
+            grad = member.parameter.grad if gradients is None else gradients.get(member.parameter)
+            if grad is not None:
+                grad = _usable(local_gradient(grad, member.parameter), p, member.name)
+            usable.append(grad)
         for p, dense in self._copies:
             dense.copy_(p)
         self._stepper.step(usable, groups, grad_scale)
@@ -200,7 +215,9 @@ class Ledger:
         """Give the layers that have no s yet the one measured, NaN where a weight is not finite."""
         rows = metrics[:, STABLE_RANK] * self._tables.weight
         sizes = self._tables.spectrum_begin.diff()
-        layers = torch.repeat_interleave(torch.arange(len(sizes), device=rows.device), sizes)
+        layers = torch.repeat_interleave(
+            torch.arange(len(sizes), device=rows.device), sizes, output_size=len(rows)
+        )
         measured = torch.zeros(len(sizes), dtype=rows.dtype, device=rows.device).index_add_(0, layers, rows)
         known = self._tables.stable_rank
         known.copy_(torch.where(known.isnan(), measured, known))
@@ -209,14 +226,16 @@ class Ledger:
         """Measure every layer and move the rates."""
         if self._sharing is not None:
             self._sharing.check_agreement(self._description(groups), self.device)
-        metrics = self._measure()
-        self._fill_in(metrics)
-        self._backend.update_rates(self._tables, groups, metrics)
+        with self._backend.aside(self.device):
+            metrics = self._measure()
+            self._fill_in(metrics)
+            self._backend.update_rates(self._tables, groups, metrics)
         return Measurement(
             [self.members[i].position for i in self._probed],
             [self.members[i].name for i in self._probed],
             [tuple(self._parameters[i].shape) for i in self._probed],
             metrics,
+            partial(self._backend.join, self.device),
         )
 
     def _description(self, groups: Sequence[RateGroup]) -> list[str]:
@@ -229,10 +248,12 @@ class Ledger:
 
     def rates(self) -> list[float]:
         """eta of every parameter, before its group's multiplier."""
+        self._backend.join(self.device)
         return self._eta.tolist()
 
     def write_back(self) -> None:
         """Bring rates, measurements and flags to the optimizer's state, as plain numbers."""
+        self._backend.join(self.device)
         eta, fresh = self._eta.tolist(), self._fresh.tolist()
         for state, rate, flag in zip(self._states, eta, fresh, strict=True):
             state["rate"], state["fresh"] = rate, flag

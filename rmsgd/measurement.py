@@ -1,6 +1,6 @@
 """What one epoch end measured: the metrics of every matrix, and the layers they belong to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,8 +23,11 @@ class Measurement:
     names: Sequence[str]
     shapes: Sequence[tuple[int, ...]]
     metrics: Tensor
+    join: Callable[[], None]
+    """To be called before the metrics are read: makes torch's stream wait for them."""
 
     def _rows(self) -> list[list[list[float]]]:
+        self.join()
         rows = iter(self.metrics.tolist())
         return [[next(rows) for _ in unfoldings(shape)] for shape in self.shapes]
 

@@ -1,7 +1,7 @@
 """RMSGD: SGD with momentum whose learning rate follows each layer's stable rank."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import chain
 from operator import is_
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from rmsgd.compiled import Gradients, register_step, trace_step
 from rmsgd.ledger import Ledger, Member
 from rmsgd.measurement import Measurement
 from rmsgd.metrics import Report
@@ -121,6 +122,7 @@ class RMSGD(Optimizer):
         }
         check_options(defaults)
         self.process_group = process_group
+        self._number = register_step(self._step_compiled)
         self._forget_ledgers()
         super().__init__(params, defaults)
 
@@ -225,6 +227,7 @@ class RMSGD(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)
+        self._number = register_step(self._step_compiled)
         self._forget_ledgers()
         for group in self.param_groups:
             for p in group["params"]:
@@ -259,17 +262,35 @@ class RMSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():
+            trace_step(self._number, self.param_groups)
+        else:
+            self._step(None)
+        return loss
+
+    def _step_compiled(
+        self, indices: Sequence[int], parameters: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> None:
+        """Step when a compiled graph runs, which may hold copies of the parameters."""
+        everything = [p for group in self.param_groups for p in group["params"]]
+        mine = [everything[i] for i in indices]
+        copies = [(p, q) for p, q in zip(mine, parameters, strict=True) if p.data_ptr() != q.data_ptr()]
+        for p, copy in copies:
+            p.copy_(copy)
+        self._step(dict(zip(mine, gradients, strict=True)))
+        for p, copy in copies:
+            copy.copy_(p)
+
+    def _step(self, gradients: Gradients | None) -> None:
+        """Step along these gradients, or along the parameters' own."""
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and float(found_inf) != 0.0:
-            return loss
-        scale = 1.0 if grad_scale is None else float(grad_scale)
-        ledgers = self._current_ledgers()
-        groups = [step_group(group) for group in self.param_groups]
-        for ledger in ledgers:
-            ledger.measure_first()
-            ledger.step(groups, scale)
-        return loss
+        for ledger in self._current_ledgers():
+            scale = ledger.scaling(grad_scale, found_inf)
+            if scale is not None:
+                ledger.measure_first()
+                groups = [step_group(group, ledger.device) for group in self.param_groups]
+                ledger.step(groups, scale, gradients)
 
     @torch.no_grad()
     def epoch_step(self) -> None:

@@ -86,10 +86,12 @@ def multiplier(group: Mapping[str, Any]) -> float:
     return float(group["lr"]) / float(group["lr0"])
 
 
-def step_group(group: Mapping[str, Any]) -> StepGroup:
-    """A group's options as one step needs them."""
+def step_group(group: Mapping[str, Any], device: torch.device) -> StepGroup:
+    """A group's options as one step on a device needs them: a GPU's learning rate is not waited for."""
+    lr = group["lr"]
+    on_device = isinstance(lr, Tensor) and lr.is_cuda and device.type == "cuda"
     return StepGroup(
-        multiplier(group),
+        lr.to(device, torch.float64) / float(group["lr0"]) if on_device else multiplier(group),
         float(group["momentum"]),
         float(group["dampening"]),
         float(group["weight_decay"]),

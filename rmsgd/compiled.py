@@ -1,0 +1,54 @@
+"""The optimizer's step inside ``torch.compile``: one opaque operation.
+
+Dynamo cannot look into the compiled core, and would guard on every number it reads: a schedule would
+recompile at each change. So the graph holds one call that says which memory it changes, and the step
+itself, rates, schedules and all, runs when the graph does. Used only while compiling: an operation
+of torch.library costs more than the whole step of a small network.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import chain, count
+from typing import Any, TypeAlias
+from weakref import WeakMethod
+
+import torch
+from torch import Tensor
+
+Gradients: TypeAlias = dict[Tensor, Tensor]
+Step: TypeAlias = Callable[[Sequence[int], Sequence[Tensor], Sequence[Tensor]], None]
+
+_STEPS: dict[int, "WeakMethod[Step]"] = {}
+_numbers = count()
+
+
+def register_step(step: Step) -> int:
+    """A number by which a compiled graph finds an optimizer's step; it lives as long as the optimizer.
+
+    ``step(indices, parameters, gradients)`` takes places among all parameters of all groups, the
+    parameters there as the graph holds them, and their gradients.
+    """
+    number = next(_numbers)
+    _STEPS[number] = WeakMethod(step, lambda _: _STEPS.pop(number, None))
+    return number
+
+
+@torch.library.custom_op("rmsgd::step", mutates_args=("parameters",))
+def _step(number: int, indices: list[int], parameters: list[Tensor], gradients: list[Tensor]) -> None:
+    step = _STEPS[number]()
+    assert step is not None
+    with torch.no_grad():
+        step(indices, parameters, gradients)
+
+
+@_step.register_fake
+def _(number: int, indices: list[int], parameters: list[Tensor], gradients: list[Tensor]) -> None:
+    return None
+
+
+def trace_step(number: int, groups: Sequence[dict[str, Any]]) -> None:
+    """Put the step of the optimizer with these groups into the graph that is being compiled."""
+    everything = list(chain.from_iterable(group["params"] for group in groups))
+    indices = [i for i, p in enumerate(everything) if p.grad is not None]
+    if indices:
+        parameters = [everything[i] for i in indices]
+        _step(number, indices, parameters, [p.grad for p in parameters])
