@@ -101,8 +101,29 @@ def _noise_search(rows: list[dict[str, Any]]) -> str:
     )
 
 
+PROBE_CASES = ("rmsgd", "full SVD", "weightwatcher")
+
+
+def probe_cells(row: dict[str, Any]) -> list[str]:
+    """Per case: seconds, and times those of `rmsgd.probe`; a peer that was not there is "absent"."""
+    cells = []
+    for case in PROBE_CASES:
+        if case not in row["seconds"]:
+            cells.append("absent")
+            continue
+        times = f" ({row['faster'][case]['median']:.1f})" if case in row["faster"] else ""
+        cells.append(f"{row['seconds'][case]:.2f}{times}")
+    return cells
+
+
+def _probe_speed(rows: list[dict[str, Any]]) -> str:
+    headings = ["probe, s (times rmsgd's)", "spectra", "rmsgd", "full SVD (SciPy)", "WeightWatcher"]
+    return _markdown(headings, [[row["model"], str(row["spectra"]), *probe_cells(row)] for row in rows])
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "step": _step,
     "epoch-end": _epoch_end,
     "noise-search": _noise_search,
+    "probe-speed": _probe_speed,
 }

@@ -47,7 +47,7 @@ class Settings:
     data: str = "digits"
     optimizers: tuple[str, ...] = ("rmsgd", "sgd", "sam")
     seeds: tuple[int, ...] = (0, 1, 2)
-    epochs: int = 15
+    epochs: int = 12
     batch: int = 64
     width: float = 1.0
     samples: int | None = None
@@ -126,7 +126,7 @@ class Run:
         self._schedule = None
         if self._peer.scheduled:
             # The paper's StepLR, 25 epochs of 250, in proportion to this run.
-            period = max(1, round(settings.epochs / 10))
+            period = math.ceil(settings.epochs / 10)
             self._schedule = torch.optim.lr_scheduler.StepLR(self._optimizer, period, 0.5)
 
     def train_epoch(self) -> Epoch:

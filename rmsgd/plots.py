@@ -126,6 +126,49 @@ def bands_over_time(
     _save(figure, path)
 
 
+def proportions(
+    path: str | PathLike[str],
+    x: Sequence[float],
+    series: Mapping[str, Sequence[float]],
+    *,
+    names: Sequence[str],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+) -> None:
+    """Points of each series over x, both logarithmic, beside a line of slope 1 through the first.
+
+    Args:
+        path: file to write.
+        x: horizontal positions, positive.
+        series: label to heights, positive, one per x.
+        names: what each x is, written at the first series' points.
+        xlabel: label of the horizontal axis, with its unit.
+        ylabel: label of the vertical axis, with its unit.
+        title: above the axes.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+
+    """
+    figure, axes = _axes(title, xlabel, ylabel)
+    for colour, marker, (label, heights) in zip(PALETTE, "osDv", series.items(), strict=False):
+        axes.plot(
+            x, heights, marker, color=colour, label=label, fillstyle="full" if marker == "o" else "none"
+        )
+    first = np.asarray(next(iter(series.values())), dtype=np.float64)
+    slope = float(np.exp(np.mean(np.log(first / np.asarray(x)))))
+    ends = np.array([min(x), max(x)])
+    axes.plot(ends, slope * ends, "-", color="0.75", zorder=0, label="proportional")
+    for name, at, height in zip(names, x, first, strict=True):
+        axes.annotate(name, (at, height), textcoords="offset points", xytext=(7, -10), fontsize=8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.margins(x=0.12)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
 def stacked_bars(
     path: str | PathLike[str],
     names: Sequence[str],
@@ -166,7 +209,8 @@ def stacked_bars(
     _save(figure, path)
 
 
-def _matplotlib() -> Any:
+def require_matplotlib() -> Any:
+    """The module; ModuleNotFoundError says which extra brings it."""
     try:
         import matplotlib
     except ImportError as error:
@@ -176,7 +220,7 @@ def _matplotlib() -> Any:
 
 
 def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:
-    _matplotlib()
+    require_matplotlib()
     # A Figure of our own instead of pyplot: no window system, no state shared with the user's plots.
     from matplotlib.figure import Figure
 
@@ -202,12 +246,13 @@ def _depth_colours(figure: Any, axes: Any, names: Sequence[str], most: int = 8) 
     bar = figure.colorbar(scale, ax=axes, label="layer, from input to output", pad=0.02)
     bar.ax.set_ylim(0, last)
     ticks = np.unique(np.linspace(0, len(names) - 1, min(most, len(names))).round().astype(int))
-    bar.set_ticks(ticks, labels=[_short(names[tick]) for tick in ticks])
+    bar.set_ticks(ticks, labels=[short_name(names[tick]) for tick in ticks])
     bar.ax.tick_params(labelsize=7)
     return list(scale.to_rgba(np.arange(len(names))))
 
 
-def _short(name: str, most: int = 28) -> str:
+def short_name(name: str, most: int = 28) -> str:
+    """A layer's name for a label: its end, at most so many characters."""
     name = name.removesuffix(".weight")
     return name if len(name) <= most else "…" + name[1 - most :]
 

@@ -1,0 +1,162 @@
+"""`python -m bench probe-speed`: `rmsgd.probe` against WeightWatcher on the same state dicts.
+
+Both look at a network's weights alone, but not at the same thing. WeightWatcher's `analyze()` (its
+defaults) takes every singular value of one form of each weight and fits a power law to them, and its
+stable rank is of the raw weight, energy over largest: ||W||_F^2 / ||W||_2^2, between 1 and the rank.
+Ours is of the low-rank part only, as a share of full rank, and of both unfoldings of a convolution;
+multiplied by L it is on the other's scale. Both are printed side by side. So that the power law is
+not all that is compared, a third case is the least that any probe by full SVD does: SciPy's singular
+values of every weight, one unfolding each.
+
+WeightWatcher is optional (`pip install weightwatcher`); without it its column is absent.
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import rmsgd
+from bench import measure, models, readme
+from bench.weights import make_trained_like
+
+MODELS = ("resnet50", "vit-b16")
+SHOWN = 4  # layers of each network whose stable ranks are printed
+
+StateDict = Mapping[str, Tensor]
+
+
+def full_svd(state: StateDict) -> None:
+    """Every singular value of every weight, one unfolding each, by LAPACK in the weights' precision."""
+    for weight in state.values():
+        if weight.ndim > 1:
+            scipy.linalg.svdvals(weight.flatten(1).numpy())
+
+
+def weightwatcher() -> Callable[[StateDict], Any] | None:
+    """WeightWatcher's analysis of a state dict as a data frame; None where it is not installed."""
+    with _silence():
+        try:
+            from weightwatcher import WeightWatcher
+        except ImportError:
+            return None
+        logging.getLogger("weightwatcher").setLevel(logging.ERROR)
+
+    def analyse(state: StateDict) -> Any:
+        with _silence():
+            return WeightWatcher(model=dict(state)).analyze()
+
+    return analyse
+
+
+@contextlib.contextmanager
+def _silence():  # type: ignore[no-untyped-def]
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def compare(name: str, rounds: int, theirs: Callable[[StateDict], Any] | None) -> dict[str, Any]:
+    """One network: seconds of every case in interleaved rounds, and both tools' stable ranks."""
+    torch.manual_seed(0)
+    network = models.build(name)
+    make_trained_like(network)
+    state = {key: value.detach() for key, value in network.state_dict().items()}
+    frames: list[Any] = []
+    cases: dict[str, Callable[[], object]] = {
+        "rmsgd": lambda: rmsgd.probe(state),
+        "full SVD": lambda: full_svd(state),
+    }
+    if theirs is not None:
+        cases["weightwatcher"] = lambda: frames.append(theirs(state))
+    seconds = measure.interleave(cases, rounds)
+    layers = rmsgd.probe(state).measured
+    stable_ranks = _by_layer(frames[-1]) if frames else {}
+    return {
+        "model": name,
+        "layers": len(layers),
+        "spectra": sum(len(layer.modes) for layer in layers),
+        "seconds": {case: float(np.median(values)) for case, values in seconds.items()},
+        "faster": {
+            case: measure.ratio(values, seconds["rmsgd"])._asdict()
+            for case, values in seconds.items()
+            if case != "rmsgd"
+        },
+        "stable_rank": [
+            {
+                "layer": layer.name,
+                "rmsgd": layer.stable_rank,
+                "L": min(layer.shape[:2]),
+                "weightwatcher": stable_ranks.get(layer.name.removesuffix(".weight")),
+            }
+            for layer in layers
+        ],
+    }
+
+
+def _by_layer(frame: Any) -> dict[str, float]:
+    column = "longname" if "longname" in frame else "name"
+    return {
+        str(name).removesuffix(".weight"): float(value)
+        for name, value in zip(frame[column], frame["stable_rank"], strict=True)
+    }
+
+
+def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Seconds, and how many times faster `rmsgd.probe` is."""
+    result = Table(title="Probing a state dict: seconds (times rmsgd.probe's)")
+    for heading in ("model", "spectra", *readme.PROBE_CASES):
+        result.add_column(heading, justify="left" if heading == "model" else "right")
+    for row in rows:
+        result.add_row(row["model"], str(row["spectra"]), *readme.probe_cells(row))
+    return result
+
+
+def stable_rank_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Both definitions for a few layers of each network."""
+    result = Table(title="Stable rank, two definitions")
+    for heading in ("layer", "rmsgd: low rank, share", "times L", "WeightWatcher: raw weight"):
+        result.add_column(heading, justify="left" if heading == "layer" else "right")
+    for row in rows:
+        layers = row["stable_rank"]
+        for i in np.linspace(0, len(layers) - 1, SHOWN).astype(int):
+            layer = layers[i]
+            theirs = layer["weightwatcher"]
+            result.add_row(
+                f"{row['model']}: {layer['layer']}",
+                f"{layer['rmsgd']:.4f}",
+                f"{layer['rmsgd'] * layer['L']:.2f}",
+                "absent" if theirs is None else f"{theirs:.2f}",
+            )
+    return result
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compares, prints both tables, writes `probe-speed.json`; 0."""
+    parser = argparse.ArgumentParser(prog="python -m bench probe-speed", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(".out/probe-speed"), help="folder for the JSON")
+    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    parser.add_argument("--readme", type=Path, help="rewrite the table of this file")
+    options = parser.parse_args(arguments)
+    theirs = weightwatcher()
+    rows = [compare(name, options.rounds, theirs) for name in options.models.split(",")]
+    result = {"schema": 1, "machine": measure.machine(), "probe-speed": rows}
+    console = Console()
+    console.print(speed_table(rows))
+    console.print(stable_rank_table(rows))
+    measure.write_json(options.out / "probe-speed.json", result)
+    if options.readme:
+        readme.rewrite(options.readme, result)
+    return 0
