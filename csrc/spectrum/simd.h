@@ -28,6 +28,7 @@ struct Simd;
 
 template <>
 struct Simd<float> {
+  typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
   typedef double wide __attribute__((vector_size(LANES<float> * 8), may_alias));
   typedef float vector __attribute__((vector_size(LANES<float> * 4), may_alias));
   typedef float unaligned __attribute__((vector_size(LANES<float> * 4), aligned(4), may_alias));
@@ -35,6 +36,7 @@ struct Simd<float> {
 
 template <>
 struct Simd<double> {
+  typedef double four __attribute__((vector_size(32), aligned(8), may_alias));
   typedef double wide __attribute__((vector_size(LANES<double> * 8), may_alias));
   typedef double vector __attribute__((vector_size(LANES<double> * 8), may_alias));
   typedef double unaligned __attribute__((vector_size(LANES<double> * 8), aligned(8), may_alias));
@@ -82,6 +84,27 @@ RMSGD_FN T horizontal_sum(Vector<T> x) {
     for (int i = 0; i < width; ++i) halves[i] += halves[i + width];
   }
   return halves[0];
+}
+
+// The sums over the lanes of four vectors, in one vector of four.
+template <class T>
+RMSGD_FN typename Simd<T>::four horizontal_sums(const Vector<T> (&x)[4]) {
+  typedef typename Simd<T>::four Four;
+  T lanes[4 * LANES<T>] __attribute__((aligned(64)));
+  Four sum[4];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) store(lanes + r * LANES<T>, x[r]);
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    sum[r] = *reinterpret_cast<const Four*>(lanes + r * LANES<T>);
+#pragma GCC unroll 4
+    for (int l = 4; l < LANES<T>; l += 4) sum[r] += *reinterpret_cast<const Four*>(lanes + r * LANES<T> + l);
+  }
+  const Four left = __builtin_shufflevector(sum[0], sum[1], 0, 4, 1, 5) +
+                    __builtin_shufflevector(sum[0], sum[1], 2, 6, 3, 7);
+  const Four right = __builtin_shufflevector(sum[2], sum[3], 0, 4, 1, 5) +
+                     __builtin_shufflevector(sum[2], sum[3], 2, 6, 3, 7);
+  return __builtin_shufflevector(left, right, 0, 1, 4, 5) + __builtin_shufflevector(left, right, 2, 3, 6, 7);
 }
 
 // `n` rounded up or down to whole vectors.

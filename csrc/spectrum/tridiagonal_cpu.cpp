@@ -27,7 +27,8 @@ void dot_rows(const T* rows, ptrdiff_t stride, int count, const T* x, ptrdiff_t 
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) sum[r] += load(row + r * stride + j) * right;
     }
-    for (int r = 0; r < 4; ++r) dots[k + r] = horizontal_sum<T>(sum[r]);
+    typedef typename Simd<T>::four Four;
+    *reinterpret_cast<Four*>(dots + k) = horizontal_sums<T>(sum);
   }
   for (; k < count; ++k) {
     Vector<T> sum = {};
@@ -59,60 +60,74 @@ void subtract_rows(T* x, const T* rows, ptrdiff_t stride, int count, const T* fa
   }
 }
 
+// The matrix in memory: groups of four rows, in each of which the rows take turns by vectors. Its two readers
+// (A v, and the update of the rest) take four rows at a time, so each reads one stream of memory.
+template <class T>
+struct FourRows {
+  T* data;
+  ptrdiff_t stride;
+
+  // The vector of row i that begins at column j, a multiple of the vector's length.
+  RMSGD_FN T* at(ptrdiff_t i, ptrdiff_t j) const {
+    return data + i / 4 * 4 * stride + j * 4 + i % 4 * LANES<T>;
+  }
+};
+
 // y += A v for the block row `top` of a symmetric A of which the upper triangle is stored: each element
 // right of the diagonal block serves its row and its column while it is in a register.
 template <class T>
-RMSGD_FN void multiply_block_row(const T* matrix, ptrdiff_t stride, ptrdiff_t top, ptrdiff_t end, const T* v,
-                                 T* y) {
+RMSGD_FN void multiply_block_row(const FourRows<T>& matrix, ptrdiff_t top, ptrdiff_t end, const T* v, T* y) {
   constexpr int W = LANES<T>;
-  for (int group = 0; group < W; group += 4) {
-    const T* row = matrix + (top + group) * stride;
-    const T* scale = v + top + group;
+  for (ptrdiff_t row = top; row < top + W; row += 4) {
+    const T* from = matrix.at(row, top + W);
+    const T scale[4] = {v[row], v[row + 1], v[row + 2], v[row + 3]};
     Vector<T> sum[4] = {};
-    for (ptrdiff_t j = top + W; j < end; j += W) {
+    for (ptrdiff_t j = top + W; j < end; j += W, from += 4 * W) {
       const Vector<T> right = load(v + j);
       Vector<T> below = load(y + j);
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) {
-        const Vector<T> a = load(row + r * stride + j);
+        const Vector<T> a = load(from + r * W);
         sum[r] += a * right;
         below += a * scale[r];
       }
       store(y + j, below);
     }
-    for (int r = 0; r < 4; ++r) y[top + group + r] += horizontal_sum<T>(sum[r]);
+    typedef typename Simd<T>::four Four;
+    *reinterpret_cast<Four*>(y + row) += horizontal_sums<T>(sum);
   }
   Vector<T> here = load(y + top);
-  for (int r = 0; r < W; ++r) here += v[top + r] * load(matrix + (top + r) * stride + top);
+#pragma GCC unroll 16
+  for (int r = 0; r < W; ++r) here += v[top + r] * load(matrix.at(top + r, top));
   store(y + top, here);
 }
 
 // A -= left^T right for the rows and columns from `first` on, upper triangle by whole vectors.
-// left and right are 2 PANEL rows each, one stride apart.
+// left and right are `depth` rows each, `stride` apart.
 template <class T>
-void subtract_products(T* matrix, ptrdiff_t stride, ptrdiff_t first, ptrdiff_t end, const T* left,
-                       const T* right, int depth, const ThreadTeam& team) {
+void subtract_products(const FourRows<T>& matrix, ptrdiff_t first, ptrdiff_t end, const T* left,
+                       const T* right, ptrdiff_t stride, int depth, const ThreadTeam& team) {
   constexpr int W = LANES<T>;
   ptrdiff_t turn = 0;
   for (ptrdiff_t row = first; row < end; row += TILE_ROWS, ++turn) {
     if (turn % team.size() != team.rank()) continue;
     ptrdiff_t column = vectors_down<T>(row);
-    for (; column + TILE_VECTORS * W <= end; column += TILE_VECTORS * W) {
+    T* to = matrix.at(row, column);
+    for (; column + TILE_VECTORS * W <= end; column += TILE_VECTORS * W, to += TILE_ROWS * TILE_VECTORS * W) {
       const Tile<T, TILE_VECTORS> tile(left + row, stride, right + column, stride, W, depth);
-#pragma GCC unroll 4
-      for (int r = 0; r < TILE_ROWS; ++r) {
-        T* to = matrix + (row + r) * stride + column;
 #pragma GCC unroll 3
-        for (int v = 0; v < TILE_VECTORS; ++v) store(to + v * W, load(to + v * W) - tile.sum[r][v]);
+      for (int v = 0; v < TILE_VECTORS; ++v) {
+#pragma GCC unroll 4
+        for (int r = 0; r < TILE_ROWS; ++r) {
+          T* at = to + (v * TILE_ROWS + r) * W;
+          store(at, load(at) - tile.sum[r][v]);
+        }
       }
     }
-    for (; column < end; column += W) {
+    for (; column < end; column += W, to += TILE_ROWS * W) {
       const Tile<T, 1> tile(left + row, stride, right + column, stride, W, depth);
 #pragma GCC unroll 4
-      for (int r = 0; r < TILE_ROWS; ++r) {
-        T* to = matrix + (row + r) * stride + column;
-        store(to, load(to) - tile.sum[r][0]);
-      }
+      for (int r = 0; r < TILE_ROWS; ++r) store(to + r * W, load(to + r * W) - tile.sum[r][0]);
     }
   }
 }
@@ -146,14 +161,24 @@ RMSGD_FN double reflect(T* x, ptrdiff_t at, ptrdiff_t end, double* beta) {
 // before the rest is updated: A <- A - V W^T - W V^T. Until then row j of the present matrix is the stored
 // one less its part of the pending products, and A v likewise.
 template <class T>
-void tridiagonalise(const double* gram, double scale, int n, T* matrix, double* diagonal,
+void tridiagonalise(const double* gram, double scale, int n, T* memory, double* diagonal,
                     double* off_diagonal, T* work, const ThreadTeam& team) {
   constexpr int W = LANES<T>;
   const ptrdiff_t stride = tridiagonal_stride(n);
   const ptrdiff_t end = vectors_up<T>(n);
-  for (ptrdiff_t i = team.rank(); i < end; i += team.size()) {
-    for (ptrdiff_t j = vectors_down<T>(i); j < end; ++j) {
-      matrix[i * stride + j] = T(scale * gram[i * stride + j]);
+  const FourRows<T> matrix = {memory, stride};
+  // In place, the elements of four rows change their order: `work` keeps them meanwhile, and has room for 12.
+  const int packers = team.size() < 12 ? team.size() : 12;
+  T* const four_rows = work + team.rank() * 4 * stride;
+  for (ptrdiff_t top = 4 * team.rank(); team.rank() < packers && top < end; top += 4 * packers) {
+    const ptrdiff_t first = vectors_down<T>(top);
+    for (int r = 0; r < 4; ++r) {
+      for (ptrdiff_t j = first; j < end; ++j)
+        four_rows[r * stride + j] = T(scale * gram[(top + r) * stride + j]);
+    }
+    for (int r = 0; r < 4; ++r) {
+      for (ptrdiff_t j = first; j < end; j += W)
+        store(matrix.at(top + r, j), load(four_rows + r * stride + j));
     }
   }
   team.barrier();
@@ -179,7 +204,7 @@ void tridiagonalise(const double* gram, double scale, int n, T* matrix, double* 
           from_w[k] = w_rows[k * stride + j];
         }
         const ptrdiff_t begin = vectors_down<T>(j);
-        for (ptrdiff_t i = begin; i < end; i += W) store(row + i, load(matrix + j * stride + i));
+        for (ptrdiff_t i = begin; i < end; i += W) store(row + i, load(matrix.at(j, i)));
         subtract_rows(row, w_rows, stride, pending, from_v, begin, end);
         subtract_rows(row, v_rows, stride, pending, from_w, begin, end);
         diagonal[j] = double(row[j]);
@@ -200,7 +225,7 @@ void tridiagonalise(const double* gram, double scale, int n, T* matrix, double* 
         T* const y = partial + part * stride;
         for (ptrdiff_t i = first; i < end; i += W) store(y + i, Vector<T>{});
         for (ptrdiff_t top = first + part * W; top < end; top += parts * W) {
-          multiply_block_row(matrix, stride, top, end, v, y);
+          multiply_block_row(matrix, top, end, v, y);
         }
       }
       team.barrier();
@@ -230,7 +255,7 @@ void tridiagonalise(const double* gram, double scale, int n, T* matrix, double* 
       for (ptrdiff_t i = 0; i < PANEL * stride; ++i) v_again[i] = v_rows[i];
     }
     team.barrier();
-    subtract_products(matrix, stride, vectors_down<T>(panel_end), end, v_rows, w_rows, 2 * PANEL, team);
+    subtract_products(matrix, vectors_down<T>(panel_end), end, v_rows, w_rows, stride, 2 * PANEL, team);
     team.barrier();
   }
 }
