@@ -1,6 +1,8 @@
 """The CUDA kernels of rmsgd, compiled by nvcc. Every function raises RuntimeError with CUDA's own message."""
 
-from typing_extensions import Buffer
+from typing import Any
+
+from numpy.typing import NDArray
 
 CUDA_VERSION: int
 """Of the toolkit it was built with: 1000 major + 10 minor."""
@@ -26,7 +28,7 @@ def launch(
     threads: int,
     shared_bytes: int,
     stream: int,
-    arguments: Buffer,
+    arguments: NDArray[Any],
     cooperative: bool = False,
 ) -> None:
     """Launch a kernel. ValueError: ``arguments`` is not of its size, or there is no block to launch."""

@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
 
 import numpy as np
 import torch
@@ -192,7 +191,7 @@ class CudaBackend:
             return row
         if largest == 0.0:
             return self.measure_spectrum(A.new_zeros(unfolding.L), unfolding.M)
-        exponent = math.frexp(largest)[1]
+        exponent = max(-1000, min(1000, math.frexp(largest)[1]))
         A = A * math.ldexp(1.0, -exponent)
         values = torch.linalg.eigvalsh(A @ A.T).flip(0).clamp(min=0.0)
         row = self._measure_values(values, unfolding.M, singular=False)
@@ -200,7 +199,7 @@ class CudaBackend:
             return self.measure_spectrum(
                 singular_values(as_matrix(weight, unfolding).double(), largest), unfolding.M
             )
-        row[NOISE_VARIANCE] *= math.ldexp(1.0, 2 * exponent)
+        row[NOISE_VARIANCE] = row[NOISE_VARIANCE] * math.ldexp(1.0, exponent) * math.ldexp(1.0, exponent)
         return row
 
     def measure_spectrum(self, gamma: Tensor, M: int) -> Tensor:
@@ -270,7 +269,7 @@ def create() -> CudaBackend:
         warnings.warn(f"the CUDA kernels of rmsgd cannot run here: {reason}", stacklevel=2)
         raise BackendUnavailable(reason) from None
     description = f"compiled by nvcc {version} for sm_{_cuda.ARCHITECTURES}"
-    return CudaBackend("cuda", cast(Kernels, _cuda), description)
+    return CudaBackend("cuda", _cuda, description)
 
 
 def check_torch() -> None:

@@ -1,0 +1,375 @@
+"""The CUDA backend gives what the reference gives, whatever the order in which its threads run."""
+
+import numpy as np
+import pytest
+import torch
+from emulated import ORDERS, ROOT, compile_cpp, emulated_backend
+
+from rmsgd import reference
+from rmsgd.backends import cuda_spectra
+from rmsgd.backends.base import (
+    CONDITION_NUMBER,
+    MEASURED,
+    NOISE_VARIANCE,
+    NOT_FINITE,
+    NUCLEAR,
+    RANK,
+    STABLE_RANK,
+    STAGE,
+    STATUS,
+    RateGroup,
+    RateTables,
+    StepGroup,
+    StepTables,
+)
+from rmsgd.backends.numpy_ import NumpyBackend, NumpyStepper, update_rates
+from rmsgd.layers import unfoldings
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    target = tmp_path_factory.mktemp("emulator") / "kernels.so"
+    compile_cpp(ROOT / "tests" / "emulator" / "kernels.cpp", target, "-O2", "-fPIC", "-shared")
+    return target
+
+
+@pytest.fixture
+def backend(library):
+    return emulated_backend(library)
+
+
+ORACLE = NumpyBackend("", "", reference.measure_singular_values, reference.momentum_update)
+
+
+# -- spectra ---------------------------------------------------------------------------------------
+
+
+def spectra(*weights):
+    return [(w, u) for w in weights for u in unfoldings(w.shape)]
+
+
+def low_rank(m, n, rank, noise):
+    return torch.randn(m, rank) @ torch.randn(rank, n) / rank**0.5 + noise * torch.randn(m, n)
+
+
+def assert_measured(table, matrices):
+    expected = ORACLE.measure(matrices)
+    assert table[:, STATUS].tolist() == expected[:, STATUS].tolist()
+    good = expected[:, STATUS] == MEASURED
+    ours, theirs = table[good].numpy(), expected[good].numpy()
+    assert ours[:, RANK].tolist() == theirs[:, RANK].tolist()
+    np.testing.assert_allclose(ours[:, NOISE_VARIANCE], theirs[:, NOISE_VARIANCE], rtol=1e-4)
+    np.testing.assert_allclose(ours[:, STABLE_RANK], theirs[:, STABLE_RANK], atol=1e-6)
+    np.testing.assert_allclose(ours[:, CONDITION_NUMBER], theirs[:, CONDITION_NUMBER], atol=1e-5)
+    np.testing.assert_allclose(ours[:, NUCLEAR], theirs[:, NUCLEAR], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        pytest.param(lambda: torch.randn(2, 3), id="tiny"),
+        pytest.param(lambda: torch.randn(24, 8, 3, 3), id="convolution"),
+        pytest.param(lambda: torch.randn(6, 5, 1, 1), id="1x1"),
+        pytest.param(
+            lambda: torch.randn(8, 6, 3, 3).to(memory_format=torch.channels_last), id="channels last"
+        ),
+        pytest.param(lambda: torch.randn(3, 4, 2, 3, 2), id="3-D convolution"),
+        pytest.param(lambda: torch.randn(90, 20).t(), id="transposed"),
+        pytest.param(lambda: torch.randn(130, 129), id="three tiles a side"),
+        pytest.param(lambda: torch.randn(66, 4200), id="split columns"),
+        pytest.param(lambda: torch.randn(40, 60)[::2, ::3], id="with gaps"),
+        pytest.param(lambda: low_rank(40, 100, 5, 0.1), id="low rank and noise"),
+        pytest.param(lambda: low_rank(40, 100, 5, 1e-3).half(), id="float16"),
+        pytest.param(lambda: low_rank(40, 100, 5, 1e-2).bfloat16(), id="bfloat16"),
+        pytest.param(lambda: low_rank(40, 100, 5, 1e-2).double(), id="float64"),
+        pytest.param(lambda: torch.zeros(5, 7), id="zero"),
+        pytest.param(lambda: torch.eye(9, 12), id="equal values"),
+        pytest.param(lambda: torch.full((4, 9), torch.nan), id="NaN"),
+        pytest.param(lambda: torch.randn(4, 9).index_fill_(1, torch.tensor(3), torch.inf), id="infinity"),
+        pytest.param(lambda: torch.randn(30, 40) * 1e25, id="squares beyond float32"),
+        pytest.param(lambda: torch.randn(30, 40) * 1e-25, id="squares below float32"),
+        pytest.param(lambda: torch.randn(10, 20).double() * 1e150, id="huge in float64"),
+        pytest.param(lambda: torch.randn(10, 20).double() * 1e-170, id="squares below float64"),
+    ],
+)
+def test_every_metric_is_the_references(backend, weight):
+    matrices = spectra(weight())
+    assert_measured(backend.measure(matrices), matrices)
+
+
+@pytest.mark.parametrize(
+    ("noise", "stage"), [(0.5, 0), (1e-3, 1), (1e-7, 2), (0.0, 2)], ids=["fp32", "fp64", "SVD", "deficient"]
+)
+def test_what_a_gram_matrix_cannot_decide_goes_to_the_next_stage(backend, noise, stage):
+    matrices = spectra(low_rank(40, 60, 7, noise))
+    table = backend.measure(matrices)
+    assert_measured(table, matrices)
+    assert table[0, STAGE] == stage
+
+
+def test_matrices_of_all_sizes_and_types_share_the_launches(backend):
+    weights = [torch.randn(n, n + 7).to(t) for n in (2, 63, 64, 65) for t in (torch.float32, torch.float64)]
+    matrices = spectra(*weights)
+    table = backend.measure(matrices)
+    assert_measured(table, matrices)
+    assert backend._kernels.launched.count("rmsgd_gram") == 1
+    assert backend._kernels.launched.count("rmsgd_measure") == 1
+
+
+def test_several_blocks_reduce_one_matrix_in_waves_that_fit_the_device(library, monkeypatch):
+    monkeypatch.setattr(cuda_spectra, "_ONE_BLOCK", 40)
+    backend = emulated_backend(library, resident=3)
+    matrices = spectra(*(low_rank(L, 2 * L, 4, 0.2) for L in (130, 70, 70, 20)))
+    assert_measured(backend.measure(matrices), matrices)
+    assert backend._kernels.launched.count("rmsgd_tridiagonal") > 1
+
+
+@pytest.mark.parametrize("order", ORDERS[1:])
+def test_the_order_of_threads_changes_no_bit(library, monkeypatch, order):
+    monkeypatch.setattr(cuda_spectra, "_ONE_BLOCK", 60)
+    matrices = spectra(
+        low_rank(70, 100, 5, 0.2),
+        low_rank(33, 50, 5, 1e-3),
+        low_rank(20, 30, 3, 1e-7),
+        torch.randn(12, 6, 3, 3).half(),
+    )
+    forward = emulated_backend(library).measure(matrices)
+    assert torch.equal(emulated_backend(library, order).measure(matrices), forward)
+
+
+def test_a_small_workspace_means_more_batches_and_the_same_bits(backend, library):
+    matrices = spectra(*(torch.randn(n, 2 * n) for n in (10, 20, 30, 40)))
+    at_once = backend.measure(matrices)
+    frugal = emulated_backend(library)
+    frugal._budget = 30_000
+    assert torch.equal(frugal.measure(matrices), at_once)
+    assert frugal._kernels.launched.count("rmsgd_gram") > 1
+
+
+def test_running_out_of_memory_halves_the_workspace(library, monkeypatch):
+    backend = emulated_backend(library)
+    matrices = spectra(*(torch.randn(n, 2 * n) for n in (10, 20, 30, 40)))
+    at_once = backend.measure(matrices)
+    real = torch.empty
+
+    def short_of_memory(*size, **options):
+        if options.get("dtype") == torch.uint8 and size[0] > 40_000:
+            raise torch.cuda.OutOfMemoryError
+        return real(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", short_of_memory)
+    assert torch.equal(backend.measure(matrices), at_once)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        backend._measure_small(matrices, backend._streams(torch.device("cpu")), at_once, range(4))
+
+
+def test_beyond_1024_rows_torch_measures(backend):
+    matrices = spectra(low_rank(1030, 1100, 6, 0.2), torch.full((1025, 1025), torch.nan), torch.randn(5, 6))
+    assert_measured(backend.measure(matrices), matrices)
+
+
+def test_a_known_spectrum_is_measured(backend):
+    gamma = torch.cat([torch.linspace(3, 2, 4), torch.linspace(0.5, 0.1, 30)]).double()
+    row, expected = backend.measure_spectrum(gamma, 60), ORACLE.measure_spectrum(gamma, 60)
+    np.testing.assert_allclose(row.numpy(), expected.numpy(), rtol=1e-12)
+
+
+# -- steps -----------------------------------------------------------------------------------------
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+SIZES = (0, 1, 3, 17, 64, 2048, 5000)
+# momentum, dampening, nesterov, velocity
+MOMENTA = (
+    (0.0, 0.3, False, True),
+    (0.9, 0.0, False, True),
+    (0.9, 0.3, False, True),
+    (0.9, 0.0, True, True),
+    (0.9, 0.0, False, False),
+    (0.9, 0.3, False, False),
+    (0.9, 0.0, True, False),
+)
+
+
+def unaligned(n, dtype, offset):
+    return torch.randn(n + offset, dtype=torch.float64).to(dtype)[offset:]
+
+
+def make_tables(dtype, offsets=(0, 0, 0), sizes=SIZES, buffers=True):
+    """Weights, buffers and gradients that begin so many elements after 16-byte boundaries."""
+    parameters = [unaligned(n, dtype, offsets[0]) for n in sizes]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    kept = [unaligned(n, wide, offsets[1]) if buffers else None for n in sizes]
+    groups = [i % 2 for i in range(len(sizes))]
+    eta = torch.rand(len(sizes), dtype=torch.float64) * 0.1
+    fresh = torch.tensor([i % 3 == 0 for i in range(len(sizes))])
+    gradients = [unaligned(n, dtype, offsets[2]) for n in sizes]
+    return StepTables(parameters, kept, groups, eta, fresh), gradients
+
+
+def copy_of(tables):
+    return StepTables(
+        [p.clone() for p in tables.parameters],
+        [None if b is None else b.clone() for b in tables.buffers],
+        tables.groups,
+        tables.eta.clone(),
+        tables.fresh.clone(),
+    )
+
+
+def assert_same_step(backend, tables, gradients, groups, grad_scale=1.0, steps=2):
+    expected = copy_of(tables)
+    oracle = NumpyStepper(expected, reference.momentum_update)
+    stepper = backend.stepper(tables)
+    for _ in range(steps):
+        stepper.step(gradients, groups, grad_scale)
+        oracle.step(gradients, groups, grad_scale)
+    for ours, theirs in (
+        *zip(tables.parameters, expected.parameters, strict=True),
+        *zip(tables.buffers, expected.buffers, strict=True),
+    ):
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=TOLERANCE[ours.dtype], atol=TOLERANCE[ours.dtype])
+    filled = [p.numel() > 0 for p in tables.parameters]
+    assert tables.fresh[filled].tolist() == expected.fresh[filled].tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("momentum", MOMENTA, ids=str)
+def test_a_step_follows_the_rule(backend, dtype, momentum):
+    tables, gradients = make_tables(dtype)
+    factor, dampening, nesterov, velocity = momentum
+    groups = [
+        StepGroup(1.0, factor, dampening, 0.0, nesterov, False, velocity),
+        StepGroup(0.5, factor, dampening, 0.1, nesterov, True, velocity),
+    ]
+    assert_same_step(backend, tables, gradients, groups, grad_scale=4.0)
+    assert backend._kernels.launched == ["rmsgd_step"] * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offsets", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (3, 2, 1)], ids=str)
+def test_tensors_may_begin_anywhere(backend, dtype, offsets):
+    tables, gradients = make_tables(dtype, offsets)
+    plain = StepGroup(1.0, 0.9, 0.0, 0.01, False, False, True)
+    assert_same_step(backend, tables, gradients, [plain, plain])
+
+
+def test_missing_gradients_leave_their_parameters_alone(backend):
+    tables, gradients = make_tables(torch.float32)
+    plain = StepGroup(1.0, 0.9, 0.5, 0.01, False, False, True)
+    assert_same_step(backend, tables, [None if i % 2 else g for i, g in enumerate(gradients)], [plain, plain])
+
+
+def test_without_momentum_no_buffer_is_needed_and_with_it_one_is(backend):
+    tables, gradients = make_tables(torch.float32, buffers=False)
+    plain = StepGroup(1.0, 0.0, 0.0, 0.0, False, False, True)
+    assert_same_step(backend, tables, gradients, [plain, plain])
+    with pytest.raises(ValueError, match="parameter 0 has no buffer"):
+        backend.stepper(tables).step(gradients, [plain._replace(momentum=0.9)] * 2)
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0, 2.0])
+def test_an_overflow_on_the_device_skips_the_step_and_initialises_nothing(backend, found):
+    tables, gradients = make_tables(torch.float32)
+    before = copy_of(tables)
+    expected = copy_of(tables)
+    groups = [StepGroup(1.0, 0.9, 0.5, 0.01, False, False, True)] * 2
+    stepper = backend.stepper(tables)
+    stepper.scale_by(torch.tensor([8.0]), torch.tensor([found]))
+    stepper.step(gradients, groups)
+    if found == 0.0:
+        NumpyStepper(expected, reference.momentum_update).step(gradients, groups, 8.0)
+    for ours, theirs in zip(tables.parameters, expected.parameters, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    if found:
+        assert torch.equal(tables.fresh, before.fresh)
+        assert torch.equal(stepper._fresh_items.bool(), before.fresh[stepper_items(stepper, tables)])
+
+
+def stepper_items(stepper, tables):
+    counts = [-(-p.numel() // 2048) for p in tables.parameters]
+    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+
+
+def test_a_fresh_buffer_counts_as_zero_whatever_it_holds(backend):
+    tables, gradients = make_tables(torch.float32, sizes=(5000,))
+    tables.fresh.fill_(True)
+    tables.buffers[0].fill_(torch.nan)
+    plain = StepGroup(1.0, 0.9, 0.5, 0.0, False, False, True)
+    backend.stepper(tables).step(gradients, [plain, plain])
+    assert tables.parameters[0].isfinite().all()
+    assert not tables.fresh[0]
+
+
+def test_a_tensor_learning_rate_is_read_where_it_is(backend):
+    tables, gradients = make_tables(torch.float32)
+    on_host, on_device = copy_of(tables), copy_of(tables)
+    group = StepGroup(0.25, 0.9, 0.0, 0.0, False, False, True)
+    backend.stepper(on_host).step(gradients, [group, group])
+    rate = torch.tensor(0.25, dtype=torch.float64)
+    backend.stepper(on_device).step(gradients, [group._replace(multiplier=rate)] * 2)
+    assert all(map(torch.equal, on_host.parameters, on_device.parameters))
+
+
+@pytest.mark.parametrize("tensors", [400, 700, 4500])
+def test_thousands_of_tensors_take_as_few_launches_as_arguments_allow(backend, tensors):
+    tables, gradients = make_tables(torch.float32, sizes=(2,) * tensors)
+    plain = StepGroup(1.0, 0.9, 0.0, 0.0, False, False, True)
+    assert_same_step(backend, tables, gradients, [plain, plain], steps=1)
+    assert backend._kernels.launched == {
+        400: ["rmsgd_step"],
+        700: ["rmsgd_step_large"],
+        4500: ["rmsgd_step_large"] * 2,
+    }.get(tensors, [])
+
+
+def test_a_group_for_every_parameter_takes_one_launch_too(backend):
+    tables, gradients = make_tables(torch.float32, sizes=(3,) * 465)
+    tables = StepTables(tables.parameters, tables.buffers, range(465), tables.eta, tables.fresh)
+    groups = [StepGroup(1.0 + i / 465, 0.9, 0.0, 0.0, False, False, True) for i in range(465)]
+    assert_same_step(backend, tables, gradients, groups, steps=1)
+    assert backend._kernels.launched == ["rmsgd_step_large"]
+
+
+# -- learning rates --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [0, 1, 2], ids=["paper", "release", "published"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_rates_move_as_in_the_reference(library, rule, order):
+    layers, followers = 300, 40
+    generator = torch.Generator().manual_seed(rule)
+
+    def uniform(n):
+        return torch.rand(n, generator=generator, dtype=torch.float64)
+
+    begin = torch.arange(0, 2 * layers + 1, 2, dtype=torch.int32)
+    metrics = torch.zeros(2 * layers, 7, dtype=torch.float64)
+    metrics[:, STABLE_RANK], metrics[:, NUCLEAR] = uniform(2 * layers), uniform(2 * layers)
+    metrics[::7, STABLE_RANK] = metrics[::7, NUCLEAR] = 0.0
+    metrics[1::7, STABLE_RANK] = metrics[1::7, NUCLEAR] = 0.0
+    metrics[10, :STATUS], metrics[10, STATUS] = torch.nan, NOT_FINITE
+    tables = RateTables(
+        parameter=torch.arange(layers, dtype=torch.int32),
+        group=torch.arange(layers, dtype=torch.int32) % 2,
+        spectrum_begin=begin,
+        weight=torch.full((2 * layers,), 0.5, dtype=torch.float64),
+        stable_rank=uniform(layers),
+        ready=torch.arange(layers, dtype=torch.int32) % 3 // 2,
+        eta=uniform(layers + followers),
+        follower=torch.arange(layers, layers + followers, dtype=torch.int32),
+        leader=torch.arange(followers, dtype=torch.int32) - 2,
+        follower_lr=uniform(followers),
+    )
+    groups = [
+        RateGroup(0.03, 0.98, 1.0, 0.9, 1e-10, rule, False),
+        RateGroup(0.1, 0.9, 0.5, 1.0, 0.0, rule, True),
+    ]
+    expected = RateTables(*(tensor.clone() for tensor in vars(tables).values()))
+    update_rates(expected, groups, metrics)
+    emulated_backend(library, order).update_rates(tables, groups, metrics)
+    assert torch.equal(tables.ready, expected.ready)
+    torch.testing.assert_close(tables.stable_rank, expected.stable_rank, rtol=1e-14, atol=0)
+    torch.testing.assert_close(tables.eta, expected.eta, rtol=1e-13, atol=0)
