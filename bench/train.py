@@ -171,7 +171,7 @@ def table(settings: Settings, summary: dict[str, dict[str, Any]]) -> Table:
         f"Seconds: medians per epoch. Epoch time: training and epoch end over {reference}'s in the same "
         "epochs, with its 95 % interval; evaluation is left out."
     )
-    rows = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    rows = Table(title=title, caption=caption, box=SIMPLE_HEAD, show_edge=False, collapse_padding=True)
     rows.add_column("optimizer", no_wrap=True)
     for column in (
         "test accuracy\n(%)",
