@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from emulated import ORDERS, ROOT, compile_cpp, emulated_backend
+from torch.nn import Parameter
 
-from rmsgd import reference
+import rmsgd
+from rmsgd import ledger, reference
 from rmsgd.backends import cuda_spectra
 from rmsgd.backends.base import (
     CONDITION_NUMBER,
@@ -373,3 +375,43 @@ def test_rates_move_as_in_the_reference(library, rule, order):
     assert torch.equal(tables.ready, expected.ready)
     torch.testing.assert_close(tables.stable_rank, expected.stable_rank, rtol=1e-14, atol=0)
     torch.testing.assert_close(tables.eta, expected.eta, rtol=1e-13, atol=0)
+
+
+# -- the optimizer on top ----------------------------------------------------------------------------
+
+
+def train(parameters, scaled, **options):
+    """A few steps and epoch ends; the second step overflows if `scaled`."""
+    optimizer = rmsgd.RMSGD(parameters, lr=0.03, **options)
+    generator = torch.Generator().manual_seed(1)
+    for epoch in range(3):
+        for step in range(2):
+            for p in parameters:
+                p.grad = torch.randn(p.shape, generator=generator) * (8.0 if scaled else 1.0)
+            if scaled:
+                optimizer.grad_scale = torch.tensor(8.0)
+                optimizer.found_inf = torch.tensor(2.0 if (epoch, step) == (0, 1) else 0.0)
+            optimizer.step()
+        optimizer.epoch_step()
+    return optimizer
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rule": "release", "dampening": 0.5}, {"initial_rank": "measure", "nesterov": True}],
+    ids=["paper", "release", "measured start"],
+)
+def test_the_optimizer_runs_on_it_as_on_the_cpu(library, monkeypatch, options, scaled):
+    weights = [low_rank(20, 30, 3, 0.5), torch.randn(20), torch.randn(8, 4, 3, 3), low_rank(12, 12, 2, 0.3)]
+    on_cpu, emulated = ([Parameter(w.clone()) for w in weights] for _ in range(2))
+    expected = train(on_cpu, scaled, **options)
+    monkeypatch.setattr(ledger, "backend_for", lambda device: emulated_backend(library))
+    found = train(emulated, scaled, **options)
+    for ours, theirs in zip(emulated, on_cpu, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for name, rate in expected.learning_rates().items():
+        assert found.learning_rates()[name] == pytest.approx(rate, rel=1e-5)
+    assert found.report().quality == pytest.approx(expected.report().quality, rel=1e-4)
+    states = [optimizer.state_dict()["state"] for optimizer in (found, expected)]
+    assert [s["fresh"] for s in states[0].values()] == [s["fresh"] for s in states[1].values()]

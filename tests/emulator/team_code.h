@@ -1,0 +1,101 @@
+// The team code of csrc under test, for any kind of team: from a matrix to its row of the metrics table.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "evbmf/metrics.h"
+#include "spectrum/measure_tridiagonal.h"
+#include "spectrum/singular_values.h"
+#include "spectrum/tridiagonal.h"
+
+namespace team_code {
+
+// A member of a team that meets through Meeting::wait(rank).
+template <class Meeting>
+class Member {
+ public:
+  Member(int rank, int size, Meeting& meeting, std::vector<double>& slots)
+      : rank_(rank), size_(size), meeting_(meeting), slots_(slots) {}
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+
+  // The barrier number `skip` of this member is left out: a fault that tests must find.
+  void barrier() {
+    if (barriers_++ != skip) meeting_.wait(rank_);
+  }
+
+  template <class T>
+  T sum(T x) {
+    T total = 0;
+    for (const double part : exchange(double(x))) total += T(part);
+    meeting_.wait(rank_);
+    return total;
+  }
+
+  template <class T>
+  T max(T x) {
+    T largest = x;
+    for (const double part : exchange(double(x))) largest = T(part) > largest ? T(part) : largest;
+    meeting_.wait(rank_);
+    return largest;
+  }
+
+  inline static int skip = -1;
+
+ private:
+  const std::vector<double>& exchange(double x) {
+    slots_[rank_] = x;
+    meeting_.wait(rank_);
+    return slots_;
+  }
+
+  int rank_, size_, barriers_ = 0;
+  Meeting& meeting_;
+  std::vector<double>& slots_;
+};
+
+// Storage of one problem, shared by the team.
+template <class T>
+struct Problem {
+  int n;
+  int stride;
+  double trace;
+  std::vector<rmsgd::Pack<T, 4>> matrix, vectors;
+  std::vector<T> diagonal, off_diagonal;
+  std::vector<double> scratch;
+
+  // gram: (n, n), of a trace near 1.
+  Problem(const double* gram, int n, int members)
+      : n(n),
+        stride((n + 3) / 4 * 4),
+        trace(0.0),
+        matrix(std::size_t(n) * stride / 4),
+        vectors(rmsgd::tridiagonal_vectors(stride) / 4),
+        diagonal(n),
+        off_diagonal(n),
+        scratch(rmsgd::measure_scratch<T>(n, members) / 8 + 1) {
+    for (int i = 0; i < n; ++i) {
+      trace += gram[i * n + i];
+      for (int j = 0; j < n; ++j) matrix[(i * stride + j) / 4].value[j % 4] = T(gram[i * n + j]);
+    }
+  }
+
+  template <class Team>
+  void reduce(Team& team) {
+    rmsgd::tridiagonalise(team, matrix[0].value, n, stride, vectors[0].value, diagonal.data(),
+                          off_diagonal.data());
+  }
+
+  // Whether the values decide the row. They are all found, for the test to look at, `values` (n).
+  template <class Team>
+  bool measure(Team& team, double M, double* row) {
+    const rmsgd::TridiagonalSpectrum spectrum =
+        rmsgd::tridiagonal_spectrum(team, diagonal.data(), off_diagonal.data(), n, M, trace,
+                                    reinterpret_cast<unsigned char*>(scratch.data()));
+    return rmsgd::measure_spectrum<T>(team, spectrum, n, M, 0, row);
+  }
+};
+
+}  // namespace team_code

@@ -1,0 +1,108 @@
+// The same team code on real threads, for ThreadSanitizer: `team_threads MEMBERS SKIP` leaves out barrier
+// SKIP of every member (-1: none), so that the test can see the sanitizer find it.
+#include <pthread.h>
+
+#include <cstdlib>
+#include <random>
+#include <thread>
+
+#include "evbmf/rates.h"
+#include "team_code.h"
+
+namespace {
+
+// Two barriers in turn. The sanitizer takes a member that leaves a barrier late to have seen all that the
+// others did before they came back to it: with one barrier that would hide races.
+struct ThreadMeeting {
+  pthread_barrier_t barriers[2];
+  std::vector<int> turn;
+  explicit ThreadMeeting(int members) : turn(members * kApart) {
+    for (pthread_barrier_t& barrier : barriers) pthread_barrier_init(&barrier, nullptr, members);
+  }
+  void wait(int rank) { pthread_barrier_wait(&barriers[turn[rank * kApart]++ % 2]); }
+  static constexpr int kApart = 16;
+};
+
+using Member = team_code::Member<ThreadMeeting>;
+
+template <class Work>
+void run(int members, const Work& work) {
+  ThreadMeeting meeting(members);
+  std::vector<double> slots(members);
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < members; ++rank) {
+    threads.emplace_back([&, rank] {
+      Member team(rank, members, meeting, slots);
+      work(team);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+std::vector<double> random_matrix(int rows, int columns) {
+  std::mt19937 random(1);
+  std::normal_distribution<double> normal;
+  std::vector<double> matrix(std::size_t(rows) * columns);
+  for (double& x : matrix) x = normal(random);
+  return matrix;
+}
+
+template <class T>
+void measure(int members, int n, int M) {
+  const std::vector<double> A = random_matrix(n, M);
+  std::vector<double> gram(std::size_t(n) * n);
+  for (int i = 0; i < n; ++i) {
+    for (int j = 0; j < n; ++j) {
+      for (int k = 0; k < M; ++k) gram[i * n + j] += A[i * M + k] * A[j * M + k] / (double(n) * M);
+    }
+  }
+  team_code::Problem<T> problem(gram.data(), n, members);
+  double row[rmsgd::METRICS_FIELDS];
+  run(members, [&](Member& team) {
+    problem.reduce(team);
+    team.barrier();
+    problem.measure(team, M, row);
+  });
+}
+
+void singular_values(int members, int L, int M) {
+  const std::vector<double> A = random_matrix(L, M);
+  std::vector<double> gamma(L), scratch(rmsgd::singular_values_scratch(L)), work(2 * L + 2);
+  std::vector<int> counts(rmsgd::singular_values_counts(L, members));
+  double row[rmsgd::METRICS_FIELDS];
+  run(members, [&](Member& team) {
+    const auto element = [&](long long column, int at) { return A[at * M + column]; };
+    rmsgd::singular_values(team, element, L, M, gamma.data(), scratch.data(), counts.data());
+    rmsgd::measure_singular_values(team, gamma.data(), L, M, work.data(), row);
+  });
+}
+
+void update_rates(int members, int layers) {
+  std::vector<int> parameter(layers), group(layers), begin(layers + 1), ready(layers), held(layers);
+  std::vector<double> weight(layers, 1.0), rank(layers), eta(layers + 1, 0.1), measured(layers);
+  std::vector<double> metrics(std::size_t(layers) * rmsgd::METRICS_FIELDS);
+  for (int l = 0; l < layers; ++l) {
+    parameter[l] = begin[l] = l;
+    metrics[l * rmsgd::METRICS_FIELDS + rmsgd::NUCLEAR] = l % 3;
+  }
+  begin[layers] = layers;
+  const rmsgd::RateGroup groups[] = {{0.1, 0.9, 1.0, 1.0, 0.0, 1, 0}};
+  const int follower[] = {layers}, leader[] = {-1};
+  const double follower_lr[] = {0.1};
+  const rmsgd::RateTables tables = {layers,   parameter.data(), group.data(), begin.data(), weight.data(),
+                                    groups,   rank.data(),      ready.data(), eta.data(),   1,
+                                    follower, leader,           follower_lr};
+  run(members,
+      [&](Member& team) { rmsgd::update_rates(team, tables, metrics.data(), measured.data(), held.data()); });
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  const int members = std::atoi(arguments[1]);
+  Member::skip = std::atoi(arguments[2]);
+  measure<float>(members, 19, 40);
+  measure<double>(members, 12, 12);
+  singular_values(members, 9, 30);
+  update_rates(members, 23);
+}

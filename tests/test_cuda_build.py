@@ -1,0 +1,89 @@
+"""Every CUDA kernel compiles for old and new GPUs, without warnings and without spilled registers."""
+
+import ctypes
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from emulated import ROOT
+
+from rmsgd.backends import nvrtc
+from setup import NVCC_FLAGS, find_nvcc
+
+ARCHS = (75, 90)
+slow = pytest.mark.slow
+
+
+def kernels_of(source):
+    return re.findall(r"^\s+(rmsgd_\w+)\(const __grid_constant__", (ROOT / "csrc" / source).read_text(), re.M)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "source", [s if "spectrum" not in s else pytest.param(s, marks=slow) for s in nvrtc.SOURCES]
+)
+def test_nvcc_compiles_every_kernel_without_a_warning_or_a_spill(source, arch, tmp_path):
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    command = [nvcc, *NVCC_FLAGS, f"-arch=sm_{arch}", "--Werror", "all-warnings", "-Xptxas=-v", "-cubin"]
+    done = subprocess.run(
+        [*command, ROOT / "csrc" / source, "-o", tmp_path / "kernels.cubin"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    compiled = set(re.findall(r"Compiling entry function '(\w+)'", said))
+    assert compiled == set(kernels_of(source))
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert len(spills) >= len(compiled)
+    assert all(spill == ("0", "0") for spill in spills), said
+
+
+def nvrtc_library():
+    """The runtime compiler of NVIDIA's wheel, which needs no GPU."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations if spec is not None else ():
+        for path in sorted(Path(folder).glob("**/libnvrtc.so.*")):
+            return ctypes.CDLL(str(path))
+    pytest.skip("no NVRTC: pip install nvidia-cuda-nvrtc")
+
+
+@pytest.mark.parametrize("arch", [75, pytest.param(90, marks=slow)])
+def test_nvrtc_compiles_the_same_sources_at_run_time(arch):
+    library = nvrtc_library()
+    program = ctypes.c_void_p()
+    flags = [option.encode() for option in nvrtc.options(nvrtc.source_folder(), f"compute_{arch}")]
+    assert (
+        library.nvrtcCreateProgram(
+            ctypes.byref(program), nvrtc.program().encode(), b"rmsgd.cu", 0, None, None
+        )
+        == 0
+    )
+    status = library.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags))
+    size = ctypes.c_size_t()
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetProgramLog(program, log)
+    assert status == 0, log.value.decode()
+    library.nvrtcGetPTXSize(program, ctypes.byref(size))
+    ptx = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetPTX(program, ptx)
+    entries = re.findall(r"\.entry (\w+)\(", ptx.value.decode())
+    assert sorted(entries) == sorted(name for source in nvrtc.SOURCES for name in kernels_of(source))
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def test_no_header_of_the_kernels_includes_a_standard_header_at_run_time():
+    seen, pending = set(), [ROOT / "csrc" / source for source in nvrtc.SOURCES]
+    while pending:
+        path = pending.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        at_run_time = re.sub(r"#ifndef __CUDACC_RTC__.*?#(else|endif)", "", path.read_text(), flags=re.S)
+        assert "#include <" not in at_run_time, path
+        included = re.findall(r'#include "([^"]+)"', at_run_time)
+        pending += [(path.parent / name).resolve() for name in included]
+    assert len(seen) > 10

@@ -1,0 +1,405 @@
+"""On a GPU the optimizer is the CPU's, waits for nothing, and can be captured. Needs a CUDA device."""
+
+import copy
+import itertools
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import rmsgd
+from bench import models
+from rmsgd import backends
+from rmsgd.layers import unfoldings
+
+pytestmark = pytest.mark.gpu
+
+ROUTES = [s.name for s in backends.statuses() if s.device == "cuda"]
+NETWORKS = ("resnet18", "resnet50", "mobilenetv2", "vit-b16")
+
+
+@pytest.fixture(params=ROUTES)
+def route(request, monkeypatch):
+    """Either way to the kernels."""
+    status = next(s for s in backends.statuses() if s.name == request.param)
+    if not status.available:
+        pytest.skip(status.reason)
+    monkeypatch.setenv("RMSGD_BACKEND", request.param)
+    return request.param
+
+
+@pytest.fixture
+def quick(route):
+    """The route, with everything that is done once behind it: compilation, streams, the first allocations."""
+    p = Parameter(torch.randn(8, 16, device="cuda"))
+    optimizer = rmsgd.RMSGD([p])
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    optimizer.epoch_step()
+    optimizer.report()
+    torch.cuda.synchronize()
+    return route
+
+
+def low_rank(*shape, noise=0.5):
+    rows, columns = shape[0], torch.Size(shape[1:]).numel()
+    matrix = torch.randn(rows, 4) @ torch.randn(4, columns) / 2 + noise * torch.randn(rows, columns)
+    return matrix.reshape(shape)
+
+
+def many_tensors(dtype, count=500):
+    """Tensors of all kinds of sizes, every third of them unaligned."""
+    sizes = itertools.cycle([0, 1, 3, 64, 257, 4096, 10_001])
+    result = []
+    for i, size in zip(range(count), sizes, strict=False):
+        values = torch.randn(size + 1, device="cuda").to(dtype)
+        result.append(values[1:] if i % 3 == 0 else values[:-1].clone())
+    return result
+
+
+# -- steps -----------------------------------------------------------------------------------------
+
+_NAMES = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
+_VALUES = ((0.0, 0.9), (0.0, 0.3), (0.0, 0.01), (False, True), (False, True))
+FLAGS = [
+    flags
+    for flags in (dict(zip(_NAMES, values, strict=True)) for values in itertools.product(*_VALUES))
+    if not flags["nesterov"] or (flags["momentum"] and not flags["dampening"])
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_steps_are_those_of_torchs_sgd(route, dtype, flags):
+    ours = [Parameter(t) for t in many_tensors(dtype)]
+    theirs = [Parameter(t.detach().clone()) for t in ours]
+    optimizers = rmsgd.RMSGD(ours, lr=0.1, rule="release", **flags), torch.optim.SGD(theirs, lr=0.1, **flags)
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rule", ["paper", "release"])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_steps_are_those_of_the_cpu(route, monkeypatch, dtype, nesterov, rule):
+    ours = [Parameter(t) for t in many_tensors(dtype, 60)]
+    theirs = [Parameter(t.detach().cpu()) for t in ours]
+    options = {"lr": 0.1, "momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.01, "rule": rule}
+    on_gpu = rmsgd.RMSGD(ours, **options)
+    monkeypatch.delenv("RMSGD_BACKEND")
+    on_cpu = rmsgd.RMSGD(theirs, **options)
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.cpu()
+        on_gpu.step()
+        on_cpu.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.cpu(), b)
+
+
+def test_overflow_skips_the_step_on_the_device(route):
+    p = Parameter(torch.ones(40, 50, device="cuda"))
+    optimizer = rmsgd.RMSGD([p], lr=0.1, momentum=0.9, dampening=0.5)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    before = p.detach().clone()
+    for factor in (torch.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale((factor * p).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if factor == torch.inf:
+            assert torch.equal(p, before)
+            assert optimizer.state_dict()["state"][0]["fresh"]
+    torch.testing.assert_close(p.detach(), before - 0.1)  # the first gradient is not dampened
+    assert not optimizer.state_dict()["state"][0]["fresh"]
+
+
+def test_a_tensor_learning_rate_stays_on_the_device(quick):
+    p = Parameter(torch.ones(64, device="cuda"))
+    rate = torch.tensor(0.5, device="cuda")
+    optimizer = rmsgd.RMSGD([p], lr=rate, momentum=0.0)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    rate.fill_(0.25)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(p.detach(), torch.full_like(p, 0.25))
+
+
+def test_parameters_on_cpu_and_gpu_are_each_stepped_and_measured_where_they_are(route, monkeypatch):
+    monkeypatch.delenv("RMSGD_BACKEND")
+    w = low_rank(20, 30)
+    parts = [Parameter(w.clone()), Parameter(w.cuda())]
+    optimizer = rmsgd.RMSGD(parts, lr=0.1)
+    for p in parts:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.epoch_step()
+    torch.testing.assert_close(parts[0], parts[1].cpu())
+    first, second = optimizer.learning_rates().values()
+    assert first == pytest.approx(second, rel=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_several_gpus_work_in_one_process(route):
+    w = low_rank(20, 30)
+    parts = [Parameter(w.to(f"cuda:{i}")) for i in range(2)]
+    optimizer = rmsgd.RMSGD(parts, lr=0.1)
+    for p in parts:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.epoch_step()
+    assert torch.equal(parts[0].cpu(), parts[1].cpu())
+    first, second = optimizer.learning_rates().values()
+    assert first == second
+
+
+# -- epoch ends ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_an_epoch_end_is_that_of_the_cpu(route, monkeypatch, network):
+    model = models.build(network)
+    on_gpu = copy.deepcopy(model).cuda()
+    gpu = rmsgd.RMSGD(on_gpu.named_parameters(), lr=0.03)
+    gpu.epoch_step()
+    monkeypatch.delenv("RMSGD_BACKEND")
+    cpu = rmsgd.RMSGD(model.named_parameters(), lr=0.03)
+    cpu.epoch_step()
+    for a, b in zip(gpu.report().layers, cpu.report().layers, strict=True):
+        assert (a.name, a.rank) == (b.name, b.rank)
+        assert a.noise_variance == pytest.approx(b.noise_variance, rel=2e-4)
+        assert a.stable_rank == pytest.approx(b.stable_rank, abs=2e-6)
+        assert a.condition_number == pytest.approx(b.condition_number, abs=2e-5)
+    for name, rate in cpu.learning_rates().items():
+        assert gpu.learning_rates()[name] == pytest.approx(rate, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("noise", "dtype"),
+    [(1e-3, torch.float32), (1e-7, torch.float32), (0.0, torch.float32), (1e-5, torch.float64)],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(40, 60), (200, 300), (400, 500), (700, 1500), (1030, 1100)], ids=str)
+def test_hard_spectra_are_those_of_the_cpu(route, shape, noise, dtype):
+    weight = low_rank(*shape, noise=noise).to(dtype)
+    matrices = [(weight, u) for u in unfoldings(weight.shape)]
+    expected = backends._load("native" if "native" in usable() else "reference").measure(matrices)
+    found = backends._load({"cuda": "cuda", "cupy": "nvrtc"}[route]).measure(
+        [(weight.cuda(), u) for _, u in matrices]
+    )
+    torch.testing.assert_close(found[:, :5].cpu(), expected[:, :5], rtol=2e-4, atol=2e-5)
+
+
+def usable():
+    return [s.name for s in backends.statuses() if s.available]
+
+
+def test_the_users_tf32_setting_changes_no_bit(quick):
+    model = models.build("resnet18").cuda()
+    results = []
+    for allowed in (False, True):
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        try:
+            optimizer = rmsgd.RMSGD(model.parameters(), lr=0.03)
+            optimizer.epoch_step()
+            results.append(optimizer.learning_rates())
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+    assert results[0] == results[1]
+
+
+def test_weights_may_change_right_after_an_epoch_end(quick):
+    model = models.build("resnet18").cuda()
+    optimizer = rmsgd.RMSGD(model.parameters(), lr=0.03)
+    optimizer.epoch_step()
+    expected = optimizer.learning_rates()
+    again = rmsgd.RMSGD(model.parameters(), lr=0.03)
+    torch.cuda._sleep(200_000_000)
+    again.epoch_step()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert again.learning_rates() == expected
+
+
+def test_both_routes_give_the_same_result(monkeypatch):
+    if not set(ROUTES) <= set(usable()):
+        pytest.skip("only one route to the kernels is here")
+    weight = low_rank(300, 400).cuda()
+    results = []
+    matrices = [(weight, u) for u in unfoldings(weight.shape)]
+    for name in ROUTES:
+        monkeypatch.setenv("RMSGD_BACKEND", name)
+        results.append(backends.backend_for(weight.device).measure(matrices))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
+def test_not_a_number_keeps_the_rate_of_its_layer_alone(route):
+    good, bad = Parameter(low_rank(30, 40).cuda()), Parameter(torch.full((30, 40), torch.nan, device="cuda"))
+    optimizer = rmsgd.RMSGD([("good", good), ("bad", bad)], lr=0.03)
+    optimizer.epoch_step()
+    rates = optimizer.learning_rates()
+    assert rates["bad"] == 0.03
+    assert rates["good"] != 0.03
+    assert [layer.skipped is None for layer in optimizer.report().layers] == [True, False]
+
+
+def test_without_a_measured_layer_an_epoch_end_changes_nothing(route):
+    p = Parameter(torch.ones(30, device="cuda"))
+    optimizer = rmsgd.RMSGD([p], lr=0.03)
+    optimizer.epoch_step()
+    assert optimizer.learning_rates() == {"0.0": 0.03}
+    assert optimizer.report().layers == ()
+
+
+def test_extra_memory_for_resnet101_is_at_most_256_mib(quick):
+    model = models.build("resnet101").cuda()
+    optimizer = rmsgd.RMSGD(model.parameters(), lr=0.03)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    optimizer.epoch_step()
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= 256 * 2**20
+
+
+# -- nothing waits ---------------------------------------------------------------------------------
+
+
+def training_state(network="resnet18"):
+    model = models.build(network).cuda()
+    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    optimizer.epoch_step()
+    torch.cuda.synchronize()
+    return model, optimizer
+
+
+def test_neither_a_step_nor_an_epoch_end_synchronises(quick):
+    _, optimizer = training_state()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            optimizer.step()
+            optimizer.epoch_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def cycles_per_second():
+    cycles = 20_000_000
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    torch.cuda._sleep(cycles)
+    after.record()
+    torch.cuda.synchronize()
+    return cycles / before.elapsed_time(after) * 1000
+
+
+@pytest.mark.parametrize("method", ["step", "epoch_step"])
+def test_both_return_while_the_gpu_is_busy(quick, method):
+    _, optimizer = training_state()
+    torch.cuda._sleep(int(cycles_per_second()))
+    start = time.perf_counter()
+    getattr(optimizer, method)()
+    seconds = time.perf_counter() - start
+    assert not torch.cuda.current_stream().query()  # it was busy all the while
+    torch.cuda.synchronize()
+    assert seconds < 0.05
+
+
+def test_the_user_may_validate_meanwhile(quick):
+    _, optimizer = training_state()
+    torch.cuda._sleep(1_000_000)
+    optimizer.epoch_step()
+    x = torch.randn(64, 64, device="cuda")
+    assert torch.equal(x @ x, x @ x)
+    optimizer.step()
+    assert all(rate > 0 for rate in optimizer.learning_rates().values())
+
+
+def test_twenty_steps_in_a_graph_follow_rates_that_change_between_replays(quick):
+    captured, eager = (
+        [Parameter(low_rank(64, 96).cuda()), Parameter(torch.ones(64, device="cuda"))] for _ in "ab"
+    )
+    for a, b in zip(captured, eager, strict=True):
+        b.data.copy_(a.data)
+    optimizers = [rmsgd.RMSGD(params, lr=0.01, momentum=0.9) for params in (captured, eager)]
+    gradients = [torch.randn_like(p) for p in captured]
+    for params in (captured, eager):
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        optimizers[0].step()
+    torch.cuda.current_stream().wait_stream(side)
+    optimizers[1].step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(20):
+            optimizers[0].step()
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.epoch_step()
+        graph.replay()
+        for _ in range(20):
+            optimizers[1].step()
+        for a, b in zip(captured, eager, strict=True):
+            assert torch.equal(a, b)
+    assert optimizers[0].learning_rates() == optimizers[1].learning_rates()
+    assert optimizers[0].learning_rates()["0.0"] != 0.01
+
+
+# -- tools -----------------------------------------------------------------------------------------
+
+SANITIZED = """
+import torch, rmsgd
+torch.manual_seed(0)
+shapes = [(2, 3), (65, 70), (64, 3, 3, 3), (130, 140), (400, 450), (33,)]
+params = [torch.nn.Parameter(torch.randn(s, device="cuda")) for s in shapes]
+for dtype in (torch.half, torch.double):
+    params.append(torch.nn.Parameter(torch.randn(41, 60, device="cuda", dtype=dtype)))
+params.append(torch.nn.Parameter((torch.randn(40, 3) @ torch.randn(3, 60)).cuda()))
+optimizer = rmsgd.RMSGD(params, lr=0.03)
+for _ in range(2):
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    optimizer.epoch_step()
+print(optimizer.report().quality)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(quick, tool):
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("no compute-sanitizer")
+    command = [sanitizer, "--tool", tool, "--kernel-name-exclude", "regex:^(?!rmsgd_).*"]
+    done = subprocess.run(
+        [*command, "--error-exitcode", "3", sys.executable, "-c", SANITIZED], capture_output=True, text=True
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
