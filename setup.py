@@ -48,7 +48,7 @@ if X86:
 # Compiled by nvcc, once per architecture.
 CUDA_SOURCES = ["csrc/sgd/step_cuda.cu", "csrc/spectrum/spectrum_cuda.cu", "csrc/evbmf/rates_cuda.cu"]
 CUDA_ARCHS = "75,80,86,89,90,100,120"
-NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
 
 CXX_FLAGS = [
     "-std=c++17",

@@ -213,6 +213,8 @@ class Ledger:
 
     def _fill_in(self, metrics: Tensor) -> None:
         """Give the layers that have no s yet the one measured, NaN where a weight is not finite."""
+        if not self._probed:
+            return
         rows = metrics[:, STABLE_RANK] * self._tables.weight
         sizes = self._tables.spectrum_begin.diff()
         layers = torch.repeat_interleave(

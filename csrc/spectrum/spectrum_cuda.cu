@@ -195,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(512, 2)
   rmsgd::tridiagonal_block<float>(arguments);
 }
 
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(512, 1)
     rmsgd_tridiagonal_double(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
   rmsgd::tridiagonal_block<double>(arguments);
 }
@@ -211,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 }
 
 // One block for all matrices that wait for it.
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(512, 1)
     rmsgd_svd(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
   for (int number = 0; number < arguments.matrices; ++number) {
     if (arguments.state[number].stage != rmsgd::STAGE_SVD) continue;

@@ -5,11 +5,14 @@
 // the next reflection needs, so the update is put off and joined with the product A v of the next
 // reflection: the rest of the matrix is read and written once per row, and the team meets three times.
 //
-// Counts: 8 bytes of traffic for each of the n^3 / 3 elements met (fp32), 3 n meetings. In shared
-// memory (n <= 112 in the 64 KB of sm_75, n <= 224 in the 227 KB of sm_90) and with one block a meeting
-// costs .1 us. Over the second-level cache a multiprocessor moves about 100 GB/s (sm_75: 60) and
-// blocks meet in 1.2 us: n = 256 in one block .8 ms (sm_75 1.1), n = 512 in 8 blocks 2.3 ms (3), n = 1024 in
-// 16 blocks 5.5 ms (7, its 4 MB fit into the 5.5 MB of second-level cache only while alone there).
+// Counted, not measured: 8 bytes of traffic for each of the n^3 / 3 elements met (fp32), 3 n meetings. With
+// one block and the matrix in half of a multiprocessor's shared memory (n <= 88 on sm_75, 168 on sm_90)
+// a meeting costs .1 us. Over the second-level cache a multiprocessor moves about 100 GB/s (sm_75: 60),
+// and blocks meet in 1.2 us: n = 256 in one block .8 ms (sm_75 1.1), n = 512 in 8 blocks 2.3 ms (3), n = 1024
+// in 16 blocks 5.5 ms (7; its 4 MB fit into the 5.5 MB of second-level cache there only while it is
+// alone). On an RTX 2080 Ti ResNet50's 71 matrices need two waves of 136 blocks: some 9 ms, and with the
+// Gram matrices 13 ms. In fp64 at 1/32 rate all of it would take 20 times as long there: only what the
+// fp32 Gram matrices cannot decide goes that way.
 #pragma once
 
 #include "../element.h"
@@ -38,7 +41,7 @@ template <class T, class Team>
 RMSGD_FN void tridiagonalise(Team& team, T* matrix, int n, int stride, T* vectors, T* diagonal,
                              T* off_diagonal) {
   constexpr int WIDE = 4;   // columns of one access
-  constexpr int AHEAD = 4;  // rows loaded before the first is used
+  constexpr int AHEAD = 3;  // rows loaded before the first is used
   typedef Pack<T, WIDE> Wide;
   // Squares below this are lost beside a matrix of norm 1.
   const T negligible = sizeof(T) == 4 ? T(1e-30) : T(1e-290);

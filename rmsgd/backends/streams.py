@@ -16,7 +16,7 @@ class Streams:
         self._caller: torch.cuda.Stream | None = None
         # External: a captured wait is for whatever was recorded last when the graph is replayed. It
         # needs to have been recorded once.
-        self._done = torch.cuda.Event(external=True)  # type: ignore[no-untyped-call]
+        self._done = _external_event()
         self._done.record(self._side)
 
     def current(self) -> int:
@@ -62,3 +62,10 @@ class Streams:
     def keep(self, tensor: Tensor) -> None:
         """Keep a tensor's memory until the current stream is done with it."""
         tensor.record_stream(torch.cuda.current_stream(self._device))
+
+
+def _external_event() -> torch.cuda.Event:
+    try:
+        return torch.cuda.Event(external=True)  # type: ignore[no-untyped-call]
+    except TypeError:  # torch 2.6 has none: a step cannot be captured there once rates were moved
+        return torch.cuda.Event()  # type: ignore[no-untyped-call]
