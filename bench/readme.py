@@ -40,20 +40,34 @@ def _markdown(headings: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def step_cells(row: dict[str, Any]) -> list[str]:
+    """A row's figures: milliseconds with the ratio to fused SGD of every case, the floor's share."""
+    figures = [
+        f"{seconds * 1e3:.2f} ({row['to_sgd_fused'][name]['median']:.2f})"
+        for name, seconds in row["seconds"].items()
+    ]
+    return [*figures, f"{row['bandwidth_of_floor']['median']:.0%}"]
+
+
 def _step(rows: list[dict[str, Any]]) -> str:
-    names = list(rows[0]["seconds"])
-    headings = ["step, ms (/ fused SGD)", *names, "of the floor's bandwidth"]
+    headings = ["step, ms (/ fused SGD)", *rows[0]["seconds"], "of the floor's bandwidth"]
     return _markdown(
-        headings,
-        [
-            [
-                f"{row['model']} ({row['tensors']} tensors)",
-                *(f"{row['seconds'][n] * 1e3:.2f} ({row['to_sgd_fused'][n]['median']:.2f})" for n in names),
-                f"{row['bandwidth_of_floor']['median']:.0%}",
-            ]
-            for row in rows
-        ],
+        headings, [[f"{row['model']} ({row['tensors']} tensors)", *step_cells(row)] for row in rows]
     )
+
+
+def epoch_end_cells(row: dict[str, Any]) -> list[str]:
+    """A row's figures, in the order of the headings; empty where rmsgd 1.0.2 was left out."""
+    release = row["seconds"].get("rmsgd-1.0.2")
+    return [
+        str(row["spectra"]),
+        f"{row['seconds']['rmsgd'] * 1e3:.1f}",
+        f"{row['to_gram']['median']:.2f}",
+        f"{row['to_gram_initial']['median']:.2f}",
+        "" if release is None else f"{release:.2f}",
+        "" if release is None else f"{row['faster_than_release']['median']:.1f}",
+        " / ".join(str(count) for count in row["stages"].values()),
+    ]
 
 
 def _epoch_end(rows: list[dict[str, Any]]) -> str:
@@ -67,22 +81,7 @@ def _epoch_end(rows: list[dict[str, Any]]) -> str:
         "times faster",
         "fp32 Gram / fp64 Gram / SVD",
     ]
-    return _markdown(
-        headings,
-        [
-            [
-                row["model"],
-                str(row["spectra"]),
-                f"{row['seconds']['rmsgd'] * 1e3:.1f}",
-                f"{row['to_gram']['median']:.2f}",
-                f"{row['to_gram_initial']['median']:.2f}",
-                f"{row['seconds']['rmsgd-1.0.2']:.2f}" if "rmsgd-1.0.2" in row["seconds"] else "",
-                f"{row['faster_than_release']['median']:.1f}" if "faster_than_release" in row else "",
-                " / ".join(str(count) for count in row["stages"].values()),
-            ]
-            for row in rows
-        ],
-    )
+    return _markdown(headings, [[row["model"], *epoch_end_cells(row)] for row in rows])
 
 
 def search_cells(row: dict[str, Any]) -> list[str]:

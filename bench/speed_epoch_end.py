@@ -11,13 +11,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import rmsgd
-from bench import peers
+from bench import peers, readme
 from bench.measure import Interleaved, median, ratio
 from bench.models import build
 from bench.weights import OneLinear, make_trained_like
 from rmsgd import backends, plots
 from rmsgd.backends.base import STAGE
-from rmsgd.layers import Unfolding, unfoldings
+from rmsgd.layers import Unfolding, as_matrix, unfoldings
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 MODELS = (*RESNETS, "mobilenetv2", "vit-b16", "linear-4096")
@@ -39,10 +39,9 @@ def spectra(model: nn.Module) -> list[tuple[Tensor, Unfolding]]:
 def gram_products(model: nn.Module) -> Callable[[], None]:
     """`torch.mm` of every unfolding with its transpose: both modes, whole matrices, in fp32."""
     matrices = []
-    for p in model.parameters():
-        for u in unfoldings(p.shape) if p.ndim > 1 else ():
-            matrix = p.detach().permute(u.small + u.large).reshape(u.L, u.M).contiguous()
-            matrices += [(matrix, torch.empty(u.L, u.L))] * len(u.modes)
+    for p, u in spectra(model):
+        matrix = as_matrix(p.detach(), u).contiguous()
+        matrices += [(matrix, torch.empty(u.L, u.L))] * len(u.modes)
 
     def products() -> None:
         for matrix, out in matrices:
@@ -109,17 +108,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         first = heading == "network"
         result.add_column(heading, justify="left" if first else "right", no_wrap=first)
     for row in rows:
-        release = row["seconds"].get("rmsgd-1.0.2")
-        result.add_row(
-            row["model"],
-            str(row["spectra"]),
-            f"{row['seconds']['rmsgd'] * 1e3:.1f}",
-            f"{row['to_gram']['median']:.2f}",
-            f"{row['to_gram_initial']['median']:.2f}",
-            "" if release is None else f"{release:.2f}",
-            "" if release is None else f"{row['faster_than_release']['median']:.1f}",
-            " / ".join(str(row["stages"][stage]) for stage in STAGES),
-        )
+        result.add_row(row["model"], *readme.epoch_end_cells(row))
     return result
 
 

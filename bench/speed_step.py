@@ -8,7 +8,7 @@ import torch
 from rich.progress import Progress
 from rich.table import Table
 
-from bench import peers
+from bench import peers, readme
 from bench.measure import interleave, median, ratio
 from bench.models import build
 
@@ -82,8 +82,5 @@ def table(rows: list[dict[str, Any]]) -> Table:
         result.add_column(name, justify="right")
     result.add_column("of the floor's bandwidth", justify="right")
     for row in rows:
-        cells = [
-            f"{row['seconds'][name] * 1e3:.2f} ({row['to_sgd_fused'][name]['median']:.2f})" for name in names
-        ]
-        result.add_row(row["model"], *cells, f"{row['bandwidth_of_floor']['median']:.0%}")
+        result.add_row(row["model"], *readme.step_cells(row))
     return result

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <string>
 
-#include "sgd/step.h"
+#include "dtype.h"
 
 namespace rmsgd {
 

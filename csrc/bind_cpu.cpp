@@ -14,6 +14,7 @@
 #include "bind.h"
 #include "evbmf/metrics.h"
 #include "evbmf/rates.h"
+#include "isa.h"
 #include "spectrum/measure.h"
 
 namespace py = pybind11;
@@ -55,7 +56,7 @@ py::array_t<double> measure(const std::vector<MatrixTuple>& matrices, int thread
   std::vector<rmsgd::MatrixView> views;
   views.reserve(matrices.size());
   for (const auto& [data, dtype, small_sizes, small_strides, large_sizes, large_strides] : matrices) {
-    views.push_back({reinterpret_cast<const void*>(data), rmsgd::DType(dtype_of(dtype)),
+    views.push_back({reinterpret_cast<const void*>(data), dtype_of(dtype),
                      side_of(small_sizes, small_strides), side_of(large_sizes, large_strides)});
     if (views.back().small.length() > views.back().large.length()) {
       throw py::value_error("matrices: the smaller side is the longer one");

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace rmsgd {
+#include "dtype.h"
 
-enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
+namespace rmsgd {
 
 // One side of a matrix: a product of up to four tensor dimensions, the first one outermost.
 // Unused dimensions have size 1 and stride 0. Strides count elements.
@@ -22,7 +22,7 @@ struct Side {
 // The order of the columns does not matter to a Gram matrix; callers coalesce dimensions.
 struct MatrixView {
   const void* data;
-  DType dtype;
+  Dtype dtype;
   Side small;
   Side large;
 };

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
 
 class Unfolding(NamedTuple):
     """A weight as an L x M matrix with L <= M: which of its dimensions make up either side.
@@ -111,6 +113,3 @@ def leader_of(name: str | None, earlier_in_group: int | None, probed_names: Sequ
         if shared > longest:
             best, longest = index, shared
     return best
-
-
-SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

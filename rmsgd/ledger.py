@@ -17,7 +17,6 @@ from torch import Tensor
 
 from rmsgd.backends import backend_for
 from rmsgd.backends.base import STABLE_RANK, RateGroup, RateTables, StepGroup, StepTables, same_layout
-from rmsgd.backends.cuda_step import CudaStepper
 from rmsgd.distributed import SharedMeasurement, is_dtensor, local, local_gradient
 from rmsgd.layers import Unfolding, is_probed, leader_of, measurement_weights, unfoldings
 from rmsgd.measurement import Measurement
@@ -160,16 +159,8 @@ class Ledger:
     # -- steps -----------------------------------------------------------------------------------
 
     def scaling(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> float | None:
-        """What the next step's gradients are divided by; None where an overflow skips it.
-
-        A GPU reads both tensors when the step runs, and nothing waits for them here.
-        """
-        if isinstance(self._stepper, CudaStepper):
-            self._stepper.scale_by(grad_scale, found_inf)
-            return 1.0
-        if found_inf is not None and float(found_inf) != 0.0:
-            return None
-        return 1.0 if grad_scale is None else float(grad_scale)
+        """See ``backends.base.Stepper``."""
+        return self._stepper.scaling(grad_scale, found_inf)
 
     def step(
         self,

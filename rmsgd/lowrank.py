@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rmsgd.backends import backend_for
 from rmsgd.backends.base import NOISE_VARIANCE, RANK
-from rmsgd.backends.torch_ import singular_values
+from rmsgd.backends.torch_ import singular_values, without_numerical_zeros
 from rmsgd.layers import SUPPORTED_DTYPES
 from rmsgd.reference import shrink
 
@@ -59,7 +59,7 @@ def evbmf(weight: Tensor, vectors: bool = False) -> LowRank:
     left = right = None
     if vectors:
         left, gamma, right = torch.linalg.svd(matrix, full_matrices=False)
-        gamma[gamma <= max(matrix.shape) * 2.0**-52 * gamma[0]] = 0.0
+        without_numerical_zeros(gamma, max(matrix.shape))
     else:
         gamma = singular_values(matrix, largest)
     L, M = min(matrix.shape), max(matrix.shape)

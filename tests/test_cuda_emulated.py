@@ -24,7 +24,7 @@ from rmsgd.backends.base import (
     StepGroup,
     StepTables,
 )
-from rmsgd.backends.numpy_ import NumpyBackend, NumpyStepper, update_rates
+from rmsgd.backends.numpy_ import NumpyBackend, update_rates
 from rmsgd.layers import unfoldings
 
 
@@ -222,7 +222,7 @@ def copy_of(tables):
 
 def assert_same_step(backend, tables, gradients, groups, grad_scale=1.0, steps=2):
     expected = copy_of(tables)
-    oracle = NumpyStepper(expected, reference.momentum_update)
+    oracle = ORACLE.stepper(expected)
     stepper = backend.stepper(tables)
     for _ in range(steps):
         stepper.step(gradients, groups, grad_scale)
@@ -279,10 +279,10 @@ def test_an_overflow_on_the_device_skips_the_step_and_initialises_nothing(backen
     expected = copy_of(tables)
     groups = [StepGroup(1.0, 0.9, 0.5, 0.01, False, False, True)] * 2
     stepper = backend.stepper(tables)
-    stepper.scale_by(torch.tensor([8.0]), torch.tensor([found]))
+    stepper.scaling(torch.tensor([8.0]), torch.tensor([found]))
     stepper.step(gradients, groups)
     if found == 0.0:
-        NumpyStepper(expected, reference.momentum_update).step(gradients, groups, 8.0)
+        ORACLE.stepper(expected).step(gradients, groups, 8.0)
     for ours, theirs in zip(tables.parameters, expected.parameters, strict=True):
         torch.testing.assert_close(ours, theirs)
     if found:

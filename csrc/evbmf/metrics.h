@@ -92,6 +92,16 @@ RMSGD_FN bool trustworthy(const FreeEnergyMinimum& minimum, const ModeMetrics& m
          (rank == 1 || stable_rank_error < 1e-6);
 }
 
+RMSGD_FN void write_metrics(double* row, const ModeMetrics& metrics, MetricsStatus status, int stage) {
+  row[RANK] = metrics.rank;
+  row[NOISE_VARIANCE] = metrics.noise_variance;
+  row[STABLE_RANK] = metrics.stable_rank;
+  row[CONDITION_NUMBER] = metrics.condition_number;
+  row[NUCLEAR] = metrics.nuclear;
+  row[STATUS] = status;
+  row[STAGE] = stage;
+}
+
 // The row of the metrics table for singular values gamma (L), descending, the numerically zero ones
 // set to 0. A single row (L = 1) has no spectrum: rank 0, sigma^2 = gamma^2 / M.
 // scratch: 2 L + 1 doubles, shared by the team.
@@ -112,15 +122,7 @@ RMSGD_FN void measure_singular_values(Team& team, const double* gamma, int L, do
     metrics = mode_metrics(team, c, minimum, L, M);
     metrics.noise_variance = ldexp(ldexp(minimum.noise_variance, exponent), exponent);
   }
-  if (team.rank() == 0) {
-    row[RANK] = metrics.rank;
-    row[NOISE_VARIANCE] = metrics.noise_variance;
-    row[STABLE_RANK] = metrics.stable_rank;
-    row[CONDITION_NUMBER] = metrics.condition_number;
-    row[NUCLEAR] = metrics.nuclear;
-    row[STATUS] = MEASURED;
-    row[STAGE] = 2;
-  }
+  if (team.rank() == 0) write_metrics(row, metrics, MEASURED, 2);
 }
 
 }  // namespace rmsgd

@@ -3,11 +3,10 @@
 
 #include <stdint.h>
 
+#include "../dtype.h"
 #include "../isa.h"
 
 namespace rmsgd {
-
-enum class Dtype : uint8_t { float32, float64, float16, bfloat16 };
 
 // Hyper-parameters that parameters share. A parameter's learning rate is multiplier * eta.
 struct StepGroup {

@@ -113,13 +113,13 @@ template <class T>
 void pack(T* to, const MatrixView& matrix, const Side& small, const Side& large, int64_t row, int64_t first,
           int64_t depth, T scale) {
   switch (matrix.dtype) {
-    case DType::f32:
+    case Dtype::float32:
       return pack_group(to, static_cast<const float*>(matrix.data), small, large, row, first, depth, scale);
-    case DType::f64:
+    case Dtype::float64:
       return pack_group(to, static_cast<const double*>(matrix.data), small, large, row, first, depth, scale);
-    case DType::f16:
+    case Dtype::float16:
       return pack_group(to, static_cast<const Half*>(matrix.data), small, large, row, first, depth, scale);
-    case DType::bf16:
+    case Dtype::bfloat16:
       return pack_group(to, static_cast<const BFloat*>(matrix.data), small, large, row, first, depth, scale);
   }
 }
@@ -237,11 +237,11 @@ void gram_f64(const MatrixView& matrix, double scale, double* out, ptrdiff_t str
 Magnitude magnitude(const MatrixView& matrix) {
   const Side small = tidied(matrix.small), large = tidied(matrix.large);
   switch (matrix.dtype) {
-    case DType::f64:
+    case Dtype::float64:
       return magnitude_of(static_cast<const double*>(matrix.data), small, large);
-    case DType::f16:
+    case Dtype::float16:
       return magnitude_of(static_cast<const Half*>(matrix.data), small, large);
-    case DType::bf16:
+    case Dtype::bfloat16:
       return magnitude_of(static_cast<const BFloat*>(matrix.data), small, large);
     default:
       return magnitude_of(static_cast<const float*>(matrix.data), small, large);

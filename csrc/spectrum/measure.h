@@ -6,8 +6,6 @@
 
 namespace rmsgd {
 
-constexpr int MEASURE_FIELDS = METRICS_FIELDS;
-
 // Measures `count` matrices on `threads` threads; row i of `out` holds the MetricsField values of matrix i.
 // Where singular values from a Gram matrix cannot decide, STATUS is NEEDS_SVD and the rest of the row is
 // what the fp64 Gram matrix gave. The result does not depend on the number of threads. Matrices without

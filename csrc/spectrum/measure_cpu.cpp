@@ -199,16 +199,6 @@ Needed needed_values(int rows, double columns, double trace, const Interval& int
   return {count, lower, limit};
 }
 
-void write_row(double* row, const ModeMetrics& metrics, MetricsStatus status, Stage stage) {
-  row[RANK] = metrics.rank;
-  row[NOISE_VARIANCE] = metrics.noise_variance;
-  row[STABLE_RANK] = metrics.stable_rank;
-  row[CONDITION_NUMBER] = metrics.condition_number;
-  row[NUCLEAR] = metrics.nuclear;
-  row[STATUS] = status;
-  row[STAGE] = int(stage);
-}
-
 // The metrics of a reduced Gram matrix of trace `trace` times 2^exponent; false where they are not to be
 // trusted.
 bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Workspace& space, double* row) {
@@ -239,20 +229,20 @@ bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Worksp
   const double next = minimum.rank < needed.count ? values[minimum.rank] : needed.lower / columns;
   const bool trusted = trustworthy(minimum, metrics, values, next, rows, columns, 8.0 * unit * largest);
   metrics.noise_variance = std::ldexp(metrics.noise_variance, -exponent - 2 * space.scale_exponent);
-  write_row(row, metrics, trusted || stage == Stage::gram_f32 ? MEASURED : NEEDS_SVD, stage);
+  write_metrics(row, metrics, trusted || stage == Stage::gram_f32 ? MEASURED : NEEDS_SVD, int(stage));
   return trusted;
 }
 
 // One row by the team; every member takes the same way through it.
 void measure_one(const MatrixView& matrix, Workspace& space, const ThreadTeam& team, double* row) {
   const int rows = int(rows_of(matrix));
-  Stage stage = matrix.dtype == DType::f64 || rows == 1 ? Stage::gram_f64 : Stage::gram_f32;
+  Stage stage = matrix.dtype == Dtype::float64 || rows == 1 ? Stage::gram_f64 : Stage::gram_f32;
   for (;; stage = Stage::gram_f64) {
     form_scaled_gram(matrix, stage, space, team);
     if (space.status == NOT_FINITE || space.trace == 0.0 || rows == 1) {
       const double columns = double(columns_of(matrix));
       const double noise = std::ldexp(space.trace / columns, -2 * space.scale_exponent);
-      if (team.rank() == 0) write_row(row, {0, noise, 0.0, 1.0, 0.0}, space.status, stage);
+      if (team.rank() == 0) write_metrics(row, {0, noise, 0.0, 1.0, 0.0}, space.status, int(stage));
       break;
     }
     const int exponent = reduce(rows, stage, space, team);
@@ -273,7 +263,8 @@ void measure(const MatrixView* matrices, int count, int threads, double* out) {
     if (rows_of(matrices[i]) > 0) {
       order.push_back(i);
     } else {
-      write_row(out + std::int64_t(i) * MEASURE_FIELDS, {0, 0.0, 0.0, 1.0, 0.0}, MEASURED, Stage::gram_f64);
+      write_metrics(out + std::int64_t(i) * METRICS_FIELDS, {0, 0.0, 0.0, 1.0, 0.0}, MEASURED,
+                    int(Stage::gram_f64));
     }
   }
   std::stable_sort(order.begin(), order.end(),
@@ -296,11 +287,11 @@ void measure(const MatrixView* matrices, int count, int threads, double* out) {
   parallel(threads, [&](int thread, int actual) {
     const ThreadTeam team(thread, actual, &meeting);
     for (int k = 0; k < shared; ++k) {
-      measure_one(matrices[order[k]], spaces[0], team, out + std::int64_t(order[k]) * MEASURE_FIELDS);
+      measure_one(matrices[order[k]], spaces[0], team, out + std::int64_t(order[k]) * METRICS_FIELDS);
     }
     const ThreadTeam alone(0, 1, nullptr);
     for (int k; (k = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
-      measure_one(matrices[order[k]], spaces[thread], alone, out + std::int64_t(order[k]) * MEASURE_FIELDS);
+      measure_one(matrices[order[k]], spaces[thread], alone, out + std::int64_t(order[k]) * METRICS_FIELDS);
     }
   });
 }

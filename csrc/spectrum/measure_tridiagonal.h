@@ -127,16 +127,6 @@ RMSGD_FN TridiagonalSpectrum tridiagonal_spectrum(Team& team, const T* diagonal_
           reinterpret_cast<double*>(diagonal)};
 }
 
-RMSGD_FN void write_metrics(double* row, const ModeMetrics& metrics, MetricsStatus status, int stage) {
-  row[RANK] = metrics.rank;
-  row[NOISE_VARIANCE] = metrics.noise_variance;
-  row[STABLE_RANK] = metrics.stable_rank;
-  row[CONDITION_NUMBER] = metrics.condition_number;
-  row[NUCLEAR] = metrics.nuclear;
-  row[STATUS] = status;
-  row[STAGE] = stage;
-}
-
 // EVBMF of that spectrum: writes the row if the values decide it, else returns false. The Gram matrix was
 // scaled by 2^exponent before its values were taken.
 template <class T, class Team>

@@ -55,6 +55,13 @@ class StepTables:
 class Stepper(Protocol):
     """Takes steps for one set of parameters, whose memory stays where it is."""
 
+    def scaling(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> float | None:
+        """What to give the next step as ``grad_scale``; None where an overflow skips it.
+
+        Both are one float each, as ``torch.amp.GradScaler`` sets them. A GPU reads them when the step
+        runs, and nothing waits for them here.
+        """
+
     def step(
         self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], grad_scale: float = 1.0
     ) -> None:
@@ -66,6 +73,20 @@ class Stepper(Protocol):
         Returns the indices of the parameters without a gradient; None where nothing was done, because
         this stepper does not know how, or a gradient is not as ``step`` takes it.
         """
+
+
+class HostStepper:
+    """Of steppers that the host drives: they read AMP's numbers, and take gradients one by one."""
+
+    def scaling(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> float | None:
+        """See ``Stepper``."""
+        if found_inf is not None and float(found_inf) != 0.0:
+            return None
+        return 1.0 if grad_scale is None else float(grad_scale)
+
+    def step_parameters(self, groups: Sequence[StepGroup], grad_scale: float = 1.0) -> list[int] | None:
+        """See ``Stepper``."""
+        return None
 
 
 class RateGroup(NamedTuple):

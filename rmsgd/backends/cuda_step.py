@@ -115,15 +115,13 @@ class CudaStepper:
         blocks = -(-int(head["items"]) // (THREADS // WARP))
         return _Launch(kernel, span, slice(first, end), arguments, payload[:n], hyper, blocks)
 
-    def scale_by(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """For the next step: divide gradients by ``grad_scale``; skip it where ``found_inf`` is not 0.
-
-        Both are one float each, as ``torch.amp.GradScaler`` sets them, and are read on the device.
-        """
+    def scaling(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> float:
+        """See ``base.Stepper``; both are read by the kernel, which divides or skips."""
         self._grad_scale, self._found_inf = (
             None if t is None else t.to(self._device, torch.float32, non_blocking=True)
             for t in (grad_scale, found_inf)
         )
+        return 1.0
 
     def step(
         self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], grad_scale: float = 1.0

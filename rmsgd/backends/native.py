@@ -13,6 +13,7 @@ from rmsgd.backends.base import (
     NOT_FINITE,
     STATUS,
     BackendUnavailable,
+    HostStepper,
     OnCallersStream,
     RateGroup,
     RateTables,
@@ -29,7 +30,7 @@ _DTYPES = {
 }
 
 
-class NativeStepper:
+class NativeStepper(HostStepper):
     """The fused step: one call for all parameters."""
 
     def __init__(self, core: ModuleType, tables: StepTables) -> None:

@@ -22,52 +22,24 @@ from rmsgd.backends.base import (
     StepGroup,
     StepTables,
 )
+from rmsgd.backends.one_by_one import OneByOneStepper, Update
 from rmsgd.layers import Unfolding, as_matrix
 
 
-class NumpyStepper:
-    """Momentum steps by a function ``update(w, grad, v, eta, ...) -> (w, v)`` on flat arrays."""
+def _on_arrays(update: Callable[..., tuple[Any, Any]]) -> Update:
+    """An update of flat arrays, as ``reference.momentum_update`` takes them, for tensors."""
 
-    def __init__(self, tables: StepTables, update: Callable[..., tuple[Any, Any]]) -> None:
-        self._tables = tables
-        self._update = update
+    def on_tensors(
+        w: Tensor, grad: Tensor, v: Tensor, eta: float, hyper: StepGroup, fresh: bool
+    ) -> tuple[Tensor, Tensor]:
+        arrays = [_flat(t).numpy() for t in (w, grad, v)]
+        number = arrays[0].dtype.type
+        scalars = [number(x) for x in (eta, hyper.momentum, hyper.dampening, hyper.weight_decay)]
+        new = update(*arrays, *scalars, hyper.nesterov, hyper.maximize, fresh, hyper.velocity)
+        new_w, new_v = (torch.as_strided(torch.from_numpy(x), w.shape, w.stride()) for x in new)
+        return new_w, new_v
 
-    def step(
-        self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], grad_scale: float = 1.0
-    ) -> None:
-        """See ``base.Stepper``."""
-        t = self._tables
-        eta, fresh = t.eta.tolist(), t.fresh.tolist()
-        for i, (p, grad, buffer) in enumerate(zip(t.parameters, gradients, t.buffers, strict=True)):
-            if grad is None or p.numel() == 0:
-                continue
-            hyper = groups[t.groups[i]]
-            # Half types have no NumPy arithmetic of their own worth having: one conversion each way.
-            wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-            w = _flat(p.detach()).to(wide).numpy()
-            g = _flat(grad).to(wide).numpy()
-            if grad_scale != 1.0:
-                g = g / w.dtype.type(grad_scale)
-            v = w if buffer is None else _flat(buffer).numpy()
-            scalars = [hyper.multiplier * eta[i], hyper.momentum, hyper.dampening, hyper.weight_decay]
-            new_w, new_v = self._update(
-                w,
-                g,
-                v,
-                *(w.dtype.type(scalar) for scalar in scalars),
-                hyper.nesterov,
-                hyper.maximize,
-                fresh[i],
-                hyper.velocity,
-            )
-            _flat(p.detach()).copy_(torch.from_numpy(new_w))
-            if hyper.momentum != 0.0:
-                if buffer is not None:
-                    _flat(buffer).copy_(torch.from_numpy(new_v))
-                t.fresh[i] = False
-
-    def step_parameters(self, groups: Sequence[StepGroup], grad_scale: float = 1.0) -> None:
-        """See ``base.Stepper``; one at a time is all it knows."""
+    return on_tensors
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -88,11 +60,11 @@ class NumpyBackend(OnCallersStream):
         self.name = name
         self.description = description
         self._measure = measure
-        self._update = update
+        self._update = _on_arrays(update)
 
-    def stepper(self, tables: StepTables) -> NumpyStepper:
+    def stepper(self, tables: StepTables) -> OneByOneStepper:
         """See ``base.Backend``."""
-        return NumpyStepper(tables, self._update)
+        return OneByOneStepper(tables, self._update)
 
     def measure(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> Tensor:
         """See ``base.Backend``: a float64 SVD of every matrix."""

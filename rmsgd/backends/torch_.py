@@ -19,48 +19,27 @@ from rmsgd.backends.base import (
     StepTables,
 )
 from rmsgd.backends.numpy_ import update_rates
+from rmsgd.backends.one_by_one import OneByOneStepper
 from rmsgd.layers import Unfolding, as_matrix
 
 
-class TorchStepper:
-    """Momentum steps by torch operations, a parameter at a time."""
-
-    def __init__(self, tables: StepTables) -> None:
-        self._tables = tables
-
-    def step(
-        self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], grad_scale: float = 1.0
-    ) -> None:
-        """See ``base.Stepper``."""
-        t = self._tables
-        eta, fresh = t.eta.tolist(), t.fresh.tolist()
-        for i, (p, grad, buffer) in enumerate(zip(t.parameters, gradients, t.buffers, strict=True)):
-            if grad is None:
-                continue
-            hyper = groups[t.groups[i]]
-            wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-            w, g = p.detach().to(wide), grad.to(wide)
-            new_w, new_v = reference.momentum_update(
-                w,  # type: ignore[arg-type]  # arithmetic is arithmetic
-                g if grad_scale == 1.0 else g / grad_scale,  # type: ignore[arg-type]
-                w if buffer is None else buffer,  # type: ignore[arg-type]
-                hyper.multiplier * eta[i],
-                hyper.momentum,
-                hyper.dampening,
-                hyper.weight_decay,
-                hyper.nesterov,
-                hyper.maximize,
-                fresh[i],
-                hyper.velocity,
-            )
-            p.detach().copy_(new_w)  # type: ignore[arg-type]
-            if hyper.momentum != 0.0:
-                if buffer is not None:
-                    buffer.copy_(new_v)  # type: ignore[arg-type]
-                t.fresh[i] = False
-
-    def step_parameters(self, groups: Sequence[StepGroup], grad_scale: float = 1.0) -> None:
-        """See ``base.Stepper``; one at a time is all it knows."""
+def _update(
+    w: Tensor, grad: Tensor, v: Tensor, eta: float, hyper: StepGroup, fresh: bool
+) -> tuple[Tensor, Tensor]:
+    # Written for arrays, and arithmetic is arithmetic.
+    return reference.momentum_update(  # type: ignore[return-value]
+        w,  # type: ignore[arg-type]
+        grad,  # type: ignore[arg-type]
+        v,  # type: ignore[arg-type]
+        eta,
+        hyper.momentum,
+        hyper.dampening,
+        hyper.weight_decay,
+        hyper.nesterov,
+        hyper.maximize,
+        fresh,
+        hyper.velocity,
+    )
 
 
 class TorchBackend(OnCallersStream):
@@ -69,9 +48,9 @@ class TorchBackend(OnCallersStream):
     name = "torch"
     description = f"torch {torch.__version__}, slow"
 
-    def stepper(self, tables: StepTables) -> TorchStepper:
+    def stepper(self, tables: StepTables) -> OneByOneStepper:
         """See ``base.Backend``."""
-        return TorchStepper(tables)
+        return OneByOneStepper(tables, _update)
 
     def measure(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> Tensor:
         """See ``base.Backend``."""
@@ -111,9 +90,13 @@ def singular_values(matrix: Tensor, largest: float) -> Tensor:
     if largest == 0.0:
         return matrix.new_zeros(min(matrix.shape))
     scale = math.ldexp(1.0, math.frexp(largest)[1])
-    gamma = torch.linalg.svdvals(matrix / scale)
-    gamma[gamma <= max(matrix.shape) * 2.0**-52 * gamma[0]] = 0.0
-    return torch.mul(gamma, scale)
+    return torch.mul(without_numerical_zeros(torch.linalg.svdvals(matrix / scale), max(matrix.shape)), scale)
+
+
+def without_numerical_zeros(gamma: Tensor, M: int) -> Tensor:
+    """Singular values, descending, with those at or below ``M 2^-52 gamma_1`` set to 0 in place."""
+    gamma[gamma <= M * 2.0**-52 * gamma[0]] = 0.0
+    return gamma
 
 
 def create() -> TorchBackend:

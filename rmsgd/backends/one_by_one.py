@@ -1,0 +1,44 @@
+"""Steps a parameter at a time, for the backends without a fused step."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rmsgd.backends.base import HostStepper, StepGroup, StepTables
+
+Update = Callable[[Tensor, Tensor, Tensor, float, StepGroup, bool], tuple[Tensor, Tensor]]
+"""``(w, grad, v, eta, hyper, fresh)`` to the new ``(w, v)``: ``reference.momentum_update`` on tensors.
+
+All three have the type of the arithmetic, float64 for a float64 parameter, else float32.
+"""
+
+
+class OneByOneStepper(HostStepper):
+    """Momentum steps by an update of one parameter."""
+
+    def __init__(self, tables: StepTables, update: Update) -> None:
+        self._tables = tables
+        self._update = update
+
+    def step(
+        self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], grad_scale: float = 1.0
+    ) -> None:
+        """See ``base.Stepper``."""
+        t = self._tables
+        eta, fresh = t.eta.tolist(), t.fresh.tolist()
+        for i, (p, grad, buffer) in enumerate(zip(t.parameters, gradients, t.buffers, strict=True)):
+            if grad is None or p.numel() == 0:
+                continue
+            hyper = groups[t.groups[i]]
+            wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+            w, g = p.detach().to(wide), grad.to(wide)
+            if grad_scale != 1.0:
+                g = g / grad_scale
+            v = w if buffer is None else buffer
+            new_w, new_v = self._update(w, g, v, hyper.multiplier * eta[i], hyper, fresh[i])
+            p.detach().copy_(new_w)
+            if hyper.momentum != 0.0:
+                if buffer is not None:
+                    buffer.copy_(new_v)
+                t.fresh[i] = False
