@@ -3,10 +3,10 @@
 Both look at a network's weights alone, but not at the same thing. WeightWatcher's `analyze()` (its
 defaults) takes every singular value of one form of each weight and fits a power law to them, and its
 stable rank is of the raw weight, energy over largest: ||W||_F^2 / ||W||_2^2, between 1 and the rank.
-Ours is of the low-rank part only, as a share of full rank, and of both unfoldings of a convolution;
-multiplied by L it is on the other's scale. Both are printed side by side. So that the power law is
-not all that is compared, a third case is the least that any probe by full SVD does: SciPy's singular
-values of every weight, one unfolding each.
+Ours is of the low-rank part only, as a share of full rank between 0 and 1, and the mean over both
+unfoldings of a convolution. Both are printed side by side. So that the power law is not all that is
+compared, a third case is the least that any probe by full SVD does: SciPy's singular values of every
+weight, one unfolding each.
 
 WeightWatcher is optional (`pip install weightwatcher`); without it its column is absent.
 """
@@ -86,7 +86,6 @@ def compare(name: str, rounds: int, theirs: Callable[[StateDict], Any] | None) -
     return {
         "model": name,
         "layers": len(layers),
-        "spectra": sum(len(layer.modes) for layer in layers),
         "seconds": {case: float(np.median(values)) for case, values in seconds.items()},
         "faster": {
             case: measure.ratio(values, seconds["rmsgd"])._asdict()
@@ -97,7 +96,6 @@ def compare(name: str, rounds: int, theirs: Callable[[StateDict], Any] | None) -
             {
                 "layer": layer.name,
                 "rmsgd": layer.stable_rank,
-                "L": min(layer.shape[:2]),
                 "weightwatcher": stable_ranks.get(layer.name.removesuffix(".weight")),
             }
             for layer in layers
@@ -116,18 +114,19 @@ def _by_layer(frame: Any) -> dict[str, float]:
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Seconds, and how many times faster `rmsgd.probe` is."""
     result = Table(title="Probing a state dict: seconds (times rmsgd.probe's)")
-    for heading in ("model", "spectra", *readme.PROBE_CASES):
+    for heading in ("model", "layers", *readme.PROBE_CASES):
         result.add_column(heading, justify="left" if heading == "model" else "right")
     for row in rows:
-        result.add_row(row["model"], str(row["spectra"]), *readme.probe_cells(row))
+        result.add_row(row["model"], str(row["layers"]), *readme.probe_cells(row))
     return result
 
 
 def stable_rank_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Both definitions for a few layers of each network."""
     result = Table(title="Stable rank, two definitions")
-    for heading in ("layer", "rmsgd: low rank, share", "times L", "WeightWatcher: raw weight"):
-        result.add_column(heading, justify="left" if heading == "layer" else "right")
+    result.add_column("layer", overflow="fold")
+    for heading in ("rmsgd: low rank,\nshare of full rank", "WeightWatcher:\nraw weight"):
+        result.add_column(heading, justify="right")
     for row in rows:
         layers = row["stable_rank"]
         for i in np.linspace(0, len(layers) - 1, SHOWN).astype(int):
@@ -136,7 +135,6 @@ def stable_rank_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             result.add_row(
                 f"{row['model']}: {layer['layer']}",
                 f"{layer['rmsgd']:.4f}",
-                f"{layer['rmsgd'] * layer['L']:.2f}",
                 "absent" if theirs is None else f"{theirs:.2f}",
             )
     return result

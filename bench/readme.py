@@ -116,8 +116,8 @@ def probe_cells(row: dict[str, Any]) -> list[str]:
 
 
 def _probe_speed(rows: list[dict[str, Any]]) -> str:
-    headings = ["probe, s (times rmsgd's)", "spectra", "rmsgd", "full SVD (SciPy)", "WeightWatcher"]
-    return _markdown(headings, [[row["model"], str(row["spectra"]), *probe_cells(row)] for row in rows])
+    headings = ["probe, s (times rmsgd's)", "layers", "rmsgd", "full SVD (SciPy)", "WeightWatcher"]
+    return _markdown(headings, [[row["model"], str(row["layers"]), *probe_cells(row)] for row in rows])
 
 
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {

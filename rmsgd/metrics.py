@@ -126,12 +126,12 @@ class Report:
             ModuleNotFoundError: matplotlib is not installed.
             ValueError: no layer was measured.
         """
-        from rmsgd.plots_probe import plot_report
+        from rmsgd.inspection.plots import plot_report
 
         plot_report(self, path)
 
     def _repr_html_(self) -> str:
-        from rmsgd.tables import html_table
+        from rmsgd.inspection.tables import html_table
 
         return html_table(self)
 

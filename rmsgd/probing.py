@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from rmsgd.backends import backend_for
-from rmsgd.checkpoints import CheckpointError
+from rmsgd.inspection.checkpoints import CheckpointError
+from rmsgd.inspection.sources import open_source
+from rmsgd.inspection.stored import NotMeasurableError, StoredTensor, is_plain
 from rmsgd.layers import SUPPORTED_DTYPES, Unfolding, unfoldings
 from rmsgd.metrics import LayerMetrics, Report
-from rmsgd.sources import NotMeasurableError, StoredTensor, is_plain, open_source
 
 BATCH_BYTES = 64 << 20
 """Weights measured together: enough to keep every core busy, little enough to stay unnoticed."""

@@ -10,12 +10,12 @@ from torch import nn
 
 import rmsgd
 from rmsgd import reference
-from rmsgd.comparison import Comparison
+from rmsgd.inspection.comparison import Comparison
+from rmsgd.inspection.page import spectrum
+from rmsgd.inspection.plots import checkpoint_labels, low_rank_and_noise
+from rmsgd.inspection.series import Series, comparable_name, in_order_of_training
 from rmsgd.layers import unfoldings
-from rmsgd.page import spectrum
-from rmsgd.plots_probe import checkpoint_labels, low_rank_and_noise
 from rmsgd.probing import apply_scale, matches
-from rmsgd.series import Series, comparable_name, in_order_of_training
 
 FIELDS = [
     "name",

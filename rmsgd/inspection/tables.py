@@ -8,9 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rmsgd.comparison import Comparison
+from rmsgd.inspection.comparison import Comparison
+from rmsgd.inspection.series import Series
 from rmsgd.metrics import LayerMetrics, Report
-from rmsgd.series import Series
 
 
 def printable(text: str) -> str:

@@ -1,6 +1,5 @@
-"""What can be probed: the tensors of a module, of a mapping or of a checkpoint, before any is read."""
+"""The tensors of something that can be probed, before any is read, and how weights are found in it."""
 
-import os
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -40,41 +39,6 @@ class Source:
 
     tensors: tuple[StoredTensor, ...]
     errors: tuple[str, ...] = ()
-
-
-def open_source(source: nn.Module | Mapping[str, Any] | str | os.PathLike[str]) -> Source:
-    """The tensors of a module, of a mapping of names to tensors or NumPy arrays, or of a path.
-
-    Raises:
-        TypeError: it is none of these.
-        CheckpointError: see ``checkpoints.open_checkpoint``.
-    """
-    if isinstance(source, nn.Module):
-        return Source(tuple(_of_module(source)))
-    if isinstance(source, Mapping):
-        weights = find_weights(source)
-        return Source(tuple(stored_tensors(weights, lambda name: as_tensor(weights[name]))))
-    if isinstance(source, str | os.PathLike):
-        from rmsgd.checkpoints import open_checkpoint
-
-        return open_checkpoint(source)
-    raise TypeError(
-        "source must be a torch.nn.Module, a mapping of names to tensors or NumPy arrays, or a path, "
-        f"got {type(source).__name__}"
-    )
-
-
-def _of_module(module: nn.Module) -> Iterator[StoredTensor]:
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    for name, value in parameters.items():
-        if nn.parameter.is_lazy(value):
-            yield StoredTensor(name, (), lambda: torch.empty(0), "not initialised yet (a lazy module)")
-    ready = {name: value for name, value in parameters.items() if not nn.parameter.is_lazy(value)}
-    yield from stored_tensors(ready, lambda name: ready[name].detach())
-    for name, buffer in module.named_buffers():
-        # A quantised module keeps its weights in buffers: they are listed, not passed over.
-        if buffer.ndim > 1:
-            yield StoredTensor(name, tuple(buffer.shape), buffer.detach, "a buffer, not a parameter")
 
 
 def stored_tensors(values: Mapping[str, Any], read: Callable[[str], Tensor]) -> Iterator[StoredTensor]:

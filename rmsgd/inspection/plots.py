@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rmsgd.inspection.series import Series, comparable_name
 from rmsgd.layers import as_matrix, unfoldings
 from rmsgd.lowrank import evbmf
 from rmsgd.metrics import LayerMetrics, Report
 from rmsgd.plots import DPI, PALETTE, require_matplotlib, short_name
 from rmsgd.probing import Probing
-from rmsgd.series import Series, comparable_name
 
 METRICS = {
     "stable_rank": "stable rank\n(share of full rank, 0 to 1)",

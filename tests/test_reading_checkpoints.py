@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import rmsgd
-from rmsgd.checkpoints import CheckpointError, natural_order, open_checkpoint
-from rmsgd.sources import find_weights
+from rmsgd.inspection.checkpoints import CheckpointError, natural_order, open_checkpoint
+from rmsgd.inspection.stored import find_weights
 
 
 def weights():

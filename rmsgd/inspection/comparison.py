@@ -4,8 +4,8 @@ import os
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from rmsgd.inspection.series import comparable_name
 from rmsgd.metrics import LayerMetrics, Report, write_csv
-from rmsgd.series import comparable_name
 
 METRICS = ("quality", "stable_rank", "condition_number")
 

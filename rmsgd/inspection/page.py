@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rmsgd._version import __version__
+from rmsgd.inspection.tables import rank_text, shape_text, summary, variance_text
 from rmsgd.layers import Unfolding, as_matrix, unfoldings
 from rmsgd.metrics import LayerMetrics, Report
 from rmsgd.probing import ProbeSource, Probing
 from rmsgd.reference import shrink, threshold
-from rmsgd.tables import rank_text, shape_text, summary, variance_text
 
 _POINTS = 200  # of a curve: what a chart of this size can show
 _CHUNK = 1 << 22  # entries turned to float64 at a time

@@ -1,0 +1,1 @@
+"""What stands around `rmsgd.probe`: reading checkpoints, and showing what was measured in them."""
