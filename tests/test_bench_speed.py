@@ -1,10 +1,10 @@
-"""`python -m bench speed` and `noise-search`: real figures on small networks, and the README's tables."""
+"""`bench speed`, `noise-search`, `probe-speed`: real figures on small networks, and the README's tables."""
 
 import json
 
 import pytest
 
-from bench import noise_search, readme, speed
+from bench import noise_search, probe_speed, readme, speed
 from bench.speed_epoch_end import gram_products, network, spectra
 from bench.weights import OneLinear, make_trained_like
 
@@ -60,6 +60,30 @@ def test_the_noise_search_finds_ours_at_the_minimum():
     assert row["another_rank"]["rmsgd"] == 0
     assert row["worst_error_of_variance"]["rmsgd"] < 1e-9
     assert row["worst_error_of_variance"]["vbmf"] > 1e-9
+
+
+def test_probing_is_timed_against_a_full_svd_and_an_absent_peer_is_a_cell_that_says_so(tmp_path, capsys):
+    row = probe_speed.compare("resnet14-digits", 1, None)
+    assert row["seconds"].keys() == {"rmsgd", "full SVD"}
+    assert row["faster"]["full SVD"]["median"] > 0
+    assert len(row["stable_rank"]) == row["layers"]
+    page = tmp_path / "README.md"
+    page.write_text("<!-- measured: probe-speed -->\n<!-- /measured -->\n")
+    machine = {"cpu": "a CPU", "cores": 2, "torch": "2.13.0", "threads": 2}
+    readme.rewrite(page, {"machine": machine, "probe-speed": [row]})
+    assert "| resnet14-digits |" in page.read_text()
+    assert "| absent |" in page.read_text()
+
+
+def test_probing_is_compared_with_weightwatcher_by_layer():
+    def theirs(state):
+        import pandas
+
+        names = [name.removesuffix(".weight") for name, weight in state.items() if weight.ndim > 1]
+        return pandas.DataFrame({"longname": names, "stable_rank": range(len(names))})
+
+    row = probe_speed.compare("resnet14-digits", 1, theirs)
+    assert [layer["weightwatcher"] for layer in row["stable_rank"]] == list(range(row["layers"]))
 
 
 def test_the_readme_is_rewritten_between_its_marks_only(tmp_path):
