@@ -192,7 +192,8 @@ def _draw_map(figure: Any, series: Series, names: Sequence[str], labels: Sequenc
     image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     _name_rows(axes, names)
     _name_columns(axes, labels)
-    figure.colorbar(image, ax=axes, label="quality (rad)", location="top", aspect=60)
+    gap = 0.15 / _rows_height(len(names))  # of so many inches: matplotlib takes a share of the map's height
+    figure.colorbar(image, ax=axes, label="quality (rad)", location="top", aspect=60, pad=gap)
 
 
 def _most_changed(by_layer: dict[str, list[LayerMetrics | None]]) -> str:
