@@ -7,14 +7,13 @@ of torch.library costs more than the whole step of a small network.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import chain, count
-from typing import Any, TypeAlias
+from itertools import count
+from typing import TypeAlias
 from weakref import WeakMethod
 
 import torch
 from torch import Tensor
 
-Gradients: TypeAlias = dict[Tensor, Tensor]
 Step: TypeAlias = Callable[[Sequence[int], Sequence[Tensor], Sequence[Tensor]], None]
 
 _STEPS: dict[int, "WeakMethod[Step]"] = {}
@@ -24,15 +23,21 @@ _numbers = count()
 def register_step(step: Step) -> int:
     """A number by which a compiled graph finds an optimizer's step; it lives as long as the optimizer.
 
-    ``step(indices, parameters, gradients)`` takes places among all parameters of all groups, the
-    parameters there as the graph holds them, and their gradients.
+    ``step(indices, parameters, gradients)`` takes places among all parameters, the parameters there as
+    the graph holds them, and their gradients.
     """
     number = next(_numbers)
     _STEPS[number] = WeakMethod(step, lambda _: _STEPS.pop(number, None))
     return number
 
 
-@torch.library.custom_op("rmsgd::step", mutates_args=("parameters",))
+# A replayed CUDA graph would repeat the learning rates and flags of the step that it recorded.
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # torch 2.8 and later
+
+
+@torch.library.custom_op(
+    "rmsgd::step", mutates_args=("parameters",), tags=() if _UNSAFE is None else (_UNSAFE,)
+)
 def _step(number: int, indices: list[int], parameters: list[Tensor], gradients: list[Tensor]) -> None:
     step = _STEPS[number]()
     assert step is not None
@@ -45,9 +50,8 @@ def _(number: int, indices: list[int], parameters: list[Tensor], gradients: list
     return None
 
 
-def trace_step(number: int, groups: Sequence[dict[str, Any]]) -> None:
-    """Put the step of the optimizer with these groups into the graph that is being compiled."""
-    everything = list(chain.from_iterable(group["params"] for group in groups))
+def trace_step(number: int, everything: Sequence[Tensor]) -> None:
+    """Put the step of an optimizer with these parameters into the graph that is being compiled."""
     indices = [i for i, p in enumerate(everything) if p.grad is not None]
     if indices:
         parameters = [everything[i] for i in indices]

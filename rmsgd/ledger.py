@@ -162,21 +162,16 @@ class Ledger:
         """See ``backends.base.Stepper``."""
         return self._stepper.scaling(grad_scale, found_inf)
 
-    def step(
-        self,
-        groups: Sequence[StepGroup],
-        grad_scale: float,
-        gradients: Mapping[Tensor, Tensor] | None = None,
-    ) -> None:
-        """One step along these gradients, or along the parameters' own."""
-        if gradients is None and not self._copies and not self._spread:
+    def step(self, groups: Sequence[StepGroup], grad_scale: float) -> None:
+        """One step along the parameters' gradients."""
+        if not self._copies and not self._spread:
             without = self._stepper.step_parameters(groups, grad_scale)
             if without is not None:
                 _mark_written(self._parameters, without)
                 return
         usable: list[Tensor | None] = []
         for member, p in zip(self.members, self._stepped, strict=True):
-            grad = member.parameter.grad if gradients is None else gradients.get(member.parameter)
+            grad = member.parameter.grad
             if grad is not None:
                 grad = _usable(local_gradient(grad, member.parameter), p, member.name)
             usable.append(grad)

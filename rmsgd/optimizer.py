@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from itertools import chain
 from operator import is_
 from typing import Any, Never, overload
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from rmsgd.compiled import Gradients, register_step, trace_step
+from rmsgd.compiled import register_step, trace_step
 from rmsgd.ledger import Ledger, Member
 from rmsgd.measurement import Measurement
 from rmsgd.metrics import Report
@@ -140,15 +139,15 @@ class RMSGD(Optimizer):
             self.param_groups.pop()
             raise
         group.setdefault("lr0", float(group["lr"]))
-        self._complete(group)
-
-    def _complete(self, group: dict[str, Any]) -> None:
         for p in group["params"]:
             complete(p, self.state[p], group)
+        self._order = self._all_parameters()
+
+    def _all_parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def _forget_ledgers(self) -> None:
         self._ledgers: list[Ledger] | None = None
-        self._order: list[Tensor] = []
         self._group_kinds: list[tuple[int, bool, str]] = []
         self._state_objects: list[Any] = []
         self._measured: list[Measurement] | None = None
@@ -158,7 +157,7 @@ class RMSGD(Optimizer):
         return (
             self._ledgers is not None
             and self._group_kinds == _kinds(self.param_groups)
-            and all(map(is_, chain.from_iterable(g["params"] for g in self.param_groups), self._order))
+            and all(map(is_, self._all_parameters(), self._order))
             and len(self._state_objects) == len(self.state)
             and all(map(is_, self.state.values(), self._state_objects))
             and all(ledger.is_current() for ledger in self._ledgers)
@@ -195,7 +194,7 @@ class RMSGD(Optimizer):
             Ledger(on_device, self.param_groups, self.state, self.process_group)
             for on_device in by_device.values()
         ]
-        self._order = [p for group in self.param_groups for p in group["params"]]
+        self._order = self._all_parameters()
         self._group_kinds = _kinds(self.param_groups)
         self._state_objects = list(self.state.values())
 
@@ -227,12 +226,14 @@ class RMSGD(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)
-        self._number = register_step(self._step_compiled)
+        if "_number" not in self.__dict__:
+            self._number = register_step(self._step_compiled)
         self._forget_ledgers()
         for group in self.param_groups:
             for p in group["params"]:
                 unwrap(p, self.state[p])
-            self._complete(group)
+                complete(p, self.state[p], group)
+        self._order = self._all_parameters()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RMSGD":
         copy = type(self).__new__(type(self))
@@ -248,7 +249,6 @@ class RMSGD(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One mini-batch: move every parameter that has a gradient.
 
@@ -263,34 +263,47 @@ class RMSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
-            trace_step(self._number, self.param_groups)
+            trace_step(self._number, self._order)
         else:
-            self._step(None)
+            with torch.no_grad():
+                self._step()
         return loss
 
     def _step_compiled(
         self, indices: Sequence[int], parameters: Sequence[Tensor], gradients: Sequence[Tensor]
     ) -> None:
-        """Step when a compiled graph runs, which may hold copies of the parameters."""
-        everything = [p for group in self.param_groups for p in group["params"]]
-        mine = [everything[i] for i in indices]
+        """Step when a compiled graph runs, which may hold copies of the parameters and of their gradients."""
+        order = self._order
+        if list(map(id, self._all_parameters())) != list(map(id, order)):
+            self._current_ledgers()  # the next step is compiled for these parameters
+            raise RuntimeError(
+                "param_groups holds other parameters than when this step was compiled: take the step again"
+            )
+        mine = [order[i] for i in indices]
         copies = [(p, q) for p, q in zip(mine, parameters, strict=True) if p.data_ptr() != q.data_ptr()]
         for p, copy in copies:
             p.copy_(copy)
-        self._step(dict(zip(mine, gradients, strict=True)))
+        own = [p.grad for p in order]
+        for p in order:
+            p.grad = None
+        for p, grad in zip(mine, gradients, strict=True):
+            p.grad = grad
+        try:
+            self._step()
+        finally:
+            for p, before in zip(order, own, strict=True):
+                p.grad = before
         for p, copy in copies:
             copy.copy_(p)
 
-    def _step(self, gradients: Gradients | None) -> None:
-        """Step along these gradients, or along the parameters' own."""
+    def _step(self) -> None:
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         for ledger in self._current_ledgers():
             scale = ledger.scaling(grad_scale, found_inf)
             if scale is not None:
                 ledger.measure_first()
-                groups = [step_group(group, ledger.device) for group in self.param_groups]
-                ledger.step(groups, scale, gradients)
+                ledger.step([step_group(group, ledger.device) for group in self.param_groups], scale)
 
     @torch.no_grad()
     def epoch_step(self) -> None:
