@@ -9,6 +9,7 @@ from collections.abc import Sequence
 # `main(arguments: Sequence[str]) -> int`; it is imported only when it is asked for.
 COMMANDS = {
     "train": "train a network with several optimizers side by side",
+    "study": "repeat the paper's tables and figures, and compare with what it published",
     "epoch-time": "time an epoch with several optimizers, part by part",
     "noise-search": "compare the EVBMF searches: ours, rmsgd 1.0.2's and the Python VBMF's",
     "gpu": "build, test and measure the CUDA kernels on this machine's GPU",

@@ -132,7 +132,7 @@ class Case:
         }
         self._device = torch.device(settings.device)
         self._work = work
-        self._needs_closure = peers.peer(name).needs_closure
+        self._peer = peers.peer(name)
         torch.manual_seed(0)
         network = models.build(settings.model, work.classes, work.channels, settings.width)
         self._network = network.to(self._device)
@@ -177,14 +177,15 @@ class Case:
             def gradients(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
                 # Inside SAM's step: what came before this second pass was the step.
                 clock.stop("step")
-                self._optimizer.zero_grad()
                 loss = cross_entropy(self._network(inputs), targets)
-                loss.backward()
+                if torch.is_grad_enabled():  # a line search asks for the loss alone
+                    self._optimizer.zero_grad()
+                    loss.backward()
                 clock.stop("forward_backward")
                 return loss
 
             loss = gradients()
-            self._optimizer.step(gradients if self._needs_closure else None)
+            self._optimizer.step(*self._peer.step_arguments(gradients, loss))
             clock.stop("step")
         seconds = clock.seconds
         self.finite &= math.isfinite(loss.item())

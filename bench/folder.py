@@ -5,6 +5,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -73,17 +74,25 @@ def _first(images: Images, limit: int | None) -> Images:
 
 
 def _cifar(files: list[Path], labels: int) -> Images:
-    """Records of `labels` label bytes, the last of which counts, and 3x32x32 pixels."""
-    record = labels + PIXELS
     parts = []
     for path in files:
         if not path.is_file():
             raise ValueError(f"{path} is missing")
-        content = np.fromfile(path, dtype=np.uint8)
-        if content.size == 0 or content.size % record:
-            raise ValueError(f"{path} is no CIFAR file: {content.size} bytes are not records of {record}")
-        parts.append(content.reshape(-1, record))
-    records = np.concatenate(parts)
+        parts.append(decode_cifar(np.fromfile(path, dtype=np.uint8), labels, str(path)))
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+def decode_cifar(content: npt.NDArray[np.uint8], labels: int, name: str) -> Images:
+    """Records of `labels` label bytes, the last of which counts, and 3x32x32 pixels.
+
+    Raises:
+        ValueError: the bytes of the file called `name` are not whole records, or there is none.
+
+    """
+    record = labels + PIXELS
+    if content.size == 0 or content.size % record:
+        raise ValueError(f"{name} is no CIFAR file: {content.size} bytes are not records of {record}")
+    records = content.reshape(-1, record)
     pixels = torch.from_numpy(records[:, labels:].reshape(-1, 3, 32, 32).copy())
     return pixels, torch.from_numpy(records[:, labels - 1].astype(np.int64))
 

@@ -2,8 +2,8 @@
 
 Learning rates and weight decay are those of the paper's code (SGD .1, Adam .0003, AdamP .01,
 AdaBound .01, weight decay 1e-4, every rate but RMSGD's halved each tenth of the run); where it
-publishes none, those of the optimizer's own authors. No peer is code of ours: they come from torch,
-from pytorch_optimizer, and from the RMSGD authors' own package.
+publishes none, those of the optimizer's own authors. Peers come from torch, from pytorch_optimizer and
+from the RMSGD authors' own package; only SLS, which no kept package has, is code of ours.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -47,8 +48,9 @@ class Peer:
         settings: the keyword arguments of its authors.
         note: what it is, and where the settings differ from the package's defaults.
         scheduled: the paper halves its learning rate each tenth of the run.
-        needs_closure: `step` wants a function that computes the gradients anew; those at the
-            current weights must be there already.
+        needs_closure: `step` wants a function that computes the gradients anew, or only the loss where
+            gradients are disabled; those at the current weights must be there already.
+        needs_loss: `step` wants the loss at the current weights too.
 
     """
 
@@ -57,6 +59,13 @@ class Peer:
     note: str
     scheduled: bool = True
     needs_closure: bool = False
+    needs_loss: bool = False
+
+    def step_arguments(self, closure: Callable[[], Tensor], loss: Tensor) -> tuple[Any, ...]:
+        """What its `step` is called with, of the function that computes the gradients and the loss."""
+        if self.needs_loss:
+            return closure, loss.detach()
+        return (closure,) if self.needs_closure else ()
 
 
 def _torch(name: str) -> Create:
@@ -79,6 +88,12 @@ def _sgd_per_layer(named: Named, **settings: Any) -> Optimizer:
 
 def _sam(named: Named, **settings: Any) -> Optimizer:
     return _pytorch_optimizer().SAM(_tensors(named), torch.optim.SGD, **settings)
+
+
+def _sls(named: Named, **settings: Any) -> Optimizer:
+    from bench.sls import SLS
+
+    return SLS(_tensors(named), **settings)
 
 
 def _rmsgd(named: Named, **settings: Any) -> Optimizer:
@@ -141,6 +156,14 @@ PEERS: dict[str, Peer] = {
         {"lr": 1e-3, "eps": 1e-8, "weight_decay": 1e-4, "weight_decouple": False, "rectify": False},
         "as its authors train CIFAR: coupled weight decay, eps 1e-8, not rectified; "
         "their package rectifies by default",
+    ),
+    "sls": Peer(
+        _sls,
+        {"lr": 1.0, "c": 0.1, "backtrack": 0.9, "gamma": 2.0},
+        "stochastic line search (Armijo) in the settings of its authors' code",
+        scheduled=False,
+        needs_closure=True,
+        needs_loss=True,
     ),
     "adabound": Peer(
         _collection("AdaBound"),

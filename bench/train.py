@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--set",
-        type=_assignment,
+        type=assignment,
         action="append",
         default=[],
         metavar="OPTIMIZER.KEY=VALUE",
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _assignment(text: str) -> tuple[str, str, Any]:
+def assignment(text: str) -> tuple[str, str, Any]:
     """Parses OPTIMIZER.KEY=VALUE. An optimizer's name may hold dots; the value is a Python literal."""
     target, _, literal = text.partition("=")
     optimizer, _, key = target.rpartition(".")

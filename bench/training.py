@@ -167,14 +167,16 @@ class Run:
         for inputs, targets in self._batches:
 
             def gradients(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-                self._optimizer.zero_grad()
                 loss = cross_entropy(self._network(inputs), targets)
-                loss.backward()
+                if torch.is_grad_enabled():  # a line search asks for the loss alone
+                    self._optimizer.zero_grad()
+                    loss.backward()
                 return loss
 
             # Read once per epoch: a host copy per step would stall a GPU.
-            total += gradients().detach()
-            self._optimizer.step(gradients if self._peer.needs_closure else None)
+            loss = gradients().detach()
+            total += loss
+            self._optimizer.step(*self._peer.step_arguments(gradients, loss))
         return total.item() / len(self._batches)
 
     def _end_epoch(self) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from bench import models
 
-# kuangliu/pytorch-cifar's forms, which the authors train, and torchvision's ViT-B/16.
+# kuangliu/pytorch-cifar's forms, which the authors train, and torchvision's forms for ImageNet.
 # EfficientNet-B0: that repository's 3,599,686 include a first expansion (1,088) that is never used.
 # ResNeXt-29 1x64d and ShuffleNetV2 1.5x are the sizes in the authors' code: counted from its layers.
 PUBLISHED = {
@@ -20,6 +20,10 @@ PUBLISHED = {
     "efficientnetb0": 3_599_686 - 1_088,
     "shufflenetv2": 2_488_874,
     "shufflenetv2-1x": 1_263_854,
+    "resnet18-imagenet": 11_689_512,
+    "resnet34-imagenet": 21_797_672,
+    "resnet50-imagenet": 25_557_032,
+    "mobilenetv2-imagenet": 3_504_872,
     "vit-b16": 86_567_656,
     # nanoGPT's 10,646,784 for six layers of 384, 65 characters and no biases leave out positions.
     "gpt": 10_646_784 + 256 * 384,

@@ -20,9 +20,10 @@ def problem():
     targets = inputs @ torch.randn(6, 1, generator=generator)
 
     def closure():
-        network.zero_grad()
         loss = (network(inputs) - targets).square().mean()
-        loss.backward()
+        if torch.is_grad_enabled():
+            network.zero_grad()
+            loss.backward()
         return loss
 
     return network, closure
@@ -33,8 +34,9 @@ def train(name, steps, **overrides):
     optimizer = peers.make(name, network.named_parameters(), **overrides)
     losses = []
     for _ in range(steps):
-        losses.append(closure().item())
-        optimizer.step(closure if peers.peer(name).needs_closure else None)
+        loss = closure()
+        losses.append(loss.item())
+        optimizer.step(*peers.peer(name).step_arguments(closure, loss))
     return network, losses
 
 

@@ -1,7 +1,7 @@
 """The networks that runs and timings use, by name.
 
 Convolutional networks are in the CIFAR form (3x3 or 1x1 stem of stride 1, 32x32 images) that
-RMSGD's authors train; `bench.models.build("resnet18")` makes one.
+RMSGD's authors train, "-imagenet" ones as published for 224x224; `bench.models.build("resnet18")` makes one.
 """
 
 from collections.abc import Callable
@@ -52,6 +52,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "efficientnetb0": Architecture(efficientnet.EfficientNetB0),
     "shufflenetv2": Architecture(shufflenet.shufflenetv2_1_5x),
     "shufflenetv2-1x": Architecture(shufflenet.shufflenetv2_1x),
+    "resnet18-imagenet": Architecture(resnet.resnet18_imagenet, (3, 224, 224), 1000),
+    "resnet34-imagenet": Architecture(resnet.resnet34_imagenet, (3, 224, 224), 1000),
+    "resnet50-imagenet": Architecture(resnet.resnet50_imagenet, (3, 224, 224), 1000),
+    "mobilenetv2-imagenet": Architecture(mobilenet.MobileNetV2ImageNet, (3, 224, 224), 1000),
     "vit-b16": Architecture(vit.VisionTransformer, (3, vit.IMAGE, vit.IMAGE), 1000, any_size=False),
     "gpt": Architecture(gpt.GPT, sample=(gpt.CONTEXT,), classes=65),
 }

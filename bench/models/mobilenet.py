@@ -1,4 +1,4 @@
-"""MobileNetV2 for 32x32 images (Sandler et al., CVPR 2018): the first two strides are 1."""
+"""MobileNetV2 (Sandler et al., CVPR 2018): for 32x32 images, where early strides are 1, and as published."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,3 +61,60 @@ class MobileNetV2(nn.Module):
         out = self.layers(F.relu(self.bn1(self.conv1(x))))
         out = F.relu(self.bn2(self.conv2(out)))
         return self.linear(out.mean((2, 3)))
+
+
+# expansion, channels, blocks, stride of the first block: the paper's Table 2
+STAGES_IMAGENET = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+def _norm(channels: int, activation: bool = True) -> list[nn.Module]:
+    return [nn.BatchNorm2d(channels), *([nn.ReLU6(inplace=True)] if activation else [])]
+
+
+class InvertedResidual(nn.Module):
+    """As published: nothing to expand at expansion 1, and a shortcut only where it needs no weights."""
+
+    def __init__(self, inputs: int, outputs: int, expansion: int, stride: int) -> None:
+        super().__init__()
+        planes = inputs * expansion
+        expand = [conv(inputs, planes, 1), *_norm(planes)] if expansion > 1 else []
+        self.layers = nn.Sequential(
+            *expand,
+            conv(planes, planes, 3, stride, groups=planes),
+            *_norm(planes),
+            conv(planes, outputs, 1),
+            *_norm(outputs, activation=False),
+        )
+        self.shortcut = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layers(x)
+        return x + out if self.shortcut else out
+
+
+class MobileNetV2ImageNet(nn.Module):
+    """Images (batch, in_channels, 224, 224) to logits (batch, classes)."""
+
+    def __init__(self, classes: int, in_channels: int, width: float) -> None:
+        super().__init__()
+        channels, features = scaled(32, width), scaled(1280, width)
+        layers: list[nn.Module] = [conv(in_channels, channels, 3, 2), *_norm(channels)]
+        for expansion, planes, count, first in STAGES_IMAGENET:
+            outputs = scaled(planes, width)
+            for stride in strides(first, count):
+                layers.append(InvertedResidual(channels, outputs, expansion, stride))
+                channels = outputs
+        self.layers = nn.Sequential(*layers, conv(channels, features, 1), *_norm(features))
+        self.dropout = nn.Dropout(0.2)
+        self.linear = nn.Linear(features, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.dropout(self.layers(x).mean((2, 3))))

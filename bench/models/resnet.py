@@ -1,4 +1,4 @@
-"""ResNets for small images (He et al., CVPR 2016), with a 3x3 stem and no pooling after it."""
+"""ResNets (He et al., CVPR 2016): for small images with a 3x3 stem, else with a 7x7 one and pooling."""
 
 from collections.abc import Sequence
 
@@ -54,6 +54,7 @@ class ResNet(nn.Module):
         classes: number of logits.
         in_channels: channels of the images.
         width: factor on every channel count inside.
+        large: a stem that reduces the image four times, for images of 224x224.
 
     """
 
@@ -65,10 +66,12 @@ class ResNet(nn.Module):
         classes: int,
         in_channels: int,
         width: float,
+        large: bool = False,
     ) -> None:
         super().__init__()
         channels = scaled(planes, width)
-        self.conv1 = conv(in_channels, channels)
+        self.conv1 = conv(in_channels, channels, 7, 2) if large else conv(in_channels, channels)
+        self.pool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
         self.bn1 = nn.BatchNorm2d(channels)
         stages = []
         for index, count in enumerate(blocks):
@@ -82,7 +85,7 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.layers(F.relu(self.bn1(self.conv1(x))))
+        out = self.layers(self.pool(F.relu(self.bn1(self.conv1(x)))))
         return self.linear(out.mean((2, 3)))
 
 
@@ -100,6 +103,18 @@ def resnet50(classes: int, in_channels: int, width: float) -> ResNet:
 
 def resnet101(classes: int, in_channels: int, width: float) -> ResNet:
     return ResNet(Bottleneck, (3, 4, 23, 3), 64, classes, in_channels, width)
+
+
+def resnet18_imagenet(classes: int, in_channels: int, width: float) -> ResNet:
+    return ResNet(BasicBlock, (2, 2, 2, 2), 64, classes, in_channels, width, large=True)
+
+
+def resnet34_imagenet(classes: int, in_channels: int, width: float) -> ResNet:
+    return ResNet(BasicBlock, (3, 4, 6, 3), 64, classes, in_channels, width, large=True)
+
+
+def resnet50_imagenet(classes: int, in_channels: int, width: float) -> ResNet:
+    return ResNet(Bottleneck, (3, 4, 6, 3), 64, classes, in_channels, width, large=True)
 
 
 def resnet14_digits(classes: int, in_channels: int, width: float) -> ResNet:

@@ -1,0 +1,3 @@
+"""The paper's study, reproducible: `python -m bench study list | run | tune | report`."""
+
+from bench.study.command import main as main

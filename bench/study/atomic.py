@@ -1,0 +1,43 @@
+"""Files that are there whole or not at all, whatever kills the process or fills the disk."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file so that at every moment `path` holds the old content or all of the new.
+
+    Content goes to a temporary file beside it, to the disk (fsync), and then takes the name; the
+    folder is synchronised too, so that the name outlives a power cut.
+
+    Raises:
+        OSError: the disk is full, or cannot be written to. The old file is intact and the temporary
+            one is gone.
+
+    """
+    partial = path.with_name(path.name + ".part")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save(path: Path, content: Any) -> None:
+    """`torch.save` by way of `write`. It is serialised in memory first: torch's writer hides a full disk."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write(path, buffer.getbuffer())

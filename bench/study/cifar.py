@@ -1,0 +1,179 @@
+"""CIFAR-10 and CIFAR-100 from the archives that its authors publish, packed or unpacked.
+
+The binary form is plain records. The Python form is a pickle, of which nothing is run: an unpickler
+that knows arrays and nothing else reads it.
+"""
+
+import hashlib
+import io
+import pickle
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.folder import PIXELS, decode_cifar
+from bench.study import unpickle
+from bench.study.source import DatasetError
+
+Images = tuple[Tensor, Tensor]
+"""uint8 (n, 3, 32, 32) and int64 (n,)."""
+
+WHERE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+
+
+@dataclass(frozen=True)
+class Form:
+    """One of CIFAR's data sets.
+
+    Attributes:
+        classes: how many there are.
+        labels: label bytes of a binary record, the last of which counts.
+        key: of the labels in the Python form.
+        binary, python: (training files, test file) of the two forms.
+        archives: name to MD5, as published beside them.
+        counts: training and test images.
+
+    """
+
+    classes: int
+    labels: int
+    key: bytes
+    binary: tuple[tuple[str, ...], str]
+    python: tuple[tuple[str, ...], str]
+    archives: dict[str, str]
+    counts: tuple[int, int] = (50_000, 10_000)
+
+    @property
+    def layout(self) -> str:
+        packed = " or ".join(f"{name} (MD5 {digest})" for name, digest in self.archives.items())
+        return f"{packed} from {WHERE}, or the folder that it unpacks to"
+
+
+FORMS = {
+    "cifar10": Form(
+        10,
+        1,
+        b"labels",
+        (tuple(f"data_batch_{index}.bin" for index in range(1, 6)), "test_batch.bin"),
+        (tuple(f"data_batch_{index}" for index in range(1, 6)), "test_batch"),
+        {
+            "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
+            "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
+        },
+    ),
+    "cifar100": Form(
+        100,
+        2,
+        b"fine_labels",
+        (("train.bin",), "test.bin"),
+        (("train",), "test"),
+        {
+            "cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8",
+            "cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85",
+        },
+    ),
+}
+
+
+def read(folder: Path, name: str) -> tuple[Images, Images, int]:
+    """Training images, test images and the number of classes.
+
+    Args:
+        folder: holds an archive, or the files of one, or the folder that one unpacks to.
+        name: "cifar10" or "cifar100".
+
+    Raises:
+        DatasetError: neither is there, or what is there is damaged or incomplete.
+
+    """
+    form = FORMS[name]
+    content, names, decode = _find(folder, form)
+    train_files, test_file = names
+    train = [decode(content(file), form, file) for file in train_files]
+    test = decode(content(test_file), form, test_file)
+    parts: tuple[Images, Images] = (tuple(map(torch.cat, zip(*train, strict=True))), test)  # type: ignore[assignment]
+    for what, (images, targets), expected in zip(("training", "test"), parts, form.counts, strict=True):
+        if len(images) != expected:
+            raise DatasetError(f"{folder} has {len(images)} {what} images instead of {expected}")
+        if targets.min() < 0 or targets.max() >= form.classes:
+            raise DatasetError(f"{folder}: a {what} label is outside 0 to {form.classes - 1}")
+    return *parts, form.classes
+
+
+Names = tuple[Sequence[str], str]
+Content = Callable[[str], bytes]
+Decode = Callable[[bytes, Form, str], Images]
+
+
+def _find(folder: Path, form: Form) -> tuple[Content, Names, Decode]:
+    """How to read a file by name, the names of the files, and how to understand them."""
+    if not folder.is_dir():
+        raise DatasetError(f"{folder} is not a folder")
+    kinds: tuple[tuple[Names, Decode], ...] = (
+        (form.binary, _binary),
+        (form.python, _python),
+    )
+    inside = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+    for names, decode in kinds:
+        for place in inside:
+            if all((place / file).is_file() for file in (*names[0], names[1])):
+                return lambda file, place=place: (place / file).read_bytes(), names, decode
+    for (names, decode), archive in zip(kinds, form.archives, strict=True):
+        if (folder / archive).is_file():
+            return _archived(folder / archive, form.archives[archive]), names, decode
+    raise DatasetError(f"{folder} holds neither of them")
+
+
+def _archived(path: Path, digest: str) -> Content:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    if found != digest:
+        raise DatasetError(f"{path} is damaged or another file: its MD5 is {found}")
+    wanted: dict[str, bytes] = {}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            file = archive.extractfile(member) if member.isfile() else None
+            if file is not None:
+                wanted[Path(member.name).name] = file.read()
+
+    def content(name: str) -> bytes:
+        if name not in wanted:
+            raise DatasetError(f"{path} has no {name}")
+        return wanted[name]
+
+    return content
+
+
+def _binary(content: bytes, form: Form, name: str) -> Images:
+    try:
+        return decode_cifar(np.frombuffer(content, dtype=np.uint8), form.labels, name)
+    except ValueError as error:
+        raise DatasetError(str(error)) from error
+
+
+# What the pickles of arrays name, by the module names of old and new NumPy.
+_ARRAYS = {
+    **{
+        (module, "_reconstruct"): np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+    },
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
+}
+
+
+def _python(content: bytes, form: Form, name: str) -> Images:
+    try:
+        loaded = unpickle.load(io.BytesIO(content), _ARRAYS, encoding="bytes")
+        pixels, labels = np.asarray(loaded[b"data"]), np.asarray(loaded[form.key], dtype=np.int64)
+    except (pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
+        raise DatasetError(f"{name} is not read: {error}") from error
+    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), PIXELS):
+        raise DatasetError(f"{name} holds {pixels.dtype} of shape {pixels.shape}, not uint8 (n, {PIXELS})")
+    return torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy()), torch.from_numpy(labels)

@@ -1,0 +1,243 @@
+"""`python -m bench study`: arguments, progress, and what to do when something is wrong."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bench import arguments, measure
+from bench.peers import PeerUnavailableError
+from bench.study import listing
+from bench.study.config import RunConfig, sorted_settings
+from bench.study.experiments import EXPERIMENTS, Grid, check_names, experiment, small
+from bench.study.runner import Place, Runner, train_all
+from bench.train import assignment, overrides
+
+OUT = Path(".out/study")
+ENDS = {"diverged": "its loss stopped being a number; the others go on", "busy": "another process is at it"}
+
+
+def main(given: Sequence[str]) -> int:
+    """Runs the command.
+
+    Returns:
+        0; 1 when every run of an optimizer diverged, or a run could not be kept; 130 when interrupted.
+        Bad arguments exit with 2.
+
+    """
+    parser = _parser()
+    options = parser.parse_args(given)
+    console = Console(stderr=True)
+    try:
+        return options.act(options, console)
+    except (ValueError, PeerUnavailableError) as error:
+        console.print(f"{options.parser.prog}: {error}", soft_wrap=True, markup=False, highlight=False)
+        return 2
+    except OSError as error:
+        console.print(
+            f"{error.strerror or error}: {error.filename or options.out}. The last checkpoint is intact: "
+            "make room and give the same command again.",
+            soft_wrap=True,
+            markup=False,
+        )
+        return 1
+    except KeyboardInterrupt:
+        console.print("interrupted: the same command goes on from the last checkpoint")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench study",
+        description="The paper's tables and figures: what was published, runs that repeat it, comparison.",
+    )
+    commands = parser.add_subparsers(metavar="ACTION", required=True)
+    known = f"Experiments: {', '.join(EXPERIMENTS)}."
+
+    show = commands.add_parser("list", help="experiments and published numbers", epilog=known)
+    show.add_argument("ids", nargs="*", metavar="ID", help="experiments to show in full, or notes")
+    show.add_argument("--json", action="store_true", help="everything, as JSON")
+    show.set_defaults(act=_list, parser=show, out=OUT)
+
+    run = commands.add_parser("run", help="train what experiments need; done runs are skipped", epilog=known)
+    run.add_argument("ids", nargs="+", metavar="ID", help="experiments, or all")
+    _selection(run)
+    _place(run)
+    run.set_defaults(act=_run, parser=run)
+    return parser
+
+
+def _selection(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--network", type=arguments.names, metavar="A,B,...", help="only these networks")
+    add("--dataset", type=arguments.names, metavar="A,B,...", help="only these data sets")
+    add("--optimizers", type=arguments.names, metavar="A,B,...", help="only these optimizers")
+    add("--seeds", type=arguments.positive, help="how many seeds, from 0 on (default: 5; preset small: 1)")
+    add("--preset", choices=("small",), help="digits, an eighth of the width, 3 epochs: minutes on two cores")
+    add("--all", action="store_true", help="with --preset small: all networks, not two of each experiment")
+    add("--epochs", type=arguments.positive, help="instead of the paper's")
+    add("--batch", type=arguments.positive, help="instead of the paper's")
+    add(
+        "--mode",
+        choices=("budget", "epochs"),
+        help="stop after SGD's time, or after epochs",
+    )
+    add(
+        "--set",
+        type=assignment,
+        action="append",
+        default=[],
+        metavar="OPTIMIZER.KEY=VALUE",
+        help="replace a setting of an optimizer, e.g. rmsgd.beta=0.9; may be repeated",
+    )
+
+
+def _place(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", type=Path, metavar="DIR", help="holds the data set, or a folder of its name that does")
+    add("--out", type=Path, default=OUT, metavar="DIR", help="holds a folder per run (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
+    add("--threads", type=arguments.positive, help="threads on the CPU (default: preset small 1, else all)")
+    add(
+        "--checkpoint-every",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="between checkpoints inside an epoch; there is one at each epoch end (default: %(default)g)",
+    )
+    add("--deterministic", action="store_true", help="on a GPU: slower, and a resumed run is bit-identical")
+
+
+def _list(options: argparse.Namespace, console: Console) -> int:
+    out = Console()
+    if options.json:
+        print(json.dumps(measure.plain(listing.as_dict()), indent=1))
+        return 0
+    ids = [name for name in options.ids if name != "notes"]
+    for name in ids:
+        experiment(name)
+    if ids or not options.ids:
+        listing.show(ids, out)
+    if "notes" in options.ids:
+        listing.show_notes(out)
+    return 0
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
+    configs = selected(options)
+    place = prepare(options)
+    with arguments.torch_threads(_threads(options)):
+        counts = train_with_progress(Runner(place), configs, console)
+    said = ", ".join(f"{count} {how}" for how, count in counts.items())
+    console.print(
+        f"{said}; in {options.out}. Next: python -m bench study report {' '.join(options.ids)}",
+        soft_wrap=True,
+    )
+    return 1 if set(counts) == {"diverged"} else 0
+
+
+def prepare(options: argparse.Namespace) -> Place:
+    """Checks the device and where to write, and makes torch deterministic where that is asked for."""
+    arguments.check_device(options.device)
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    options.out.mkdir(parents=True, exist_ok=True)
+    return Place(options.out, options.data, torch.device(options.device), options.checkpoint_every)
+
+
+def _threads(options: argparse.Namespace) -> int:
+    # Batches of digits are so small that a second thread costs as much as it brings.
+    return options.threads or (1 if options.preset else torch.get_num_threads())
+
+
+def selected(options: argparse.Namespace) -> list[RunConfig]:
+    """The runs that the arguments name, each once.
+
+    Raises:
+        ValueError: an experiment, network, data set or optimizer that is not known, or not in any of them.
+
+    """
+    ids = list(EXPERIMENTS) if "all" in options.ids else options.ids
+    check_names(options.network or (), options.dataset or (), options.optimizers or ())
+    seeds = range(options.seeds or (1 if options.preset else 5))
+    configs = []
+    for name in ids:
+        wanted = experiment(name)
+        if options.preset:
+            wanted = small(wanted, options.all)
+        grids = [_narrow(grid, options) for grid in wanted.grids]
+        mine = list(replace(wanted, grids=tuple(grids)).runs(tuple(seeds)))
+        if not mine:
+            cells = {(grid.networks, grid.datasets, grid.optimizers) for grid in wanted.grids}
+            known = "; ".join(" x ".join(", ".join(part) for part in cell) for cell in cells)
+            raise ValueError(f"{name} has no such cell. It has {known}")
+        configs += mine
+    changed = overrides(options.set)
+    if unused := set(changed) - {config.optimizer for config in configs}:
+        raise ValueError(f"settings for {', '.join(sorted(unused))}, which is not among the optimizers")
+    fixed = {key: value for key in ("epochs", "batch") if (value := getattr(options, key)) is not None}
+    if options.mode:
+        fixed["budget"] = options.mode == "budget"
+    return list(
+        dict.fromkeys(
+            replace(
+                config,
+                settings=sorted_settings({**dict(config.settings), **changed.get(config.optimizer, {})}),
+                **fixed,
+            )
+            for config in configs
+        )
+    )
+
+
+def _narrow(grid: Grid, options: argparse.Namespace) -> Grid:
+    def kept(names: tuple[str, ...], wanted: tuple[str, ...] | None) -> tuple[str, ...]:
+        return names if wanted is None else tuple(name for name in wanted if name in names)
+
+    return replace(
+        grid,
+        networks=kept(grid.networks, options.network),
+        datasets=kept(grid.datasets, options.dataset),
+        optimizers=kept(grid.optimizers, options.optimizers),
+    )
+
+
+def train_with_progress(runner: Runner, configs: Sequence[RunConfig], console: Console) -> dict[str, int]:
+    """Trains the runs under a bar for all and a line for each that ends otherwise than well."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.1f}/{task.total:.0f} runs"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("starting", total=len(configs))
+        ended = 0
+
+        def tell(config: RunConfig, text: str, share: float) -> None:
+            said = f"{config.network} on {config.dataset}, {text}, seed {config.seed}"
+            progress.update(task, completed=ended + min(share, 1.0), description=said)
+
+        def end(config: RunConfig, how: str) -> None:
+            nonlocal ended
+            ended += 1
+            progress.update(task, completed=ended)
+            if how != "complete":
+                run = f"{config.label}, {config.network} on {config.dataset}, seed {config.seed}"
+                progress.console.print(f"{run}: {ENDS[how]}", soft_wrap=True)
+
+        return train_all(runner, configs, tell, end)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

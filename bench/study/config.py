@@ -1,0 +1,73 @@
+"""One run of the study: everything that decides its result, and the folder that it is kept in."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What is trained and how. Two runs with equal configurations have equal results.
+
+    Attributes:
+        network: key of `bench.models.ARCHITECTURES`.
+        dataset: key of `bench.study.datasets.DATASETS`.
+        optimizer: key of `bench.peers.PEERS`.
+        seed: of initial weights, batches and augmentation.
+        settings: what replaces the settings of `bench.peers`, as sorted (name, value) pairs.
+        batch: mini-batch size.
+        epochs: passes over the training set; with a budget, the most.
+        budget: stop when the time that SGD needs for `epochs` epochs is spent.
+        width: factor on the network's channel counts.
+        augment: random crops, and flips where the data set allows them.
+        cutout: one hole of half the image's side in every training image, on top of it.
+        holdout: judge by a fifth of the training set that is left out of it, for tuning.
+        keep_weights: keep the weights of some epochs, for figures.
+
+    """
+
+    network: str
+    dataset: str
+    optimizer: str
+    seed: int = 0
+    settings: tuple[tuple[str, Any], ...] = ()
+    batch: int = 128
+    epochs: int = 250
+    budget: bool = False
+    width: float = 1.0
+    augment: bool = True
+    cutout: bool = False
+    holdout: bool = False
+    keep_weights: bool = False
+
+    def folder(self, root: Path) -> Path:
+        """Where the run is kept: a name that people can read, and a digest of the whole configuration."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        changed = "".join(f"-{name}={value}" for name, value in self.settings)
+        return root / f"{self.dataset}-{self.network}" / f"{self.optimizer}{changed}-seed{self.seed}-{digest}"
+
+    @property
+    def label(self) -> str:
+        """Optimizer and what is unusual about its settings, for people."""
+        changed = ", ".join(f"{name} {value}" for name, value in self.settings)
+        return f"{self.optimizer} ({changed})" if changed else self.optimizer
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {**asdict(self), "settings": dict(self.settings)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "RunConfig":
+        """The inverse of `to_dict`; ValueError for keys that no run has."""
+        if unknown := set(content) - {field.name for field in fields(cls)}:
+            raise ValueError(f"no run has {', '.join(sorted(unknown))}")
+        return cls(**{**content, "settings": sorted_settings(content.get("settings", {}))})
+
+
+def sorted_settings(settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Settings in the order that makes equal ones equal."""
+    return tuple(sorted(settings.items()))

@@ -1,0 +1,193 @@
+"""The paper's tables and figures as sets of runs.
+
+A run belongs to no experiment: a figure that needs what a table has trained finds it done.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from bench import models, peers
+from bench.names import look_up
+from bench.study.config import RunConfig, sorted_settings
+
+SMALL_WIDTH = 0.125
+SMALL_BATCH = 64
+SMALL_EPOCHS = 3
+# How much smaller the preset's batches are than the paper's, for the study of batch sizes.
+SMALL_BATCH_FACTOR = 8
+
+RMSGD = ("rmsgd", "rmsgd-published")
+TABLE_1A = ("adabelief", "adabound", "adagrad", "adam", "adamp", "sls", "sam", "sgd", "sgdp", *RMSGD)
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+CIFAR = ("cifar10", "cifar100")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every combination of networks, data sets, optimizers and the values of one swept quantity.
+
+    Attributes:
+        networks, datasets, optimizers: names.
+        common: fields of `RunConfig` that all share.
+        sweep: the quantity: "batch", "lr" (values are factors on each optimizer's own rate) or a
+            setting of the optimizers; None for no sweep.
+        values: of the quantity.
+
+    """
+
+    networks: tuple[str, ...]
+    datasets: tuple[str, ...]
+    optimizers: tuple[str, ...]
+    common: Mapping[str, Any] = field(default_factory=dict)
+    sweep: str | None = None
+    values: tuple[float, ...] = ()
+
+    def runs(self, seeds: Sequence[int]) -> Iterator[RunConfig]:
+        """The runs, seeds innermost."""
+        for dataset, network, value, optimizer, seed in product(
+            self.datasets, self.networks, self.values or (None,), self.optimizers, seeds
+        ):
+            run = RunConfig(network, dataset, optimizer, seed, **self.common)
+            yield run if value is None else self._with(run, value)
+
+    def _with(self, run: RunConfig, value: float) -> RunConfig:
+        if self.sweep == "batch":
+            return replace(run, batch=int(value))
+        assert self.sweep is not None
+        own = peers.peer(run.optimizer).settings.get(self.sweep)
+        if self.sweep == "lr" and own is None:
+            return run
+        if self.sweep == "lr":
+            value = float(f"{value * own:.6g}")
+        return run if value == own else replace(run, settings=sorted_settings({self.sweep: value}))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table or figure of the paper.
+
+    Attributes:
+        title: what it shows.
+        grids: the runs it needs.
+        epochs: at which it reports; empty for the end of the training.
+
+    """
+
+    title: str
+    grids: tuple[Grid, ...]
+    epochs: tuple[int, ...] = ()
+
+    def runs(self, seeds: Sequence[int] = (0,)) -> list[RunConfig]:
+        """Its runs, each once."""
+        return list(dict.fromkeys(run for grid in self.grids for run in grid.runs(seeds)))
+
+
+_BUDGET = {"budget": True}
+_FIXED = {"epochs": 140}
+_PATHOLOGY = ("resnet18-imagenet", "resnet34-imagenet", "mobilenetv2-imagenet")
+_TABLE_1B = (*RESNETS, "resnext29", "mobilenetv2", "senet18", "efficientnetb0", "shufflenetv2")
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "table1a": Experiment(
+        "Test accuracy on CIFAR in the time of 250 SGD epochs",
+        (Grid((*RESNETS, "resnext29"), CIFAR, TABLE_1A, _BUDGET),),
+    ),
+    "table1b": Experiment(
+        "The same with Cutout",
+        (Grid(_TABLE_1B, CIFAR, ("sam", "sgd", "sgdp", *RMSGD), _BUDGET | {"cutout": True}),),
+    ),
+    "table2": Experiment(
+        "MobileNetV2 on ImageNet, batches of 128, after 150 and 250 epochs",
+        (Grid(("mobilenetv2-imagenet",), ("imagenet",), ("sam", "sgd", *RMSGD)),),
+        epochs=(150, 250),
+    ),
+    "table3": Experiment(
+        "MobileNetV2 and ResNet50 on ImageNet, batches of 256",
+        (
+            Grid(
+                ("mobilenetv2-imagenet", "resnet50-imagenet"),
+                ("imagenet",),
+                ("sam", "sgd", "adamp", *RMSGD),
+                {"batch": 256},
+            ),
+        ),
+    ),
+    "table4": Experiment(
+        "Computational pathology: MHIST, and ADP with several labels an image",
+        (Grid(_PATHOLOGY, ("mhist", "adp"), ("adam", "adamp", "sam", "sgd", "sgdp", *RMSGD)),),
+    ),
+    "fig1a": Experiment(
+        "Low rank and noise of one layer of ResNet34 over the epochs",
+        (Grid(("resnet34",), ("cifar10",), ("rmsgd",), {"keep_weights": True}),),
+    ),
+    "fig1b": Experiment(
+        "Quality of every layer of ResNet34 over the epochs, weak and strong optimizers",
+        (Grid(("resnet34",), ("cifar10",), ("adam", "adagrad", "adabound", "sgd", "sam", *RMSGD), _BUDGET),),
+    ),
+    "fig2": Experiment(
+        "Q against generalisation gap and test accuracy over optimizers, rates and ResNets; NATS-Bench",
+        (Grid(RESNETS, CIFAR, TABLE_1A, _BUDGET, sweep="lr", values=(0.1, 0.3, 1.0, 3.0)),),
+    ),
+    "fig3": Experiment(
+        "Stable rank, condition, Q and rates over 140 epochs; the momentum beta of the rates",
+        (
+            Grid(("resnet50",), ("cifar10",), ("adam", "sgd", "sam", *RMSGD), _FIXED),
+            Grid(
+                ("resnet34",), ("cifar10",), ("rmsgd",), {}, sweep="beta", values=(0.8, 0.9, 0.95, 0.98, 0.99)
+            ),
+        ),
+    ),
+    "fig4": Experiment(
+        "Accuracy against time, training against test, and batch sizes",
+        (
+            Grid(("resnet34", "resnet50"), CIFAR, TABLE_1A, _BUDGET),
+            Grid(("resnet18",), ("cifar10",), ("sam", "sgd", "rmsgd"), {}, "batch", (128, 256, 512, 1024)),
+        ),
+    ),
+}
+
+
+def experiment(name: str) -> Experiment:
+    """The experiment called `name`; ValueError with a suggestion and the list when there is none."""
+    return look_up("experiment", name, EXPERIMENTS)
+
+
+def small(given: Experiment, every: bool = False) -> Experiment:
+    """The experiment on digits, in minutes: two networks of an eighth of the width, three epochs.
+
+    Args:
+        given: the experiment.
+        every: all of its networks instead of two.
+
+    """
+    grids = []
+    for grid in given.grids:
+        networks = tuple(dict.fromkeys(name.removesuffix("-imagenet") for name in grid.networks))
+        datasets = tuple(
+            dict.fromkeys("digits-properties" if name == "adp" else "digits" for name in grid.datasets)
+        )
+        common = {**grid.common, "batch": SMALL_BATCH, "epochs": SMALL_EPOCHS, "width": SMALL_WIDTH}
+        values = grid.values
+        if grid.sweep == "batch":
+            values = tuple(value / SMALL_BATCH_FACTOR for value in values)
+        chosen = networks if every else networks[:2]
+        grids.append(
+            replace(
+                grid, networks=chosen, datasets=datasets, common={**common, "budget": False}, values=values
+            )
+        )
+    return Experiment(given.title, tuple(grids))
+
+
+def check_names(networks: Sequence[str], datasets: Sequence[str], optimizers: Sequence[str]) -> None:
+    """Raises ValueError for a name that nothing has."""
+    from bench.study.datasets import DATASETS
+
+    for name in networks:
+        models.architecture(name)
+    for name in datasets:
+        look_up("data set", name, DATASETS)
+    for name in optimizers:
+        peers.peer(name)

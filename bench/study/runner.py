@@ -1,0 +1,128 @@
+"""Many runs, one after the other: what is done is skipped, what diverges stops alone."""
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench import measure
+from bench.study import datasets
+from bench.study.config import RunConfig
+from bench.study.run import BusyError, Run, Told, make_optimizer, status
+from bench.study.source import Source
+
+CPU = torch.device("cpu")
+BUDGET_EPOCHS = 4
+"""Epochs of SGD that are timed for a budget; the first, which pays for warming up, is not counted."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs read, compute and write.
+
+    Attributes:
+        out: holds a folder per run.
+        data: where the data sets are; None for those that are built in.
+        device: where to compute.
+        checkpoint_seconds: see `bench.study.run.Run`.
+
+    """
+
+    out: Path
+    data: Path | None = None
+    device: torch.device = CPU
+    checkpoint_seconds: float = 300.0
+
+
+class Runner:
+    """Trains runs at one place, reading each data set once."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._sources: dict[tuple[str, tuple[int, ...]], Source] = {}
+
+    def train(self, config: RunConfig, tell: Told = lambda text, share: None) -> str:
+        """Trains one run to its end.
+
+        Returns:
+            "complete", "diverged", or "busy" when another process is at it.
+
+        Raises:
+            DatasetError: the data is not there, or not what it should be.
+            ValueError: a setting that data, network or optimizer refuse.
+            OSError: a checkpoint could not be written. The one before is intact.
+
+        """
+        folder = config.folder(self._place.out)
+        done = status(folder)
+        if done in ("complete", "diverged"):
+            return done
+        source = self.source(config)
+        budget = self.budget(config, tell) if config.budget else None
+        run = Run(
+            config,
+            source,
+            folder,
+            self._place.device,
+            budget=budget,
+            checkpoint_seconds=self._place.checkpoint_seconds,
+        )
+        try:
+            return run.train(tell)
+        except BusyError:
+            return "busy"
+
+    def source(self, config: RunConfig) -> Source:
+        """The data of a run."""
+        from bench.models import architecture
+
+        key = (config.dataset, architecture(config.network).sample)
+        if key not in self._sources:
+            self._sources[key] = datasets.load(
+                config.dataset, self._place.data, config.network, self._place.device
+            )
+        return self._sources[key]
+
+    def budget(self, config: RunConfig, tell: Told = lambda text, share: None) -> float:
+        """Seconds that SGD needs for `config.epochs` epochs of the same cell, measured here, once.
+
+        Seconds are those of training and epoch ends; evaluation and checkpoints are not the optimizer's.
+        """
+        cell = replace(config, optimizer="sgd", settings=(), seed=0, budget=False, keep_weights=False)
+        name = "-".join(cell.folder(Path()).parts)
+        path = self._place.out / "budgets" / f"{name}.json"
+        if not path.exists():
+            with tempfile.TemporaryDirectory() as folder:
+                short = replace(cell, epochs=BUDGET_EPOCHS)
+                run = Run(short, self.source(config), Path(folder), self._place.device)
+                run.train(lambda text, share: tell("timing SGD", 0.0))
+                timed = run.epoch_seconds()[1:]
+            content = {
+                "seconds_per_epoch": float(np.median(timed)),
+                "timed": timed,
+                "cell": cell.to_dict(),
+                "machine": measure.machine(),
+            }
+            measure.write_json(path, content)
+        return json.loads(path.read_text(encoding="utf-8"))["seconds_per_epoch"] * config.epochs
+
+
+def train_all(
+    runner: Runner,
+    configs: Sequence[RunConfig],
+    tell: Callable[[RunConfig, str, float], object] = lambda config, text, share: None,
+    ended: Callable[[RunConfig, str], object] = lambda config, how: None,
+) -> dict[str, int]:
+    """Trains all runs and returns how many ended in which way."""
+    for config in dict.fromkeys(replace(config, network="", dataset="", seed=0) for config in configs):
+        make_optimizer(config, torch.nn.Linear(2, 2), 1)  # a wrong setting, before hours of others
+    counts: dict[str, int] = {}
+    for config in configs:
+        how = runner.train(config, lambda text, share, config=config: tell(config, text, share))
+        counts[how] = counts.get(how, 0) + 1
+        ended(config, how)
+    return counts

@@ -1,0 +1,162 @@
+"""What a run learns from: batches that depend on seed, epoch and position alone, to be resumed at any."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bench.data import Split
+from bench.study.augment import crop_and_flip, cutout
+
+Batch = tuple[Tensor, Tensor]
+EVALUATED = 512
+
+
+class DatasetError(ValueError):
+    """A data set that is not there, or is not what it should be: what is expected, and where from."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images vary: most pixels to move by, whether mirrored, side of the hole (0: none)."""
+
+    pad: int = 0
+    flip: bool = False
+    hole: int = 0
+
+
+class Source(Protocol):
+    """A data set as runs read it.
+
+    Attributes:
+        classes: number of logits.
+        sample: (channels, height, width).
+        several: several labels an image: targets are (n, classes) of zeros and ones.
+        batches: of one size, in an epoch.
+
+    """
+
+    classes: int
+    sample: tuple[int, ...]
+    several: bool
+
+    def batches(self, size: int) -> int:
+        """How many batches of one size an epoch has; what is left over is not used in that epoch."""
+
+    def epoch(self, size: int, seed: int, epoch: int, skip: int) -> Iterator[Batch]:
+        """Augmented training batches, without the first `skip`, in an order drawn from seed and epoch."""
+
+    def test(self) -> Iterator[Batch]:
+        """The test set."""
+
+    def train_sample(self) -> Iterator[Batch]:
+        """Training images as they are, as many as there are in the test set, always the same."""
+
+    def varied(self, augment: bool, cutout: bool) -> "Source":
+        """The same data with other variation: none, or a hole of half the image's side on top."""
+
+    def with_holdout(self) -> "Source":
+        """The training set alone, a fifth of it (always the same) in the place of the test set."""
+
+
+def mix(*parts: int) -> int:
+    """A seed of several numbers."""
+    seed = 0
+    for part in parts:
+        seed = (seed * 1_000_003 + part + 1) % (1 << 63)
+    return seed
+
+
+def whole_batches(count: int, size: int) -> int:
+    """How many batches of `size` there are in `count` images; ValueError when there is none."""
+    if not 1 <= size <= count:
+        raise ValueError(f"batch must be between 1 and the {count} training images, got {size}")
+    return count // size
+
+
+class InMemory:
+    """A data set that is on the device already, as a `Source`.
+
+    Args:
+        train, test: images as uint8, normalised batch by batch with the mean and deviation of the
+            training set's channels, or as floats, which are taken as they are.
+        classes: number of logits.
+        augmentation: of the training images.
+        several: see `Source`.
+
+    """
+
+    def __init__(
+        self, train: Split, test: Split, classes: int, augmentation: Augmentation, several: bool = False
+    ) -> None:
+        self.classes, self.several = classes, several
+        self.sample = tuple(train.inputs.shape[1:])
+        self._train, self._test, self._augmentation = train, test, augmentation
+        self._device = train.inputs.device
+        self._mean, self._deviation = _moments(train.inputs)
+
+    def varied(self, augment: bool, cutout: bool) -> "InMemory":
+        chosen = self._augmentation if augment else Augmentation()
+        if cutout:
+            chosen = replace(chosen, hole=self.sample[1] // 2)
+        return InMemory(self._train, self._test, self.classes, chosen, self.several)
+
+    def with_holdout(self) -> "InMemory":
+        order = torch.randperm(len(self._train), generator=torch.Generator().manual_seed(0))
+        cut = len(order) // 5
+        held, kept = (part.to(self._device) for part in (order[:cut], order[cut:]))
+        parts = [Split(self._train.inputs[part], self._train.targets[part]) for part in (kept, held)]
+        return InMemory(parts[0], parts[1], self.classes, self._augmentation, self.several)
+
+    def batches(self, size: int) -> int:
+        return whole_batches(len(self._train), size)
+
+    def epoch(self, size: int, seed: int, epoch: int, skip: int) -> Iterator[Batch]:
+        generator = torch.Generator(self._device)
+        order = torch.randperm(
+            len(self._train), generator=generator.manual_seed(mix(seed, epoch)), device=self._device
+        )
+        for index in range(skip, self.batches(size)):
+            chosen = order[index * size : (index + 1) * size]
+            images, targets = self._train.inputs[chosen], self._train.targets[chosen]
+            yield self._augmented(images, generator.manual_seed(mix(seed, epoch, index))), targets
+
+    def _augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        how = self._augmentation
+        if how.pad or how.flip:
+            images = crop_and_flip(images, how.pad, how.flip, generator)
+        images = self._normalised(images)
+        return cutout(images, how.hole, generator) if how.hole else images
+
+    def test(self) -> Iterator[Batch]:
+        return self._evaluated(self._test.inputs, self._test.targets)
+
+    def train_sample(self) -> Iterator[Batch]:
+        count = len(self._test)
+        return self._evaluated(self._train.inputs[:count], self._train.targets[:count])
+
+    def _evaluated(self, images: Tensor, targets: Tensor) -> Iterator[Batch]:
+        for part, wanted in zip(images.split(EVALUATED), targets.split(EVALUATED), strict=True):
+            yield self._normalised(part), wanted
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8:
+            # A copy, as the hole is cut in place.
+            return images.clone()
+        return (images.float() - self._mean) / self._deviation
+
+
+def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the channels, (1, channels, 1, 1), without a float copy of all images."""
+    total = torch.zeros(images.shape[1], dtype=torch.float64, device=images.device)
+    squared = torch.zeros_like(total)
+    for part in images.split(1024):
+        values = part.double()
+        total += values.sum((0, 2, 3))
+        squared += values.square().sum((0, 2, 3))
+    count = images.numel() // images.shape[1]
+    mean = total / count
+    deviation = (squared / count - mean.square()).clamp_min(1e-12).sqrt()
+    return mean.float().view(1, -1, 1, 1), deviation.float().view(1, -1, 1, 1)

@@ -1,0 +1,183 @@
+"""ImageNet: images that are too many for memory, decoded by worker processes while the device computes."""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bench.folder import SUFFIXES
+from bench.study.source import EVALUATED, Batch, DatasetError, mix, whole_batches
+
+LAYOUT = (
+    "train/CLASS/IMAGE and val/CLASS/IMAGE, CLASS being one of the 1,000 WordNet ids (1,281,167 and 50,000 "
+    "images), from https://image-net.org"
+)
+# Of torchvision's ImageNet weights: everybody's constants since.
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Item = tuple[Path, int]
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels."""
+
+
+def load(folder: Path, size: tuple[int, int], device: torch.device) -> "Streamed":
+    """The images of `LAYOUT`, decoded when they are needed.
+
+    Raises:
+        DatasetError: train or val is missing or empty, or val has a class that train has not.
+
+    """
+    if not (folder / "train").is_dir() or not (folder / "val").is_dir():
+        raise DatasetError(f"{folder} has no folders train and val")
+    classes = sorted(entry.name for entry in (folder / "train").iterdir() if entry.is_dir())
+    if unknown := {entry.name for entry in (folder / "val").iterdir() if entry.is_dir()} - set(classes):
+        raise DatasetError(f"{folder / 'val'} has the class {min(unknown)}, which train has not")
+    parts = []
+    for split in ("train", "val"):
+        parts.append(
+            [
+                (path, target)
+                for target, label in enumerate(classes)
+                for path in sorted((folder / split / label).glob("*"))
+                if path.suffix.lower() in SUFFIXES
+            ]
+        )
+        if not parts[-1]:
+            raise DatasetError(f"{folder / split} holds no image")
+    return Streamed(parts[0], parts[1], len(classes), size, device)
+
+
+class Streamed:
+    """Images on the disk as a `bench.study.source.Source`; every crop depends on seed, epoch and image."""
+
+    several = False
+
+    def __init__(
+        self,
+        train: Sequence[Item],
+        test: Sequence[Item],
+        classes: int,
+        size: tuple[int, int],
+        device: torch.device,
+        augment: bool = True,
+    ) -> None:
+        self.classes, self.sample = classes, (3, *size)
+        self._train, self._test, self._device, self._augment = train, test, device, augment
+        self._mean, self._deviation = (
+            torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (MEAN, DEVIATION)
+        )
+
+    def varied(self, augment: bool, cutout: bool) -> "Streamed":
+        if cutout:
+            raise ValueError("no experiment uses Cutout on ImageNet")
+        return Streamed(self._train, self._test, self.classes, self.sample[1:], self._device, augment)
+
+    def with_holdout(self) -> "Streamed":
+        order = torch.randperm(len(self._train), generator=torch.Generator().manual_seed(0)).tolist()
+        cut = len(order) // 5
+        held, kept = ([self._train[index] for index in part] for part in (order[:cut], order[cut:]))
+        return Streamed(kept, held, self.classes, self.sample[1:], self._device, self._augment)
+
+    def batches(self, size: int) -> int:
+        return whole_batches(len(self._train), size)
+
+    def epoch(self, size: int, seed: int, epoch: int, skip: int) -> Iterator[Batch]:
+        order = torch.randperm(len(self._train), generator=torch.Generator().manual_seed(mix(seed, epoch)))
+        chosen = [self._train[index] for index in order[skip * size : self.batches(size) * size].tolist()]
+        seeds = [mix(seed, epoch, skip * size + index) for index in range(len(chosen))]
+        return self._loaded(chosen, size, seeds if self._augment else None)
+
+    def test(self) -> Iterator[Batch]:
+        return self._loaded(self._test, EVALUATED, None)
+
+    def train_sample(self) -> Iterator[Batch]:
+        stride = max(1, len(self._train) // len(self._test))
+        return self._loaded(self._train[::stride][: len(self._test)], EVALUATED, None)
+
+    def _loaded(self, items: Sequence[Item], size: int, seeds: Sequence[int] | None) -> Iterator[Batch]:
+        workers = min(16, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 4
+        cuda = self._device.type == "cuda"
+        loader = DataLoader(
+            Images(items, self.sample[1:], seeds),
+            batch_size=size,
+            # A handful of images is decoded sooner than a process starts.
+            num_workers=workers if len(items) >= 4096 else 0,
+            pin_memory=cuda,
+        )
+        for images, targets in loader:
+            on_device = images.to(self._device, non_blocking=True)
+            yield (
+                (on_device.float() - self._mean) / self._deviation,
+                targets.to(self._device, non_blocking=True),
+            )
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Decoded images: a random crop of 8 to 100 % of the area, mirrored by even odds; or the centre.
+
+    Args:
+        items: files and classes.
+        size: (height, width) of what comes out.
+        seeds: of every item's crop; None takes the centre 7/8 of the image.
+
+    """
+
+    def __init__(self, items: Sequence[Item], size: tuple[int, ...], seeds: Sequence[int] | None) -> None:
+        self._items, self._size, self._seeds = items, size, seeds
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image, UnidentifiedImageError
+
+        path, target = self._items[index]
+        height, width = self._size
+        try:
+            with Image.open(path) as image:
+                if self._seeds is None:
+                    box, mirrored = centre(image.size, width / height), False
+                else:
+                    box, mirrored = crop(image.size, np.random.default_rng(self._seeds[index]))
+                full = image.width
+                # JPEGs are decoded no larger than the crop needs.
+                image.draft(
+                    "RGB",
+                    (int(width * full / (box[2] - box[0])), int(height * image.height / (box[3] - box[1]))),
+                )
+                scaled = tuple(edge * image.width / full for edge in box)
+                resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR, box=scaled)
+        except (OSError, UnidentifiedImageError) as error:
+            raise DatasetError(f"{path} is not an image that can be read: {error}") from error
+        pixels = np.asarray(resized).transpose(2, 0, 1)
+        return torch.from_numpy((pixels[:, :, ::-1] if mirrored else pixels).copy()), target
+
+
+def crop(size: tuple[int, int], random: np.random.Generator) -> tuple[Box, bool]:
+    """A random part of an image of (width, height), and whether to mirror it.
+
+    8 to 100 % of the area, 3:4 to 4:3, as Szegedy et al. (2015) crop; the centre where ten draws do not fit.
+    """
+    width, height = size
+    mirrored = bool(random.integers(2))
+    for _ in range(10):
+        area = width * height * random.uniform(0.08, 1)
+        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if w <= width and h <= height:
+            left, top = random.uniform(0, width - w), random.uniform(0, height - h)
+            return (left, top, left + w, top + h), mirrored
+    return centre(size, 1.0), mirrored
+
+
+def centre(size: tuple[int, int], ratio: float) -> Box:
+    """The middle of an image of (width, height): 7/8 of what fits a rectangle of width/height `ratio`."""
+    width, height = size
+    w = min(width, height * ratio) * 7 / 8
+    h = w / ratio
+    return ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)

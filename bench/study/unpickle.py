@@ -1,0 +1,39 @@
+"""Reading pickles without running what is in them."""
+
+import pickle
+from collections.abc import Callable, Mapping
+from typing import IO, Any
+
+Allowed = Mapping[tuple[str, str], Callable[..., Any]]
+
+
+class _Restricted(pickle.Unpickler):
+    def __init__(self, file: IO[bytes], allowed: Allowed, encoding: str) -> None:
+        super().__init__(file, encoding=encoding)
+        self._allowed = allowed
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self._allowed[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no such file needs") from None
+
+
+def load(file: IO[bytes], allowed: Allowed, encoding: str = "ASCII") -> Any:
+    """The content of a pickle that may name nothing but what is in `allowed`.
+
+    Args:
+        file: open for reading.
+        allowed: (module, name) to what stands for it.
+        encoding: of text that Python 2 wrote; "bytes" leaves it as bytes.
+
+    Raises:
+        pickle.UnpicklingError: it names something else, or is no complete pickle.
+
+    """
+    try:
+        return _Restricted(file, allowed, encoding).load()
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:  # a mangled pickle raises almost anything
+        raise pickle.UnpicklingError(f"it is no complete pickle ({type(error).__name__}: {error})") from error

@@ -1,0 +1,77 @@
+"""Training runs of the study in processes that can be killed. Imported by the children, too."""
+
+import multiprocessing
+import os
+import signal
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from bench.data import Split
+from bench.study import atomic, datasets
+from bench.study.config import RunConfig
+from bench.study.run import Run
+from bench.study.source import Augmentation, InMemory
+
+TINY = RunConfig("resnet14-digits", "digits", "rmsgd", batch=64, epochs=2, width=0.5, keep_weights=True)
+STEPS = 4
+"""In an epoch of `TINY`."""
+CPU = torch.device("cpu")
+
+
+def make(config: RunConfig, folder: Path, **options) -> Run:
+    """A run on 260 digits that writes a checkpoint after every step."""
+    source = datasets.load(config.dataset, None, config.network, CPU)
+    splits = [Split(part.inputs[:260], part.targets[:260]) for part in (source._train, source._test)]
+    source = InMemory(*splits, source.classes, Augmentation(pad=1), source.several)
+    return Run(config, source, folder, CPU, **{"checkpoint_seconds": 0.0, **options})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def child(settings: dict, folder: str, where: str, count: int, started) -> None:
+    """Trains, and kills itself at the `count`-th "step" or "write" or "rename"; "" lives on."""
+    torch.set_num_threads(1)
+    passed = 0
+
+    def dying(function, at):
+        def wrapped(*arguments):
+            nonlocal passed
+            passed += at == where
+            if passed == count and at == where:
+                if at == "write":
+                    # Half of the file is there, under whatever name the writer gave it.
+                    os.truncate(arguments[0], os.fstat(arguments[0]).st_size // 2)
+                die()
+            return function(*arguments)
+
+        return wrapped
+
+    atomic.os.fsync = dying(os.fsync, "write")
+    atomic.os.replace = dying(os.replace, "rename")
+    Run._take_step = dying(Run._take_step, "step")
+    run = make(RunConfig.from_dict(settings), Path(folder))
+    started.set()
+    run.train()
+
+
+_context = multiprocessing.get_context("forkserver")
+# Found from the folder that pytest runs in: what each child would else spend seconds on importing.
+_context.set_forkserver_preload(["sklearn.datasets", "sklearn.model_selection", "bench.study.command"])
+
+
+def start(config: RunConfig, folder: Path, where: str = "", count: int = 0):
+    """A child that trains; it has built its run when this returns."""
+    started = _context.Event()
+    settings = {**asdict(config), "settings": dict(config.settings)}
+    process = _context.Process(target=child, args=(settings, str(folder), where, count, started))
+    process.start()
+    started.wait(60)
+    return process

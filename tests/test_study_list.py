@@ -1,0 +1,161 @@
+"""The experiments of the paper: what they train, and what was published."""
+
+import json
+import math
+
+import pytest
+
+from bench import models, peers
+from bench.__main__ import main
+from bench.study import published
+from bench.study.datasets import DATASETS
+from bench.study.experiments import EXPERIMENTS, experiment, small
+
+IDS = ["table1a", "table1b", "table2", "table3", "table4", "fig1a", "fig1b", "fig2", "fig3", "fig4"]
+
+
+def run_command(capsys, *arguments):
+    try:
+        status = main(["study", *arguments])
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_every_table_and_figure_of_the_paper_is_an_experiment():
+    assert list(EXPERIMENTS) == IDS
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_an_experiment_names_only_what_there_is(name):
+    for run in experiment(name).runs():
+        assert run.network in models.ARCHITECTURES
+        assert run.optimizer in peers.PEERS
+        assert run.dataset in DATASETS
+
+
+def test_every_published_number_belongs_to_a_cell_that_can_be_run():
+    for key in published.load().values:
+        cells = {(run.dataset, run.network, run.optimizer) for run in experiment(key.table).runs()}
+        assert (key.dataset, key.network, key.optimizer) in cells
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        (("table1a", "cifar10", "resnet18", "sgd"), (95.32, 0.07)),
+        (("table1a", "cifar100", "resnext29", "rmsgd"), (77.14, 0.31)),
+        (("table1a", "cifar100", "resnet18", "adamp"), (76.81, 0.31)),
+        (("table1b", "cifar100", "efficientnetb0", "sam"), (69.10, 0.50)),
+        (("table4", "adp", "mobilenetv2-imagenet", "rmsgd"), (93.83, 0.28)),
+    ],
+)
+def test_published_numbers_are_the_papers(cell, expected):
+    assert published.load().value(*cell) == expected
+
+
+def test_a_number_that_the_text_lacks_is_none():
+    known = published.load()
+    assert known.value("table1a", "cifar100", "resnet18", "adam") is None
+    assert known.value("table2", "imagenet", "mobilenetv2-imagenet", "rmsgd", 250) is None
+
+
+def test_all_rules_of_rmsgd_are_compared_with_its_one_column():
+    known = published.load()
+    rules = [known.value("table1a", "cifar10", "resnet18", name) for name in ("rmsgd", "rmsgd-published")]
+    assert rules[0] == rules[1]
+
+
+def test_a_mean_without_a_deviation_says_so():
+    value = published.load().value("table3", "imagenet", "resnet50-imagenet", "rmsgd")
+    assert math.isnan(value.std)
+    assert str(value) == "76.42"
+
+
+def test_the_paper_s_protocol_is_the_default():
+    (run, *_) = experiment("table1a").runs()
+    assert (run.epochs, run.batch, run.budget, run.augment, run.cutout) == (250, 128, True, True, False)
+    assert all(run.cutout for run in experiment("table1b").runs())
+    assert {run.batch for run in experiment("table3").runs()} == {256}
+
+
+def test_a_sweep_leaves_the_optimizers_own_value_as_it_is():
+    rates = [dict(run.settings).get("lr") for run in experiment("fig2").runs() if run.optimizer == "sgd"]
+    assert set(rates) == {0.01, 0.03, None, 0.3}
+    betas = {run.settings for run in experiment("fig3").runs() if run.network == "resnet34"}
+    assert betas == {(), *((("beta", value),) for value in (0.8, 0.9, 0.95, 0.99))}
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_the_small_preset_keeps_every_column_and_needs_no_data(name):
+    known, preset = experiment(name), small(experiment(name))
+    assert {run.optimizer for run in preset.runs()} == {run.optimizer for run in known.runs()}
+    assert all(not DATASETS[run.dataset].layout for run in preset.runs())
+    assert {run.epochs for run in preset.runs()} == {3}
+    assert all(len(grid.networks) <= 2 for grid in preset.grids)
+    every = {run.network for run in small(known, every=True).runs()}
+    assert every == {run.network.removesuffix("-imagenet") for run in known.runs()}
+
+
+# --- The command
+
+
+def test_list_shows_every_experiment_in_80_columns(capsys):
+    status, out, _ = run_command(capsys, "list")
+    assert status == 0
+    assert all(name in out for name in IDS)
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_list_shows_the_numbers_of_one(capsys):
+    status, out, _ = run_command(capsys, "list", "table3")
+    assert status == 0
+    assert "76.42" in out
+
+
+def test_list_writes_json(capsys):
+    _, out, _ = run_command(capsys, "list", "--json")
+    content = json.loads(out.replace("NaN", "null"))
+    assert set(content["experiments"]) == set(IDS)
+    assert len(content["published"]) == len(published.load().values)
+
+
+def test_notes_say_what_is_odd(capsys):
+    _, out, _ = run_command(capsys, "list", "notes")
+    assert "1.98" in out
+    assert "1x1" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "table9"), "unknown experiment 'table9'. Did you mean"),
+        (("list", "fig9"), "unknown experiment 'fig9'"),
+        (("run", "table1a", "--network", "resnet19"), "unknown model 'resnet19'. Did you mean 'resnet18'"),
+        (("run", "table1a", "--network", "senet18"), "table1a has no such cell. It has resnet18, resnet34"),
+        (("run", "table1a", "--optimizers", "sdg"), "unknown optimizer 'sdg'. Did you mean 'sgd'"),
+        (("run", "table1a", "--dataset", "svhn"), "unknown data set 'svhn'"),
+        (
+            ("run", "table1a"),
+            "cifar10 needs --data FOLDER. Expected: cifar-10-binary.tar.gz (MD5 c32a1d4ab5d0",
+        ),
+        (("run", "table1a", "--preset", "small", "--set", "sgd.speed=3"), "sgd: "),
+        (("run", "table2", "--set", "adam.lr=3"), "settings for adam, which is not among"),
+        (("run", "fig1a", "--device", "cuda:99"), "device 'cuda:99' cannot be used here"),
+    ],
+)
+def test_bad_arguments_are_answered_in_one_line(arguments, message, capsys, tmp_path):
+    place = ("--out", str(tmp_path)) if arguments[0] == "run" else ()
+    status, _, err = run_command(capsys, *arguments, *place)
+    assert status == 2
+    assert message in " ".join(err.split())
+
+
+def test_a_small_cell_runs_to_its_end_and_again_in_no_time(capsys, tmp_path):
+    arguments = ("run", "table1a", "--preset", "small", "--network", "resnet18", "--optimizers", "sgd")
+    for _ in range(2):
+        status, _, err = run_command(capsys, *arguments, "--epochs", "1", "--out", str(tmp_path))
+        assert status == 0
+        assert "1 complete" in err
+        assert "study report table1a" in err

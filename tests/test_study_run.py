@@ -1,0 +1,362 @@
+"""Runs of the study: whatever stops one, it goes on to the result it would have had anyway."""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+from study_jobs import STEPS, TINY, make, start, weights
+
+from bench.study import atomic
+from bench.study.config import RunConfig, sorted_settings
+from bench.study.run import BusyError, Run, kept_epochs, locked, status
+from bench.study.runner import Place, Runner, train_all
+
+SECONDS = ("seconds_training", "seconds_epoch_end", "seconds_evaluation", "seconds_checkpoint")
+OPTIMIZERS = [
+    "rmsgd",
+    "rmsgd-published",
+    "rmsgd-release",
+    "sgd",
+    "sam",
+    "sgdp",
+    "adam",
+    "adamp",
+    "adagrad",
+    "adabelief",
+    "adabound",
+    "sls",
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(**changes):
+    return dataclasses.replace(TINY, keep_weights=False, **changes)
+
+
+def identical(first, second):
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def measured(folder):
+    """Everything an ended run recorded, times left out."""
+    rows = (folder / "epochs.csv").read_text().splitlines()
+    columns = [i for i, name in enumerate(rows[0].split(",")) if name not in SECONDS]
+    return [[row.split(",")[i] for i in columns] for row in rows], (folder / "layers.csv").read_text()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder of `TINY` trained without a break."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    torch.set_num_threads(1)
+    make(TINY, folder).train()
+    return folder
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stop_after(run, steps, monkeypatch):
+    """Trains a run until the end of its `steps`-th step."""
+    taken, original = [], run._take_step
+
+    def step(*batch):
+        if len(taken) == steps:
+            raise StoppedError
+        taken.append(original(*batch))
+        return taken[-1]
+
+    monkeypatch.setattr(run, "_take_step", step)
+    with pytest.raises(StoppedError):
+        run.train()
+
+
+# --- Going on
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_goes_on_in_the_middle_of_an_epoch_as_if_it_had_not_stopped(
+    optimizer, tmp_path, monkeypatch
+):
+    config = tiny(optimizer=optimizer, cutout=True)
+    make(config, tmp_path / "whole").train()
+    stop_after(make(config, tmp_path / "broken"), STEPS + 2, monkeypatch)
+    np.random.seed(1), random.seed(1), torch.manual_seed(1)
+    assert status(tmp_path / "broken") == "unfinished"
+    assert make(config, tmp_path / "broken").train() == "complete"
+    assert identical(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    assert measured(tmp_path / "whole") == measured(tmp_path / "broken")
+
+
+def test_dropout_goes_on_with_the_same_draws(tmp_path, monkeypatch):
+    config = tiny(network="efficientnetb0", width=0.125, epochs=1)
+    make(config, tmp_path / "whole").train()
+    stop_after(make(config, tmp_path / "broken"), 1, monkeypatch)
+    torch.manual_seed(5)
+    make(config, tmp_path / "broken").train()
+    assert identical(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+
+
+@pytest.mark.parametrize(
+    ("where", "count"), [("step", 2), ("step", 6), ("write", 1), ("write", 5), ("rename", 4), ("rename", 1)]
+)
+def test_a_run_killed_in_a_step_or_while_it_writes_ends_identically(where, count, tmp_path, undisturbed):
+    process = start(TINY, tmp_path, where, count)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    make(TINY, tmp_path).train()
+    assert identical(weights(undisturbed), weights(tmp_path))
+    assert measured(undisturbed) == measured(tmp_path)
+    kept = [
+        sorted(path.name for path in (folder / "weights").iterdir()) for folder in (undisturbed, tmp_path)
+    ]
+    assert kept[0] == [name for name in kept[1] if not name.endswith(".part")]
+
+
+def killed_at_random(config, folder, moments, most):
+    """Trains in processes that are killed at random moments, until one ends; returns the kills."""
+    kills = 0
+    while status(folder) != "complete":
+        process = start(config, folder)
+        process.join(moments.uniform(0, 0.3) if kills < most else 60)
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join(60)
+            kills += 1
+        assert process.exitcode in (0, -signal.SIGKILL)
+    return kills
+
+
+def test_kills_at_random_moments_change_nothing(tmp_path, undisturbed):
+    assert killed_at_random(TINY, tmp_path, random.Random(0), 3) > 0
+    assert identical(weights(undisturbed), weights(tmp_path))
+
+
+@pytest.mark.slow
+def test_200_kills_at_random_moments_change_nothing(tmp_path):
+    moments = random.Random(1)
+    kills, seed = 0, 0
+    while kills < 200:
+        config = dataclasses.replace(TINY, optimizer=OPTIMIZERS[seed % len(OPTIMIZERS)], seed=seed, epochs=4)
+        kills += killed_at_random(config, tmp_path / f"broken{seed}", moments, 200)
+        make(config, tmp_path / f"whole{seed}").train()
+        assert identical(weights(tmp_path / f"whole{seed}"), weights(tmp_path / f"broken{seed}"))
+        seed += 1
+
+
+def test_a_finished_run_is_left_alone(tmp_path, undisturbed):
+    before = (undisturbed / "checkpoint.pt").stat().st_mtime_ns
+    assert make(TINY, undisturbed).train() == "complete"
+    assert (undisturbed / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch):
+    stop_after(make(TINY, tmp_path), 3, monkeypatch)
+    with pytest.raises(ValueError, match="of another run"):
+        make(dataclasses.replace(TINY, seed=1), tmp_path).train()
+
+
+def test_two_processes_never_train_the_same_run(tmp_path):
+    with locked(tmp_path), pytest.raises(BusyError, match="another process"):
+        make(TINY, tmp_path).train()
+
+
+# --- A full disk
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    atomic.save(path, {"epoch": 1})
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, content):
+            self.file.write(content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    opened = type(path).open
+    monkeypatch.setattr(type(path), "open", lambda self, mode: Full(opened(self, mode)))
+    with pytest.raises(OSError, match="No space left"):
+        atomic.save(path, {"epoch": 2})
+    monkeypatch.undo()
+    assert torch.load(path)["epoch"] == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_run_whose_disk_was_full_goes_on_identically(tmp_path, undisturbed):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (undisturbed / "checkpoint.pt").stat().st_size
+    kept = atomic.save
+
+    def save(path, content):
+        # From the third step on, a checkpoint does not fit: the system cuts the write short.
+        if content.get("step", 0) == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+        kept(path, content)
+
+    atomic.save = save
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            make(TINY, tmp_path, checkpoint_seconds=0.0).train()
+    finally:
+        atomic.save = kept
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+    make(TINY, tmp_path).train()
+    assert identical(weights(undisturbed), weights(tmp_path))
+
+
+# --- What is recorded
+
+
+def test_the_folder_says_what_was_run_where_and_what_came_of_it(undisturbed):
+    assert RunConfig.from_dict(json.loads((undisturbed / "config.json").read_text())) == TINY
+    assert "torch" in json.loads((undisturbed / "environment.json").read_text())
+    result = json.loads((undisturbed / "result.json").read_text())
+    assert (result["status"], result["epochs"]) == ("complete", 2)
+    rows, layers = measured(undisturbed)
+    assert len(rows) == 3
+    names = {line.split(",")[1] for line in layers.splitlines()[1:]}
+    assert len(names) == 16
+    assert {path.name for path in (undisturbed / "weights").iterdir()} == {
+        "epoch_000.pt",
+        "epoch_001.pt",
+        "epoch_002.pt",
+    }
+
+
+def test_kept_epochs_begin_close_together_and_include_the_last():
+    assert kept_epochs(250) == {1, 3, 9, 27, 83, 250}
+    assert kept_epochs(2) == {1, 2}
+
+
+def test_a_run_that_diverges_stops_is_recorded_and_the_others_go_on(tmp_path):
+    place = Place(tmp_path)
+    wild = tiny(optimizer="sgd", batch=512, settings=sorted_settings({"lr": 1e30}))
+    ended = []
+    counts = train_all(
+        Runner(place), [wild, tiny(optimizer="sgd", batch=512)], ended=lambda config, how: ended.append(how)
+    )
+    assert ended == ["diverged", "complete"]
+    assert counts == {"diverged": 1, "complete": 1}
+    result = json.loads((wild.folder(tmp_path) / "result.json").read_text())
+    assert result["status"] == "diverged"
+    assert result["epochs"] == 1
+    assert result["final"]["test_loss"] is None
+
+
+def test_done_runs_are_skipped(tmp_path, monkeypatch):
+    Runner(Place(tmp_path)).train(tiny(epochs=1, batch=512))
+    monkeypatch.setattr(Run, "_take_step", lambda *_: pytest.fail("nothing was to be trained"))
+    assert Runner(Place(tmp_path)).train(tiny(epochs=1, batch=512)) == "complete"
+
+
+def test_images_with_several_labels_have_a_class_wise_accuracy(tmp_path):
+    config = tiny(dataset="digits-properties", epochs=5)
+    make(config, tmp_path).train()
+    final = json.loads((tmp_path / "result.json").read_text())["final"]
+    # Answering "no" to everything is right for 52 to 58 % of properties.
+    assert 0.6 < final["test_accuracy"] <= 1
+    assert final["test_top5"] is None
+    assert 0 < final["test_loss"] < 1
+
+
+def test_a_held_out_part_is_taken_from_the_training_set(tmp_path):
+    run = make(tiny(holdout=True), tmp_path)
+    held = torch.cat([inputs for inputs, _ in run._source.test()])
+    trained = torch.cat([inputs for inputs, _ in run._source.train_sample()])
+    assert len(held) == 260 // 5
+    assert not any((held[0] == image).all() for image in trained)
+
+
+# --- Time
+
+
+def test_with_a_budget_no_epoch_begins_that_would_end_after_it(tmp_path):
+    run = make(tiny(budget=True), tmp_path, budget=2.5)
+    run._epochs = [{"seconds_training": 0.9, "seconds_epoch_end": 0.1}]
+    assert not run._finished()
+    run._epochs *= 2
+    assert run._finished()
+
+
+def test_with_a_budget_there_are_never_more_epochs_than_sgd_has(tmp_path):
+    run = make(tiny(budget=True), tmp_path, budget=1e9)
+    run._epochs = [{"seconds_training": 0.1, "seconds_epoch_end": 0.0}] * 2
+    assert run._finished()
+
+
+def test_the_budget_is_the_time_of_sgd_measured_once(tmp_path):
+    runner = Runner(Place(tmp_path))
+    config = tiny(budget=True, epochs=100, batch=512)
+    budget = runner.budget(config)
+    (file,) = (tmp_path / "budgets").iterdir()
+    content = json.loads(file.read_text())
+    assert len(content["timed"]) == 3
+    assert budget == pytest.approx(100 * np.median(content["timed"]))
+    assert runner.budget(config) == budget
+    assert runner.budget(dataclasses.replace(config, optimizer="sam", seed=3)) == budget
+
+
+def test_a_run_in_budget_mode_counts_training_and_epoch_ends_alone(tmp_path):
+    config = tiny(budget=True, epochs=50)
+    make(config, tmp_path, budget=0.3).train()
+    result = json.loads((tmp_path / "result.json").read_text())
+    lines = (tmp_path / "epochs.csv").read_text().splitlines()
+    names = lines[0].split(",")
+    spent = [sum(float(line.split(",")[names.index(name)]) for name in SECONDS[:2]) for line in lines[1:]]
+    assert 1 <= result["epochs"] < 50
+    assert sum(spent) <= 0.3 + 2 * max(spent)
+    assert math.isclose(result["budget_seconds"], 0.3)
+
+
+# --- Bad input
+
+
+def test_a_setting_that_the_optimizer_does_not_have_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"sgd: .*rho"):
+        make(tiny(optimizer="sgd", settings=sorted_settings({"rho": 1})), tmp_path)
+
+
+def test_a_batch_larger_than_the_training_set_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="batch must be between 1 and the 260"):
+        make(tiny(batch=5000), tmp_path)
+
+
+def test_a_key_that_no_run_has_is_refused():
+    with pytest.raises(ValueError, match="no run has speed"):
+        RunConfig.from_dict({"network": "a", "dataset": "b", "optimizer": "c", "speed": 1})
+
+
+def test_equal_runs_share_a_folder_and_different_ones_do_not(tmp_path):
+    folders = {
+        config.folder(tmp_path)
+        for config in (tiny(), tiny(), tiny(seed=1), tiny(cutout=True), tiny(settings=(("beta", 0.9),)))
+    }
+    assert len(folders) == 4
