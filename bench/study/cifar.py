@@ -157,7 +157,7 @@ def _binary(content: bytes, form: Form, name: str) -> Images:
 
 
 # What the pickles of arrays name, by the module names of old and new NumPy.
-_ARRAYS = {
+ARRAYS = {
     **{
         (module, "_reconstruct"): np._core.multiarray._reconstruct  # type: ignore[attr-defined]
         for module in ("numpy.core.multiarray", "numpy._core.multiarray")
@@ -170,7 +170,7 @@ _ARRAYS = {
 
 def _python(content: bytes, form: Form, name: str) -> Images:
     try:
-        loaded = unpickle.load(io.BytesIO(content), _ARRAYS, encoding="bytes")
+        loaded = unpickle.load(io.BytesIO(content), ARRAYS, encoding="bytes")
         pixels, labels = np.asarray(loaded[b"data"]), np.asarray(loaded[form.key], dtype=np.int64)
     except (pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
         raise DatasetError(f"{name} is not read: {error}") from error

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,13 +16,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from bench import arguments, measure
 from bench.peers import PeerUnavailableError
-from bench.study import listing
+from bench.study import listing, report, tuning
 from bench.study.config import RunConfig, sorted_settings
 from bench.study.experiments import EXPERIMENTS, Grid, check_names, experiment, small
+from bench.study.figures import draw
+from bench.study.records import read
 from bench.study.runner import Place, Runner, train_all
 from bench.train import assignment, overrides
 
 OUT = Path(".out/study")
+SCHEMA = "rmsgd-bench-study/1"
+SEEDS_LOOKED_FOR = 20
 ENDS = {"diverged": "its loss stopped being a number; the others go on", "busy": "another process is at it"}
 
 
@@ -71,6 +77,34 @@ def _parser() -> argparse.ArgumentParser:
     _selection(run)
     _place(run)
     run.set_defaults(act=_run, parser=run)
+
+    tune = commands.add_parser("tune", help="search every optimizer's initial learning rate", epilog=known)
+    tune.add_argument(
+        "ids",
+        nargs="*",
+        default=["table1a"],
+        metavar="ID",
+        help="whose cells to tune on (default: ResNet18 on CIFAR-10, as the paper)",
+    )
+    _selection(tune)
+    _place(tune)
+    tune.add_argument(
+        "--factors",
+        type=_numbers,
+        default=tuning.FACTORS,
+        metavar="X,Y,...",
+        help=f"of each optimizer's own rate (default: {','.join(map(str, tuning.FACTORS))})",
+    )
+    tune.set_defaults(act=_tune, parser=tune)
+
+    tell = commands.add_parser("report", help="measured against published; figures", epilog=known)
+    tell.add_argument("ids", nargs="*", default=["all"], metavar="ID", help="experiments (default: all)")
+    _selection(tell)
+    tell.add_argument(
+        "--out", type=Path, default=OUT, metavar="DIR", help="as for run (default: %(default)s)"
+    )
+    tell.add_argument("--json", type=Path, metavar="FILE", help="also write what is printed, as JSON")
+    tell.set_defaults(act=_report, parser=tell)
     return parser
 
 
@@ -89,6 +123,7 @@ def _selection(parser: argparse.ArgumentParser) -> None:
         choices=("budget", "epochs"),
         help="stop after SGD's time, or after epochs",
     )
+    add("--rates", type=Path, metavar="FILE", help="learning rates that `study tune` found")
     add(
         "--set",
         type=assignment,
@@ -143,6 +178,67 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     return 1 if set(counts) == {"diverged"} else 0
 
 
+def _tune(options: argparse.Namespace, console: Console) -> int:
+    if options.ids == ["table1a"]:
+        options.network = options.network or ("resnet18",)
+        options.dataset = options.dataset or (None if options.preset else ("cifar10",))
+    options.seeds = options.seeds or 1
+    chosen = [config for config in selected(options) if not config.settings]
+    place = prepare(options)
+    configs = tuning.grid(chosen, options.factors)
+    with arguments.torch_threads(_threads(options)):
+        train_with_progress(Runner(place), configs, console)
+    found = tuning.best(read(options.out, configs), options.factors)
+    Console().print(tuning.table(found))
+    path = options.out / "rates.json"
+    tuning.write(path, found, configs[0])
+    console.print(f"wrote {path}. Next: python -m bench study run ... --rates {path}", soft_wrap=True)
+    return 0
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(0 < number < math.inf for number in numbers):
+        raise argparse.ArgumentTypeError(f"expected positive numbers like 0.1,1,10, got {text!r}")
+    return numbers
+
+
+def _report(options: argparse.Namespace, console: Console) -> int:
+    if options.seeds is None:
+        options.seeds = SEEDS_LOOKED_FOR
+    out = Console()
+    content: dict[str, Any] = {}
+    figures: list[Path] = []
+    names = list(EXPERIMENTS) if "all" in options.ids else options.ids
+    for name in names:
+        records = read(options.out, selected(argparse.Namespace(**{**vars(options), "ids": [name]})))
+        if not records:
+            continue
+        entries = content[name] = {"cells": list(report.rows(name, records))}
+        out.print(report.accuracy_table(name, entries["cells"]))
+        if compared := report.comparisons(records):
+            entries["comparisons"] = compared
+            out.print(report.comparison_table(compared))
+        if name == "fig2" and (together := report.correlations(records)):
+            entries["correlations"] = together
+            out.print(report.correlation_table(together))
+        try:
+            figures += draw(name, records, options.out / "figures")
+        except ModuleNotFoundError as error:
+            console.print(f"no figures: {error}", soft_wrap=True, markup=False)
+    if not content:
+        raise ValueError(f"{options.out} has no ended run of {', '.join(names)} as the arguments say")
+    if options.json:
+        measure.write_json(
+            options.json, {"schema": SCHEMA, "machine": measure.machine(), "experiments": content}
+        )
+    console.print("wrote " + ", ".join(map(str, figures)), soft_wrap=True)
+    return 0
+
+
 def prepare(options: argparse.Namespace) -> Place:
     """Checks the device and where to write, and makes torch deterministic where that is asked for."""
     arguments.check_device(options.device)
@@ -187,16 +283,16 @@ def selected(options: argparse.Namespace) -> list[RunConfig]:
     fixed = {key: value for key in ("epochs", "batch") if (value := getattr(options, key)) is not None}
     if options.mode:
         fixed["budget"] = options.mode == "budget"
-    return list(
-        dict.fromkeys(
-            replace(
-                config,
-                settings=sorted_settings({**dict(config.settings), **changed.get(config.optimizer, {})}),
-                **fixed,
-            )
-            for config in configs
+    rates = tuning.read(options.rates) if options.rates else {}
+    whole = (
+        replace(
+            config,
+            settings=sorted_settings({**dict(config.settings), **changed.get(config.optimizer, {})}),
+            **fixed,
         )
+        for config in configs
     )
+    return list(dict.fromkeys(tuning.with_rates(config, rates) for config in whole))
 
 
 def _narrow(grid: Grid, options: argparse.Namespace) -> Grid:

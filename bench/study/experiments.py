@@ -61,7 +61,9 @@ class Grid:
             return run
         if self.sweep == "lr":
             value = float(f"{value * own:.6g}")
-        return run if value == own else replace(run, settings=sorted_settings({self.sweep: value}))
+        if value == own:
+            return run
+        return replace(run, settings=sorted_settings({**dict(run.settings), self.sweep: value}))
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,32 @@ EXPERIMENTS: dict[str, Experiment] = {
 }
 
 
+_DIGITS = {"batch": 64, "epochs": 20, "width": 0.5}
+_NETWORK = ("resnet14-digits",)
+
+OWN: dict[str, Experiment] = {
+    "digits": Experiment(
+        "Not in the paper: every optimizer on digits; what beta, gamma and the rules of RMSGD do",
+        (
+            Grid(_NETWORK, ("digits",), (*TABLE_1A, "rmsgd-release"), _DIGITS),
+            Grid(_NETWORK, ("digits",), ("rmsgd",), _DIGITS, "beta", (0.8, 0.9, 0.95, 0.98, 0.99)),
+            Grid(
+                _NETWORK,
+                ("digits",),
+                ("rmsgd",),
+                {**_DIGITS, "settings": (("step_size", 1),)},
+                "gamma",
+                (0.8, 0.9, 0.95, 0.98),
+            ),
+        ),
+    ),
+}
+"""Experiments that are no part of the paper."""
+
+
 def experiment(name: str) -> Experiment:
     """The experiment called `name`; ValueError with a suggestion and the list when there is none."""
-    return look_up("experiment", name, EXPERIMENTS)
+    return look_up("experiment", name, EXPERIMENTS | OWN)
 
 
 def small(given: Experiment, every: bool = False) -> Experiment:

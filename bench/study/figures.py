@@ -1,0 +1,349 @@
+"""The paper's figures, drawn from records."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import rmsgd
+from bench.study.records import Record, by_label, finished
+from bench.study.statistics import correlation
+from rmsgd.inspection.series import Series, in_order_of_training
+from rmsgd.plots import DASHES, DPI, PALETTE, bands_over_time, require_matplotlib
+
+MARKERS = "osD^vP*X<>hd"
+SCATTERED = {"Q": "Q", "stable_rank": "stable rank, mean", "condition_number": "condition number, mean"}
+
+
+def draw(name: str, records: Sequence[Record], folder: Path) -> list[Path]:
+    """Draws what the experiment called `name` shows and returns the files; none where runs are missing.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    good = finished(records)
+    return DRAWN.get(name, accuracy_dots)(folder / name, good) if good else []
+
+
+def low_rank_evolution(stem: Path, records: Sequence[Record]) -> list[Path]:
+    """Figure 1a: low rank and noise of one layer over the epochs, and how its metrics go."""
+    written = []
+    for record in records:
+        paths = in_order_of_training([str(path) for path in sorted((record.folder / "weights").glob("*.pt"))])
+        if paths:
+            series = Series(tuple(paths), tuple(rmsgd.probe(path) for path in paths))
+            layers = list(series.by_layer())
+            path = stem.with_name(f"{stem.name}-{record.config.network}.png")
+            # The paper shows layer 25.
+            series.plot(path, layers[min(24, len(layers) - 1)])
+            written.append(path)
+    return written
+
+
+def quality_maps(stem: Path, records: Sequence[Record]) -> list[Path]:
+    """Figure 1b: quality of every layer (input at the top) over the epochs, one map per optimizer."""
+    groups = {label: mine[0] for label, mine in by_label(records).items() if mine[0].layers}
+    if not groups:
+        return []
+    maps = {
+        label: np.array([layer["quality"] for layer in record.layers.values()])
+        for label, record in groups.items()
+    }
+    columns = min(4, len(maps))
+    rows = -(-len(maps) // columns)
+    figure = _figure(2.4 * columns + 0.8, 3.0 * rows + 0.4)
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    top = max(float(values.max()) for values in maps.values())
+    for axes in panels.flat[len(maps) :]:
+        axes.set_visible(False)
+    for axes, (label, values) in zip(panels.flat, maps.items(), strict=False):
+        extent = (0.5, values.shape[1] + 0.5, len(values) + 0.5, 0.5)
+        image = axes.imshow(
+            values, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest", extent=extent
+        )
+        axes.set_title(f"{label}: {100 * groups[label].final['test_accuracy']:.1f} %", fontsize=8)
+        _whole_numbers(axes)
+    for axes in panels[-1]:
+        axes.set_xlabel("epoch", fontsize=8)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("layer", fontsize=8)
+    figure.colorbar(image, ax=panels, label="quality (rad)")
+    first = next(iter(groups.values())).config
+    figure.suptitle(
+        f"{first.network}, {first.dataset}: quality of every layer, and test accuracy", fontsize=10
+    )
+    return [_save(figure, stem.with_suffix(".png"))]
+
+
+def scatter(stem: Path, records: Sequence[Record]) -> list[Path]:
+    """Figure 2: Q, stable rank and condition number against test accuracy and gap, a point per run."""
+    written = []
+    for dataset in dict.fromkeys(record.config.dataset for record in records):
+        mine = [record for record in records if record.config.dataset == dataset]
+        networks = list(dict.fromkeys(record.config.network for record in mine))
+        optimizers = list(dict.fromkeys(record.config.optimizer for record in mine))
+        figure = _figure(9.6, 9.0)
+        panels = figure.subplots(3, 2, sharex="row", sharey="col")
+        targets: tuple[tuple[str, Callable[[Record], float]], ...] = (
+            ("test accuracy (%)", lambda record: 100 * record.final["test_accuracy"]),
+            ("generalisation gap (%)", lambda record: 100 * record.gap),
+        )
+        for row, (metric, label) in zip(panels, SCATTERED.items(), strict=True):
+            for axes, (target, value) in zip(row, targets, strict=True):
+                for record in mine:
+                    colour, marker = _style(optimizers.index(record.config.optimizer))
+                    axes.plot(
+                        record.final[metric],
+                        value(record),
+                        marker,
+                        color=colour,
+                        fillstyle=("full", "none", "left", "top")[networks.index(record.config.network) % 4],
+                        markersize=5,
+                        alpha=0.8,
+                    )
+                found = correlation([r.final[metric] for r in mine], [value(r) for r in mine])
+                axes.set_title(str(found) if found else "", fontsize=9)
+                _plain(axes, label, target)
+        _optimizer_legend(figure, optimizers)
+        fills = ", ".join(
+            f"{kind} {name}"
+            for kind, name in zip(("full:", "open:", "left:", "top:"), networks, strict=False)
+        )
+        figure.suptitle(f"{dataset}: one point per run ({fills})", fontsize=10)
+        written.append(_save(figure, stem.with_name(f"{stem.name}-{dataset}.png")))
+    return written
+
+
+def courses(stem: Path, records: Sequence[Record]) -> list[Path]:
+    """Figure 3: stable rank, condition, Q and rates over the epochs; test accuracy by beta."""
+    ablation = [
+        record
+        for record in records
+        if dict(record.config.settings).keys() <= {"beta"} and record.config.optimizer == "rmsgd"
+    ]
+    swept = {r.config.network for r in ablation if r.config.settings}
+    ablation = [record for record in ablation if record.config.network in swept]
+    compared = [
+        record for record in records if not record.config.settings and record.config.network not in swept
+    ]
+    written = []
+    if compared:
+        figure = _figure(11.0, 6.4)
+        panels = figure.subplots(2, 2)
+        quantities = {
+            "stable_rank": "stable rank, mean over layers",
+            "condition_number": "condition number, mean over layers",
+            "Q": "Q of the network",
+            "learning_rate": "learning rate, mean over layers",
+        }
+        groups = by_label(compared)
+        for axes, (name, label) in zip(panels.flat, quantities.items(), strict=True):
+            for index, (optimizer, mine) in enumerate(groups.items()):
+                values = _mean([record.column(name) for record in mine])
+                epochs = np.arange(1, len(values) + 1)
+                marker = "o" if len(values) <= 20 else ""
+                axes.plot(epochs, values, color=PALETTE[index % len(PALETTE)], marker=marker, label=optimizer)
+            _plain(axes, "epoch", label)
+            _whole_numbers(axes)
+            if name == "learning_rate":
+                axes.set_yscale("log")
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=5)
+        first = compared[0].config
+        figure.suptitle(f"{first.network}, {first.dataset}", fontsize=10)
+        written.append(_save(figure, stem.with_suffix(".png")))
+    if ablation:
+        default = 0.98
+        ordered = sorted(ablation, key=lambda record: dict(record.config.settings).get("beta", default))
+        groups = {}
+        for record in ordered:
+            groups.setdefault(f"β = {dict(record.config.settings).get('beta', default)}", []).append(record)
+        figure = _figure(7.2, 4.2)
+        axes = figure.subplots()
+        for index, (label, mine) in enumerate(groups.items()):
+            values = 100 * _mean([record.column("test_accuracy") for record in mine])
+            colour, marker = _style(index)
+            epochs = np.arange(1, len(values) + 1)
+            axes.plot(epochs, values, color=colour, marker=marker if len(values) <= 20 else "", label=label)
+        _plain(axes, "epoch", "test accuracy (%)")
+        _whole_numbers(axes)
+        axes.legend(frameon=False)
+        axes.set_title(
+            f"{ordered[0].config.network}, {ordered[0].config.dataset}: momentum β of RMSGD's rates",
+            fontsize=10,
+        )
+        written.append(_save(figure, stem.with_name(f"{stem.name}-beta.png")))
+    return written
+
+
+def performance(stem: Path, records: Sequence[Record]) -> list[Path]:
+    """Figure 4: accuracy against time, training against test accuracy, accuracy against batch size."""
+    batches: dict[tuple[str, str, str], set[int]] = {}
+    for record in records:
+        key = (record.config.network, record.config.dataset, record.config.optimizer)
+        batches.setdefault(key, set()).add(record.config.batch)
+    swept = {key for key, sizes in batches.items() if len(sizes) > 1}
+
+    def of_sweep(record: Record) -> bool:
+        return (record.config.network, record.config.dataset, record.config.optimizer) in swept
+
+    written = []
+    others = [record for record in records if not of_sweep(record)]
+    for network, dataset in dict.fromkeys((r.config.network, r.config.dataset) for r in others):
+        mine = [r for r in others if (r.config.network, r.config.dataset) == (network, dataset)]
+        name = f"{stem.name}-{network}-{dataset}"
+        curves = {label: _against_time(group) for label, group in by_label(mine).items()}
+        path = stem.with_name(f"{name}-time.png")
+        bands_over_time(
+            path,
+            curves,
+            ylabel="test accuracy (%)",
+            xlabel="time trained, evaluation left out (s)",
+            title=f"{network}, {dataset}",
+        )
+        written += [path, _gap(stem.with_name(f"{name}-gap.png"), mine)]
+    if swept:
+        written.append(
+            _batch_sizes(stem.with_name(f"{stem.name}-batch.png"), [r for r in records if of_sweep(r)])
+        )
+    return written
+
+
+def accuracy_dots(stem: Path, records: Sequence[Record]) -> list[Path]:
+    """Test accuracy of every run, one line per optimizer, one panel per network and data set."""
+    cells: dict[str, list[Record]] = {}
+    for record in records:
+        cells.setdefault(f"{record.config.network}, {record.config.dataset}", []).append(record)
+    labels = list(dict.fromkeys(record.config.label for record in records))
+    columns = min(3, len(cells))
+    height = -(-len(cells) // columns)
+    figure = _figure(3.2 * columns + 1.0, (0.26 * len(labels) + 1.1) * height)
+    panels = figure.subplots(height, columns, squeeze=False, sharey=True)
+    for axes in panels.flat[len(cells) :]:
+        axes.set_visible(False)
+    for axes, (cell, mine) in zip(panels.flat, cells.items(), strict=False):
+        for label, group in by_label(mine).items():
+            row = labels.index(label)
+            values = [100 * record.final["test_accuracy"] for record in group]
+            ours = label.startswith("rmsgd")
+            axes.plot(
+                values, [row] * len(values), "o", color=PALETTE[3 if ours else 0], markersize=4, alpha=0.6
+            )
+            axes.plot([np.mean(values)], [row], "|", color="black", markersize=12)
+        axes.set_title(cell, fontsize=9)
+        axes.set_yticks(range(len(labels)), labels=labels, fontsize=8)
+        _plain(axes, "test accuracy (%)", "")
+    panels[0, 0].invert_yaxis()
+    return [_save(figure, stem.with_suffix(".png"))]
+
+
+DRAWN: Mapping[str, Callable[[Path, Sequence[Record]], list[Path]]] = {
+    "fig1a": low_rank_evolution,
+    "fig1b": quality_maps,
+    "fig2": scatter,
+    "fig3": courses,
+    "fig4": performance,
+}
+
+
+def _against_time(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds and test accuracy in per cent, (seeds, epochs), NaN behind the end of a run."""
+    longest = max(len(record.epochs) for record in records)
+    times, values = np.full((2, len(records), longest), np.nan)
+    for index, record in enumerate(records):
+        times[index, : len(record.epochs)] = record.seconds
+        values[index, : len(record.epochs)] = 100 * record.column("test_accuracy")
+    return times, values
+
+
+def _gap(path: Path, records: Sequence[Record]) -> Path:
+    """Training and test accuracy of every optimizer, joined by the gap between them."""
+    groups = by_label(records)
+    figure = _figure(7.2, 0.32 * len(groups) + 1.3)
+    axes = figure.subplots()
+    for row, mine in enumerate(groups.values()):
+        train = 100 * np.mean([record.final["train_accuracy"] for record in mine])
+        test = 100 * np.mean([record.final["test_accuracy"] for record in mine])
+        axes.plot([test, train], [row, row], color="0.6", zorder=0)
+        axes.plot(train, row, "s", color=PALETTE[1], fillstyle="none", label="training" if row == 0 else None)
+        axes.plot(test, row, "o", color=PALETTE[0], label="test" if row == 0 else None)
+    axes.set_yticks(range(len(groups)), labels=list(groups), fontsize=8)
+    axes.invert_yaxis()
+    _plain(axes, "accuracy (%)", "")
+    axes.legend(frameon=False, fontsize=8)
+    first = records[0].config
+    axes.set_title(f"{first.network}, {first.dataset}: training and test accuracy at the end", fontsize=10)
+    return _save(figure, path)
+
+
+def _batch_sizes(path: Path, records: Sequence[Record]) -> Path:
+    figure = _figure(7.2, 4.2)
+    axes = figure.subplots()
+    for index, (label, mine) in enumerate(by_label(records).items()):
+        sizes = sorted({record.config.batch for record in mine})
+        values = [
+            100 * np.mean([r.final["test_accuracy"] for r in mine if r.config.batch == size])
+            for size in sizes
+        ]
+        colour, marker = _style(index)
+        axes.plot(sizes, values, color=colour, marker=marker, linestyle=_dash(index), label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, labels=[str(size) for size in sizes])
+    axes.minorticks_off()
+    _plain(axes, "batch size", "test accuracy (%)")
+    axes.legend(frameon=False)
+    first = records[0].config
+    axes.set_title(f"{first.network}, {first.dataset}: accuracy by batch size", fontsize=10)
+    return _save(figure, path)
+
+
+def _mean(curves: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean over seeds as far as all got."""
+    shortest = min(map(len, curves))
+    return np.mean([curve[:shortest] for curve in curves], axis=0)
+
+
+def _style(index: int) -> tuple[str, str]:
+    return PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
+
+
+def _dash(index: int) -> str:
+    return DASHES[index // len(PALETTE) % len(DASHES)]
+
+
+def _optimizer_legend(figure: Any, optimizers: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for index, name in enumerate(optimizers):
+        colour, marker = _style(index)
+        handles.append(Line2D([], [], color=colour, marker=marker, linestyle="", label=name))
+    figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=6, fontsize=8)
+
+
+def _figure(width: float, height: float) -> Any:
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _plain(axes: Any, xlabel: str, ylabel: str) -> None:
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _whole_numbers(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=DPI)
+    return path

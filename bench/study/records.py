@@ -1,0 +1,98 @@
+"""What runs left behind, read back."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.study.config import RunConfig
+from bench.study.run import METRICS
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run that has ended.
+
+    Attributes:
+        config: what was trained.
+        folder: where it is kept.
+        diverged: its loss stopped being a number.
+        epochs: one dictionary per epoch, the columns of `epochs.csv`.
+
+    """
+
+    config: RunConfig
+    folder: Path
+    diverged: bool
+    epochs: tuple[dict[str, float], ...]
+
+    @property
+    def final(self) -> dict[str, float]:
+        """The last epoch."""
+        return self.epochs[-1]
+
+    @property
+    def gap(self) -> float:
+        """Training minus test accuracy at the end, both of images as they are: the generalisation gap."""
+        return self.final["train_accuracy"] - self.final["test_accuracy"]
+
+    def column(self, name: str) -> Floats:
+        """One quantity over the epochs."""
+        return np.array([epoch[name] for epoch in self.epochs])
+
+    @property
+    def seconds(self) -> Floats:
+        """Time trained at the end of every epoch: training and epoch ends."""
+        return np.cumsum(self.column("seconds_training") + self.column("seconds_epoch_end"))
+
+    @cached_property
+    def layers(self) -> dict[str, dict[str, Floats]]:
+        """Layer name to metric to its values, one per epoch; empty where the first epoch diverged."""
+        path = self.folder / "layers.csv"
+        if not path.exists():
+            return {}
+        layers: dict[str, dict[str, list[float]]] = {}
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                known = layers.setdefault(row["layer"], {metric: [] for metric in METRICS})
+                for metric in METRICS:
+                    known[metric].append(float(row[metric]))
+        return {
+            name: {metric: np.array(values) for metric, values in known.items()}
+            for name, known in layers.items()
+        }
+
+
+def read(out: Path, configs: Iterable[RunConfig]) -> list[Record]:
+    """The records of those runs that have ended, in the order given."""
+    records = []
+    for config in configs:
+        folder = config.folder(out)
+        path = folder / "result.json"
+        if not path.exists():
+            continue
+        status = json.loads(path.read_text(encoding="utf-8"))["status"]
+        with (folder / "epochs.csv").open(newline="", encoding="utf-8") as file:
+            epochs = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        records.append(Record(config, folder, status == "diverged", tuple(epochs)))
+    return records
+
+
+def finished(records: Sequence[Record]) -> list[Record]:
+    """Those that did not diverge."""
+    return [record for record in records if not record.diverged]
+
+
+def by_label(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Seeds of the same optimizer and settings together, in the order given."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.config.label, []).append(record)
+    return groups

@@ -1,0 +1,250 @@
+"""`study report`: what was measured against what was published, and what can be concluded."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from bench.study import published
+from bench.study.config import RunConfig
+from bench.study.experiments import EXPERIMENTS, experiment
+from bench.study.published import Value
+from bench.study.records import Record, by_label, finished
+from bench.study.statistics import correlation, holm, in_deviations, paired
+
+METRICS = {"Q": "Q", "stable_rank": "stable rank", "condition_number": "condition number"}
+
+
+def counterpart(name: str, config: RunConfig) -> RunConfig | None:
+    """The paper's run that this one repeats, on its own data or on smaller; None if there is none."""
+    for run in EXPERIMENTS[name].runs() if name in EXPERIMENTS else ():
+        same = run.network.removesuffix("-imagenet") == config.network.removesuffix("-imagenet")
+        several = (run.dataset == "adp") == (config.dataset in ("adp", "digits-properties"))
+        other_data = config.dataset.startswith("digits")
+        if (
+            same
+            and run.optimizer == config.optimizer
+            and several
+            and (other_data or run.dataset == config.dataset)
+        ):
+            return run
+    return None
+
+
+def cells(records: Sequence[Record]) -> dict[tuple[str, str, str], list[Record]]:
+    """(data set, network, label) to the runs with their seeds; the label has the batch size if it varies."""
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    varies = len({record.config.batch for record in records}) > 1
+    for record in records:
+        config = record.config
+        label = f"{config.label}, batch {config.batch}" if varies else config.label
+        groups.setdefault((config.dataset, config.network, label), []).append(record)
+    return groups
+
+
+def rows(name: str, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
+    """One row per cell and reported epoch: measured, published and their difference."""
+    for (dataset, network, label), mine in cells(records).items():
+        config, good = mine[0].config, finished(mine)
+        paper = counterpart(name, config)
+        comparable = paper is not None and all(
+            getattr(paper, field) == getattr(config, field)
+            for field in ("dataset", "network", "epochs", "batch", "width", "cutout", "augment")
+        )
+        for epoch in (experiment(name).epochs if comparable else ()) or (0,):
+            final = [record.epochs[epoch - 1] if epoch else record.final for record in good]
+            accuracy = 100 * np.array([values["test_accuracy"] for values in final])
+            value = None
+            if paper is not None:
+                value = published.load().value(name, paper.dataset, paper.network, paper.optimizer, epoch)
+            measured = Value(mean(accuracy), deviation(accuracy))
+            yield {
+                "dataset": dataset,
+                "network": network,
+                "optimizer": label,
+                "epoch": epoch or None,
+                "seeds": len(mine),
+                "diverged": len(mine) - len(good),
+                "measured": measured._asdict(),
+                "gap": mean([100 * record.gap for record in good]),
+                "Q": mean([values["Q"] for values in final]),
+                "epochs": mean([len(record.epochs) for record in good]),
+                "seconds_per_epoch": mean([record.seconds[-1] / len(record.epochs) for record in good]),
+                "published": None if value is None else value._asdict(),
+                "published_dataset": None if paper is None else paper.dataset,
+                "deviations": in_deviations(*measured, *value) if comparable and value else None,
+            }
+
+
+def mean(values: Sequence[float] | np.ndarray) -> float:
+    """The mean; NaN of nothing."""
+    return float(np.mean(values)) if len(values) else float("nan")
+
+
+def deviation(values: Sequence[float] | np.ndarray) -> float:
+    """The sample standard deviation; NaN of fewer than two."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+
+
+def accuracy_table(name: str, entries: Sequence[dict[str, Any]]) -> Table:
+    """Measured against published."""
+    table = Table(
+        title=f"{name}: {experiment(name).title}", box=SIMPLE_HEAD, show_edge=False, collapse_padding=True
+    )
+    table.add_column("optimizer", overflow="fold")
+    for column in ("measured (%)", "gap", "Q", "epochs", "published (%)", "diff. /\nstd. dev."):
+        table.add_column(column, justify="right", no_wrap=True)
+    before = None
+    for entry in entries:
+        cell = f"{entry['network']}, {entry['dataset']}"
+        if cell != before:
+            table.add_section()
+            table.add_row(f"[bold]{cell}[/bold]")
+        value = entry["published"] and Value(**entry["published"])
+        text = "-" if value is None else str(value)
+        lost = f" ({entry['diverged']} of {entry['seeds']} diverged)" if entry["diverged"] else ""
+        good = entry["diverged"] < entry["seeds"]
+        table.add_row(
+            entry["optimizer"] + (f", epoch {entry['epoch']}" if entry["epoch"] else ""),
+            (str(Value(**entry["measured"])) if good else "-") + lost,
+            f"{entry['gap']:.2f}",
+            f"{entry['Q']:.3f}",
+            f"{entry['epochs']:.4g}",
+            text,
+            "-" if entry["deviations"] is None else f"{entry['deviations']:+.1f}",
+        )
+        before = cell
+    notes = [
+        f"Means over {max((entry['seeds'] for entry in entries), default=0)} seeds. Gap: training minus test."
+    ]
+    if other := {
+        entry["published_dataset"] for entry in entries if entry["dataset"] != entry["published_dataset"]
+    }:
+        places = ", ".join(sorted(filter(None, other)))
+        notes.append(f"Published numbers are of {places}: other data, so no difference is given.")
+    if order := order_agreement(entries):
+        notes.append("Order of the optimizers, measured against published: " + "; ".join(order) + ".")
+    table.caption = " ".join(notes)
+    return table
+
+
+def order_agreement(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """Per cell of the table, the rank correlation of measured and published over the optimizers."""
+    said = []
+    for cell in dict.fromkeys((entry["network"], entry["dataset"]) for entry in entries):
+        pairs = [
+            (entry["measured"]["mean"], entry["published"]["mean"])
+            for entry in entries
+            if (entry["network"], entry["dataset"]) == cell and entry["published"]
+        ]
+        found = correlation(*zip(*pairs, strict=True)) if pairs else None
+        if found is not None:
+            said.append(f"{cell[0]} on {cell[1]} ROCC {found.rocc:+.2f} (n = {found.count})")
+    return said
+
+
+def comparisons(records: Sequence[Record], reference: str = "rmsgd") -> list[dict[str, Any]]:
+    """The reference optimizer's test accuracy against every other's, seed by seed.
+
+    One entry per data set, network and other optimizer with at least two seeds in common: difference in
+    per cent with its 95 % interval, and the p value of a paired t test, alone and corrected (Holm) for the
+    comparisons of that cell.
+    """
+    found = []
+    for cell in dict.fromkeys((record.config.dataset, record.config.network) for record in records):
+        mine = [
+            record for record in finished(records) if (record.config.dataset, record.config.network) == cell
+        ]
+        groups = {
+            label: {record.config.seed: 100 * record.final["test_accuracy"] for record in group}
+            for label, group in by_label(mine).items()
+        }
+        ours = groups.pop(reference, {})
+        entries = []
+        for label, theirs in groups.items():
+            seeds = sorted(ours.keys() & theirs.keys())
+            if len(seeds) > 1:
+                difference = paired([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+                entries.append(
+                    {
+                        "dataset": cell[0],
+                        "network": cell[1],
+                        "reference": reference,
+                        "other": label,
+                        "seeds": len(seeds),
+                        **difference._asdict(),
+                    }
+                )
+        for entry, corrected in zip(entries, holm([entry["p"] for entry in entries]), strict=True):
+            found.append({**entry, "p_corrected": corrected})
+    return found
+
+
+def comparison_table(entries: Sequence[dict[str, Any]]) -> Table:
+    """Whether the differences are real."""
+    table = Table(
+        title=f"test accuracy of {entries[0]['reference']} minus another's, in %",
+        caption="Paired by seed: mean, 95 % interval, p of Student's t; corrected (Holm) per cell.",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+    )
+    for column in ("network, data", "other"):
+        table.add_column(column)
+    for column in ("seeds", "difference", "95 % interval", "p", "p corrected"):
+        table.add_column(column, justify="right")
+    for entry in entries:
+        table.add_row(
+            f"{entry['network']}, {entry['dataset']}",
+            entry["other"],
+            str(entry["seeds"]),
+            f"{entry['mean']:+.2f}",
+            f"{entry['low']:+.2f} to {entry['high']:+.2f}",
+            f"{entry['p']:.3g}",
+            f"{entry['p_corrected']:.3g}",
+        )
+    return table
+
+
+def correlations(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Q, stable rank and condition number against test accuracy and generalisation gap.
+
+    Over the optimizers, rates and seeds of each network, and of all networks together.
+    """
+    found = []
+    good = finished(records)
+    groups: dict[str, list[Record]] = {}
+    for record in good:
+        groups.setdefault(f"{record.config.network}, {record.config.dataset}", []).append(record)
+    if len(groups) > 1:
+        groups["all"] = good
+    for name, mine in groups.items():
+        for metric in METRICS:
+            for target in ("test_accuracy", "gap"):
+                result = correlation(
+                    [record.final[metric] for record in mine],
+                    [record.gap if target == "gap" else record.final[target] for record in mine],
+                )
+                if result is not None:
+                    found.append({"group": name, "metric": metric, "against": target, **result._asdict()})
+    return found
+
+
+def correlation_table(entries: Sequence[dict[str, Any]]) -> Table:
+    """PLCC and ROCC, one row per group and metric."""
+    table = Table(title="what goes together", box=SIMPLE_HEAD, show_edge=False)
+    for column in ("over the runs of", "metric"):
+        table.add_column(column)
+    for column in ("runs", "test accuracy\nPLCC", "\nROCC", "generalisation gap\nPLCC", "\nROCC"):
+        table.add_column(column, justify="right")
+    pairs = {(entry["group"], entry["metric"], entry["against"]): entry for entry in entries}
+    for group, metric in dict.fromkeys((entry["group"], entry["metric"]) for entry in entries):
+        cells = []
+        count = 0
+        for against in ("test_accuracy", "gap"):
+            entry = pairs.get((group, metric, against))
+            count = entry["count"] if entry else count
+            cells += [f"{entry['plcc']:+.2f}", f"{entry['rocc']:+.2f}"] if entry else ["-", "-"]
+        table.add_row(group, METRICS[metric], str(count), *cells)
+    return table
