@@ -121,7 +121,9 @@ def bands_over_time(
     if late:
         margin = 0.08 * (max(late) - min(late)) or 1.0
         axes.set_ylim(min(late) - margin, max(late) + margin)
-    if curves:
+    if len(curves) > 6:
+        figure.legend(frameon=False, loc="outside right upper")
+    elif curves:
         axes.legend(frameon=False, loc="lower right")
     _save(figure, path)
 

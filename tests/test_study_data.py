@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.__main__ import main
 from bench.data import Split
 from bench.study import cifar, datasets, nats, streaming, unpickle
 from bench.study.augment import crop_and_flip, cutout
@@ -394,6 +395,22 @@ def test_a_nats_archive_without_weights_says_which_is_needed(tmp_path):
     write_nats(tmp_path, 0, 50.0, weights=False)
     with pytest.raises(DatasetError, match="-full archive"):
         list(nats.read(nats.files(tmp_path)[0]))
+
+
+def test_nats_networks_are_measured_correlated_and_drawn_and_a_second_call_goes_on(tmp_path, capsys):
+    for index in range(4):
+        write_nats(tmp_path, index, 50.0 + index)
+    out = tmp_path / "out"
+    assert main(["study", "nats", str(tmp_path), "--out", str(out), "--most", "3"]) == 0
+    table = out / "nats-cifar10.csv"
+    first = table.read_text()
+    assert len(first.splitlines()) == 1 + 3 * 2
+    table.write_text(first[:-10])  # stopped in the middle of a row
+    assert main(["study", "nats", str(tmp_path), "--out", str(out)]) == 0
+    assert table.read_text().startswith(first)
+    assert len(table.read_text().splitlines()) == 1 + 4 * 2
+    assert "ROCC" in capsys.readouterr().out
+    assert (out / "nats-cifar10.png").stat().st_size > 5000
 
 
 def test_a_truncated_nats_file_and_an_empty_folder_are_errors(tmp_path):

@@ -108,6 +108,13 @@ def test_list_shows_every_experiment_in_80_columns(capsys):
     assert max(map(len, out.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("name", [*IDS, "digits", "digits-q"])
+def test_list_shows_each_in_full(name, capsys):
+    status, out, _ = run_command(capsys, "list", name)
+    assert status == 0
+    assert name in out
+
+
 def test_list_shows_the_numbers_of_one(capsys):
     status, out, _ = run_command(capsys, "list", "table3")
     assert status == 0

@@ -16,17 +16,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from bench import arguments, measure
 from bench.peers import PeerUnavailableError
-from bench.study import listing, report, tuning
+from bench.study import listing, nats_study, report, tuning
 from bench.study.config import RunConfig, sorted_settings
 from bench.study.experiments import EXPERIMENTS, Grid, check_names, experiment, small
 from bench.study.figures import draw
+from bench.study.nats import LAYOUT as NATS_LAYOUT
 from bench.study.records import read
 from bench.study.runner import Place, Runner, train_all
 from bench.train import assignment, overrides
 
 OUT = Path(".out/study")
+PROGRESS = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
 SCHEMA = "rmsgd-bench-study/1"
 SEEDS_LOOKED_FOR = 20
+WITH_CORRELATIONS = ("fig2", "digits-q")
 ENDS = {"diverged": "its loss stopped being a number; the others go on", "busy": "another process is at it"}
 
 
@@ -96,6 +99,13 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of each optimizer's own rate (default: {','.join(map(str, tuning.FACTORS))})",
     )
     tune.set_defaults(act=_tune, parser=tune)
+
+    nats = commands.add_parser("nats", help="figure 2 (b): Q of NATS-Bench's networks")
+    nats.add_argument("folder", type=Path, metavar="DIR", help=NATS_LAYOUT)
+    nats.add_argument("--dataset", default="cifar10", choices=("cifar10", "cifar100", "ImageNet16-120"))
+    nats.add_argument("--most", type=arguments.positive, help="architectures to measure (default: all)")
+    nats.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="default: %(default)s")
+    nats.set_defaults(act=_nats, parser=nats)
 
     tell = commands.add_parser("report", help="measured against published; figures", epilog=known)
     tell.add_argument("ids", nargs="*", default=["all"], metavar="ID", help="experiments (default: all)")
@@ -196,6 +206,22 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _nats(options: argparse.Namespace, console: Console) -> int:
+    with Progress(*PROGRESS, TextColumn("networks"), console=console) as progress:
+        task = progress.add_task("measuring", total=None)
+        rows = nats_study.measure(
+            options.folder,
+            options.out / f"nats-{options.dataset}.csv",
+            options.dataset,
+            options.most,
+            lambda done, of: progress.update(task, completed=done, total=of),
+        )
+    Console().print(nats_study.table(nats_study.correlations(rows)))
+    path = nats_study.draw(rows, options.out / f"nats-{options.dataset}.png")
+    console.print(f"wrote {path.with_suffix('.csv')}, {path}", soft_wrap=True)
+    return 0
+
+
 def _numbers(text: str) -> tuple[float, ...]:
     try:
         numbers = tuple(float(part) for part in text.split(","))
@@ -222,7 +248,7 @@ def _report(options: argparse.Namespace, console: Console) -> int:
         if compared := report.comparisons(records):
             entries["comparisons"] = compared
             out.print(report.comparison_table(compared))
-        if name == "fig2" and (together := report.correlations(records)):
+        if name in WITH_CORRELATIONS and (together := report.correlations(records)):
             entries["correlations"] = together
             out.print(report.correlation_table(together))
         try:
@@ -309,13 +335,7 @@ def _narrow(grid: Grid, options: argparse.Namespace) -> Grid:
 
 def train_with_progress(runner: Runner, configs: Sequence[RunConfig], console: Console) -> dict[str, int]:
     """Trains the runs under a bar for all and a line for each that ends otherwise than well."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.1f}/{task.total:.0f} runs"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = (*PROGRESS, TextColumn("{task.completed:.1f}/{task.total:.0f} runs"))
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("starting", total=len(configs))
         ended = 0

@@ -54,7 +54,7 @@ def quality_maps(stem: Path, records: Sequence[Record]) -> list[Path]:
     }
     columns = min(4, len(maps))
     rows = -(-len(maps) // columns)
-    figure = _figure(2.4 * columns + 0.8, 3.0 * rows + 0.4)
+    figure = blank(2.4 * columns + 0.8, 3.0 * rows + 0.4)
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
     top = max(float(values.max()) for values in maps.values())
     for axes in panels.flat[len(maps) :]:
@@ -75,7 +75,7 @@ def quality_maps(stem: Path, records: Sequence[Record]) -> list[Path]:
     figure.suptitle(
         f"{first.network}, {first.dataset}: quality of every layer, and test accuracy", fontsize=10
     )
-    return [_save(figure, stem.with_suffix(".png"))]
+    return [save(figure, stem.with_suffix(".png"))]
 
 
 def scatter(stem: Path, records: Sequence[Record]) -> list[Path]:
@@ -85,7 +85,7 @@ def scatter(stem: Path, records: Sequence[Record]) -> list[Path]:
         mine = [record for record in records if record.config.dataset == dataset]
         networks = list(dict.fromkeys(record.config.network for record in mine))
         optimizers = list(dict.fromkeys(record.config.optimizer for record in mine))
-        figure = _figure(9.6, 9.0)
+        figure = blank(9.6, 9.0)
         panels = figure.subplots(3, 2, sharex="row", sharey="col")
         targets: tuple[tuple[str, Callable[[Record], float]], ...] = (
             ("test accuracy (%)", lambda record: 100 * record.final["test_accuracy"]),
@@ -106,14 +106,14 @@ def scatter(stem: Path, records: Sequence[Record]) -> list[Path]:
                     )
                 found = correlation([r.final[metric] for r in mine], [value(r) for r in mine])
                 axes.set_title(str(found) if found else "", fontsize=9)
-                _plain(axes, label, target)
+                plain(axes, label, target)
         _optimizer_legend(figure, optimizers)
         fills = ", ".join(
             f"{kind} {name}"
             for kind, name in zip(("full:", "open:", "left:", "top:"), networks, strict=False)
         )
         figure.suptitle(f"{dataset}: one point per run ({fills})", fontsize=10)
-        written.append(_save(figure, stem.with_name(f"{stem.name}-{dataset}.png")))
+        written.append(save(figure, stem.with_name(f"{stem.name}-{dataset}.png")))
     return written
 
 
@@ -131,13 +131,13 @@ def courses(stem: Path, records: Sequence[Record]) -> list[Path]:
     ]
     written = []
     if compared:
-        figure = _figure(11.0, 6.4)
+        figure = blank(11.0, 6.4)
         panels = figure.subplots(2, 2)
         quantities = {
-            "stable_rank": "stable rank, mean over layers",
-            "condition_number": "condition number, mean over layers",
+            "stable_rank": "stable rank, mean",
+            "condition_number": "condition number, mean",
             "Q": "Q of the network",
-            "learning_rate": "learning rate, mean over layers",
+            "learning_rate": "learning rate, mean",
         }
         groups = by_label(compared)
         for axes, (name, label) in zip(panels.flat, quantities.items(), strict=True):
@@ -146,36 +146,36 @@ def courses(stem: Path, records: Sequence[Record]) -> list[Path]:
                 epochs = np.arange(1, len(values) + 1)
                 marker = "o" if len(values) <= 20 else ""
                 axes.plot(epochs, values, color=PALETTE[index % len(PALETTE)], marker=marker, label=optimizer)
-            _plain(axes, "epoch", label)
+            plain(axes, "epoch", label)
             _whole_numbers(axes)
             if name == "learning_rate":
                 axes.set_yscale("log")
         handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=5)
         first = compared[0].config
-        figure.suptitle(f"{first.network}, {first.dataset}", fontsize=10)
-        written.append(_save(figure, stem.with_suffix(".png")))
+        figure.suptitle(f"{first.network}, {first.dataset}: means over the layers", fontsize=10)
+        written.append(save(figure, stem.with_suffix(".png")))
     if ablation:
         default = 0.98
         ordered = sorted(ablation, key=lambda record: dict(record.config.settings).get("beta", default))
         groups = {}
         for record in ordered:
             groups.setdefault(f"β = {dict(record.config.settings).get('beta', default)}", []).append(record)
-        figure = _figure(7.2, 4.2)
+        figure = blank(7.2, 4.2)
         axes = figure.subplots()
         for index, (label, mine) in enumerate(groups.items()):
             values = 100 * _mean([record.column("test_accuracy") for record in mine])
             colour, marker = _style(index)
             epochs = np.arange(1, len(values) + 1)
             axes.plot(epochs, values, color=colour, marker=marker if len(values) <= 20 else "", label=label)
-        _plain(axes, "epoch", "test accuracy (%)")
+        plain(axes, "epoch", "test accuracy (%)")
         _whole_numbers(axes)
         axes.legend(frameon=False)
         axes.set_title(
             f"{ordered[0].config.network}, {ordered[0].config.dataset}: momentum β of RMSGD's rates",
             fontsize=10,
         )
-        written.append(_save(figure, stem.with_name(f"{stem.name}-beta.png")))
+        written.append(save(figure, stem.with_name(f"{stem.name}-beta.png")))
     return written
 
 
@@ -220,7 +220,7 @@ def accuracy_dots(stem: Path, records: Sequence[Record]) -> list[Path]:
     labels = list(dict.fromkeys(record.config.label for record in records))
     columns = min(3, len(cells))
     height = -(-len(cells) // columns)
-    figure = _figure(3.2 * columns + 1.0, (0.26 * len(labels) + 1.1) * height)
+    figure = blank(3.2 * columns + 1.0, (0.26 * len(labels) + 1.1) * height)
     panels = figure.subplots(height, columns, squeeze=False, sharey=True)
     for axes in panels.flat[len(cells) :]:
         axes.set_visible(False)
@@ -235,15 +235,16 @@ def accuracy_dots(stem: Path, records: Sequence[Record]) -> list[Path]:
             axes.plot([np.mean(values)], [row], "|", color="black", markersize=12)
         axes.set_title(cell, fontsize=9)
         axes.set_yticks(range(len(labels)), labels=labels, fontsize=8)
-        _plain(axes, "test accuracy (%)", "")
+        plain(axes, "test accuracy (%)", "")
     panels[0, 0].invert_yaxis()
-    return [_save(figure, stem.with_suffix(".png"))]
+    return [save(figure, stem.with_suffix(".png"))]
 
 
 DRAWN: Mapping[str, Callable[[Path, Sequence[Record]], list[Path]]] = {
     "fig1a": low_rank_evolution,
     "fig1b": quality_maps,
     "fig2": scatter,
+    "digits-q": scatter,
     "fig3": courses,
     "fig4": performance,
 }
@@ -262,7 +263,7 @@ def _against_time(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
 def _gap(path: Path, records: Sequence[Record]) -> Path:
     """Training and test accuracy of every optimizer, joined by the gap between them."""
     groups = by_label(records)
-    figure = _figure(7.2, 0.32 * len(groups) + 1.3)
+    figure = blank(7.2, 0.32 * len(groups) + 1.3)
     axes = figure.subplots()
     for row, mine in enumerate(groups.values()):
         train = 100 * np.mean([record.final["train_accuracy"] for record in mine])
@@ -272,15 +273,15 @@ def _gap(path: Path, records: Sequence[Record]) -> Path:
         axes.plot(test, row, "o", color=PALETTE[0], label="test" if row == 0 else None)
     axes.set_yticks(range(len(groups)), labels=list(groups), fontsize=8)
     axes.invert_yaxis()
-    _plain(axes, "accuracy (%)", "")
+    plain(axes, "accuracy (%)", "")
     axes.legend(frameon=False, fontsize=8)
     first = records[0].config
     axes.set_title(f"{first.network}, {first.dataset}: training and test accuracy at the end", fontsize=10)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _batch_sizes(path: Path, records: Sequence[Record]) -> Path:
-    figure = _figure(7.2, 4.2)
+    figure = blank(7.2, 4.2)
     axes = figure.subplots()
     for index, (label, mine) in enumerate(by_label(records).items()):
         sizes = sorted({record.config.batch for record in mine})
@@ -293,11 +294,11 @@ def _batch_sizes(path: Path, records: Sequence[Record]) -> Path:
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, labels=[str(size) for size in sizes])
     axes.minorticks_off()
-    _plain(axes, "batch size", "test accuracy (%)")
+    plain(axes, "batch size", "test accuracy (%)")
     axes.legend(frameon=False)
     first = records[0].config
     axes.set_title(f"{first.network}, {first.dataset}: accuracy by batch size", fontsize=10)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _mean(curves: Sequence[np.ndarray]) -> np.ndarray:
@@ -324,14 +325,16 @@ def _optimizer_legend(figure: Any, optimizers: Sequence[str]) -> None:
     figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=6, fontsize=8)
 
 
-def _figure(width: float, height: float) -> Any:
+def blank(width: float, height: float) -> Any:
+    """An empty figure of so many inches, tied to no window system."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _plain(axes: Any, xlabel: str, ylabel: str) -> None:
+def plain(axes: Any, xlabel: str, ylabel: str) -> None:
+    """Labels, a faint grid, and no frame at the top and right."""
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -344,6 +347,7 @@ def _whole_numbers(axes: Any) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
+    """Writes the figure and returns where."""
     figure.savefig(path, dpi=DPI)
     return path

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.study import published
-from bench.study.experiments import EXPERIMENTS, Experiment
+from bench.study.experiments import EXPERIMENTS, OWN, Experiment, experiment
 
 
 def show(names: Sequence[str], console: Console) -> None:
@@ -46,7 +46,7 @@ def overview() -> Table:
         table.add_column(column, no_wrap=column == "id")
     for column in ("cells", "runs", "published\nnumbers"):
         table.add_column(column, justify="right", no_wrap=True)
-    for name, known in EXPERIMENTS.items():
+    for name, known in (EXPERIMENTS | OWN).items():
         numbers = sum(key.table == name for key in published.load().values)
         cells = " x ".join(str(len(_used(known, field))) for field in ("networks", "datasets", "optimizers"))
         data = ", ".join(_used(known, "datasets"))
@@ -56,7 +56,7 @@ def overview() -> Table:
 
 def details(name: str) -> list[Table]:
     """The published numbers of one experiment, or its runs where the paper gives no number."""
-    known = EXPERIMENTS[name]
+    known = experiment(name)
     if not any(key.table == name for key in published.load().values):
         return [_runs(name, known)]
     tables = []

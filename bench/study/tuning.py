@@ -97,7 +97,7 @@ def read(path: Path) -> dict[str, float]:
         return {name: float(entry["lr"]) for name, entry in optimizers.items()}
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: `study tune` writes it") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no rates as `study tune` writes them ({error})") from error
 
 

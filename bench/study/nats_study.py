@@ -1,0 +1,133 @@
+"""Figure 2 (b): the metrics of NATS-Bench's networks against the accuracies that its authors measured."""
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+import rmsgd
+from bench.study import nats
+from bench.study.figures import blank, plain, save
+from bench.study.statistics import correlation
+from rmsgd.plots import PALETTE
+
+METRICS = ("Q", "stable_rank", "condition_number")
+TARGETS = {"test_accuracy": "test accuracy (%)", "gap": "generalisation gap (%)"}
+COLUMNS = ("index", "epochs", "seed", *METRICS, "train_accuracy", "test_accuracy")
+
+
+def measure(
+    folder: Path,
+    table: Path,
+    dataset: str,
+    most: int | None = None,
+    tell: Callable[[int, int], object] = lambda done, of: None,
+) -> list[dict[str, float]]:
+    """Measures the architectures in `folder`, appending to the CSV file `table`; those in it are skipped.
+
+    Args:
+        folder: of NATS-Bench's files.
+        table: written after every architecture, so that a run that is stopped goes on there.
+        dataset: that they were trained on.
+        most: architectures to measure, of those that are there; None: all.
+        tell: called with how many are done, and of how many.
+
+    Raises:
+        DatasetError: there is no architecture, or one that cannot be read.
+
+    """
+    files = nats.files(folder)[:most]
+    rows = _read(table)
+    done = {int(row["index"]) for row in rows}
+    table.parent.mkdir(parents=True, exist_ok=True)
+    # Written anew: a row that was cut when the process was stopped is not in `rows`.
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        for count, path in enumerate(files, 1):
+            if int(path.name.split(".")[0]) not in done:
+                mine = [_row(trained) for trained in nats.read(path, dataset)]
+                rows += mine
+                writer.writerows(mine)
+                file.flush()
+            tell(count, len(files))
+    return rows
+
+
+def _row(trained: nats.Trained) -> dict[str, float]:
+    report = rmsgd.probe(trained.weights)
+    return {
+        "index": trained.index,
+        "epochs": trained.epochs,
+        "seed": trained.seed,
+        "Q": report.quality,
+        "stable_rank": float(np.mean([layer.stable_rank for layer in report.measured])),
+        "condition_number": float(np.mean([layer.condition_number for layer in report.measured])),
+        "train_accuracy": trained.train_accuracy,
+        "test_accuracy": trained.test_accuracy,
+    }
+
+
+def _read(table: Path) -> list[dict[str, float]]:
+    if not table.exists():
+        return []
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if None not in row.values()]
+    found = [{name: float(value) for name, value in row.items()} for row in rows]
+    for row in found:
+        row.update({name: int(row[name]) for name in ("index", "epochs", "seed")})
+    # The last architecture may lack rows when the process was stopped: it is measured again.
+    last = found[-1]["index"] if found else None
+    return [row for row in found if row["index"] != last]
+
+
+def correlations(rows: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
+    """PLCC and ROCC of every metric with test accuracy and gap, for each number of epochs trained."""
+    found = []
+    for epochs in sorted({row["epochs"] for row in rows}):
+        mine = [row for row in rows if row["epochs"] == epochs]
+        for metric in METRICS:
+            for target in TARGETS:
+                result = correlation([row[metric] for row in mine], [value(row, target) for row in mine])
+                if result is not None:
+                    found.append({"epochs": epochs, "metric": metric, "against": target, **result._asdict()})
+    return found
+
+
+def value(row: dict[str, float], target: str) -> float:
+    """A target of `TARGETS`, as a share."""
+    return row["train_accuracy"] - row["test_accuracy"] if target == "gap" else row[target]
+
+
+def table(entries: Sequence[dict[str, Any]]) -> Table:
+    """The correlations."""
+    rows = Table(title="NATS-Bench: what goes together", box=SIMPLE_HEAD, show_edge=False)
+    for column in ("epochs trained", "metric", "against"):
+        rows.add_column(column)
+    for column in ("networks", "PLCC", "ROCC"):
+        rows.add_column(column, justify="right")
+    for entry in entries:
+        names = (str(entry["epochs"]), entry["metric"], entry["against"], str(entry["count"]))
+        rows.add_row(*names, f"{entry['plcc']:+.2f}", f"{entry['rocc']:+.2f}")
+    return rows
+
+
+def draw(rows: Sequence[dict[str, float]], path: Path) -> Path:
+    """Q against test accuracy and gap: a row of panels for each number of epochs trained."""
+    lengths = sorted({row["epochs"] for row in rows})
+    figure = blank(8.4, 3.2 * len(lengths))
+    panels = figure.subplots(len(lengths), 2, squeeze=False)
+    for line, epochs in zip(panels, lengths, strict=True):
+        mine = [row for row in rows if row["epochs"] == epochs]
+        for axes, (target, label) in zip(line, TARGETS.items(), strict=True):
+            q, heights = [row["Q"] for row in mine], [100 * value(row, target) for row in mine]
+            axes.plot(q, heights, ".", color=PALETTE[0], markersize=3, alpha=0.5, rasterized=True)
+            found = correlation(q, heights)
+            axes.set_title(f"{epochs} epochs: {found}" if found else f"{epochs} epochs", fontsize=9)
+            plain(axes, "Q", label)
+    return save(figure, path)

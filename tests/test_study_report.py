@@ -1,0 +1,323 @@
+"""What is concluded from runs: differences, correlations, rates, tables and figures."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from bench import models
+from bench.__main__ import main
+from bench.study import report, tuning
+from bench.study.config import RunConfig, sorted_settings
+from bench.study.experiments import EXPERIMENTS, experiment, small
+from bench.study.figures import draw
+from bench.study.records import read
+from bench.study.run import METRICS, PHASES
+from bench.study.statistics import correlation, holm, in_deviations, paired
+from rmsgd.metrics import write_csv
+
+CELL = RunConfig("resnet18", "cifar10", "sgd", budget=True)
+
+
+def write_run(out, config, accuracy, *, train=1.0, quality=0.5, epochs=None, diverged=False, layers=3):
+    """The folder of a run that ended so."""
+    folder = config.folder(out)
+    folder.mkdir(parents=True)
+    count = epochs or config.epochs
+    rows = [
+        {
+            "epoch": epoch,
+            "train_loss": 1.0 / epoch,
+            "train_accuracy": train,
+            "test_loss": 0.1,
+            "test_accuracy": accuracy - 0.001 * (count - epoch),
+            "test_top5": 1.0,
+            "Q": quality,
+            "stable_rank": quality / 10,
+            "condition_number": 1 - quality / 10,
+            "learning_rate": 0.1,
+            **{f"seconds_{phase}": 1.0 for phase in PHASES},
+        }
+        for epoch in range(1, count + 1)
+    ]
+    write_csv(folder / "epochs.csv", rows)
+    write_csv(
+        folder / "layers.csv",
+        [
+            {"epoch": epoch, "layer": f"conv{layer}", **{name: quality + layer for name in METRICS}}
+            for epoch in range(1, count + 1)
+            for layer in range(layers)
+        ],
+    )
+    status = "diverged" if diverged else "complete"
+    (folder / "result.json").write_text(json.dumps({"status": status}))
+
+
+def seeds(out, config, accuracies, **options):
+    configs = [replace(config, seed=seed) for seed in range(len(accuracies))]
+    for entry, accuracy in zip(configs, accuracies, strict=True):
+        write_run(out, entry, accuracy, **options)
+    return configs
+
+
+# --- Statistics
+
+
+def test_a_paired_difference_is_students():
+    a, b = np.array([95.1, 95.4, 95.2, 95.9, 95.0]), np.array([95.0, 95.0, 95.3, 95.2, 94.9])
+    found = paired(a, b)
+    expected = stats.ttest_rel(a, b)
+    assert found.mean == pytest.approx(np.mean(a - b))
+    assert found.p == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
+
+
+def test_pairs_that_do_not_differ_have_no_difference():
+    assert paired([1, 2], [1, 2]) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_one_pair_says_nothing():
+    with pytest.raises(ValueError, match="two pairs"):
+        paired([1.0], [2.0])
+
+
+def test_holm_corrects_the_smallest_most_and_keeps_the_order():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_correlations_are_linear_and_of_ranks():
+    x = np.array([1.0, 2.0, 3.0, 4.0])
+    found = correlation(x, np.exp(5 * x))
+    assert found.rocc == pytest.approx(1)
+    assert found.plcc == pytest.approx(stats.pearsonr(x, np.exp(5 * x)).statistic)
+    assert found.count == 4
+
+
+def test_constant_or_few_values_do_not_correlate():
+    assert correlation([1, 1, 1], [1, 2, 3]) is None
+    assert correlation([1, 2], [1, 2]) is None
+    assert correlation([1, 2, math.nan, 3], [2, 4, 9, 6]).count == 3
+
+
+def test_a_difference_is_counted_in_both_deviations_or_the_known_one():
+    assert in_deviations(95.0, 0.3, 95.5, 0.4) == pytest.approx(-1)
+    assert in_deviations(95.0, math.nan, 95.5, 0.5) == pytest.approx(-1)
+    assert math.isnan(in_deviations(95.0, math.nan, 95.5, math.nan))
+
+
+# --- Measured against published
+
+
+def test_a_cell_is_compared_with_its_published_number(tmp_path):
+    configs = seeds(tmp_path, CELL, [0.950, 0.953, 0.956])
+    (row,) = report.rows("table1a", read(tmp_path, configs))
+    assert row["seeds"] == 3
+    assert row["measured"] == pytest.approx({"mean": 95.3, "std": 0.3})
+    assert row["published"] == {"mean": 95.32, "std": 0.07}
+    assert row["deviations"] == pytest.approx((95.3 - 95.32) / math.hypot(0.3, 0.07))
+    assert row["gap"] == pytest.approx(4.7)
+
+
+def test_a_run_that_diverged_is_counted_and_left_out(tmp_path):
+    configs = seeds(tmp_path, CELL, [0.95, 0.96])
+    lost = replace(CELL, seed=2)
+    write_run(tmp_path, lost, math.nan, diverged=True, epochs=3)
+    (row,) = report.rows("table1a", read(tmp_path, [*configs, lost]))
+    assert (row["seeds"], row["diverged"]) == (3, 1)
+    assert row["measured"]["mean"] == pytest.approx(95.5)
+
+
+def test_table_2_reports_after_150_and_250_epochs(tmp_path):
+    config = RunConfig("mobilenetv2-imagenet", "imagenet", "sam")
+    write_run(tmp_path, config, 0.65)
+    first, second = report.rows("table2", read(tmp_path, [config]))
+    assert (first["epoch"], second["epoch"]) == (150, 250)
+    assert first["measured"]["mean"] == pytest.approx(55.0)
+    assert (first["published"]["mean"], second["published"]["mean"]) == (61.41, 63.43)
+
+
+@pytest.mark.parametrize("change", [{"width": 0.5}, {"epochs": 3}, {"batch": 64}, {"dataset": "digits"}])
+def test_what_is_not_the_papers_cell_gets_no_difference(change, tmp_path):
+    config = replace(CELL, **change)
+    write_run(tmp_path, config, 0.9, epochs=3)
+    (row,) = report.rows("table1a", read(tmp_path, [config]))
+    assert row["deviations"] is None
+    assert row["published"]["mean"] == 95.32
+
+
+def test_differences_to_rmsgd_are_tested_seed_by_seed(tmp_path):
+    ours, theirs = [0.96, 0.95, 0.97, 0.96], [0.94, 0.95, 0.94, 0.95]
+    configs = seeds(tmp_path, replace(CELL, optimizer="rmsgd"), ours)
+    configs += seeds(tmp_path, CELL, theirs)
+    configs += seeds(tmp_path, replace(CELL, optimizer="adam"), ours)
+    sgd, adam = report.comparisons(read(tmp_path, configs))
+    expected = stats.ttest_rel(np.multiply(ours, 100), np.multiply(theirs, 100))
+    assert (sgd["other"], sgd["seeds"]) == ("sgd", 4)
+    assert sgd["p"] == pytest.approx(expected.pvalue)
+    assert sgd["p_corrected"] == pytest.approx(2 * expected.pvalue)
+    assert (adam["mean"], adam["p"]) == (0.0, 1.0)
+
+
+def test_one_seed_is_not_compared(tmp_path):
+    configs = [CELL, replace(CELL, optimizer="rmsgd")]
+    for config in configs:
+        write_run(tmp_path, config, 0.95)
+    assert report.comparisons(read(tmp_path, configs)) == []
+
+
+def test_metrics_are_correlated_with_accuracy_and_gap(tmp_path):
+    configs = [replace(CELL, optimizer=name, epochs=2) for name in ("sgd", "sam", "adam", "sgdp")]
+    for config, quality in zip(configs, (0.1, 0.2, 0.4, 0.3), strict=True):
+        write_run(tmp_path, config, 0.5 + quality, quality=quality)
+    found = {(row["metric"], row["against"]): row for row in report.correlations(read(tmp_path, configs))}
+    assert found["Q", "test_accuracy"]["plcc"] == pytest.approx(1)
+    assert found["Q", "gap"]["rocc"] == pytest.approx(-1)
+    assert found["condition_number", "test_accuracy"]["rocc"] == pytest.approx(-1)
+
+
+# --- Figures
+
+
+def write_small(name, out):
+    """Runs of the small preset, as if they had been trained."""
+    configs = small(EXPERIMENTS[name]).runs()
+    for index, config in enumerate(configs):
+        write_run(out, config, 0.9 - 0.01 * (index % 7), quality=0.3 + 0.01 * (index % 5))
+    return configs
+
+
+FIGURES = {
+    "table1a": 1,
+    "table4": 1,
+    "fig1b": 1,
+    "fig2": 1,
+    "fig3": 2,
+    "fig4": 3,
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_experiment_is_drawn(name, tmp_path):
+    files = draw(name, read(tmp_path, write_small(name, tmp_path)), tmp_path / "figures")
+    assert len(files) >= FIGURES[name]
+    for path in files:
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert path.stat().st_size > 5000
+
+
+def test_the_low_rank_of_kept_weights_is_drawn(tmp_path):
+    (config,) = small(EXPERIMENTS["fig1a"]).runs()
+    write_run(tmp_path, config, 0.9)
+    folder = config.folder(tmp_path) / "weights"
+    folder.mkdir()
+    for epoch in (0, 3):
+        torch.manual_seed(epoch)
+        torch.save(models.build("resnet14-digits").state_dict(), folder / f"epoch_{epoch:03d}.pt")
+    (path,) = draw("fig1a", read(tmp_path, [config]), tmp_path / "figures")
+    assert path.stat().st_size > 5000
+
+
+def test_nothing_is_drawn_where_all_diverged(tmp_path):
+    write_run(tmp_path, CELL, math.nan, diverged=True, epochs=1)
+    assert draw("table1a", read(tmp_path, [CELL]), tmp_path / "figures") == []
+
+
+# --- Tuning
+
+
+def test_the_grid_is_factors_of_the_optimizers_own_rate_on_a_held_out_part():
+    runs = tuning.grid([CELL, replace(CELL, optimizer="sls")], (0.1, 1.0))
+    assert [dict(run.settings)["lr"] for run in runs] == [0.01, 0.1]
+    assert all(run.holdout for run in runs)
+
+
+def test_the_best_rate_is_that_of_the_best_mean_and_the_edge_is_told(tmp_path):
+    configs = [replace(CELL, seed=seed) for seed in (0, 1)]
+    runs = tuning.grid(configs, (0.1, 1.0, 10.0))
+    accuracies = {0.01: (0.8, 0.9), 0.1: (0.84, 0.88), 1.0: (0.99, None)}
+    for run in runs:
+        accuracy = accuracies[dict(run.settings)["lr"]][run.seed]
+        write_run(tmp_path, run, accuracy or math.nan, epochs=2, diverged=accuracy is None)
+    best = tuning.best(read(tmp_path, runs), (0.1, 1.0, 10.0))["sgd"]
+    # 1.0 diverged once; .1 has the higher mean of the last epoch.
+    assert best["lr"] == 0.1
+    assert not best["at_the_edge"]
+    assert best["accuracy"] == pytest.approx({0.01: 85.0, 0.1: 86.0})
+    edge = tuning.best(read(tmp_path, [run for run in runs if dict(run.settings)["lr"] == 0.01]), (0.1, 10.0))
+    assert edge["sgd"]["at_the_edge"]
+
+
+def test_tuned_rates_go_through_a_file_and_into_runs_that_set_none(tmp_path):
+    path = tmp_path / "rates.json"
+    tuning.write(path, {"sgd": {"lr": 0.3, "at_the_edge": False, "accuracy": {0.3: 90.0}}}, CELL)
+    rates = tuning.read(path)
+    assert tuning.with_rates(CELL, rates).settings == (("lr", 0.3),)
+    fixed = replace(CELL, settings=sorted_settings({"lr": 0.01}))
+    assert tuning.with_rates(fixed, rates) == fixed
+    assert tuning.with_rates(replace(CELL, optimizer="adam"), rates).settings == ()
+    assert tuning.with_rates(CELL, {"sgd": 0.1}) == CELL
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"optimizers": {"sgd": {}}}', '{"optimizers": 3}'])
+def test_a_file_without_rates_is_refused(content, tmp_path):
+    (tmp_path / "rates.json").write_text(content)
+    with pytest.raises(ValueError, match="holds no rates"):
+        tuning.read(tmp_path / "rates.json")
+
+
+def test_a_missing_file_of_rates_says_what_writes_it(tmp_path):
+    with pytest.raises(ValueError, match="study tune"):
+        tuning.read(tmp_path / "none.json")
+
+
+# --- The command
+
+
+def test_report_prints_every_cell_writes_json_and_draws(tmp_path, capsys):
+    write_small("table1a", tmp_path)
+    target = tmp_path / "report.json"
+    arguments = ["study", "report", "table1a", "--preset", "small", "--out", str(tmp_path)]
+    assert main([*arguments, "--json", str(target)]) == 0
+    captured = capsys.readouterr()
+    assert "resnet34, digits" in captured.out
+    assert "95.66 ± 0.17" in captured.out
+    assert "other data" in " ".join(captured.out.split())
+    assert max(map(len, captured.out.splitlines())) <= 80
+    assert "table1a.png" in captured.err
+    content = json.loads(target.read_text())
+    assert len(content["experiments"]["table1a"]["cells"]) == 22
+
+
+def test_report_of_nothing_says_where_it_looked(tmp_path, capsys):
+    assert main(["study", "report", "table3", "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path} has no ended run of table3" in " ".join(capsys.readouterr().err.split())
+
+
+def test_tune_trains_the_grid_and_keeps_the_best(tmp_path, capsys):
+    arguments = ["study", "tune", "digits", "--optimizers", "sgd", "--epochs", "1", "--batch", "512"]
+    status = main([*arguments, "--seeds", "1", "--factors", "0.001,1", "--out", str(tmp_path)])
+    captured = capsys.readouterr()
+    assert status == 0
+    assert "held-out" in captured.out
+    assert tuning.read(tmp_path / "rates.json")["sgd"] in (0.0001, 0.1)
+
+
+def test_factors_that_are_no_factors_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["study", "tune", "digits", "--factors", "0,1"])
+    assert "expected positive numbers" in capsys.readouterr().err
+
+
+def test_the_study_on_digits_is_no_part_of_the_paper():
+    assert "digits" not in EXPERIMENTS
+    runs = experiment("digits").runs()
+    settings = [dict(run.settings) for run in runs if run.optimizer == "rmsgd"]
+    assert {"gamma": 0.9, "step_size": 1} in settings
+    assert {"beta": 0.8} in settings
+    assert {} in settings
