@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+INTEGRATIONS := $(VENV)/.integrations
 NATIVE := $(shell find csrc -type f)
 # The CUDA kernels take minutes to compile: here only where there is a GPU to run them.
 export RMSGD_CUDA ?= $(if $(shell command -v nvidia-smi),1,0)
@@ -12,7 +13,7 @@ export RMSGD_CUDA ?= $(if $(shell command -v nvidia-smi),1,0)
 
 help:
 	@echo "make demo      train a small ResNet on digits with RMSGD, SGD and SAM: table, JSON and plots"
-	@echo "make test      the test suite          make test-all  the slow tests too"
+	@echo "make test      the test suite          make test-all  the slow tests and trainers too"
 	@echo "make lint      ruff, mypy, clang-format    make format    apply them"
 	@echo "make bench     measure speed on this machine and rewrite the README's table"
 
@@ -30,7 +31,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
-test-all: $(STAMP)
+# The trainers of rmsgd.integrations: 300 MB that the other tests do without.
+$(INTEGRATIONS): $(STAMP)
+	$(PIP) install -q -c constraints.txt -e '.[integrations]'
+	@touch $@
+
+test-all: $(INTEGRATIONS)
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
 lint: $(STAMP)
@@ -48,4 +54,4 @@ bench: $(STAMP)
 	$(BIN)/python -m bench speed --out bench/results --readme README.md
 
 clean:
-	rm -rf build *.egg-info rmsgd/*.so $(STAMP)
+	rm -rf build *.egg-info rmsgd/*.so $(STAMP) $(INTEGRATIONS)

@@ -1,0 +1,54 @@
+"""RMSGD inside other people's training loops: callbacks that end its epochs, and its figures for a log.
+
+``rmsgd.integrations.lightning.EpochStep`` and ``rmsgd.integrations.transformers.EpochStep`` are callbacks
+of Lightning and of the Hugging Face Trainer; ``rmsgd.integrations.timm.register`` makes "rmsgd" an
+optimizer of timm. Each module needs its framework; ``import rmsgd`` needs none of them.
+"""
+
+from typing import Any
+
+from rmsgd.optimizer import RMSGD
+
+_WRAPPED_AS = ("optimizer", "optim")
+"""Where a wrapper keeps what it wraps: Accelerate, Lightning, DeepSpeed; ZeroRedundancyOptimizer."""
+
+
+def unwrap(optimizer: Any) -> RMSGD:
+    """The RMSGD inside an optimizer that Accelerate, Lightning, DeepSpeed or ZeRO may have wrapped.
+
+    Raises:
+        TypeError: there is none; the message names what there is.
+    """
+    types = []
+    while not isinstance(optimizer, RMSGD):
+        types.append(type(optimizer).__qualname__)
+        if optimizer is None:
+            raise TypeError(f"an rmsgd.RMSGD optimizer is needed, got {' around '.join(types[:-1] or types)}")
+        optimizer = next(filter(None, (getattr(optimizer, name, None) for name in _WRAPPED_AS)), None)
+    return optimizer
+
+
+def log_dict(optimizer: Any) -> dict[str, float]:
+    """Learning rates and metrics of every layer as one flat dict, which any tracker takes.
+
+    ``learning_rate/NAME`` for every parameter; from the first ``epoch_step`` on also ``stable_rank/NAME``,
+    ``condition_number/NAME`` and ``quality/NAME`` of every measured layer, and ``quality``, Q of the
+    network. On a GPU this waits for the last ``epoch_step``, so call it after one, not at every step.
+
+    Raises:
+        TypeError: there is no RMSGD in the optimizer.
+    """
+    inner = unwrap(optimizer)
+    values = {f"learning_rate/{name}": rate for name, rate in inner.learning_rates().items()}
+    if inner._measured is not None:
+        report = inner.report()
+        for metric in ("stable_rank", "condition_number", "quality"):
+            values |= {f"{metric}/{layer.name}": getattr(layer, metric) for layer in report.measured}
+        values["quality"] = report.quality
+    return values
+
+
+def check_interval(every_n_steps: int | None) -> None:
+    """Raise ValueError for a number of steps that is not a positive whole one, or None."""
+    if every_n_steps is not None and not (isinstance(every_n_steps, int) and every_n_steps > 0):
+        raise ValueError(f"every_n_steps must be a positive whole number or None, got {every_n_steps!r}")

@@ -1,0 +1,22 @@
+"""RMSGD among timm's optimizers."""
+
+from timm.optim import OptimInfo
+from timm.optim._optim_factory import default_registry
+
+from rmsgd.optimizer import RMSGD
+
+
+def register() -> None:
+    """Make ``timm.optim.create_optimizer_v2(model, "rmsgd", ...)`` give an RMSGD optimizer.
+
+    Its ``epoch_step`` is still to be called at epoch ends; no scheduler of timm's does.
+    """
+    default_registry.register(
+        OptimInfo(
+            name="rmsgd",
+            opt_class=RMSGD,
+            description="SGD with momentum whose learning rate follows each layer's stable rank",
+            has_eps=False,
+            has_momentum=True,
+        )
+    )
