@@ -1,5 +1,7 @@
 """What several tests share."""
 
+import importlib
+import importlib.util
 import os
 
 import pytest
@@ -23,6 +25,32 @@ def backend(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _torchvision_of_another_build():
+    """Make torchvision importable where its compiled half is for a torch with CUDA, and torch is without.
+
+    timm imports it, and others where they find it; no test calls its operators.
+    """
+    if importlib.util.find_spec("torchvision") is None or torch.version.cuda is not None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        importlib.import_module("torchvision")
+
+
+@pytest.fixture
+def timm():
+    """timm, with "rmsgd" among its optimizers."""
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("timm.scheduler")
+    importlib.import_module("rmsgd.integrations.timm").register()
+    return timm
 
 
 def pytest_collection_modifyitems(items):

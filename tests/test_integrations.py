@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import importlib.util
 import subprocess
 import sys
 
@@ -49,23 +48,6 @@ def epoch_ends(monkeypatch):
     monkeypatch.setattr(rmsgd.RMSGD, "step", counted)
     monkeypatch.setattr(rmsgd.RMSGD, "epoch_step", noted)
     return ends
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _torchvision_of_another_build():
-    """Make torchvision importable where its compiled half is for a torch with CUDA, and torch is without.
-
-    timm, and the others where they find it, import it; none of what is tested here calls its operators.
-    """
-    if importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        import torchvision
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401
 
 
 def state_of(optimizer):
@@ -460,18 +442,6 @@ def test_accelerate_resumes_bit_for_bit(accelerator, tmp_path):
 
 
 # -- timm ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def timm():
-    """timm with "rmsgd" registered."""
-    pytest.importorskip("torchvision", exc_type=ImportError)
-    timm = pytest.importorskip("timm")
-    pytest.importorskip("timm.scheduler")
-    from rmsgd.integrations.timm import register
-
-    register()
-    return timm
 
 
 def test_timm_makes_one_by_name_and_its_schedulers_multiply_the_rates(timm):
