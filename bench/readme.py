@@ -23,15 +23,16 @@ def rewrite(path: Path, result: dict[str, Any]) -> None:
         mark = re.compile(rf"(<!-- measured: {name} -->\n).*?(<!-- /measured -->)", re.DOTALL)
         if not mark.search(text):
             raise ValueError(f"{path} has no line '<!-- measured: {name} -->' to write the table behind")
-        body = f"{_where(result['machine'])}\n\n{rows_to_text(result[name])}\n"
+        body = f"{_where(result['machine'], name)}\n\n{rows_to_text(result[name])}\n"
         text = mark.sub(lambda m, body=body: m[1] + body + m[2], text)
     path.write_text(text, encoding="utf-8")
 
 
-def _where(machine: dict[str, Any]) -> str:
+def _where(machine: dict[str, Any], name: str) -> str:
+    how = "means over seeds" if name == "study" else "medians of interleaved rounds"
     return (
         f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, "
-        f"{machine['threads']} threads; medians of interleaved rounds."
+        f"{machine['threads']} threads; {how}."
     )
 
 
@@ -120,9 +121,25 @@ def _probe_speed(rows: list[dict[str, Any]]) -> str:
     return _markdown(headings, [[row["model"], str(row["layers"]), *probe_cells(row)] for row in rows])
 
 
+def study_cells(row: dict[str, Any]) -> list[str]:
+    """Test accuracy with its deviation, the difference of RMSGD with its interval, and p."""
+    measured, difference = row["measured"], row["difference"]
+    cells = [f"{measured['mean']:.2f} ± {measured['std']:.2f}", f"{row['gap']:.2f}", f"{row['Q']:.2f}"]
+    if difference is None:
+        return [*cells, "-", "-"]
+    interval = f"{difference['mean']:+.2f} [{difference['low']:+.2f}, {difference['high']:+.2f}]"
+    return [*cells, interval, f"{difference['p_corrected']:.2g}"]
+
+
+def _study(rows: list[dict[str, Any]]) -> str:
+    headings = ["digits, test accuracy (%)", "mean ± std", "gap", "Q", "rmsgd minus it [95 %]", "p (Holm)"]
+    return _markdown(headings, [[row["optimizer"], *study_cells(row)] for row in rows])
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "step": _step,
     "epoch-end": _epoch_end,
     "noise-search": _noise_search,
     "probe-speed": _probe_speed,
+    "study": _study,
 }

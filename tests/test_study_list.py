@@ -165,4 +165,4 @@ def test_a_small_cell_runs_to_its_end_and_again_in_no_time(capsys, tmp_path):
         status, _, err = run_command(capsys, *arguments, "--epochs", "1", "--out", str(tmp_path))
         assert status == 0
         assert "1 complete" in err
-        assert "study report table1a" in err
+        assert "study report table1a --preset small --network resnet18" in err

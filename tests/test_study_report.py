@@ -164,6 +164,16 @@ def test_differences_to_rmsgd_are_tested_seed_by_seed(tmp_path):
     assert (adam["mean"], adam["p"]) == (0.0, 1.0)
 
 
+def test_a_tuned_rate_is_no_other_optimizer_and_several_rates_are_not_compared(tmp_path):
+    tuned = replace(CELL, optimizer="rmsgd", settings=(("lr", 0.1),))
+    beta = replace(tuned, settings=(("beta", 0.9), ("lr", 0.1)))
+    configs = seeds(tmp_path, tuned, [0.96, 0.95]) + seeds(tmp_path, beta, [0.97, 0.95])
+    (entry,) = report.comparisons(read(tmp_path, configs))
+    assert (entry["reference"], entry["other"]) == ("rmsgd (lr 0.1)", "rmsgd (beta 0.9, lr 0.1)")
+    configs += seeds(tmp_path, replace(tuned, settings=()), [0.9, 0.91])
+    assert report.comparisons(read(tmp_path, configs)) == []
+
+
 def test_one_seed_is_not_compared(tmp_path):
     configs = [CELL, replace(CELL, optimizer="rmsgd")]
     for config in configs:
@@ -292,6 +302,20 @@ def test_report_prints_every_cell_writes_json_and_draws(tmp_path, capsys):
     assert "table1a.png" in captured.err
     content = json.loads(target.read_text())
     assert len(content["experiments"]["table1a"]["cells"]) == 22
+
+
+def test_the_readmes_table_is_written_from_the_runs(tmp_path, capsys):
+    configs = [run for run in experiment("digits").runs((0, 1)) if not run.settings]
+    for config in configs:
+        write_run(tmp_path, config, 0.9 + 0.01 * config.seed, epochs=2)
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- measured: study -->\nold\n<!-- /measured -->\nafter\n")
+    assert main(["study", "report", "digits", "--out", str(tmp_path), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert "| sgd | 90.50 ± 0.71 |" in text
+    assert "+0.00 [+0.00, +0.00] | 1 |" in text
+    assert text.startswith("before")
+    assert "old" not in text
 
 
 def test_report_of_nothing_says_where_it_looked(tmp_path, capsys):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from study_jobs import STEPS, TINY, make, start, weights
 
+from bench.__main__ import main
 from bench.study import atomic
 from bench.study.config import RunConfig, sorted_settings
 from bench.study.run import BusyError, Run, kept_epochs, locked, status
@@ -230,6 +231,18 @@ def test_a_run_whose_disk_was_full_goes_on_identically(tmp_path, undisturbed):
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
     make(TINY, tmp_path).train()
     assert identical(weights(undisturbed), weights(tmp_path))
+
+
+def test_the_command_says_what_to_do_about_a_full_disk(tmp_path, monkeypatch, capsys):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(atomic, "save", full)
+    arguments = ["study", "run", "table1a", "--preset", "small", "--network", "resnet18", "--epochs", "1"]
+    assert main([*arguments, "--optimizers", "sgd", "--out", str(tmp_path)]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"No space left on device: {tmp_path}" in said
+    assert "give the same command again" in said
 
 
 # --- What is recorded

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import arguments, measure
+from bench import arguments, measure, readme
 from bench.peers import PeerUnavailableError
 from bench.study import listing, nats_study, report, tuning
 from bench.study.config import RunConfig, sorted_settings
@@ -42,7 +43,7 @@ def main(given: Sequence[str]) -> int:
 
     """
     parser = _parser()
-    options = parser.parse_args(given)
+    options = parser.parse_args(given, argparse.Namespace(given=list(given)))
     console = Console(stderr=True)
     try:
         return options.act(options, console)
@@ -107,13 +108,14 @@ def _parser() -> argparse.ArgumentParser:
     nats.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="default: %(default)s")
     nats.set_defaults(act=_nats, parser=nats)
 
-    tell = commands.add_parser("report", help="measured against published; figures", epilog=known)
+    tell = commands.add_parser(
+        "report", help="measured against published; figures; takes the arguments of run", epilog=known
+    )
     tell.add_argument("ids", nargs="*", default=["all"], metavar="ID", help="experiments (default: all)")
     _selection(tell)
-    tell.add_argument(
-        "--out", type=Path, default=OUT, metavar="DIR", help="as for run (default: %(default)s)"
-    )
+    _place(tell)
     tell.add_argument("--json", type=Path, metavar="FILE", help="also write what is printed, as JSON")
+    tell.add_argument("--readme", type=Path, metavar="FILE", help="rewrite the table of digits in this file")
     tell.set_defaults(act=_report, parser=tell)
     return parser
 
@@ -181,10 +183,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     with arguments.torch_threads(_threads(options)):
         counts = train_with_progress(Runner(place), configs, console)
     said = ", ".join(f"{count} {how}" for how, count in counts.items())
-    console.print(
-        f"{said}; in {options.out}. Next: python -m bench study report {' '.join(options.ids)}",
-        soft_wrap=True,
-    )
+    again = shlex.join(["report", *options.given[1:]])
+    console.print(f"{said}; in {options.out}. Next: python -m bench study {again}", soft_wrap=True)
     return 1 if set(counts) == {"diverged"} else 0
 
 
@@ -258,20 +258,23 @@ def _report(options: argparse.Namespace, console: Console) -> int:
     if not content:
         raise ValueError(f"{options.out} has no ended run of {', '.join(names)} as the arguments say")
     if options.json:
-        measure.write_json(
-            options.json, {"schema": SCHEMA, "machine": measure.machine(), "experiments": content}
-        )
+        whole = {"schema": SCHEMA, "machine": measure.machine(), "experiments": content}
+        measure.write_json(options.json, whole)
+    if options.readme and "digits" in content:
+        table = {"machine": measure.machine(), "study": report.readme_rows(content["digits"])}
+        readme.rewrite(options.readme, table)
     console.print("wrote " + ", ".join(map(str, figures)), soft_wrap=True)
     return 0
 
 
 def prepare(options: argparse.Namespace) -> Place:
     """Checks the device and where to write, and makes torch deterministic where that is asked for."""
-    arguments.check_device(options.device)
     if options.deterministic:
+        # Read when the first context is made, which is what checking the device does.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+    arguments.check_device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     return Place(options.out, options.data, torch.device(options.device), options.checkpoint_every)
 

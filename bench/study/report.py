@@ -148,61 +148,73 @@ def order_agreement(entries: Sequence[dict[str, Any]]) -> list[str]:
 def comparisons(records: Sequence[Record], reference: str = "rmsgd") -> list[dict[str, Any]]:
     """The reference optimizer's test accuracy against every other's, seed by seed.
 
-    One entry per data set, network and other optimizer with at least two seeds in common: difference in
-    per cent with its 95 % interval, and the p value of a paired t test, alone and corrected (Holm) for the
-    comparisons of that cell.
+    One entry per data set, network and other optimizer or setting with at least two seeds in common:
+    difference in per cent with its 95 % interval, and the p value of a paired t test, alone and corrected
+    (Holm) for the comparisons of that cell. A cell where the reference ran with several rates has none.
     """
     found = []
-    for cell in dict.fromkeys((record.config.dataset, record.config.network) for record in records):
-        mine = [
-            record for record in finished(records) if (record.config.dataset, record.config.network) == cell
-        ]
+    for cell in dict.fromkeys(_cell(record) for record in records):
+        mine = [record for record in finished(records) if _cell(record) == cell]
+        own = {r.config.label for r in mine if r.config.optimizer == reference and _plain(r)}
+        if len(own) != 1:
+            continue
         groups = {
             label: {record.config.seed: 100 * record.final["test_accuracy"] for record in group}
             for label, group in by_label(mine).items()
         }
-        ours = groups.pop(reference, {})
+        ours = groups.pop(name := own.pop())
         entries = []
         for label, theirs in groups.items():
             seeds = sorted(ours.keys() & theirs.keys())
             if len(seeds) > 1:
                 difference = paired([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
-                entries.append(
-                    {
-                        "dataset": cell[0],
-                        "network": cell[1],
-                        "reference": reference,
-                        "other": label,
-                        "seeds": len(seeds),
-                        **difference._asdict(),
-                    }
-                )
+                entry = {"dataset": cell[0], "network": cell[1], "reference": name, "other": label}
+                entries.append({**entry, "seeds": len(seeds), **difference._asdict()})
         for entry, corrected in zip(entries, holm([entry["p"] for entry in entries]), strict=True):
             found.append({**entry, "p_corrected": corrected})
     return found
 
 
+def _cell(record: Record) -> tuple[str, str, int]:
+    return record.config.dataset, record.config.network, record.config.batch
+
+
+def _plain(record: Record) -> bool:
+    """Whether nothing but the learning rate was set."""
+    return dict(record.config.settings).keys() <= {"lr"}
+
+
+def readme_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per optimizer or setting: its accuracy, and RMSGD's difference to it."""
+    differences = {entry["other"]: entry for entry in content.get("comparisons", ())}
+    return [{**cell, "difference": differences.get(cell["optimizer"])} for cell in content["cells"]]
+
+
 def comparison_table(entries: Sequence[dict[str, Any]]) -> Table:
     """Whether the differences are real."""
     table = Table(
-        title=f"test accuracy of {entries[0]['reference']} minus another's, in %",
+        title=f"test accuracy of {entries[0]['reference']} minus another's (%)",
         caption="Paired by seed: mean, 95 % interval, p of Student's t; corrected (Holm) per cell.",
         box=SIMPLE_HEAD,
         show_edge=False,
+        collapse_padding=True,
     )
-    for column in ("network, data", "other"):
-        table.add_column(column)
+    table.add_column("other", overflow="fold")
     for column in ("seeds", "difference", "95 % interval", "p", "p corrected"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
+    before = None
     for entry in entries:
+        if (cell := (entry["network"], entry["dataset"])) != before:
+            table.add_section()
+            table.add_row(f"[bold]{', '.join(cell)}[/bold]")
+            before = cell
         table.add_row(
-            f"{entry['network']}, {entry['dataset']}",
             entry["other"],
             str(entry["seeds"]),
             f"{entry['mean']:+.2f}",
             f"{entry['low']:+.2f} to {entry['high']:+.2f}",
-            f"{entry['p']:.3g}",
-            f"{entry['p_corrected']:.3g}",
+            f"{entry['p']:.2g}",
+            f"{entry['p_corrected']:.2g}",
         )
     return table
 
