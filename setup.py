@@ -37,6 +37,7 @@ SOURCES = [
     "csrc/bind_cpu.cpp",
     "csrc/bind_step.cpp",
     "csrc/isa.cpp",
+    "csrc/parallel.cpp",
     "csrc/sgd/plan.cpp",
     "csrc/spectrum/measure_cpu.cpp",
 ]
@@ -56,9 +57,22 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-pthread",
     "-Wall",
+    "-Wextra",
     "-Wno-psabi",
 ]
+
+# RMSGD_SANITIZE=address or thread builds the core for a sanitizer; tests/sanitize.py does, into a folder of
+# its own. ThreadSanitizer does not know the threads of GNU's OpenMP: that build starts its own.
+SANITIZER = os.environ.get("RMSGD_SANITIZE")
+SANITIZER_FLAGS = {
+    "address": ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=vptr"],
+    "thread": ["-fsanitize=thread"],
+}
+if SANITIZER:
+    CXX_FLAGS += [*SANITIZER_FLAGS[SANITIZER], "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    CXX_FLAGS += ["-O1", "-g1"]
 
 
 def say(message: str) -> None:
@@ -86,6 +100,7 @@ class BuildExtensions(build_ext):
     def _build_cpu(self, ext):
         openmp = self._openmp_flags()
         extra = os.environ.get("RMSGD_CXXFLAGS", "").split()
+        linking = [*openmp, "-pthread", *extra, *SANITIZER_FLAGS.get(SANITIZER, [])]
         jobs = [(source, isa) for source in ISA_SOURCES for isa in ISA_FLAGS]
         jobs += [(source, None) for source in SOURCES]
 
@@ -109,10 +124,12 @@ class BuildExtensions(build_ext):
             objects = [name for names in pool.map(compile_one, jobs) for name in names]
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        self.compiler.link_shared_object(objects, target, extra_postargs=[*openmp, *extra], target_lang="c++")
+        self.compiler.link_shared_object(objects, target, extra_postargs=linking, target_lang="c++")
 
     def _openmp_flags(self):
-        """What this compiler wants for OpenMP: nothing where it has none (one thread then)."""
+        """What this compiler wants for OpenMP: nothing where it has none."""
+        if SANITIZER == "thread":
+            return []
         with tempfile.TemporaryDirectory() as folder:
             probe = Path(folder) / "probe.cpp"
             probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
@@ -122,7 +139,7 @@ class BuildExtensions(build_ext):
                     objects, str(Path(folder) / "probe"), extra_postargs=["-fopenmp"]
                 )
             except Exception:
-                say("this compiler has no OpenMP: the CPU kernels will use one thread")
+                say("this compiler has no OpenMP: the CPU kernels will start threads of their own")
                 return []
         return ["-fopenmp"]
 

@@ -1,12 +1,16 @@
 // What the parts of the CPU binding share.
 #pragma once
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <string>
 
 #include "dtype.h"
+#include "parallel.h"
 
 namespace rmsgd {
 
@@ -19,6 +23,36 @@ inline Dtype dtype_of(const std::string& name) {
   if (name == "float16") return Dtype::float16;
   if (name == "bfloat16") return Dtype::bfloat16;
   throw pybind11::value_error("expected float32, float64, float16 or bfloat16, got " + name);
+}
+
+// An address and a number of elements of that dtype from there on. ValueError: it is null, misaligned, or
+// the end would lie outside the address space.
+inline void check_memory(const char* name, Pointer address, Dtype dtype, std::int64_t numel) {
+  const std::string start = std::string(name) + ": ";
+  if (numel < 0) throw pybind11::value_error(start + "a number of elements is negative");
+  if (numel == 0) return;
+  if (address == 0) throw pybind11::value_error(start + "a pointer is null");
+  if (address % size_of(dtype) != 0) {
+    throw pybind11::value_error(start + "a pointer is not a multiple of the element's size");
+  }
+  const std::uint64_t room = std::numeric_limits<std::int64_t>::max() - address;
+  if (address > std::numeric_limits<std::int64_t>::max() || std::uint64_t(numel) > room / size_of(dtype)) {
+    throw pybind11::value_error(start + "more elements than memory has addresses");
+  }
+}
+
+// NumPy arrays may lie at any address.
+inline void check_aligned(const char* name, const pybind11::array& array) {
+  if (array.attr("flags").attr("aligned").cast<bool>()) return;
+  throw pybind11::value_error(std::string(name) + ": not aligned in memory");
+}
+
+// How many threads to use. ValueError: fewer than one.
+inline int checked_threads(std::int64_t threads) {
+  if (threads < 1) {
+    throw pybind11::value_error("threads: expected at least 1, got " + std::to_string(threads));
+  }
+  return int(std::min<std::int64_t>(threads, MOST_THREADS));
 }
 
 void bind_step(pybind11::module_& m);

@@ -4,8 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cmath>
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -51,22 +52,62 @@ rmsgd::Side side_of(const Shape& sizes, const Shape& strides) {
   return side;
 }
 
-py::array_t<double> measure(const std::vector<MatrixTuple>& matrices, int threads) {
-  if (threads < 1) throw py::value_error("threads: expected at least 1, got " + std::to_string(threads));
+// Elements of a side, and how far in elements the last one lies from the first. Throws where they are more
+// than a Gram matrix or an address can have.
+struct Reach {
+  std::int64_t length = 1, before = 0, after = 0;
+};
+
+Reach reach_of(const rmsgd::Side& side, std::int64_t most) {
+  Reach reach;
+  for (int d = 0; d < 4; ++d) {
+    std::int64_t step;
+    std::int64_t& end = side.stride[d] < 0 ? reach.before : reach.after;
+    if (__builtin_mul_overflow(reach.length, side.size[d], &reach.length) || reach.length > most) {
+      throw py::value_error("matrices: a side is longer than " + std::to_string(most));
+    }
+    if (__builtin_mul_overflow(side.size[d] - 1, side.stride[d], &step) ||
+        __builtin_add_overflow(end, step, &end)) {
+      throw py::value_error("matrices: more elements than memory has addresses");
+    }
+  }
+  return reach;
+}
+
+// The Gram matrix of the smaller side has to be addressable, with room to spare.
+constexpr std::int64_t MOST_ROWS = std::int64_t(1) << 24;
+constexpr std::int64_t MOST_COLUMNS = std::int64_t(1) << 48;
+
+void check_matrix(const rmsgd::MatrixView& view, Pointer data) {
+  const Reach small = reach_of(view.small, MOST_ROWS), large = reach_of(view.large, MOST_COLUMNS);
+  if (small.length > large.length) throw py::value_error("matrices: the smaller side is the longer one");
+  std::int64_t after, before;
+  if (__builtin_add_overflow(small.after, large.after, &after) ||
+      __builtin_add_overflow(small.before, large.before, &before) ||
+      after == std::numeric_limits<std::int64_t>::max()) {
+    throw py::value_error("matrices: more elements than memory has addresses");
+  }
+  rmsgd::check_memory("matrices", data, view.dtype, after + 1);
+  if (before < 0 && Pointer(-(before + 1)) >= data / rmsgd::size_of(view.dtype)) {
+    throw py::value_error("matrices: more elements than memory has addresses");
+  }
+}
+
+py::array_t<double> measure(const std::vector<MatrixTuple>& matrices, std::int64_t threads) {
+  const int used = rmsgd::checked_threads(threads);
   std::vector<rmsgd::MatrixView> views;
   views.reserve(matrices.size());
   for (const auto& [data, dtype, small_sizes, small_strides, large_sizes, large_strides] : matrices) {
     views.push_back({reinterpret_cast<const void*>(data), dtype_of(dtype),
                      side_of(small_sizes, small_strides), side_of(large_sizes, large_strides)});
-    if (views.back().small.length() > views.back().large.length()) {
-      throw py::value_error("matrices: the smaller side is the longer one");
-    }
+    check_matrix(views.back(), data);
   }
+  rmsgd::active_isa();  // throws here rather than on a thread
   py::array_t<double> table({py::ssize_t(views.size()), py::ssize_t(rmsgd::METRICS_FIELDS)});
   double* out = table.mutable_data();
   {
     py::gil_scoped_release unlocked;
-    rmsgd::measure(views.data(), int(views.size()), threads, out);
+    rmsgd::measure(views.data(), int(views.size()), used, out);
   }
   return table;
 }
@@ -74,11 +115,18 @@ py::array_t<double> measure(const std::vector<MatrixTuple>& matrices, int thread
 py::array_t<double> measure_spectrum(const py::array_t<double, py::array::c_style>& gamma, std::int64_t M) {
   if (gamma.ndim() != 1 || gamma.shape(0) < 1)
     throw py::value_error("gamma: expected one dimension, not empty");
+  rmsgd::check_aligned("gamma", gamma);
+  if (gamma.shape(0) > MOST_ROWS) throw py::value_error("gamma: too many singular values");
   const int L = int(gamma.shape(0));
   if (M < L) throw py::value_error("M: expected at least the number of singular values");
   py::array_t<double> row(py::ssize_t(rmsgd::METRICS_FIELDS));
   double* out = row.mutable_data();
   const double* values = gamma.data();
+  for (int h = 0; h < L; ++h) {
+    const double most = h > 0 ? values[h - 1] : std::numeric_limits<double>::max();
+    if (values[h] >= 0.0 && values[h] <= most) continue;
+    throw py::value_error("gamma: expected finite numbers, descending, none below zero");
+  }
   std::vector<double> scratch(2 * std::size_t(L) + 1);
   py::gil_scoped_release unlocked;
   rmsgd::Solo team;
@@ -93,6 +141,20 @@ using RateTuple = std::tuple<double, double, double, double, double, int, bool>;
 
 template <class T>
 using Table = py::array_t<T, py::array::c_style>;
+
+// All of them aligned, and each in memory of its own.
+void expect_apart(std::vector<std::pair<const char*, py::array>> arrays) {
+  for (const auto& [name, array] : arrays) rmsgd::check_aligned(name, array);
+  std::sort(arrays.begin(), arrays.end(),
+            [](const auto& a, const auto& b) { return a.second.data() < b.second.data(); });
+  const char* end = nullptr;
+  for (const auto& [name, array] : arrays) {
+    if (array.nbytes() == 0) continue;
+    const char* const begin = static_cast<const char*>(array.data());
+    if (begin < end) throw py::value_error(std::string(name) + ": shares memory with another argument");
+    end = begin + array.nbytes();
+  }
+}
 
 void update_rates(const Table<int>& parameter, const Table<int>& group, const Table<int>& spectrum_begin,
                   const Table<double>& weight, Table<double>& stable_rank, Table<int>& ready,
@@ -125,9 +187,21 @@ void update_rates(const Table<int>& parameter, const Table<int>& group, const Ta
   expect_indices("spectrum_begin", spectrum_begin, 0, weight.size() + 1);
   expect_indices("follower", follower, 0, eta.size());
   expect_indices("leader", leader, -2, std::int64_t(layers));
+  expect_apart({{"parameter", parameter},
+                {"group", group},
+                {"spectrum_begin", spectrum_begin},
+                {"weight", weight},
+                {"stable_rank", stable_rank},
+                {"ready", ready},
+                {"eta", eta},
+                {"follower", follower},
+                {"leader", leader},
+                {"follower_lr", follower_lr},
+                {"metrics", metrics}});
 
   std::vector<rmsgd::RateGroup> rate_groups;
   for (const auto& [initial_lr, beta, zeta, decay, floor, rule, first] : groups) {
+    if (rule < 0 || rule > 2) throw py::value_error("groups: expected rule 0, 1 or 2");
     rate_groups.push_back({initial_lr, beta, zeta, decay, floor, rule, first});
   }
   const rmsgd::RateTables tables = {int(layers),

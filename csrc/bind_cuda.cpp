@@ -69,6 +69,7 @@ void launch(const std::string& name, int device, std::int64_t blocks, int thread
             std::uintptr_t stream, const py::buffer& arguments, bool cooperative) {
   const Kernel chosen = kernel(name);
   const py::buffer_info bytes = arguments.request();
+  if (!PyBuffer_IsContiguous(bytes.view(), 'C')) throw py::value_error("arguments: not contiguous");
   if (std::size_t(bytes.size * bytes.itemsize) != chosen.argument_bytes) {
     throw py::value_error("arguments: " + name + " takes " + std::to_string(chosen.argument_bytes) +
                           " bytes, got " + std::to_string(bytes.size * bytes.itemsize));
@@ -76,6 +77,10 @@ void launch(const std::string& name, int device, std::int64_t blocks, int thread
   if (blocks < 1 || blocks > 0x7fffffff) {
     throw py::value_error("blocks: expected 1 to 2147483647, got " + std::to_string(blocks));
   }
+  if (threads < 1 || threads > 1024) {
+    throw py::value_error("threads: expected 1 to 1024, got " + std::to_string(threads));
+  }
+  if (shared_bytes < 0) throw py::value_error("shared_bytes: negative");
   const OnDevice on(device);
   allow_shared(chosen, shared_bytes, name);
   void* parameters[] = {bytes.ptr};

@@ -39,6 +39,7 @@ StepPlan make_plan(const std::vector<Pointer>& parameters, const std::vector<Poi
   expect_length("eta_indices", eta_indices.size(), n);
   if (eta.ndim() != 1) throw py::value_error("eta: expected one dimension");
   if (fresh.ndim() != 1) throw py::value_error("fresh: expected one dimension");
+  check_aligned("eta", eta);
   expect_length("fresh", std::size_t(fresh.shape(0)), n);
   std::vector<StepTensor> tensors(n);
   for (std::size_t k = 0; k < n; ++k) {
@@ -48,9 +49,10 @@ StepPlan make_plan(const std::vector<Pointer>& parameters, const std::vector<Poi
                             " elements");
     }
     if (groups[k] < 0) throw py::index_error("groups: an index is negative");
-    if (numels[k] < 0) throw py::value_error("numels: a number of elements is negative");
-    if (numels[k] > 0 && parameters[k] == 0) throw py::value_error("parameters: a pointer is null");
     StepTensor& tensor = tensors[k];
+    tensor.dtype = dtype_of(dtypes[k]);
+    check_memory("parameters", parameters[k], tensor.dtype, numels[k]);
+    if (buffers[k] != 0) check_memory("buffers", buffers[k], buffer_dtype(tensor.dtype), numels[k]);
     tensor.weight = reinterpret_cast<void*>(parameters[k]);
     tensor.buffer = reinterpret_cast<void*>(buffers[k]);
     tensor.gradient = nullptr;
@@ -58,7 +60,6 @@ StepPlan make_plan(const std::vector<Pointer>& parameters, const std::vector<Poi
     tensor.fresh = fresh.mutable_data(py::ssize_t(k));
     tensor.numel = numels[k];
     tensor.group = groups[k];
-    tensor.dtype = dtype_of(dtypes[k]);
     tensor.gradient_dtype = tensor.dtype;
   }
   return StepPlan(std::move(tensors));
@@ -69,11 +70,10 @@ using GroupTuple = std::tuple<double, double, double, double, bool, bool, bool>;
 
 // The hyper-parameters of a step, once the step's arguments are known to make sense.
 std::vector<StepGroup> checked_groups(const StepPlan& plan, const std::vector<GroupTuple>& groups,
-                                      double grad_scale, int threads) {
+                                      double grad_scale) {
   if (!(grad_scale > 0) || std::isinf(grad_scale)) {
     throw py::value_error("grad_scale: expected a positive number, got " + std::to_string(grad_scale));
   }
-  if (threads < 1) throw py::value_error("threads: expected at least 1, got " + std::to_string(threads));
   if (groups.size() < plan.groups()) {
     throw py::index_error("groups: a parameter has index " + std::to_string(plan.groups() - 1) + ", got " +
                           std::to_string(groups.size()) + " groups");
@@ -86,20 +86,47 @@ std::vector<StepGroup> checked_groups(const StepPlan& plan, const std::vector<Gr
   return result;
 }
 
+// While one thread takes a step, which releases the GIL, no other may set the plan's gradients.
+class SoleUse {
+ public:
+  explicit SoleUse(StepPlan& plan) : plan_(plan) {
+    if (plan_.busy) throw std::runtime_error("another thread is taking a step of these parameters");
+    plan_.busy = true;
+  }
+  ~SoleUse() { plan_.busy = false; }
+  SoleUse(const SoleUse&) = delete;
+  SoleUse& operator=(const SoleUse&) = delete;
+
+ private:
+  StepPlan& plan_;
+};
+
 void step(StepPlan& plan, const std::vector<Pointer>& gradients, const std::vector<GroupTuple>& groups,
-          double grad_scale, int threads) {
+          double grad_scale, std::int64_t threads) {
   auto& tensors = plan.tensors();
   expect_length("gradients", gradients.size(), tensors.size());
-  const auto step_groups = checked_groups(plan, groups, grad_scale, threads);
+  const int used = checked_threads(threads);
+  const auto step_groups = checked_groups(plan, groups, grad_scale);
+  for (std::size_t k = 0; k < tensors.size(); ++k) {
+    if (gradients[k] == 0) continue;
+    check_memory("gradients", gradients[k], tensors[k].dtype, tensors[k].numel);
+    const auto memory = reinterpret_cast<const void*>(gradients[k]);
+    if (plan.writes(memory, tensors[k].numel * size_of(tensors[k].dtype))) {
+      throw py::value_error("gradients: " + std::to_string(k) +
+                            " shares memory with a parameter or a buffer");
+    }
+  }
+  const SoleUse sole(plan);
   for (std::size_t k = 0; k < tensors.size(); ++k) {
     tensors[k].gradient = reinterpret_cast<const void*>(gradients[k]);
     tensors[k].gradient_dtype = tensors[k].dtype;
   }
   py::gil_scoped_release unlocked;
-  plan.step(step_groups, grad_scale, threads);
+  plan.step(step_groups, grad_scale, used);
 }
 
 std::optional<Dtype> dtype_of(const dlpack::Tensor& t) {
+  if (t.type_lanes != 1) return std::nullopt;
   if (t.type_code == 2 && t.type_bits == 32) return Dtype::float32;
   if (t.type_code == 2 && t.type_bits == 64) return Dtype::float64;
   if (t.type_code == 2 && t.type_bits == 16) return Dtype::float16;
@@ -110,7 +137,7 @@ std::optional<Dtype> dtype_of(const dlpack::Tensor& t) {
 // Takes a parameter's gradient from the two Python objects; false where they are not what the plan
 // was made for.
 bool take_gradient(const dlpack::ExchangeTable& table, PyObject* parameter, PyObject* gradient,
-                   StepTensor& tensor) {
+                   const StepPlan& plan, StepTensor& tensor) {
   dlpack::Tensor w, g;
   if (table.view(parameter, &w) != 0 || table.view(gradient, &g) != 0) {  // not strided, for one
     PyErr_Clear();
@@ -122,7 +149,8 @@ bool take_gradient(const dlpack::ExchangeTable& table, PyObject* parameter, PyOb
                           dtype_of(w) == tensor.dtype && dlpack::is_dense(w);
   const bool fits = dlpack::on_cpu(g) && dlpack::same_layout(w, g) &&
                     (gradient_dtype == tensor.dtype || (half && gradient_dtype == Dtype::float32));
-  if (!as_planned || !fits) return false;
+  if (!as_planned || !fits || !dlpack::is_aligned(g)) return false;
+  if (plan.writes(dlpack::data(g), tensor.numel * size_of(*gradient_dtype))) return false;
   tensor.gradient = dlpack::data(g);
   tensor.gradient_dtype = *gradient_dtype;
   return true;
@@ -131,14 +159,16 @@ bool take_gradient(const dlpack::ExchangeTable& table, PyObject* parameter, PyOb
 std::optional<std::vector<std::size_t>> step_tensors(StepPlan& plan, const py::type& tensor_type,
                                                      const py::list& parameters,
                                                      const std::vector<GroupTuple>& groups, double grad_scale,
-                                                     int threads) {
+                                                     std::int64_t threads) {
   static PyObject* const grad_name = PyUnicode_InternFromString("grad");
   PyTypeObject* const type = reinterpret_cast<PyTypeObject*>(tensor_type.ptr());
   const dlpack::ExchangeTable* const table = dlpack::exchange_table(type);
   auto& tensors = plan.tensors();
   expect_length("parameters", parameters.size(), tensors.size());
-  const auto step_groups = checked_groups(plan, groups, grad_scale, threads);
+  const int used = checked_threads(threads);
+  const auto step_groups = checked_groups(plan, groups, grad_scale);
   if (table == nullptr) return std::nullopt;
+  const SoleUse sole(plan);
 
   std::vector<py::object> gradients;  // whatever other threads do, the memory stays until the end
   gradients.reserve(tensors.size());
@@ -146,6 +176,7 @@ std::optional<std::vector<std::size_t>> step_tensors(StepPlan& plan, const py::t
   for (std::size_t k = 0; k < tensors.size(); ++k) {
     PyObject* const parameter = PyList_GetItem(parameters.ptr(), py::ssize_t(k));
     if (parameter == nullptr) throw py::error_already_set();
+    const auto held = py::reinterpret_borrow<py::object>(parameter);  // reading `grad` may run Python
     if (!PyObject_TypeCheck(parameter, type)) throw py::type_error("parameters: expected tensors");
     PyObject* const gradient = PyObject_GetAttr(parameter, grad_name);
     if (gradient == nullptr) throw py::error_already_set();
@@ -153,12 +184,12 @@ std::optional<std::vector<std::size_t>> step_tensors(StepPlan& plan, const py::t
     tensors[k].gradient = nullptr;
     if (gradient == Py_None) {
       without.push_back(k);
-    } else if (Py_TYPE(gradient) != type || !take_gradient(*table, parameter, gradient, tensors[k])) {
+    } else if (Py_TYPE(gradient) != type || !take_gradient(*table, parameter, gradient, plan, tensors[k])) {
       return std::nullopt;
     }
   }
   py::gil_scoped_release unlocked;
-  plan.step(step_groups, grad_scale, threads);
+  plan.step(step_groups, grad_scale, used);
   return without;
 }
 

@@ -54,6 +54,10 @@ inline int64_t numel(const Tensor& t) {
   return n;
 }
 
+inline bool is_aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(data(t)) % (t.type_bits / 8u) == 0;
+}
+
 // Whether the elements fill their memory, in any order of the dimensions.
 inline bool is_dense(const Tensor& t) {
   if (numel(t) == 0) return true;

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "team.h"
 
 namespace rmsgd {
 
@@ -13,7 +14,7 @@ struct Side {
   std::int64_t size[4];
   std::int64_t stride[4];
 
-  std::int64_t length() const { return size[0] * size[1] * size[2] * size[3]; }
+  RMSGD_FN std::int64_t length() const { return size[0] * size[1] * size[2] * size[3]; }
 };
 
 // The L x M matrix A whose Gram matrix A A^T is L x L: `small` is the smaller side.

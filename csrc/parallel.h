@@ -1,7 +1,12 @@
 // Threads of the CPU kernels. OpenMP where the compiler has it: torch's own OpenMP threads, still
 // spinning after a matrix product, then are the threads that run the step, where a pool of our own
-// would have to compete with them.
+// would have to compete with them. Elsewhere, and in a forked child, threads of the standard library.
 #pragma once
+
+#include <atomic>
+#include <system_error>
+#include <thread>
+#include <vector>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -9,18 +14,50 @@
 
 namespace rmsgd {
 
-// Calls work(thread, threads) on `threads` threads and waits for all of them.
+// More are never used: no more are asked of a system that may end the process for it.
+constexpr int MOST_THREADS = 1024;
+
+// Whether this process was forked from one that had loaded the core. The threads of OpenMP stay behind
+// in the parent, and GNU's runtime waits for them in the child for ever.
+bool is_forked_child();
+
+// Calls work(thread, threads) on up to `threads` new threads, as many as the system gives.
+template <class Work>
+inline void on_new_threads(int threads, const Work& work) {
+  std::atomic<int> size{0};  // known once the last thread is there
+  std::vector<std::thread> others;
+  others.reserve(threads - 1);
+  try {
+    while (int(others.size()) < threads - 1) {
+      others.emplace_back([&size, &work, thread = int(others.size()) + 1] {
+        int known;
+        while ((known = size.load(std::memory_order_acquire)) == 0) std::this_thread::yield();
+        work(thread, known);
+      });
+    }
+  } catch (const std::system_error&) {  // a limit of the system: those that there are do the work
+  }
+  size.store(int(others.size()) + 1, std::memory_order_release);
+  work(0, int(others.size()) + 1);
+  for (std::thread& thread : others) thread.join();
+}
+
+// Calls work(thread, threads) on up to `threads` threads and waits for all of them. The work throws nothing.
 template <class Work>
 inline void parallel(int threads, const Work& work) {
+  if (threads > MOST_THREADS) threads = MOST_THREADS;
+  if (threads <= 1) {
+    work(0, 1);
+    return;
+  }
 #if defined(_OPENMP)
-  if (threads > 1) {
+  if (!is_forked_child()) {
 #pragma omp parallel num_threads(threads)
     work(omp_get_thread_num(), omp_get_num_threads());
     return;
   }
 #endif
-  (void)threads;
-  work(0, 1);
+  on_new_threads(threads, work);
 }
 
 }  // namespace rmsgd

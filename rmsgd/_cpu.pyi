@@ -29,7 +29,8 @@ class StepPlan:
     A parameter, its buffer and its gradient have equal strides and fill their memory without gaps.
 
     Raises:
-        ValueError: lengths differ, a dtype is unknown, a size is negative, a pointer is null.
+        ValueError: lengths differ, a dtype is unknown, a size is negative, a pointer is null or misaligned,
+            or two of the parameters and buffers share memory.
         IndexError: an index of `eta_indices` or `groups` is out of range.
         TypeError: an argument has the wrong type; `eta` and `fresh` are never converted or copied.
     """
@@ -65,9 +66,11 @@ class StepPlan:
             threads: how many to use; the result does not depend on it.
 
         Raises:
-            ValueError: a length, `grad_scale` or `threads` is wrong, or a parameter with momentum and a
-                gradient has no buffer. Nothing has been written then.
+            ValueError: a length, `grad_scale` or `threads` is wrong, a gradient is misaligned or shares
+                memory with a parameter or a buffer, or a parameter with momentum and a gradient has no
+                buffer. Nothing has been written then.
             IndexError: `groups` is too short.
+            RuntimeError: another thread is taking a step.
         """
     def step_tensors(
         self,
@@ -93,11 +96,84 @@ class StepPlan:
         Returns:
             The indices of the parameters without a gradient, which were left alone. The caller bumps
             the version counters of all the others. None, and nothing is written, where a parameter's memory
-            is not as planned, or a gradient is not a dense CPU tensor of the parameter's strides and dtype
-            (or float32 for a half-precision parameter), or torch is older: the caller then looks at each
-            one and uses `step`.
+            is not as planned, or a gradient is not a dense, aligned CPU tensor of the parameter's strides and
+            dtype (or float32 for a half-precision parameter) in memory of its own, or torch is older: the
+            caller then looks at each one and uses `step`.
 
         Raises:
-            ValueError, IndexError: as `step` does.
+            ValueError, IndexError, RuntimeError: as `step` does.
             TypeError: one of `parameters` is not a `tensor_type`.
         """
+
+Matrix: TypeAlias = tuple[int, str, Sequence[int], Sequence[int], Sequence[int], Sequence[int]]
+"""Data pointer, dtype, sizes and strides (in elements) of the smaller side, sizes and strides of the larger.
+
+A side is a product of up to four tensor dimensions that cannot be joined to one. The order of rows and
+columns does not matter to singular values.
+"""
+
+def measure(matrices: Sequence[Matrix], threads: int = 1) -> NDArray[np.float64]:
+    """Singular values, EVBMF and metrics of matrices; the GIL is released meanwhile.
+
+    Args:
+        matrices: nothing of them is written; the caller vouches for the memory they span.
+        threads: how many to use; the result does not depend on it.
+
+    Returns:
+        (matrices, 7) float64, the fields of ``backends.base``: rank, noise variance, stable rank, condition
+        number, sum of d_i / d_1, status, stage. Status NEEDS_SVD: two Gram matrices were not accurate enough,
+        and the row is an estimate. NOT_FINITE: a NaN or an Inf, and the row holds zeros.
+
+    Raises:
+        ValueError: a dtype is unknown, a size is below 1, sizes and strides differ in number, the smaller
+            side is the longer one or has more than 2^24 rows, or a pointer is null or misaligned.
+        MemoryError: there is no room for the Gram matrices.
+        RuntimeError: RMSGD_ISA names an instruction set that this CPU does not have.
+    """
+
+def measure_spectrum(gamma: NDArray[np.float64], M: int) -> NDArray[np.float64]:
+    """One row of ``measure`` from the L singular values of an L x M matrix.
+
+    Args:
+        gamma: (L,) contiguous and aligned, descending, those that count as zero set to 0. Never converted.
+        M: the larger side.
+
+    Raises:
+        ValueError: ``gamma`` is empty, has another number of dimensions, a NaN or an Inf, is not descending
+            or goes below zero; or M < L.
+    """
+
+def update_rates(
+    parameter: NDArray[np.int32],
+    group: NDArray[np.int32],
+    spectrum_begin: NDArray[np.int32],
+    weight: NDArray[np.float64],
+    stable_rank: NDArray[np.float64],
+    ready: NDArray[np.int32],
+    eta: NDArray[np.float64],
+    follower: NDArray[np.int32],
+    leader: NDArray[np.int32],
+    follower_lr: NDArray[np.float64],
+    groups: Sequence[tuple[float, float, float, float, float, int, bool]],
+    metrics: NDArray[np.float64],
+) -> None:
+    """One epoch end: ``eta``, ``stable_rank`` and ``ready`` are updated in place.
+
+    Args:
+        parameter: and all up to ``follower_lr``: see ``backends.base.RateTables``.
+        groups: see ``backends.base.RateGroup``.
+        metrics: (rows, 7), what ``measure`` gives.
+
+    Raises:
+        TypeError: an array has another dtype or is not contiguous; none is ever converted or copied.
+        ValueError: a number of entries does not fit, an array is misaligned or read-only, two of them share
+            memory, or a rule is not 0, 1 or 2.
+        IndexError: an index is out of range.
+    """
+
+def isa() -> str:
+    """The instruction set of the kernels that run: "baseline", "avx2" or "avx512".
+
+    Raises:
+        RuntimeError: RMSGD_ISA names one that is unknown or that this CPU does not have.
+    """

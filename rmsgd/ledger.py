@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from operator import is_
 from typing import Any
 
@@ -16,7 +17,15 @@ import torch
 from torch import Tensor
 
 from rmsgd.backends import backend_for
-from rmsgd.backends.base import STABLE_RANK, RateGroup, RateTables, StepGroup, StepTables, same_layout
+from rmsgd.backends.base import (
+    STABLE_RANK,
+    RateGroup,
+    RateTables,
+    StepGroup,
+    StepTables,
+    is_aligned,
+    same_layout,
+)
 from rmsgd.distributed import SharedMeasurement, is_dtensor, local, local_gradient
 from rmsgd.layers import Unfolding, is_probed, leader_of, measurement_weights, unfoldings
 from rmsgd.measurement import Measurement
@@ -83,6 +92,7 @@ class Ledger:
         self._fresh = torch.tensor(fresh, dtype=torch.bool, device=self.device)
         self._stepped, self._copies = _dense([local(p) for p in self._parameters])
         self._empty = [i for i, p in enumerate(self._stepped) if p.numel() == 0]
+        _check_apart(self._stepped, [m.name for m in self.members])
         buffers = [None if buffer is None else local(buffer) for buffer in self._buffers]
         self._stepper = self._backend.stepper(
             StepTables(self._stepped, buffers, [m.group for m in self.members], self._eta, self._fresh)
@@ -251,14 +261,29 @@ class Ledger:
 
 
 def _dense(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """The parameters as the kernels take them, and (parameter, copy) for those with gaps in memory."""
+    """The parameters as the kernels take them, and (parameter, copy) for those with gaps or misaligned."""
     dense, copies = [], []
     for p in parameters:
         like = torch.empty_like(p, memory_format=torch.preserve_format)
-        if like.stride() != p.stride():
+        as_it_is = like.stride() == p.stride() and is_aligned(p)
+        if not as_it_is:
             copies.append((p, like))
-        dense.append(p if like.stride() == p.stride() else like)
+        dense.append(p if as_it_is else like)
     return dense, copies
+
+
+def _check_apart(parameters: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Refuse parameters that share memory: they are stepped at the same time."""
+    extents = sorted(
+        (p.data_ptr(), p.data_ptr() + p.nbytes, i) for i, p in enumerate(parameters) if p.numel()
+    )
+    for (_, end, first), (begin, _, second) in pairwise(extents):
+        if begin < end:
+            first, second = sorted((first, second))
+            raise RuntimeError(
+                f"{names[first]} and {names[second]} share memory: give RMSGD one of them, or tie the modules "
+                "by one Parameter (a.weight = b.weight)"
+            )
 
 
 def _usable(grad: Tensor, p: Tensor, name: str) -> Tensor:

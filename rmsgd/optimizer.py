@@ -256,7 +256,8 @@ class RMSGD(Optimizer):
             closure: reevaluates the model and returns the loss, which is returned.
 
         Raises:
-            RuntimeError: a gradient is sparse, or a parameter was resized. Nothing has been changed then.
+            RuntimeError: a gradient is sparse, a parameter was resized, or two parameters share memory.
+                Nothing has been changed then.
         """
         loss = None
         if closure is not None:

@@ -25,6 +25,25 @@ constexpr int64_t kPieceCost = 64;
 }  // namespace
 
 StepPlan::StepPlan(std::vector<StepTensor> tensors) : tensors_(std::move(tensors)) {
+  for (std::size_t k = 0; k < tensors_.size(); ++k) {
+    const StepTensor& tensor = tensors_[k];
+    if (tensor.numel == 0) continue;
+    const char* const weight = static_cast<const char*>(tensor.weight);
+    const char* const buffer = static_cast<const char*>(tensor.buffer);
+    written_.push_back({weight, weight + tensor.numel * size_of(tensor.dtype), k});
+    if (buffer != nullptr) {
+      written_.push_back({buffer, buffer + tensor.numel * size_of(buffer_dtype(tensor.dtype)), k});
+    }
+  }
+  std::sort(written_.begin(), written_.end(),
+            [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  for (std::size_t i = 1; i < written_.size(); ++i) {
+    if (written_[i].begin >= written_[i - 1].end) continue;
+    const auto [first, second] = std::minmax(written_[i - 1].tensor, written_[i].tensor);
+    throw std::invalid_argument("parameters: " + std::to_string(first) + " and " + std::to_string(second) +
+                                " or their buffers share memory");
+  }
+
   shares_.push_back(0);
   int64_t room = kShare;
   for (std::size_t k = 0; k < tensors_.size(); ++k) {
@@ -41,6 +60,13 @@ StepPlan::StepPlan(std::vector<StepTensor> tensors) : tensors_(std::move(tensors
     }
   }
   if (shares_.back() != int64_t(pieces_.size())) shares_.push_back(int64_t(pieces_.size()));
+}
+
+bool StepPlan::writes(const void* memory, int64_t bytes) const {
+  const char* const begin = static_cast<const char*>(memory);
+  const auto after = std::partition_point(written_.begin(), written_.end(),
+                                          [&](const Extent& extent) { return extent.end <= begin; });
+  return bytes > 0 && after != written_.end() && after->begin < begin + bytes;
 }
 
 void StepPlan::step(const std::vector<StepGroup>& groups, double grad_scale, int threads) {

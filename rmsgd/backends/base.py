@@ -162,6 +162,11 @@ class Backend(Protocol):
         """Move the learning rates: one epoch end."""
 
 
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether its address is a multiple of its element's size, as kernels take it."""
+    return tensor.data_ptr() % tensor.element_size() == 0
+
+
 def same_layout(gradient: Tensor, parameter: Tensor) -> Tensor:
     """``gradient`` with the strides of ``parameter``, itself where it has them already."""
     if gradient.stride() == parameter.stride():

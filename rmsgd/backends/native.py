@@ -19,6 +19,7 @@ from rmsgd.backends.base import (
     RateTables,
     StepGroup,
     StepTables,
+    is_aligned,
 )
 from rmsgd.layers import Unfolding, as_matrix
 
@@ -36,6 +37,8 @@ class NativeStepper(HostStepper):
     def __init__(self, core: ModuleType, tables: StepTables) -> None:
         self._tables = tables  # keeps the memory alive that the plan points to
         self._parameters = list(tables.parameters)
+        written = (*tables.parameters, *(b for b in tables.buffers if b is not None))
+        self._written = {t.untyped_storage().data_ptr() for t in written}
         self._plan = core.StepPlan(
             [p.data_ptr() for p in tables.parameters],
             [0 if b is None else b.data_ptr() for b in tables.buffers],
@@ -51,8 +54,13 @@ class NativeStepper(HostStepper):
         self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], grad_scale: float = 1.0
     ) -> None:
         """See ``base.Stepper``."""
-        pointers = [0 if g is None else g.data_ptr() for g in gradients]
+        usable = [g if g is None or self._is_usable(g) else g.clone() for g in gradients]
+        pointers = [0 if g is None else g.data_ptr() for g in usable]
         self._plan.step(pointers, groups, grad_scale, torch.get_num_threads())
+
+    def _is_usable(self, gradient: Tensor) -> bool:
+        """Whether the gradient is aligned, and in none of the memory that the step writes."""
+        return is_aligned(gradient) and gradient.untyped_storage().data_ptr() not in self._written
 
     def step_parameters(self, groups: Sequence[StepGroup], grad_scale: float = 1.0) -> list[int] | None:
         """See ``base.Stepper``."""
@@ -78,6 +86,7 @@ class NativeBackend(OnCallersStream):
 
     def measure(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> Tensor:
         """See ``base.Backend``; a Gram matrix where it is accurate enough, else an SVD."""
+        matrices = [(w if is_aligned(w) else w.clone(), u) for w, u in matrices]
         table = torch.from_numpy(
             self._core.measure([_describe(*matrix) for matrix in matrices], torch.get_num_threads())
         )

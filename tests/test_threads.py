@@ -1,0 +1,95 @@
+"""Threads, forks and exits: the same bits whatever the number of threads, and nothing hangs or crashes."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import rmsgd
+from rmsgd.layers import unfoldings
+
+_cpu = pytest.importorskip("rmsgd._cpu", reason="the compiled core was not built")
+
+SHAPES = [(40, 30, 3, 3), (64, 48), (30, 90), (16, 16, 1, 1), (3, 64), (50, 20, 3, 3)]
+
+
+def described(weights):
+    """The weights' unfoldings as ``measure`` takes them."""
+    return [
+        (
+            w.data_ptr(),
+            str(w.dtype).removeprefix("torch."),
+            [w.shape[d] for d in u.small],
+            [w.stride(d) for d in u.small],
+            [w.shape[d] for d in u.large],
+            [w.stride(d) for d in u.large],
+        )
+        for w in weights
+        for u in unfoldings(w.shape)
+    ]
+
+
+def on_threads(*works):
+    """Run all of them at once; what each returned or raised."""
+    results = [None] * len(works)
+
+    def run(i, work):
+        try:
+            results[i] = work()
+        except Exception as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=run, args=pair) for pair in enumerate(works)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_spectra_are_the_same_bits_on_any_number_of_threads(dtype):
+    weights = [torch.randn(shape).to(dtype) for shape in SHAPES]
+    matrices = described(weights)
+    expected = _cpu.measure(matrices, 1)
+    for threads in (2, 3, 8, 40):
+        assert np.array_equal(_cpu.measure(matrices, threads), expected)
+
+
+def test_a_matrix_that_all_threads_share_gives_the_same_bits():
+    low = torch.randn(1030, 3) @ torch.randn(3, 1040)
+    matrices = described([low + torch.randn(1030, 1040), torch.randn(20, 30)])
+    assert np.array_equal(_cpu.measure(matrices, 3), _cpu.measure(matrices, 1))
+
+
+def test_several_python_threads_measure_at_once():
+    weights = [torch.randn(shape) for shape in SHAPES]
+    matrices = described(weights)
+    expected = _cpu.measure(matrices, 1)
+    for table in on_threads(*[lambda: _cpu.measure(matrices, 2)] * 4):
+        assert np.array_equal(table, expected)
+
+
+def trained(seed, steps=6):
+    """The weights after some steps and epoch ends on random gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [nn.Parameter(torch.randn(s, generator=generator)) for s in (*SHAPES, (70_000,))]
+    optimizer = rmsgd.RMSGD(parameters, lr=0.03)
+    for step in range(steps):
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+        if step % 2:
+            optimizer.epoch_step()
+    return [p.detach() for p in parameters]
+
+
+def test_optimizers_in_several_threads_do_not_disturb_each_other():
+    expected = [trained(seed) for seed in range(3)]
+    for ours, theirs in zip(on_threads(*[lambda s=s: trained(s) for s in range(3)]), expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
