@@ -9,11 +9,12 @@ NATIVE := $(shell find csrc -type f)
 # The CUDA kernels take minutes to compile: here only where there is a GPU to run them.
 export RMSGD_CUDA ?= $(if $(shell command -v nvidia-smi),1,0)
 
-.PHONY: demo test test-all lint format bench clean help
+.PHONY: demo test test-all sanitize lint format bench clean help
 
 help:
 	@echo "make demo      train a small ResNet on digits with RMSGD, SGD and SAM: table, JSON and plots"
 	@echo "make test      the test suite          make test-all  the slow tests and trainers too"
+	@echo "make sanitize  the compiled core under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make lint      ruff, mypy, clang-format    make format    apply them"
 	@echo "make bench     measure speed on this machine and rewrite the README's table"
 
@@ -38,6 +39,9 @@ $(INTEGRATIONS): $(STAMP)
 
 test-all: $(INTEGRATIONS)
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+sanitize: $(STAMP)
+	$(BIN)/python tests/sanitize.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

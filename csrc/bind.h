@@ -29,7 +29,6 @@ inline Dtype dtype_of(const std::string& name) {
 // the end would lie outside the address space.
 inline void check_memory(const char* name, Pointer address, Dtype dtype, std::int64_t numel) {
   const std::string start = std::string(name) + ": ";
-  if (numel < 0) throw pybind11::value_error(start + "a number of elements is negative");
   if (numel == 0) return;
   if (address == 0) throw pybind11::value_error(start + "a pointer is null");
   if (address % size_of(dtype) != 0) {

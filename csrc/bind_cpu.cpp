@@ -161,6 +161,17 @@ void update_rates(const Table<int>& parameter, const Table<int>& group, const Ta
                   Table<double>& eta, const Table<int>& follower, const Table<int>& leader,
                   const Table<double>& follower_lr, const std::vector<RateTuple>& groups,
                   const Table<double>& metrics) {
+  expect_apart({{"parameter", parameter},
+                {"group", group},
+                {"spectrum_begin", spectrum_begin},
+                {"weight", weight},
+                {"stable_rank", stable_rank},
+                {"ready", ready},
+                {"eta", eta},
+                {"follower", follower},
+                {"leader", leader},
+                {"follower_lr", follower_lr},
+                {"metrics", metrics}});
   const std::size_t layers = std::size_t(parameter.size());
   const auto expect = [](const char* name, std::size_t size, std::size_t expected) {
     if (size == expected) return;
@@ -187,17 +198,6 @@ void update_rates(const Table<int>& parameter, const Table<int>& group, const Ta
   expect_indices("spectrum_begin", spectrum_begin, 0, weight.size() + 1);
   expect_indices("follower", follower, 0, eta.size());
   expect_indices("leader", leader, -2, std::int64_t(layers));
-  expect_apart({{"parameter", parameter},
-                {"group", group},
-                {"spectrum_begin", spectrum_begin},
-                {"weight", weight},
-                {"stable_rank", stable_rank},
-                {"ready", ready},
-                {"eta", eta},
-                {"follower", follower},
-                {"leader", leader},
-                {"follower_lr", follower_lr},
-                {"metrics", metrics}});
 
   std::vector<rmsgd::RateGroup> rate_groups;
   for (const auto& [initial_lr, beta, zeta, decay, floor, rule, first] : groups) {

@@ -51,6 +51,7 @@ StepPlan make_plan(const std::vector<Pointer>& parameters, const std::vector<Poi
     if (groups[k] < 0) throw py::index_error("groups: an index is negative");
     StepTensor& tensor = tensors[k];
     tensor.dtype = dtype_of(dtypes[k]);
+    if (numels[k] < 0) throw py::value_error("numels: a number of elements is negative");
     check_memory("parameters", parameters[k], tensor.dtype, numels[k]);
     if (buffers[k] != 0) check_memory("buffers", buffers[k], buffer_dtype(tensor.dtype), numels[k]);
     tensor.weight = reinterpret_cast<void*>(parameters[k]);

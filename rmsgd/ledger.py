@@ -281,8 +281,8 @@ def _check_apart(parameters: Sequence[Tensor], names: Sequence[str]) -> None:
         if begin < end:
             first, second = sorted((first, second))
             raise RuntimeError(
-                f"{names[first]} and {names[second]} share memory: give RMSGD one of them, or tie the modules "
-                "by one Parameter (a.weight = b.weight)"
+                f"{names[first]} and {names[second]} share memory: give RMSGD one of them, or tie the "
+                "modules by one Parameter (a.weight = b.weight)"
             )
 
 

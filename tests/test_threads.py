@@ -63,7 +63,8 @@ def test_spectra_are_the_same_bits_on_any_number_of_threads(dtype):
 
 def test_a_matrix_that_all_threads_share_gives_the_same_bits():
     low = torch.randn(1030, 3) @ torch.randn(3, 1040)
-    matrices = described([low + torch.randn(1030, 1040), torch.randn(20, 30)])
+    weights = [low + torch.randn(1030, 1040), torch.randn(20, 30)]
+    matrices = described(weights)
     assert np.array_equal(_cpu.measure(matrices, 3), _cpu.measure(matrices, 1))
 
 
