@@ -116,13 +116,11 @@ def accuracy_table(name: str, entries: Sequence[dict[str, Any]]) -> Table:
             "-" if entry["deviations"] is None else f"{entry['deviations']:+.1f}",
         )
         before = cell
-    notes = [
-        f"Means over {max((entry['seeds'] for entry in entries), default=0)} seeds. Gap: training minus test."
-    ]
-    if other := {
-        entry["published_dataset"] for entry in entries if entry["dataset"] != entry["published_dataset"]
-    }:
-        places = ", ".join(sorted(filter(None, other)))
+    seeds = max((entry["seeds"] for entry in entries), default=0)
+    notes = [f"Seeds: {seeds}. Gap: training minus test accuracy."]
+    theirs = {entry["published_dataset"] for entry in entries if entry["published"]}
+    if other := theirs - {entry["dataset"] for entry in entries}:
+        places = ", ".join(sorted(other))
         notes.append(f"Published numbers are of {places}: other data, so no difference is given.")
     if order := order_agreement(entries):
         notes.append("Order of the optimizers, measured against published: " + "; ".join(order) + ".")
@@ -245,18 +243,24 @@ def correlations(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def correlation_table(entries: Sequence[dict[str, Any]]) -> Table:
     """PLCC and ROCC, one row per group and metric."""
-    table = Table(title="what goes together", box=SIMPLE_HEAD, show_edge=False)
-    for column in ("over the runs of", "metric"):
-        table.add_column(column)
-    for column in ("runs", "test accuracy\nPLCC", "\nROCC", "generalisation gap\nPLCC", "\nROCC"):
-        table.add_column(column, justify="right")
+    table = Table(
+        title="what goes with test accuracy and generalisation gap",
+        caption="PLCC: Pearson's linear correlation. ROCC: Spearman's rank-order correlation.",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+    )
+    table.add_column("over the runs of")
+    for column in ("runs", "accuracy\nPLCC", "accuracy\nROCC", "gap\nPLCC", "gap\nROCC"):
+        table.add_column(column, justify="right", no_wrap=True)
     pairs = {(entry["group"], entry["metric"], entry["against"]): entry for entry in entries}
+    before = None
     for group, metric in dict.fromkeys((entry["group"], entry["metric"]) for entry in entries):
-        cells = []
-        count = 0
-        for against in ("test_accuracy", "gap"):
-            entry = pairs.get((group, metric, against))
-            count = entry["count"] if entry else count
-            cells += [f"{entry['plcc']:+.2f}", f"{entry['rocc']:+.2f}"] if entry else ["-", "-"]
-        table.add_row(group, METRICS[metric], str(count), *cells)
+        if group != before:
+            table.add_section()
+            table.add_row(f"[bold]{group}[/bold]")
+            before = group
+        found = [pairs.get((group, metric, against)) for against in ("test_accuracy", "gap")]
+        count = next(entry["count"] for entry in found if entry)
+        cells = [f"{entry[kind]:+.2f}" if entry else "-" for entry in found for kind in ("plcc", "rocc")]
+        table.add_row(METRICS[metric], str(count), *cells)
     return table
