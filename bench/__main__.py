@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train a network with several optimizers side by side",
     "study": "repeat the paper's tables and figures, and compare with what it published",
     "epoch-time": "time an epoch with several optimizers, part by part",
+    "gate": "fail when the optimizer got slower: the check for CI",
     "noise-search": "compare the EVBMF searches: ours, rmsgd 1.0.2's and the Python VBMF's",
     "gpu": "build, test and measure the CUDA kernels on this machine's GPU",
     "speed": "time the step and the epoch end against torch's SGD and rmsgd 1.0.2",

@@ -50,14 +50,27 @@ def gram_products(model: nn.Module) -> Callable[[], None]:
     return products
 
 
-def _ours(model: nn.Module) -> Callable[[], None]:
+def gram_eigenvalues(model: nn.Module) -> Callable[[], None]:
+    """`torch.linalg.eigvalsh` of the Gram matrix of every distinct unfolding, in fp32."""
+    matrices = [as_matrix(p.detach(), u) for p, u in spectra(model)]
+    grams = [matrix @ matrix.T for matrix in matrices]
+
+    def eigenvalues() -> None:
+        for gram in grams:
+            torch.linalg.eigvalsh(gram)
+
+    return eigenvalues
+
+
+def epoch_end(model: nn.Module) -> Callable[[], None]:
+    """RMSGD's epoch end, and its rates, so that nothing can hide behind it."""
     optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03)
 
-    def epoch_end() -> None:
+    def end() -> None:
         optimizer.epoch_step()
         optimizer.learning_rates()
 
-    return epoch_end
+    return end
 
 
 def measure(
@@ -68,7 +81,11 @@ def measure(
     for name in progress.track(models or MODELS, description="epoch end"):
         initial, trained = network(name), network(name)
         make_trained_like(trained)
-        cases = {"rmsgd": _ours(trained), "rmsgd, initial": _ours(initial), "gram": gram_products(trained)}
+        cases = {
+            "rmsgd": epoch_end(trained),
+            "rmsgd, initial": epoch_end(initial),
+            "gram": gram_products(trained),
+        }
         seconds = Interleaved(cases, min_seconds=0.05).run(rounds)
         row: dict[str, Any] = {
             "model": name,

@@ -38,7 +38,8 @@ def plain_loop(elements: int) -> Callable[[], object]:
     return lambda: update(*arrays)
 
 
-def _case(name: str, model: str) -> Callable[[], object]:
+def case(name: str, model: str) -> Callable[[], object]:
+    """The step of one optimizer for a network of its own, with gradients in place."""
     network = build(model)
     optimizer = peers.make(name, network.named_parameters(), lr=1e-6)
     for p in network.parameters():
@@ -54,7 +55,7 @@ def measure(
     rows = []
     for model in progress.track(models or MODELS, description="step"):
         names = [*PEERS] if quick else [*PEERS, RELEASE]
-        cases = {name: _case(name, model) for name in names}
+        cases = {name: case(name, model) for name in names}
         parameters = sum(p.numel() for p in build(model).parameters())
         cases[FLOOR] = plain_loop(parameters)
         seconds = interleave(cases, rounds, min_seconds=0.02, warmup=2)

@@ -1,0 +1,102 @@
+"""The gate's baseline: ratios with their tolerances, counts, and the machine they come from."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import measure
+from bench.gate.processes import GateError
+
+SCHEMA = "rmsgd-bench-gate/1"
+TOLERANCE_ELSEWHERE = 0.25
+SAME_MACHINE = ("cpu", "cores", "memory_gib", "torch")
+MATTERS = {"allocations": "torch", "torch operations": "torch", "instructions": "compiler"}
+"""First word of a count to what it depends on besides the optimizer."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a run is held against.
+
+    Attributes:
+        machine: as `bench.measure.machine` describes it, with the core's "isa" and "compiler".
+        figures: name to {"ratio", "tolerance"}.
+        counts: name to count.
+        tolerance_elsewhere: least tolerance on another machine than this.
+
+    """
+
+    machine: Mapping[str, Any]
+    figures: Mapping[str, Mapping[str, float]]
+    counts: Mapping[str, int]
+    tolerance_elsewhere: float = TOLERANCE_ELSEWHERE
+
+    def differences(self, machine: Mapping[str, Any]) -> list[str]:
+        """In what this machine is another one."""
+        return [
+            f"{key} {machine.get(key)} here, {self.machine.get(key)} there"
+            for key in SAME_MACHINE
+            if machine.get(key) != self.machine.get(key)
+        ]
+
+    def limit(self, figure: str, *, elsewhere: bool) -> float:
+        """The ratio from which on the figure is slower."""
+        entry = self.figures[figure]
+        tolerance = max(entry["tolerance"], self.tolerance_elsewhere if elsewhere else 0.0)
+        return entry["ratio"] * (1 + tolerance)
+
+    def why_not_comparable(self, count: str, machine: Mapping[str, Any]) -> str | None:
+        """Why a count says nothing here; None where it does."""
+        for start, key in MATTERS.items():
+            if count.startswith(start) and machine.get(key) != self.machine.get(key):
+                return f"{key} {machine.get(key)} here, {self.machine.get(key)} in the baseline"
+        return None
+
+
+def load(path: Path, machine: Mapping[str, Any], threads: int) -> Baseline:
+    """The baseline in `path`.
+
+    Raises:
+        GateError: it is not there, is of another schema, or was taken with other instruction sets or
+            threads: its ratios say nothing about this run's.
+
+    """
+    advice = "; write one with --update"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise GateError(f"there is no baseline {path}{advice}") from None
+    except ValueError as error:
+        raise GateError(f"{path} is not JSON: {error}{advice}") from None
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise GateError(f"{path} has schema {schema!r}, this gate reads {SCHEMA!r}{advice}")
+    found = Baseline(
+        content["machine"], content["figures"], content["counts"], content["tolerance_elsewhere"]
+    )
+    if found.machine["isa"] != machine["isa"]:
+        raise GateError(
+            f"{path} was taken with the {found.machine['isa']} kernels, here run the {machine['isa']} ones: "
+            f"RMSGD_ISA={found.machine['isa']} forces the same{advice}"
+        )
+    if found.machine["threads"] != threads:
+        raise GateError(
+            f"{path} was taken with {found.machine['threads']} threads, this run has {threads} (--threads)"
+        )
+    return found
+
+
+def save(path: Path, baseline: Baseline) -> None:
+    """Writes it as JSON."""
+    measure.write_json(
+        path,
+        {
+            "schema": SCHEMA,
+            "machine": baseline.machine,
+            "tolerance_elsewhere": baseline.tolerance_elsewhere,
+            "figures": baseline.figures,
+            "counts": baseline.counts,
+        },
+    )

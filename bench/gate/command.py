@@ -1,0 +1,379 @@
+"""The command line of the gate: modes, table, JSON and exit status."""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+from scipy import stats
+
+from bench import arguments, measure
+from bench.gate import baseline as baselines
+from bench.gate import callgrind, trial
+from bench.gate.baseline import Baseline
+from bench.gate.figures import AGAINST, FIGURES, Figure, Finding, Session, target_figure
+from bench.gate.processes import ROOT, GateError, Worker, built
+from bench.gate.rule import ERROR, Verdict
+from bench.measure import Interval
+from rmsgd import backends
+
+SCHEMA = "rmsgd-bench-gate-run/1"
+PASSED, SLOWER, UNDECIDED = 0, 1, 2
+LAUNCHES = 5
+LAUNCH_S = 12.0
+INTERRUPTED = 130
+
+
+@dataclass
+class Report:
+    """What a run found, and what it means."""
+
+    machine: Mapping[str, Any]
+    findings: list[Finding] = field(default_factory=list)
+    counts: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def reasons(self) -> list[str]:
+        """Every regression, in words."""
+        slower = [
+            f"{finding.figure.text} takes {finding.change:.1%} more than expected "
+            f"(limit {finding.limit / finding.expected - 1:.1%})"
+            for finding in self.findings
+            if finding.verdict is Verdict.SLOWER
+        ]
+        more = [
+            f"{c['name']}: {c['here']}, {c['expected']} expected"
+            for c in self.counts
+            if c["verdict"] == "more"
+        ]
+        return slower + more
+
+    @property
+    def status(self) -> int:
+        """The exit status."""
+        if self.reasons:
+            return SLOWER
+        open_ = any(finding.verdict is Verdict.UNDECIDED for finding in self.findings)
+        return UNDECIDED if open_ else PASSED
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        return {
+            "schema": SCHEMA,
+            "exit": self.status,
+            "reasons": self.reasons,
+            "notes": self.notes,
+            "machine": self.machine,
+            "seconds": self.seconds,
+            "figures": [
+                {
+                    "name": finding.figure.name,
+                    "ratio": finding.measured._asdict(),
+                    "expected": finding.expected,
+                    "limit": finding.limit,
+                    "verdict": finding.verdict.value,
+                    "rounds": finding.rounds,
+                }
+                for finding in self.findings
+            ],
+            "counts": self.counts,
+        }
+
+
+def main(given: Sequence[str]) -> int:
+    """Judges, or with --update measures what later runs are judged against.
+
+    Returns:
+        0: nothing got slower. 1: something did; which, and by how much, is printed. 2: this could not
+        be decided, or bad arguments. 130: interrupted.
+
+    """
+    parser = _parser()
+    options = parser.parse_args(given)
+    if options.update and options.against:
+        parser.error("--update and --against exclude each other: a revision is held against, not stored")
+    if options.self_test:
+        return trial.run(options.self_test, options.out)
+    errors = Console(stderr=True)
+    start = time.perf_counter()
+    report = Report(describe(options.threads))
+    try:
+        if options.update:
+            return update(options, report.machine, errors)
+        with progress(errors) as bar:
+            (against if options.against else judge)(options, report, bar)
+    except GateError as error:
+        if options.json:
+            print(json.dumps({"schema": SCHEMA, "exit": UNDECIDED, "reasons": [str(error)]}))
+        errors.print(f"bench gate: {error}", soft_wrap=True, markup=False, highlight=False)
+        return UNDECIDED
+    except KeyboardInterrupt:
+        errors.print("interrupted: nothing was decided")
+        return INTERRUPTED
+    report.seconds = time.perf_counter() - start
+    if options.json:
+        print(json.dumps(measure.plain(report.as_json()), indent=1))
+    else:
+        show(report, Console())
+    return report.status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench gate",
+        description="Fail when the optimizer got slower: ratios to controls of the same run, judged "
+        "against a baseline, and exact counts.",
+        epilog="Exit status: 0 nothing got slower, 1 something did, 2 it could not be decided.",
+    )
+    add = parser.add_argument
+    add(
+        "--baseline",
+        type=Path,
+        default=Path("bench/baseline.json"),
+        help="what to judge against (default: %(default)s)",
+    )
+    add("--update", action="store_true", help="measure the baseline anew and write it")
+    add("--against", metavar="REV", help="judge against this revision, built and timed in turn with this one")
+    add(
+        "--target",
+        metavar="MODULE:FUNCTION",
+        help="judge a step of your own: the function takes what makes the optimizer (rmsgd.RMSGD, or SGD "
+        "called in the same way) and returns a step to call",
+    )
+    add(
+        "--limit",
+        type=_above_zero,
+        default=1.05,
+        help="of --target over SGD, where the baseline does not know it (default: %(default)s)",
+    )
+    add("--seconds", type=_above_zero, default=35.0, help="longest time to measure (default: %(default)s)")
+    add("--threads", type=arguments.positive, default=1, help="of both sides (default: %(default)s)")
+    add("--no-counts", action="store_true", help="leave the exact counts out")
+    add("--json", action="store_true", help="only JSON on stdout")
+    add(
+        "--self-test",
+        type=arguments.positive,
+        metavar="N",
+        help="N runs each of unchanged and of slowed code",
+    )
+    add("--out", type=Path, default=Path(".out/gate"), help="folder for --self-test (default: %(default)s)")
+    return parser
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def describe(threads: int) -> dict[str, Any]:
+    """This machine, with the instruction set and the compiler of the optimizer's core."""
+    used = backends.backend_for(torch.device("cpu"))
+    isa = used.description.split()[1] if used.name == "native" else f"none ({used.name})"
+    return measure.machine() | {"threads": threads, "isa": isa, "compiler": callgrind.compiler(ROOT)}
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Progress]:
+    """What is being done, on stderr, and gone afterwards."""
+    columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], TextColumn("{task.fields[text]}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        bar.add_task("gate", total=1.0, text="starting")
+        yield bar
+
+
+def _say(bar: Progress, text: str, share: float = 0.0) -> None:
+    bar.update(bar.task_ids[0], text=text, completed=share)
+
+
+def judge(options: argparse.Namespace, report: Report, bar: Progress) -> None:
+    """Times this checkout and judges it against the baseline."""
+    known = _baseline(options, report)
+    if known is not None and (differences := known.differences(report.machine)):
+        report.notes.append(
+            f"the baseline is another machine's ({'; '.join(differences)}): a figure may be "
+            f"{known.tolerance_elsewhere:.0%} above it; --update writes this one's"
+        )
+    elsewhere = known is not None and bool(known.differences(report.machine))
+    for figure in _figures(options):
+        if known is not None and figure.name in known.figures:
+            expected, limit = (
+                known.figures[figure.name]["ratio"],
+                known.limit(figure.name, elsewhere=elsewhere),
+            )
+            report.findings.append(Finding(figure, expected, limit))
+        elif options.target:
+            report.findings.append(Finding(figure, 1.0, options.limit))
+        else:
+            raise GateError(f"{options.baseline} has no figure {figure.name!r}; write one with --update")
+    _say(bar, "loading")
+    with Worker(ROOT, options.threads, options.target) as worker:
+        if known is not None and not options.target and not options.no_counts:
+            _say(bar, "counting")
+            found = worker.count() | _instructions(ROOT, report)
+            report.counts = compared(found, known, report.machine)
+        session = Session({"here": worker}, report.findings)
+        session.run(options.seconds, lambda share: _say(bar, "timing", share))
+
+
+def _baseline(options: argparse.Namespace, report: Report) -> Baseline | None:
+    """The baseline; None where the caller's step is judged without one."""
+    if options.target and not options.baseline.exists():
+        return None
+    return baselines.load(options.baseline, report.machine, options.threads)
+
+
+def _figures(options: argparse.Namespace) -> Sequence[Figure]:
+    return (target_figure(options.target),) if options.target else FIGURES
+
+
+def _instructions(folder: Path, report: Report | None) -> dict[str, int]:
+    try:
+        return callgrind.count(folder, describe(1)["isa"])
+    except callgrind.CallgrindError as error:
+        if report is not None:
+            report.notes.append(f"instructions are not counted: {error}")
+        return {}
+
+
+def compared(found: Mapping[str, int], known: Baseline, machine: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row per count: the same, more (a regression), fewer, or why it is not compared."""
+    rows = []
+    for name in sorted({*found, *known.counts}):
+        here, expected = found.get(name), known.counts.get(name)
+        if here is None or expected is None:
+            verdict = "not counted " + ("here" if here is None else "in the baseline")
+        elif why := known.why_not_comparable(name, machine):
+            verdict = f"not compared: {why}"
+        else:
+            verdict = "same" if here == expected else "more" if here > expected else "fewer"
+        rows.append({"name": name, "here": here, "expected": expected, "verdict": verdict})
+    return rows
+
+
+def against(options: argparse.Namespace, report: Report, bar: Progress) -> None:
+    """Times this checkout and another revision in turn."""
+    _say(bar, f"building {options.against}")
+    figures = (_target_against(options.target),) if options.target else AGAINST
+    report.findings = [Finding(figure, 1.0, 1 + figure.tolerance) for figure in figures]
+    with ExitStack() as stack:
+        there = stack.enter_context(built(options.against))
+        _say(bar, "loading")
+        workers = {
+            "here": stack.enter_context(Worker(ROOT, options.threads, options.target)),
+            "there": stack.enter_context(Worker(there, options.threads, options.target, slower=False)),
+        }
+        if not options.target and not options.no_counts:
+            _say(bar, "counting")
+            expected = workers["there"].count() | _instructions(there, None)
+            same = Baseline(report.machine, {}, expected)
+            report.counts = compared(
+                workers["here"].count() | _instructions(ROOT, report), same, report.machine
+            )
+        session = Session(workers, report.findings)
+        session.run(options.seconds, lambda share: _say(bar, "timing", share))
+
+
+def _target_against(target: str) -> Figure:
+    from bench.gate.figures import TOLERANCE, Source
+
+    here, there = (Source("here", "target"),), (Source("there", "target"),)
+    return Figure(f"target {target}", f"{target}, here / there", here, there, TOLERANCE)
+
+
+def update(options: argparse.Namespace, machine: Mapping[str, Any], console: Console) -> int:
+    """Measures in several processes and writes the baseline.
+
+    How memory happens to be laid out moves the ratios of a whole process. The baseline is the mean of
+    several processes, and no tolerance is narrower than twice their spread.
+    """
+    figures = _figures(options)
+    ratios: dict[str, list[Interval]] = {figure.name: [] for figure in figures}
+    counts: dict[str, int] = {}
+    with progress(console) as bar:
+        for launch in range(LAUNCHES):
+            _say(bar, f"process {launch + 1} of {LAUNCHES}", launch / LAUNCHES)
+            with Worker(ROOT, options.threads, options.target, slower=False) as worker:
+                findings = [Finding(figure, 1.0, math.inf) for figure in figures]
+                Session({"here": worker}, findings).collect(min(options.seconds, LAUNCH_S))
+                for finding in findings:
+                    ratios[finding.figure.name].append(finding.measured)
+                if launch == 0 and not options.target and not options.no_counts:
+                    counts = worker.count() | _instructions(ROOT, None)
+    fresh = {figure.name: expectation(ratios[figure.name], figure.tolerance) for figure in figures}
+    try:
+        old = baselines.load(options.baseline, machine, options.threads)
+        kept = None if old.differences(machine) else old
+    except GateError:
+        kept = None
+    if kept is not None:
+        fresh, counts = {**kept.figures, **fresh}, counts or dict(kept.counts)
+    baselines.save(options.baseline, Baseline(machine, fresh, counts))
+    table = Table("figure", "ratio", "tolerance", box=SIMPLE_HEAD, show_edge=False)
+    for figure in figures:
+        entry = fresh[figure.name]
+        table.add_row(figure.text, f"{entry['ratio']:.3f}", f"{entry['tolerance']:.1%}")
+    Console().print(table)
+    console.print(f"wrote {options.baseline}", soft_wrap=True)
+    return PASSED
+
+
+def expectation(ratios: Sequence[Interval], least: float) -> dict[str, float]:
+    """A figure of the baseline from the ratios of several processes: geometric mean, and tolerance.
+
+    The processes' spread is what their variance exceeds that of the medians themselves by.
+    """
+    medians = np.log([ratio.median for ratio in ratios])
+    widths = np.array([math.log(ratio.high / ratio.low) if ratio.low else math.inf for ratio in ratios])
+    noise = np.mean((widths / (2 * stats.norm.ppf(1 - ERROR / 2))) ** 2)
+    spread = math.sqrt(max(0.0, np.var(medians, ddof=1) - noise))
+    return {"ratio": math.exp(medians.mean()), "tolerance": max(least, math.expm1(2 * spread))}
+
+
+def show(report: Report, console: Console) -> None:
+    """The tables, and the verdict in one line."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("figure")
+    for heading in ("ratio", "limit", "change", "rounds", "verdict"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for finding in report.findings:
+        table.add_row(
+            finding.figure.text,
+            str(finding.measured),
+            f"{finding.limit:.3f}",
+            f"{finding.change:+.1%}",
+            str(finding.rounds),
+            finding.verdict.value,
+        )
+    console.print(table)
+    if report.counts:
+        table = Table("count", "here", "expected", "verdict", box=SIMPLE_HEAD, show_edge=False)
+        for row in report.counts:
+            cells = ("" if row[key] is None else str(row[key]) for key in ("here", "expected"))
+            table.add_row(row["name"], *cells, row["verdict"])
+        console.print(table)
+    for note in report.notes:
+        console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
+    if report.status == UNDECIDED:
+        console.print("undecided: an interval still holds its limit; --seconds gives more time")
+    for reason in report.reasons:
+        console.print(f"slower: {reason}", soft_wrap=True, markup=False, highlight=False)
+    if report.status == PASSED:
+        console.print("nothing got slower")
