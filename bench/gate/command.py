@@ -149,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--against", metavar="REV", help="judge against this revision, built and timed in turn with this one")
     add(
         "--target",
+        type=_module_and_function,
         metavar="MODULE:FUNCTION",
         help="judge a step of your own: the function takes what makes the optimizer (rmsgd.RMSGD, or SGD "
         "called in the same way) and returns a step to call",
@@ -171,6 +172,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--out", type=Path, default=Path(".out/gate"), help="folder for --self-test (default: %(default)s)")
     return parser
+
+
+def _module_and_function(text: str) -> str:
+    if not all(text.partition(":")):
+        raise argparse.ArgumentTypeError(f"expected module:function, got {text!r}")
+    return text
 
 
 def _above_zero(text: str) -> float:

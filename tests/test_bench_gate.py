@@ -1,0 +1,438 @@
+"""`python -m bench gate`: what it decides, how sure it is, what it counts, and what it refuses."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.__main__ import main
+from bench.gate import baseline as baselines
+from bench.gate import callgrind, cases, command, counts
+from bench.gate.baseline import Baseline
+from bench.gate.figures import FIGURES, Figure, Finding, Session, Source
+from bench.gate.processes import ROOT, GateError
+from bench.gate.rule import LOOKS, Verdict, autocorrelation_time, interval, judge, log_ratio
+from bench.measure import Interval
+
+ROUNDS = 320
+
+
+def independent(random, n):
+    return 0.12 * random.standard_normal(n)
+
+
+def heavy_tailed(random, n):
+    return 0.08 * random.standard_t(1.5, n)
+
+
+def in_bursts(random, n):
+    """A neighbour that comes and goes: a third of the time, ten rounds long, everything shakes."""
+    busy = np.repeat(random.random(n // 10 + 1) < 0.3, 10)[:n]
+    return random.standard_normal(n) * np.where(busy, 0.4, 0.08)
+
+
+def correlated(random, n):
+    shocks, noise = 0.07 * random.standard_normal(n), np.zeros(n)
+    for i in range(1, n):
+        noise[i] = 0.5 * noise[i - 1] + shocks[i]
+    return noise
+
+
+NOISES = [independent, heavy_tailed, in_bursts, correlated]
+
+
+def verdict_of_a_run(noise, true_ratio, random):
+    """The verdict at the first look that has one, of a figure whose limit is 5 % above 1."""
+    logs = math.log(true_ratio) + noise(random, ROUNDS)
+    for look in range(1, LOOKS + 1):
+        verdict = judge(interval(logs[: ROUNDS * look // LOOKS]), 1.05)
+        if verdict is not Verdict.UNDECIDED:
+            break
+    return verdict
+
+
+def verdicts(noise, true_ratio, runs=120):
+    random = np.random.default_rng(7)
+    return [verdict_of_a_run(noise, true_ratio, random) for _ in range(runs)]
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_unchanged_code_is_not_called_slower(noise):
+    found = verdicts(noise, 1.0)
+    assert found.count(Verdict.SLOWER) == 0
+    assert found.count(Verdict.PASSED) >= 0.95 * len(found)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_slow_down_of_ten_per_cent_is_caught(noise):
+    found = verdicts(noise, 1.1)
+    assert found.count(Verdict.PASSED) == 0
+    assert found.count(Verdict.SLOWER) >= 0.95 * len(found)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_figure_at_its_limit_is_rarely_called_either_way(noise):
+    found = verdicts(noise, 1.05, runs=200)
+    assert found.count(Verdict.UNDECIDED) >= 0.95 * len(found)
+
+
+def test_rounds_that_resemble_each_other_count_for_less():
+    random = np.random.default_rng(0)
+    alone, alike = random.standard_normal(400), np.repeat(random.standard_normal(40), 10)
+    assert autocorrelation_time(np.sign(alone)) < 1.5
+    assert 4 < autocorrelation_time(np.sign(alike)) < 20
+    narrow, wide = interval(0.1 * alone), interval(0.1 * alike)
+    assert wide.high / wide.low > narrow.high / narrow.low
+
+
+def test_a_few_rounds_say_nothing():
+    assert interval(np.zeros(5)) == Interval(1.0, 0.0, math.inf)
+    assert judge(interval(np.full(5, 3.0)), 1.05) is Verdict.UNDECIDED
+
+
+def test_what_slows_both_sides_alike_cancels():
+    drift = np.linspace(1, 9, 60)
+    assert interval(log_ratio([1.5 * drift, 0.5 * drift], [drift])) == pytest.approx((2.0, 2.0, 2.0))
+
+
+class SyntheticTimer:
+    """Seconds drawn from a seeded noise around what each case takes."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.random = np.random.default_rng(1)
+        self.asked = []
+
+    def time(self, case):
+        self.asked.append(case)
+        return self.seconds[case] * math.exp(0.05 * self.random.standard_normal())
+
+
+def session(seconds, limits):
+    figures = [
+        Figure(name, name, (Source("here", name),), (Source("here", f"{name}-control"),), 0.05)
+        for name in limits
+    ]
+    findings = [Finding(figure, 1.0, limits[figure.name]) for figure in figures]
+    timer = SyntheticTimer(seconds)
+    return Session({"here": timer}, findings), timer
+
+
+def test_a_session_ends_when_every_figure_is_decided():
+    run, timer = session({"a": 1.0, "a-control": 1.0, "b": 1.3, "b-control": 1.0}, {"a": 1.05, "b": 1.05})
+    run.run(1.0)
+    assert [finding.verdict for finding in run.findings] == [Verdict.PASSED, Verdict.SLOWER]
+    assert run.findings[1].change == pytest.approx(0.3, abs=0.05)
+    assert timer.asked.count("a") == timer.asked.count("a-control") == run.findings[0].rounds
+
+
+def test_a_decided_figure_is_not_timed_further():
+    run, timer = session({"a": 1.0, "a-control": 1.0, "b": 1.05, "b-control": 1.0}, {"a": 2.0, "b": 1.05})
+    run.run(0.4)
+    assert run.findings[0].verdict is Verdict.PASSED
+    assert timer.asked.count("a") < timer.asked.count("b")
+
+
+def test_the_order_of_a_round_is_drawn_anew():
+    run, timer = session({"a": 1.0, "a-control": 1.0}, {"a": 1.0})
+    run.run(0.05)
+    pairs = set(zip(timer.asked[::2], timer.asked[1::2], strict=False))
+    assert pairs >= {("a", "a-control"), ("a-control", "a")}
+
+
+# -- the baseline ------------------------------------------------------------------------------------
+
+
+def stored(**changes):
+    machine = command.describe(1)
+    figures = {figure.name: {"ratio": 1.0, "tolerance": 0.05} for figure in FIGURES}
+    return Baseline({**machine, **changes.pop("machine", {})}, figures, changes.pop("counts", {}))
+
+
+def written(path, **changes):
+    baselines.save(path, stored(**changes))
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **changes}))
+    return path
+
+
+def test_a_baseline_comes_back_as_it_was_written(tmp_path):
+    path = written(tmp_path / "baseline.json")
+    loaded = baselines.load(path, command.describe(1), 1)
+    assert loaded == stored()
+    assert loaded.differences(command.describe(1)) == []
+    assert loaded.limit("step", elsewhere=False) == pytest.approx(1.05)
+
+
+def test_another_machine_is_named_and_judged_more_leniently():
+    other = stored(machine={"cpu": "another CPU"})
+    assert other.differences(command.describe(1))[0].endswith("another CPU there")
+    assert other.limit("step", elsewhere=True) == pytest.approx(1.25)
+
+
+def test_the_tolerance_follows_the_spread_of_processes_beyond_their_noise():
+    calm = [Interval(ratio, ratio * 0.99, ratio * 1.01) for ratio in (1.0, 1.002, 0.998)]
+    assert command.expectation(calm, 0.05)["tolerance"] == 0.05
+    torn = [Interval(ratio, ratio * 0.99, ratio * 1.01) for ratio in (1.0, 1.2, 0.8)]
+    assert command.expectation(torn, 0.05)["tolerance"] > 0.3
+    unsure = [Interval(ratio, ratio * 0.6, ratio * 1.7) for ratio in (1.0, 1.2, 0.8)]
+    assert command.expectation(unsure, 0.05)["tolerance"] == 0.05
+
+
+def test_counts_are_compared_exactly_and_only_where_they_mean_something():
+    known = stored(counts={"spectra per epoch end, cpu": 59, "instructions of 3 steps": 100, "gone": 1})
+    found = {"spectra per epoch end, cpu": 60, "instructions of 3 steps": 90, "new": 1}
+    rows = {row["name"]: row["verdict"] for row in command.compared(found, known, known.machine)}
+    assert rows == {
+        "spectra per epoch end, cpu": "more",
+        "instructions of 3 steps": "fewer",
+        "gone": "not counted here",
+        "new": "not counted in the baseline",
+    }
+    elsewhere = {**known.machine, "compiler": "another"}
+    rows = {row["name"]: row["verdict"] for row in command.compared(found, known, elsewhere)}
+    assert rows["instructions of 3 steps"].startswith("not compared: compiler another here")
+    assert rows["spectra per epoch end, cpu"] == "more"
+
+
+# -- the command -------------------------------------------------------------------------------------
+
+
+class SyntheticWorker(SyntheticTimer):
+    """Stands in for a process: every case takes a second, or what the test says."""
+
+    slow: dict[str, float] = {}  # noqa: RUF012 - set by the tests
+
+    def __init__(self, *_, **__):
+        super().__init__({})
+
+    def time(self, case):
+        return self.slow.get(case, 1.0) * math.exp(0.02 * self.random.standard_normal())
+
+    def count(self):
+        return {"spectra per epoch end, cpu": 59}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture
+def gate(monkeypatch, tmp_path):
+    """Runs the command with synthetic times; the baseline expects every ratio to be its usual one."""
+    monkeypatch.setattr(command, "Worker", SyntheticWorker)
+    monkeypatch.setattr(SyntheticWorker, "slow", {})
+    path = tmp_path / "baseline.json"
+    assert command.main(["--baseline", str(path), "--update", "--seconds", "0.1", "--no-counts"]) == 0
+    return lambda *flags: main(["gate", "--baseline", str(path), "--seconds", "0.5", "--no-counts", *flags])
+
+
+def test_nothing_slower_is_status_0(gate, capsys):
+    assert gate() == 0
+    assert "nothing got slower" in capsys.readouterr().out
+
+
+def test_a_slower_step_is_status_1_and_named_with_its_size(gate, capsys):
+    SyntheticWorker.slow = {"step": 1.3}
+    assert gate("--json") == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["exit"] == 1
+    assert [reason.split(" takes ")[0] for reason in result["reasons"]] == [
+        "step, resnet18 / fused SGD",
+        "step, resnet18 / copy",
+    ]
+    assert "takes 3" in result["reasons"][0]
+
+
+def test_a_figure_at_its_limit_is_status_2(gate, capsys):
+    SyntheticWorker.slow = {"epoch-end": 1.05}
+    assert gate() == 2
+    assert "undecided" in capsys.readouterr().out
+
+
+def test_more_spectra_are_status_1_whatever_the_clock_says(gate, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(callgrind, "count", lambda *_: {})
+    path = tmp_path / "counted.json"
+    flags = ["--baseline", str(path), "--seconds", "0.5"]
+    assert command.main([*flags, "--update"]) == 0
+    assert command.main(flags) == 0
+    monkeypatch.setattr(SyntheticWorker, "count", lambda _: {"spectra per epoch end, cpu": 60})
+    assert command.main(flags) == 1
+    assert "spectra per epoch end, cpu: 60, 59 expected" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": "another/1"}, "has schema 'another/1', this gate reads 'rmsgd-bench-gate/1'"),
+        ({"machine": {"isa": "avx7"}}, "was taken with the avx7 kernels"),
+        ({"machine": {"isa": "same", "threads": 3}}, "was taken with 3 threads, this run has 1"),
+    ],
+)
+def test_a_baseline_that_says_nothing_here_is_status_2(tmp_path, capsys, changes, message):
+    if "machine" in changes:
+        same = command.describe(1)
+        changed = {key: same[key] if value == "same" else value for key, value in changes["machine"].items()}
+        changes = {"machine": {**same, **changed}}
+    path = written(tmp_path / "baseline.json", **changes)
+    assert main(["gate", "--baseline", str(path)]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_missing_baseline_is_status_2_and_says_how_to_get_one(tmp_path, capsys):
+    assert main(["gate", "--baseline", str(tmp_path / "none.json"), "--json"]) == 2
+    result = json.loads(capsys.readouterr().out)
+    assert result["exit"] == 2
+    assert "write one with --update" in result["reasons"][0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seconds", "0"], "expected a number above 0"),
+        (["--limit", "fast"], "expected a number above 0"),
+        (["--update", "--against", "HEAD"], "exclude each other"),
+        (["--target", "their_training"], "expected module:function, got 'their_training'"),
+    ],
+)
+def test_bad_arguments_are_status_2(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["gate", *flags])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_revision_is_status_2(capsys):
+    assert main(["gate", "--against", "no-such-revision"]) == 2
+    assert "no-such-revision" in capsys.readouterr().err
+
+
+# -- real cases --------------------------------------------------------------------------------------
+
+TARGET = """
+import torch
+
+def training_step(make_optimizer):
+    layer = torch.nn.Linear(64, 64)
+    optimizer = make_optimizer(layer.named_parameters(), lr=0.01, beta=0.9)
+    inputs = torch.ones(8, 64)
+
+    def step():
+        optimizer.zero_grad()
+        layer(inputs).square().mean().backward()
+        optimizer.step()
+
+    return step
+
+def nothing(make_optimizer):
+    return None
+"""
+
+
+@pytest.fixture
+def their_project(monkeypatch, tmp_path):
+    """A module of the caller's where the gate's processes find it; the flags for a run without baseline."""
+    (tmp_path / "their_training.py").write_text(TARGET)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return ["--baseline", str(tmp_path / "none.json"), "--target"]
+
+
+def test_a_step_of_the_callers_own_is_timed_against_sgd(their_project, capsys):
+    flags = [*their_project, "their_training:training_step", "--seconds", "2", "--limit", "9", "--json"]
+    assert command.main(flags) == 0
+    (figure,) = json.loads(capsys.readouterr().out)["figures"]
+    assert figure["limit"] == 9
+    assert 0.2 < figure["ratio"]["median"] < 5
+    assert figure["rounds"] >= 20
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("no_such_module:step", "expected module:function (No module named 'no_such_module')"),
+        ("their_training:nothing", "the function has to return a step"),
+    ],
+)
+def test_a_target_that_is_none_is_status_2(their_project, capsys, target, message):
+    assert command.main([*their_project, target]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_switch_slows_a_case_by_the_share_it_names(monkeypatch):
+    monkeypatch.setenv(cases.SLOWER, "step:0.1,epoch-end:0.5")
+    assert cases.slowed() == {"step": 0.1, "epoch-end": 0.5}
+    clock = iter([0.0, 1.0, 1.2, 1.4, 1.6])
+    monkeypatch.setattr(cases.time, "perf_counter", lambda: next(clock))
+    cases.slower(lambda: None, 0.5)()
+    assert next(clock, None) is None
+
+
+def test_counts_are_the_same_every_time_and_those_of_the_network():
+    found = counts.count()
+    assert found == counts.count()
+    assert found["spectra per epoch end, cpu"] == 59  # as many as `bench speed` lists
+    assert found["spectra per epoch end, cpu"] == sum(
+        n for name, n in found.items() if name.startswith("spectra decided")
+    )
+    assert found["allocations per step, cpu"] == 0
+
+
+def test_inclusive_costs_are_read_from_calls():
+    lines = ["fn=(1) main\n", "1 5\n", "cfn=(2) step\n", "calls=3 9\n", "* 300\n", "fn=(2)\n", "1 90\n"]
+    lines += [
+        "cfn=(3) inner\n",
+        "calls=1 4\n",
+        "* 10\n",
+        "fn=(4) other\n",
+        "cfn=(2)\n",
+        "calls=1 9\n",
+        "* 7\n",
+    ]
+    assert callgrind.inclusive_costs(lines) == {"step": 307, "inner": 10}
+
+
+def test_want_of_valgrind_or_of_a_core_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(callgrind.CallgrindError, match="valgrind is not installed"):
+        callgrind.count(ROOT, "avx2")
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    with pytest.raises(callgrind.CallgrindError, match="not built"):
+        callgrind.count(tmp_path, "avx2")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="no valgrind")
+def test_instructions_are_exact():
+    assert callgrind.count(ROOT, "avx2") == callgrind.count(ROOT, "avx2")
+
+
+@pytest.mark.slow
+def test_a_real_run_catches_a_step_that_takes_half_as_long_again(monkeypatch, tmp_path):
+    path = tmp_path / "baseline.json"
+    flags = ["--baseline", str(path), "--no-counts"]
+    assert command.main([*flags, "--update", "--seconds", "4"]) == 0
+    assert command.main(flags) != 1
+    monkeypatch.setenv(cases.SLOWER, "step:0.5")
+    assert command.main(flags) == 1
+
+
+@pytest.mark.slow
+def test_a_revision_is_built_and_held_against_this_one(capsys):
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    assert command.main(["--against", "HEAD", "--no-counts", "--json"]) != 1
+    result = json.loads(capsys.readouterr().out)
+    assert {figure["name"] for figure in result["figures"]} == {"step", "step-many-tensors", "epoch-end"}
+    assert not list(Path(ROOT).glob(".git/worktrees/there*"))
+
+
+def test_a_process_that_fails_says_why(tmp_path):
+    from bench.gate.processes import Worker
+
+    with pytest.raises(GateError, match="rmsgd"):
+        Worker(tmp_path, 1)
