@@ -23,9 +23,10 @@ enum MetricsStatus : int { MEASURED, NOT_FINITE, NEEDS_SVD };
 struct ModeMetrics {
   int rank;
   double noise_variance;
-  double stable_rank;       // sum d_i^2 / (L d_1^2), Eq. 2; 0 when the rank is 0
-  double condition_number;  // 1 - d_r / d_1, Eq. 3; 1 when the rank is 0
-  double nuclear;           // sum d_i / d_1, which the released code divides by a channel count
+  double stable_rank;        // sum d_i^2 / (L d_1^2), Eq. 2; 0 when the rank is 0
+  double condition_number;   // 1 - d_r / d_1, Eq. 3; 1 when the rank is 0
+  double nuclear;            // sum d_i / d_1, which the released code divides by a channel count
+  double noise_slope = 0.0;  // by how much ln(stable_rank) falls as ln(sigma^2) grows, the d_i alone moving
 };
 
 // The EVBMF shrinkage of one kept singular value, as the factor d / gamma:
@@ -38,34 +39,41 @@ RMSGD_FN double shrinkage(double c, double noise_variance, double alpha) {
   return 0.5 * (b + sqrt(b * b - 4.0 * alpha * y * y));
 }
 
-// Metrics of the low-rank part. c: the squared singular values over M, descending, at least
-// minimum.rank of them.
-template <class Team>
-RMSGD_FN ModeMetrics mode_metrics(Team& team, const double* c, const FreeEnergyMinimum& minimum, double L,
-                                  double M) {
-  const int rank = minimum.rank;
-  if (rank == 0) return {0, minimum.noise_variance, 0.0, 1.0, 0.0};
-  const double alpha = L / M;
-  const double first = sqrt(c[0]) * shrinkage(c[0], minimum.noise_variance, alpha);
-  const double last = sqrt(c[rank - 1]) * shrinkage(c[rank - 1], minimum.noise_variance, alpha);
-  double energy = 0.0, nuclear = 0.0;
-  for (int h = team.rank(); h < rank; h += team.size()) {
-    const double ratio = sqrt(c[h]) * shrinkage(c[h], minimum.noise_variance, alpha) / first;
-    energy += ratio * ratio;
-    nuclear += ratio;
-  }
-  return {rank, minimum.noise_variance, team.sum(energy) / L, 1.0 - last / first, team.sum(nuclear)};
-}
-
 // d ln d / d ln lambda of a shrunk value, and one half more than -d ln d / d ln sigma^2.
 RMSGD_FN double shrinkage_slope(double c, double noise_variance, double alpha) {
   const double tau = tau_of(c / noise_variance, alpha);
   return (1.0 + tau) * (tau + alpha) / (tau * tau - alpha) - 0.5;
 }
 
+// Metrics of the low-rank part. c: the squared singular values over M, descending, at least
+// minimum.rank of them.
+template <class Team>
+RMSGD_FN ModeMetrics mode_metrics(Team& team, const double* c, const FreeEnergyMinimum& minimum, double L,
+                                  double M) {
+  const int rank = minimum.rank;
+  const double variance = minimum.noise_variance;
+  if (rank == 0) return {0, variance, 0.0, 1.0, 0.0};
+  const double alpha = L / M;
+  const double first = sqrt(c[0]) * shrinkage(c[0], variance, alpha);
+  const double last = sqrt(c[rank - 1]) * shrinkage(c[rank - 1], variance, alpha);
+  const bool exact = !(variance > 0.0);
+  const double first_slope = exact ? 0.0 : shrinkage_slope(c[0], variance, alpha);
+  double energy = 0.0, nuclear = 0.0, slope = 0.0;
+  for (int h = team.rank(); h < rank; h += team.size()) {
+    const double ratio = sqrt(c[h]) * shrinkage(c[h], variance, alpha) / first;
+    energy += ratio * ratio;
+    nuclear += ratio;
+    if (!exact) slope += ratio * ratio * (shrinkage_slope(c[h], variance, alpha) - first_slope);
+  }
+  energy = team.sum(energy);
+  return {rank, variance, energy / L, 1.0 - last / first, team.sum(nuclear), 2.0 * team.sum(slope) / energy};
+}
+
 // Whether values lambda = M c, each known to within `error` (absolute) and their sum much better, are good
 // enough: no other rank can win, sigma^2 is within 1e-4 of itself, the condition within 1e-5 and the stable
-// rank within 1e-6 (sums of k errors are taken as sqrt(k) of them: rounding has no preferred sign).
+// rank within 1e-6 (sums of k errors are taken as sqrt(k) of them: rounding has no preferred sign). To first
+// order; the metrics are ratios, so that an error of sigma^2 reaches them only by the difference between the
+// slopes of the values that they compare.
 // next: the largest value below the threshold, c[rank].
 RMSGD_FN bool trustworthy(const FreeEnergyMinimum& minimum, const ModeMetrics& metrics, const double* c,
                           double next, double L, double M, double error) {
@@ -81,15 +89,18 @@ RMSGD_FN bool trustworthy(const FreeEnergyMinimum& minimum, const ModeMetrics& m
   const double noise_error = right_end
                                  ? relative / threshold.x
                                  : 1.2 * sqrt(rank + 1.0) * relative / (L - rank * (1.0 + threshold.alpha));
+  if (!(noise_error < 1e-4)) return false;
+  if (rank == 1) return true;
   const double first_slope = shrinkage_slope(c[0], minimum.noise_variance, threshold.alpha);
   const double last_slope = shrinkage_slope(c[rank - 1], minimum.noise_variance, threshold.alpha);
-  const double first_error = first_slope * (error / (M * c[0]) + noise_error);
-  const double last_error = last_slope * (error / (M * c[rank - 1]) + noise_error);
-  const double condition_error = (1.0 - metrics.condition_number) * (first_error + last_error);
-  const double stable_rank_error = 2.0 * (last_slope * sqrt(double(rank)) / L * error / (M * c[0]) +
-                                          metrics.stable_rank * (first_error + last_slope * noise_error));
-  return noise_error < 1e-4 && (rank == 1 || condition_error < 1e-5) &&
-         (rank == 1 || stable_rank_error < 1e-6);
+  const double first_error = first_slope * error / (M * c[0]);
+  const double last_error = last_slope * error / (M * c[rank - 1]);
+  const double condition_error = (1.0 - metrics.condition_number) *
+                                 (first_error + last_error + (last_slope - first_slope) * noise_error);
+  const double sum_error = last_slope * sqrt(double(rank)) / L * error / (M * c[0]);
+  const double stable_rank_error =
+      2.0 * sum_error + metrics.stable_rank * (2.0 * first_error + metrics.noise_slope * noise_error);
+  return condition_error < 1e-5 && stable_rank_error < 1e-6;
 }
 
 RMSGD_FN void write_metrics(double* row, const ModeMetrics& metrics, MetricsStatus status, int stage) {

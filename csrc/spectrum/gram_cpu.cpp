@@ -78,12 +78,95 @@ RMSGD_FN int64_t offset_of(const Side& side, int64_t index) {
 
 // ---- packing ----
 
+// Where the rows to pack lie next to each other, or the columns do, whole vectors are moved; in the second
+// case blocks of B x B elements are transposed in registers.
+template <class T>
+constexpr int B = sizeof(T) == 8 || LANES<T> == 4 ? 4 : 8;
+
+template <class T>
+struct Block {
+  typedef T vector __attribute__((vector_size(B<T> * sizeof(T))));
+  typedef T unaligned __attribute__((vector_size(B<T> * sizeof(T)), aligned(sizeof(T)), may_alias));
+};
+
+template <class T, class Source>
+RMSGD_FN typename Block<T>::vector load_block(const Source* from, T scale) {
+  typename Block<T>::vector x;
+  if constexpr (sizeof(Source) == 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < B<T>; ++i) x[i] = T(widen(from[i]));
+  } else {
+    typedef Source Few
+        __attribute__((vector_size(B<T> * sizeof(Source)), aligned(sizeof(Source)), may_alias));
+    x = __builtin_convertvector(*reinterpret_cast<const Few*>(from), typename Block<T>::vector);
+  }
+  return x * scale;
+}
+
+template <class T>
+RMSGD_FN void store_block(T* to, typename Block<T>::vector x) {
+  *reinterpret_cast<typename Block<T>::unaligned*>(to) = x;
+}
+
+// Transposition by exchanging the off-diagonal quarters of ever smaller blocks.
+template <class V>
+RMSGD_FN void transpose(V (&x)[4]) {
+  const V a = pick<0, 1, 4, 5>(x[0], x[2]), b = pick<0, 1, 4, 5>(x[1], x[3]);
+  const V c = pick<2, 3, 6, 7>(x[0], x[2]), d = pick<2, 3, 6, 7>(x[1], x[3]);
+  x[0] = pick<0, 4, 2, 6>(a, b);
+  x[1] = pick<1, 5, 3, 7>(a, b);
+  x[2] = pick<0, 4, 2, 6>(c, d);
+  x[3] = pick<1, 5, 3, 7>(c, d);
+}
+
+template <class V>
+RMSGD_FN void transpose(V (&x)[8]) {
+  V y[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    y[i] = pick<0, 1, 2, 3, 8, 9, 10, 11>(x[i], x[i + 4]);
+    y[i + 4] = pick<4, 5, 6, 7, 12, 13, 14, 15>(x[i], x[i + 4]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    const V a = pick<0, 1, 8, 9, 4, 5, 12, 13>(y[i], y[i + 2]),
+            b = pick<0, 1, 8, 9, 4, 5, 12, 13>(y[i + 1], y[i + 3]);
+    const V c = pick<2, 3, 10, 11, 6, 7, 14, 15>(y[i], y[i + 2]),
+            d = pick<2, 3, 10, 11, 6, 7, 14, 15>(y[i + 1], y[i + 3]);
+    x[i] = pick<0, 8, 2, 10, 4, 12, 6, 14>(a, b);
+    x[i + 1] = pick<1, 9, 3, 11, 5, 13, 7, 15>(a, b);
+    x[i + 2] = pick<0, 8, 2, 10, 4, 12, 6, 14>(c, d);
+    x[i + 3] = pick<1, 9, 3, 11, 5, 13, 7, 15>(c, d);
+  }
+}
+
 // Writes W rows of `length` columns of one stride, column after column: to[k * W + r].
 template <class T, class Source>
 RMSGD_FN void pack_run(T* to, const Source* from, const int64_t* rows, int64_t stride, int64_t length,
                        T scale) {
   constexpr int W = LANES<T>;
-  for (int64_t k = 0; k < length; ++k) {
+  bool neighbours = true;
+  for (int r = 1; r < W; ++r) neighbours = neighbours && rows[r] == rows[0] + r;
+  int64_t k = 0;
+  if (neighbours) {
+    for (; k < length; ++k) {
+      for (int r = 0; r < W; r += B<T>) {
+        store_block(to + k * W + r, load_block(from + rows[0] + r + k * stride, scale));
+      }
+    }
+  } else if (stride == 1) {
+    for (; k + B<T> <= length; k += B<T>) {
+      for (int top = 0; top < W; top += B<T>) {
+        typename Block<T>::vector x[B<T>];
+#pragma GCC unroll 8
+        for (int r = 0; r < B<T>; ++r) x[r] = load_block(from + rows[top + r] + k, scale);
+        transpose(x);
+#pragma GCC unroll 8
+        for (int r = 0; r < B<T>; ++r) store_block(to + (k + r) * W + top, x[r]);
+      }
+    }
+  }
+  for (; k < length; ++k) {
     for (int r = 0; r < W; ++r) to[k * W + r] = T(widen(from[rows[r] + k * stride])) * scale;
   }
 }
@@ -97,12 +180,16 @@ void pack_group(T* to, const Source* data, const Side& small, const Side& large,
   int64_t rows[W];
   for (int r = 0; r < W; ++r) rows[r] = offset_of(small, r < count ? row + r : row);
   const int64_t run = large.size[3], stride = large.stride[3];
-  for (int64_t done = 0; done < depth;) {
-    const int64_t column = first + done;
-    const int64_t within = column % run;
+  int64_t within = first % run;
+  int64_t index[3] = {first / run / large.size[2] / large.size[1],
+                      first / run / large.size[2] % large.size[1], first / run % large.size[2]};
+  for (int64_t done = 0; done < depth; within = 0) {
     const int64_t length = run - within < depth - done ? run - within : depth - done;
-    pack_run(to + done * W, data + offset_of(large, column), rows, stride, length, scale);
+    const int64_t offset =
+        index[0] * large.stride[0] + index[1] * large.stride[1] + index[2] * large.stride[2];
+    pack_run(to + done * W, data + offset + within * stride, rows, stride, length, scale);
     done += length;
+    for (int d = 2; d >= 0 && ++index[d] == large.size[d]; --d) index[d] = 0;
   }
   for (int64_t r = count; r < W; ++r) {
     for (int64_t k = 0; k < depth; ++k) to[k * W + r] = T(0);
@@ -136,10 +223,23 @@ RMSGD_FN void add_to(double* to, Vector<float> x, bool fresh) {
   *target = fresh ? wide : *target + wide;
 }
 
+template <class T>
+RMSGD_FN void prefetch_wide(const double* at) {
+  for (int byte = 0; byte < int(sizeof(Wide<T>)); byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(at) + byte, 1);
+  }
+}
+
 template <class T, int VECTORS>
 RMSGD_FN void multiply_tile(const T* left, const T* right, int64_t depth, double* gram, ptrdiff_t stride,
                             bool fresh) {
   constexpr int W = LANES<T>;
+  // A large Gram matrix lies in the third-level cache; it comes nearer while the products are formed.
+#pragma GCC unroll 4
+  for (int r = 0; r < TILE_ROWS; ++r) {
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; ++v) prefetch_wide<T>(gram + r * stride + v * W);
+  }
   const Tile<T, VECTORS> tile(left, W, right, W, ptrdiff_t(GRAM_DEPTH) * W, depth);
 #pragma GCC unroll 4
   for (int r = 0; r < TILE_ROWS; ++r) {
@@ -193,12 +293,15 @@ void gram(const MatrixView& matrix, T scale, double* out, ptrdiff_t stride, T* p
     team.barrier();
     for (int64_t top = 0; top < padded; top += LEFT_ROWS) {
       int64_t turn = 0;
-      for (int64_t column = top / TILE_COLUMNS * TILE_COLUMNS; column < padded;
-           column += TILE_COLUMNS, ++turn) {
+      int64_t column = top / TILE_COLUMNS * TILE_COLUMNS;
+      for (int vectors; column < padded; column += vectors * W, ++turn) {
+        // Not three and one: a single vector's sums are too few to hide the latency of their additions.
+        const int64_t left = (padded - column) / W;
+        vectors = left == TILE_VECTORS + 1 ? 2 : left < TILE_VECTORS ? int(left) : TILE_VECTORS;
         if (turn % team.size() != team.rank()) continue;
-        const int64_t end = column + TILE_COLUMNS < padded ? column + TILE_COLUMNS : padded;
+        const int64_t end = column + vectors * W;
         const int64_t bottom = top + LEFT_ROWS < end ? top + LEFT_ROWS : end;
-        multiply_column(packed, top, bottom, column, int((end - column) / W), depth, out, stride, first == 0);
+        multiply_column(packed, top, bottom, column, vectors, depth, out, stride, first == 0);
       }
     }
     team.barrier();
