@@ -64,7 +64,9 @@ def child(settings: dict, folder: str, where: str, count: int, started) -> None:
 
 _context = multiprocessing.get_context("forkserver")
 # Found from the folder that pytest runs in: what each child would else spend seconds on importing.
-_context.set_forkserver_preload(["sklearn.datasets", "sklearn.model_selection", "bench.study.command"])
+_context.set_forkserver_preload(
+    ["sklearn.datasets", "sklearn.model_selection", "torch._dynamo", "bench.study.command"]
+)
 
 
 def start(config: RunConfig, folder: Path, where: str = "", count: int = 0):
