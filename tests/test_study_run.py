@@ -16,7 +16,8 @@ from study_jobs import STEPS, TINY, make, start, weights
 from bench.__main__ import main
 from bench.study import atomic
 from bench.study.config import RunConfig, sorted_settings
-from bench.study.run import BusyError, Run, kept_epochs, locked, status
+from bench.study.folder import BusyError, locked, status
+from bench.study.run import Run, kept_epochs
 from bench.study.runner import Place, Runner, train_all
 
 SECONDS = ("seconds_training", "seconds_epoch_end", "seconds_evaluation", "seconds_checkpoint")

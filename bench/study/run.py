@@ -1,13 +1,8 @@
 """One run, resumable at any moment to the result it would have had anyway."""
 
-import fcntl
-import json
 import math
-import os
-import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +13,9 @@ from torch import Tensor, nn
 
 import rmsgd
 from bench import measure, models, peers
-from bench.study import atomic
+from bench.study import atomic, randomness
 from bench.study.config import RunConfig
+from bench.study.folder import locked, status
 from bench.study.source import Source, mix
 from bench.training import cross_entropy
 from rmsgd.metrics import write_csv
@@ -32,10 +28,6 @@ KEPT = 6
 
 Told = Callable[[str, float], object]
 """Called with what the run is at and the share of it that is done, in [0, 1]."""
-
-
-class BusyError(RuntimeError):
-    """Another process is at this run."""
 
 
 class Run:
@@ -155,10 +147,7 @@ class Run:
             self._seconds[phase] = before[phase] + clock.seconds[phase]
 
         if self._step == 0:
-            seed = mix(self.config.seed, self._epoch)
-            torch.manual_seed(seed)
-            np.random.seed(seed % (1 << 32))
-            random.seed(seed)
+            randomness.begin(mix(self.config.seed, self._epoch))
         self._network.train()
         saved = time.monotonic()
         batches = self._source.epoch(self.config.batch, self.config.seed, self._epoch, self._step)
@@ -294,7 +283,7 @@ class Run:
             "step": self._step,
             "loss": self._loss,
             "seconds": self._seconds,
-            "random": _random_states(self._device),
+            "random": randomness.states(self._device),
             "epochs": self._epochs,
             "layers": self._layers,
             "layer_names": self._layer_names,
@@ -319,7 +308,7 @@ class Run:
         self._epochs, self._layer_names = saved["epochs"], saved["layer_names"]
         self._layers = [layer.cpu() for layer in saved["layers"]]
         self._diverged = saved["diverged"]
-        _set_random_states(saved["random"])
+        randomness.restore(saved["random"])
 
     def _keep(self) -> None:
         folder = self.folder / "weights"
@@ -369,50 +358,6 @@ MEASURED = (
 """What an epoch's record holds of the network at its end."""
 
 
-def status(folder: Path) -> str:
-    """ "complete", "diverged", "unfinished" or "not begun"."""
-    try:
-        return json.loads((folder / "result.json").read_text(encoding="utf-8"))["status"]
-    except FileNotFoundError:
-        return "unfinished" if (folder / "checkpoint.pt").exists() else "not begun"
-
-
 def kept_epochs(epochs: int) -> set[int]:
     """The epochs whose weights are kept: early ones closer together, the last among them."""
     return {round(epoch) for epoch in np.geomspace(1, epochs, min(KEPT, epochs))}
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process alone; the lock goes with the process, however that ends."""
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(f"another process is training {folder}") from None
-        yield
-    finally:
-        os.close(handle)
-
-
-def _random_states(device: torch.device) -> dict[str, Any]:
-    """The global generators, as plain numbers and tensors."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    version, internal, gauss_next = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-        "python": [version, torch.tensor(internal), gauss_next],
-    }
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"].cpu())
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"].cpu())
-    name, keys, position, has_gauss, gauss = states["numpy"]
-    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
-    version, internal, gauss_next = states["python"]
-    random.setstate((version, tuple(internal.tolist()), gauss_next))

@@ -12,7 +12,8 @@ import torch
 from bench import measure
 from bench.study import datasets
 from bench.study.config import RunConfig
-from bench.study.run import BusyError, Run, Told, make_optimizer, status
+from bench.study.folder import BusyError, status
+from bench.study.run import Run, Told, make_optimizer
 from bench.study.source import Source
 
 CPU = torch.device("cpu")
