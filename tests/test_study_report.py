@@ -15,6 +15,7 @@ from bench.study import report, tuning
 from bench.study.config import RunConfig, sorted_settings
 from bench.study.experiments import EXPERIMENTS, experiment, small
 from bench.study.figures import draw
+from bench.study.folder import locked
 from bench.study.records import read
 from bench.study.run import METRICS, PHASES
 from bench.study.statistics import correlation, holm, in_deviations, paired
@@ -345,3 +346,14 @@ def test_the_study_on_digits_is_no_part_of_the_paper():
     assert {"gamma": 0.9, "step_size": 1} in settings
     assert {"beta": 0.8} in settings
     assert {} in settings
+
+
+def test_no_rate_is_chosen_while_another_process_is_at_the_grid(tmp_path, capsys):
+    arguments = ["study", "tune", "digits", "--optimizers", "sgd", "--epochs", "1", "--batch", "512"]
+    config = RunConfig("resnet14-digits", "digits", "sgd", epochs=1, batch=512, width=0.5)
+    (run,) = tuning.grid([config], (1.0,))
+    run.folder(tmp_path).mkdir(parents=True)
+    with locked(run.folder(tmp_path)):
+        assert main([*arguments, "--seeds", "1", "--factors", "1", "--out", str(tmp_path)]) == 1
+    assert "another process is at 1" in capsys.readouterr().err
+    assert not (tmp_path / "rates.json").exists()

@@ -197,7 +197,12 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     place = prepare(options)
     configs = tuning.grid(chosen, options.factors)
     with arguments.torch_threads(_threads(options)):
-        train_with_progress(Runner(place), configs, console)
+        counts = train_with_progress(Runner(place), configs, console)
+    if "busy" in counts:
+        console.print(
+            f"another process is at {counts['busy']} of these runs: no rate is chosen before it ends"
+        )
+        return 1
     found = tuning.best(read(options.out, configs), options.factors)
     Console().print(tuning.table(found))
     path = options.out / "rates.json"

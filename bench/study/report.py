@@ -64,6 +64,7 @@ def rows(name: str, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
                 "dataset": dataset,
                 "network": network,
                 "optimizer": label,
+                "settings": dict(config.settings),
                 "epoch": epoch or None,
                 "seeds": len(mine),
                 "diverged": len(mine) - len(good),
@@ -183,9 +184,13 @@ def _plain(record: Record) -> bool:
 
 
 def readme_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row per optimizer or setting: its accuracy, and RMSGD's difference to it."""
+    """A row per optimizer, at its tuned rate: its accuracy, and RMSGD's difference to it."""
     differences = {entry["other"]: entry for entry in content.get("comparisons", ())}
-    return [{**cell, "difference": differences.get(cell["optimizer"])} for cell in content["cells"]]
+    return [
+        {**cell, "difference": differences.get(cell["optimizer"])}
+        for cell in content["cells"]
+        if cell["settings"].keys() <= {"lr"}
+    ]
 
 
 def comparison_table(entries: Sequence[dict[str, Any]]) -> Table:
