@@ -108,7 +108,7 @@ def test_list_shows_every_experiment_in_80_columns(capsys):
     assert max(map(len, out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("name", [*IDS, "digits", "digits-q"])
+@pytest.mark.parametrize("name", [*IDS, "digits"])
 def test_list_shows_each_in_full(name, capsys):
     status, out, _ = run_command(capsys, "list", name)
     assert status == 0

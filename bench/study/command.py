@@ -22,7 +22,7 @@ from bench.study.config import RunConfig, sorted_settings
 from bench.study.experiments import EXPERIMENTS, Grid, check_names, experiment, small
 from bench.study.figures import draw
 from bench.study.nats import LAYOUT as NATS_LAYOUT
-from bench.study.records import read
+from bench.study.records import Record, read
 from bench.study.runner import Place, Runner, train_all
 from bench.train import assignment, overrides
 
@@ -30,7 +30,6 @@ OUT = Path(".out/study")
 PROGRESS = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
 SCHEMA = "rmsgd-bench-study/1"
 SEEDS_LOOKED_FOR = 20
-WITH_CORRELATIONS = ("fig2", "digits-q")
 ENDS = {"diverged": "its loss stopped being a number; the others go on", "busy": "another process is at it"}
 
 
@@ -203,12 +202,29 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
             f"another process is at {counts['busy']} of these runs: no rate is chosen before it ends"
         )
         return 1
-    found = tuning.best(read(options.out, configs), options.factors)
-    Console().print(tuning.table(found))
+    records = read(options.out, configs)
+    found = tuning.best(records, options.factors)
+    out = Console()
+    out.print(tuning.table(found))
+    # As many networks, trained well and badly, are what the paper's figure 2 is drawn of.
+    together = report.correlations(records)
+    if together:
+        out.print(report.correlation_table(together))
     path = options.out / "rates.json"
-    tuning.write(path, found, configs[0])
-    console.print(f"wrote {path}. Next: python -m bench study run ... --rates {path}", soft_wrap=True)
+    tuning.write(path, found, configs[0], together)
+    drawn = _drawn("fig2", records, options.out / "figures-tuning", console)
+    console.print("wrote " + ", ".join(map(str, [path, *drawn])), soft_wrap=True)
+    console.print(f"Next: python -m bench study run {' '.join(options.ids)} --rates {path}", soft_wrap=True)
     return 0
+
+
+def _drawn(name: str, records: Sequence[Record], folder: Path, console: Console) -> list[Path]:
+    """The figures of an experiment; a word instead where matplotlib is missing."""
+    try:
+        return draw(name, records, folder)
+    except ModuleNotFoundError as error:
+        console.print(f"no figures: {error}", soft_wrap=True, markup=False)
+        return []
 
 
 def _nats(options: argparse.Namespace, console: Console) -> int:
@@ -253,13 +269,10 @@ def _report(options: argparse.Namespace, console: Console) -> int:
         if compared := report.comparisons(records):
             entries["comparisons"] = compared
             out.print(report.comparison_table(compared))
-        if name in WITH_CORRELATIONS and (together := report.correlations(records)):
+        if name == "fig2" and (together := report.correlations(records)):
             entries["correlations"] = together
             out.print(report.correlation_table(together))
-        try:
-            figures += draw(name, records, options.out / "figures")
-        except ModuleNotFoundError as error:
-            console.print(f"no figures: {error}", soft_wrap=True, markup=False)
+        figures += _drawn(name, records, options.out / "figures", console)
     if not content:
         raise ValueError(f"{options.out} has no ended run of {', '.join(names)} as the arguments say")
     if options.json:

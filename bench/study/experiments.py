@@ -170,10 +170,6 @@ OWN: dict[str, Experiment] = {
             ),
         ),
     ),
-    "digits-q": Experiment(
-        "Not in the paper: figure 2 on digits, where networks are trained to the end in seconds",
-        (Grid(_NETWORK, ("digits",), TABLE_1A, _DIGITS, "lr", (0.1, 0.3, 1.0, 3.0, 10.0)),),
-    ),
 }
 """Experiments that are no part of the paper."""
 

@@ -244,7 +244,6 @@ DRAWN: Mapping[str, Callable[[Path, Sequence[Record]], list[Path]]] = {
     "fig1a": low_rank_evolution,
     "fig1b": quality_maps,
     "fig2": scatter,
-    "digits-q": scatter,
     "fig3": courses,
     "fig4": performance,
 }

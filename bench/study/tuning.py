@@ -81,13 +81,16 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> Table:
     return rows
 
 
-def write(path: Path, found: Mapping[str, Mapping[str, Any]], tuned_on: RunConfig) -> None:
-    """Keeps the rates, and what they were tuned on, for `study run --rates`."""
-    content = {
-        "tuned_on": tuned_on.to_dict(),
-        "optimizers": {name: dict(entry) for name, entry in found.items()},
-    }
-    measure.write_json(path, content)
+def write(
+    path: Path,
+    found: Mapping[str, Mapping[str, Any]],
+    tuned_on: RunConfig,
+    together: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Keeps the rates for `study run --rates`, what they were tuned on, and what goes together there."""
+    measure.write_json(
+        path, {"tuned_on": tuned_on.to_dict(), "optimizers": dict(found), "correlations": list(together)}
+    )
 
 
 def read(path: Path) -> dict[str, float]:
