@@ -10,9 +10,14 @@ import rmsgd
 from bench.study.records import Record, by_label, finished
 from bench.study.statistics import correlation
 from rmsgd.inspection.series import Series, in_order_of_training
-from rmsgd.plots import DASHES, DPI, PALETTE, bands_over_time, require_matplotlib
+from rmsgd.plots import DPI, PALETTE, bands_over_time, require_matplotlib
 
 MARKERS = "osD^vP*X<>hd"
+# An optimizer looks the same in every figure; those that are compared most differ most.
+STYLED = (
+    *("sgd", "adam", "sam", "rmsgd", "rmsgd-published", "sgdp", "adamp", "adabound"),
+    *("adabelief", "adagrad", "sls", "rmsgd-release"),
+)
 SCATTERED = {"Q": "Q", "stable_rank": "stable rank, mean", "condition_number": "condition number, mean"}
 
 
@@ -94,7 +99,7 @@ def scatter(stem: Path, records: Sequence[Record]) -> list[Path]:
         for row, (metric, label) in zip(panels, SCATTERED.items(), strict=True):
             for axes, (target, value) in zip(row, targets, strict=True):
                 for record in mine:
-                    colour, marker = _style(optimizers.index(record.config.optimizer))
+                    colour, marker = _style_of(record.config.optimizer)
                     axes.plot(
                         record.final[metric],
                         value(record),
@@ -141,11 +146,12 @@ def courses(stem: Path, records: Sequence[Record]) -> list[Path]:
         }
         groups = by_label(compared)
         for axes, (name, label) in zip(panels.flat, quantities.items(), strict=True):
-            for index, (optimizer, mine) in enumerate(groups.items()):
+            for optimizer, mine in groups.items():
                 values = _mean([record.column(name) for record in mine])
                 epochs = np.arange(1, len(values) + 1)
-                marker = "o" if len(values) <= 20 else ""
-                axes.plot(epochs, values, color=PALETTE[index % len(PALETTE)], marker=marker, label=optimizer)
+                colour, marker = _style_of(optimizer)
+                marker = marker if len(values) <= 20 else ""
+                axes.plot(epochs, values, color=colour, marker=marker, label=optimizer)
             plain(axes, "epoch", label)
             _whole_numbers(axes)
             if name == "learning_rate":
@@ -282,14 +288,14 @@ def _gap(path: Path, records: Sequence[Record]) -> Path:
 def _batch_sizes(path: Path, records: Sequence[Record]) -> Path:
     figure = blank(7.2, 4.2)
     axes = figure.subplots()
-    for index, (label, mine) in enumerate(by_label(records).items()):
+    for label, mine in by_label(records).items():
         sizes = sorted({record.config.batch for record in mine})
         values = [
             100 * np.mean([r.final["test_accuracy"] for r in mine if r.config.batch == size])
             for size in sizes
         ]
-        colour, marker = _style(index)
-        axes.plot(sizes, values, color=colour, marker=marker, linestyle=_dash(index), label=label)
+        colour, marker = _style_of(mine[0].config.optimizer)
+        axes.plot(sizes, values, color=colour, marker=marker, label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, labels=[str(size) for size in sizes])
     axes.minorticks_off()
@@ -310,16 +316,16 @@ def _style(index: int) -> tuple[str, str]:
     return PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
 
 
-def _dash(index: int) -> str:
-    return DASHES[index // len(PALETTE) % len(DASHES)]
+def _style_of(optimizer: str) -> tuple[str, str]:
+    return _style(STYLED.index(optimizer) if optimizer in STYLED else len(STYLED))
 
 
 def _optimizer_legend(figure: Any, optimizers: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = []
-    for index, name in enumerate(optimizers):
-        colour, marker = _style(index)
+    for name in optimizers:
+        colour, marker = _style_of(name)
         handles.append(Line2D([], [], color=colour, marker=marker, linestyle="", label=name))
     figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=6, fontsize=8)
 
