@@ -1,6 +1,8 @@
 """`bench speed`, `noise-search`, `probe-speed`: real figures on small networks, and the README's tables."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -113,3 +115,29 @@ def test_a_readme_without_the_mark_is_refused(tmp_path):
     with pytest.raises(ValueError, match="measured: step"):
         readme.rewrite(page, {"machine": {}, "step": []})
     assert page.read_text() == "nothing here\n"
+
+
+CASES = "digits and (rmsgd or epoch) or evbmf and 64"
+
+
+def test_the_cases_run_under_pytest_benchmark(request, tmp_path):
+    path = tmp_path / "benchmark.json"
+    flags = ["--benchmark-json", str(path), "--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "bench/",
+            "-k",
+            "digits and (rmsgd or epoch) or evbmf and 64",
+            *flags,
+        ],
+        cwd=request.config.rootpath,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    groups = {case["group"] for case in json.loads(path.read_text())["benchmarks"]}
+    assert groups == {"step, resnet14-digits", "epoch end, resnet14-digits", "evbmf, 64 x 128"}

@@ -1,0 +1,85 @@
+"""The cases of `bench speed` for pytest-benchmark: `pytest bench/ --benchmark-autosave`.
+
+Cases of one group answer one question and are listed together. pytest-benchmark times a case to its end
+before the next: for ratios to trust on a busy machine use `bench speed` and `bench gate`, which take turns.
+"""
+
+import pytest
+import torch
+
+from bench import speed_epoch_end, speed_step
+from bench.weights import make_trained_like
+from rmsgd import backends, evbmf
+
+MODELS = ("resnet18", "mobilenetv2", "resnet14-digits")
+BACKENDS = [s.name for s in backends.statuses() if s.available and s.device in ("cpu", "any")]
+SIZES = (64, 256, 512)
+
+
+@pytest.fixture(autouse=True)
+def _same_weights():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def trained(request):
+    """The network that the test's parameter `model` names, with weights as training leaves them."""
+    network = speed_epoch_end.network(request.getfixturevalue("model"))
+    make_trained_like(network)
+    return network
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("optimizer", speed_step.PEERS)
+def test_step(benchmark, model, optimizer):
+    benchmark.group = f"step, {model}"
+    benchmark(speed_step.case(optimizer, model))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_step_floor(benchmark, model):
+    """One array with the network's parameters, a plain loop: no step is quicker."""
+    benchmark.group = f"step, {model}"
+    parameters = speed_epoch_end.network(model).parameters()
+    benchmark(speed_step.plain_loop(sum(p.numel() for p in parameters)))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_epoch_end(benchmark, model, trained):
+    benchmark.group = f"epoch end, {model}"
+    benchmark(speed_epoch_end.epoch_end(trained))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_epoch_end_floor(benchmark, model, trained):
+    """The products of every unfolding with its transpose."""
+    benchmark.group = f"epoch end, {model}"
+    benchmark(speed_epoch_end.gram_products(trained))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_torch_eigenvalues(benchmark, model, trained):
+    benchmark.group = f"epoch end, {model}"
+    benchmark(speed_epoch_end.gram_eigenvalues(trained))
+
+
+@pytest.mark.parametrize("model", ["resnet14-digits"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_spectra(benchmark, model, backend, trained, monkeypatch):
+    """Every spectrum of a network with its metrics, by each backend."""
+    benchmark.group = f"spectra, {model}"
+    monkeypatch.setenv("RMSGD_BACKEND", backend)
+    measure = backends.backend_for(torch.device("cpu")).measure
+    benchmark(measure, speed_epoch_end.spectra(trained))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_evbmf(benchmark, size):
+    benchmark.group = f"evbmf, {size} x {2 * size}"
+    benchmark(evbmf, torch.randn(size, 2 * size))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_torch_singular_values(benchmark, size):
+    benchmark.group = f"evbmf, {size} x {2 * size}"
+    benchmark(torch.linalg.svdvals, torch.randn(size, 2 * size))
