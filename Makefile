@@ -16,7 +16,7 @@ help:
 	@echo "make test      the test suite          make test-all  the slow tests and trainers too"
 	@echo "make sanitize  the compiled core under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make lint      ruff, mypy, clang-format    make format    apply them"
-	@echo "make bench     measure speed on this machine and rewrite the README's table"
+	@echo "make bench     measure speed on this machine (half an hour) and rewrite the README's tables"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +56,11 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench speed --out bench/results --readme README.md
+	$(BIN)/python -m bench epoch-time --optimizers rmsgd,sgd,sam --rounds 10 --out bench/results --readme README.md
+	$(BIN)/python -m bench probe-speed --out bench/results --readme README.md
+	$(BIN)/python -m bench noise-search --out bench/results --readme README.md
+	$(BIN)/python -m bench gate --update
+	$(BIN)/python -m bench gate --self-test 10 --out bench/results --readme README.md
 
 clean:
 	rm -rf build *.egg-info rmsgd/*.so $(STAMP) $(INTEGRATIONS)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bench import arguments, epoch_timing, measure, peers
+from bench import arguments, epoch_timing, measure, peers, readme
 from bench.epoch_timing import Settings
 from bench.measure import Interval
 from rmsgd import plots
@@ -59,6 +59,9 @@ def main(given: Sequence[str]) -> int:
             return 130
     Console().print(table(result))
     _write(options.out, result, console)
+    if options.readme:
+        readme.rewrite(options.readme, {**result, "epoch-time": result["optimizers"]})
+        console.print(f"wrote {options.readme}")
     return _complaints(result, console)
 
 
@@ -85,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=arguments.positive, help="threads on the CPU (default: all cores)")
     add("--width", type=float, default=1.0, help="factor on channel counts (default: %(default)s)")
     add("--out", type=Path, default=Path(".out/epoch-time"), help="folder (default: %(default)s)")
+    add("--readme", type=Path, help="rewrite the table of this file")
     return parser
 
 
@@ -128,7 +132,7 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def _write(out: Path, result: dict[str, Any], console: Console) -> None:
-    stem = f"{result['config']['model']}-{torch.device(result['config']['device']).type}"
+    stem = f"epoch-time-{result['config']['model']}-{torch.device(result['config']['device']).type}"
     written = [out / f"{stem}.json", out / f"{stem}.csv"]
     measure.write_json(written[0], result)
     write_csv(written[1], result["optimizers"])

@@ -28,8 +28,11 @@ def rewrite(path: Path, result: dict[str, Any]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+HOW = {"study": "means over seeds", "gate": "each run against a baseline of the machine when it was quiet"}
+
+
 def _where(machine: dict[str, Any], name: str) -> str:
-    how = "means over seeds" if name == "study" else "medians of interleaved rounds"
+    how = HOW.get(name, "medians of interleaved rounds")
     return (
         f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, "
         f"{machine['threads']} threads; {how}."
@@ -136,10 +139,40 @@ def _study(rows: list[dict[str, Any]]) -> str:
     return _markdown(headings, [[row["optimizer"], *study_cells(row)] for row in rows])
 
 
+def epoch_cells(row: dict[str, Any]) -> list[str]:
+    """The parts of an epoch, the epoch, and its ratio to the reference's with its interval."""
+    ratio = row["ratio"]
+    return [
+        f"{row['forward_backward']['median']:.2f}",
+        f"{1e3 * row['step']['median']:.1f}",
+        f"{1e3 * row['epoch_end']['median']:.0f}",
+        f"{row['epoch']['median']:.0f}",
+        f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]",
+    ]
+
+
+def _epoch_time(rows: list[dict[str, Any]]) -> str:
+    headings = ["epoch", "forward + backward, s", "step, ms", "epoch end, ms", "epoch, s", "/ SGD [95 %]"]
+    return _markdown(headings, [[row["optimizer"], *epoch_cells(row)] for row in rows])
+
+
+def gate_cells(row: dict[str, Any]) -> list[str]:
+    """How the runs of one kind ended, and the longest."""
+    ends = [str(row[key]) for key in ("runs", "passed", "slower", "undecided")]
+    return [*ends, f"{row['longest_s']:.0f}"]
+
+
+def _gate(rows: list[dict[str, Any]]) -> str:
+    headings = ["beside a busy neighbour", "runs", "passed", "called slower", "undecided", "longest run, s"]
+    return _markdown(headings, [[row["kind"], *gate_cells(row)] for row in rows])
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "step": _step,
     "epoch-end": _epoch_end,
     "noise-search": _noise_search,
     "probe-speed": _probe_speed,
     "study": _study,
+    "epoch-time": _epoch_time,
+    "gate": _gate,
 }

@@ -101,20 +101,25 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_the_command_leaves_json_csv_and_a_chart(capsys, tmp_path):
-    status = main(["epoch-time", *FLAGS, "--optimizers", "rmsgd,sgd", "--out", str(tmp_path)])
+    page = tmp_path / "README.md"
+    page.write_text("<!-- measured: epoch-time -->\n<!-- /measured -->\n")
+    flags = ["--optimizers", "rmsgd,sgd", "--out", str(tmp_path), "--readme", str(page)]
+    status = main(["epoch-time", *FLAGS, *flags])
     out = capsys.readouterr().out
     assert status == 0
     for word in ("rmsgd", "fwd+bwd", "step", "epoch end", "eval.", "added"):
         assert word in out
-    result = json.loads((tmp_path / "resnet14-digits-cpu.json").read_text())
+    result = json.loads((tmp_path / "epoch-time-resnet14-digits-cpu.json").read_text())
     assert result["schema"] == epoch_timing.SCHEMA
     assert result["machine"]["cpu"]
     assert result["reference"] == "sgd"
-    with (tmp_path / "resnet14-digits-cpu.csv").open() as file:
+    assert "| sgd |" in page.read_text()
+    assert "| 1.000 [1.000, 1.000] |" in page.read_text()
+    with (tmp_path / "epoch-time-resnet14-digits-cpu.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["optimizer"] for line in lines] == ["rmsgd", "sgd"]
     assert float(lines[0]["ratio_low"]) <= float(lines[0]["ratio_median"]) <= float(lines[0]["ratio_high"])
-    assert (tmp_path / "resnet14-digits-cpu.png").stat().st_size > 1000
+    assert (tmp_path / "epoch-time-resnet14-digits-cpu.png").stat().st_size > 1000
 
 
 def test_parts_that_do_not_add_up_are_status_1(capsys, tmp_path, monkeypatch, result):

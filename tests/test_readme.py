@@ -58,7 +58,7 @@ def assert_ended(optimizer, epochs=EPOCHS):
 
 def test_no_block_is_left_out():
     tested = {"In your script", "Lightning", "Hugging Face Trainer", "Accelerate", "timm", "TensorBoard"}
-    assert set(BLOCKS) == tested | {"Without epochs"}
+    assert set(BLOCKS) == tested | {"Without epochs", "A speed gate for CI"}
 
 
 def test_in_your_script(capsys):
@@ -183,3 +183,14 @@ def test_without_epochs_a_small_transformer_learns_and_its_rates_move():
     for before, after in pairwise(rates):
         assert all(before[name] != after[name] for name in before)
     assert len(set(rates[-1].values())) > 10
+
+
+def test_a_speed_gate_for_ci():
+    from bench.gate.cases import sgd
+
+    model, (x, y) = network(), next(iter(batches()))
+    names = run("A speed gate for CI", model=model, x=x, y=y)
+    for make_optimizer in (rmsgd.RMSGD, sgd):
+        before = model[0].weight.detach().clone()
+        names["training_step"](make_optimizer)()
+        assert not torch.equal(before, model[0].weight)
