@@ -93,7 +93,8 @@ void check_matrix(const rmsgd::MatrixView& view, Pointer data) {
   }
 }
 
-py::array_t<double> measure(const std::vector<MatrixTuple>& matrices, std::int64_t threads) {
+std::pair<py::array_t<double>, py::array_t<double>> measure_parts(const std::vector<MatrixTuple>& matrices,
+                                                                  std::int64_t threads) {
   const int used = rmsgd::checked_threads(threads);
   std::vector<rmsgd::MatrixView> views;
   views.reserve(matrices.size());
@@ -104,12 +105,18 @@ py::array_t<double> measure(const std::vector<MatrixTuple>& matrices, std::int64
   }
   rmsgd::active_isa();  // throws here rather than on a thread
   py::array_t<double> table({py::ssize_t(views.size()), py::ssize_t(rmsgd::METRICS_FIELDS)});
+  py::array_t<double> parts(py::ssize_t(rmsgd::MEASURE_PARTS));
   double* out = table.mutable_data();
+  double* seconds = parts.mutable_data();
   {
     py::gil_scoped_release unlocked;
-    rmsgd::measure(views.data(), int(views.size()), used, out);
+    rmsgd::measure(views.data(), int(views.size()), used, out, seconds);
   }
-  return table;
+  return {table, parts};
+}
+
+py::array_t<double> measure(const std::vector<MatrixTuple>& matrices, std::int64_t threads) {
+  return measure_parts(matrices, threads).first;
 }
 
 py::array_t<double> measure_spectrum(const py::array_t<double, py::array::c_style>& gamma, std::int64_t M) {
@@ -229,6 +236,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU kernels of rmsgd.";
   rmsgd::bind_step(m);
   m.def("measure", &measure, "matrices"_a, "threads"_a = 1);
+  m.def("measure_parts", &measure_parts, "matrices"_a, "threads"_a = 1);
   m.def("measure_spectrum", &measure_spectrum, "gamma"_a.noconvert(), "M"_a);
   m.def("update_rates", &update_rates, "parameter"_a.noconvert(), "group"_a.noconvert(),
         "spectrum_begin"_a.noconvert(), "weight"_a.noconvert(), "stable_rank"_a.noconvert(),

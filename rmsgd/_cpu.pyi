@@ -131,6 +131,19 @@ def measure(matrices: Sequence[Matrix], threads: int = 1) -> NDArray[np.float64]
         RuntimeError: RMSGD_ISA names an instruction set that this CPU does not have.
     """
 
+def measure_parts(
+    matrices: Sequence[Matrix], threads: int = 1
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """``measure``, and what its time went to.
+
+    Returns:
+        The table, and (4,) seconds: Gram matrices, reduction to tridiagonal form, eigenvalues, EVBMF with the
+        metrics. Sums over the matrices; an SVD, which the caller takes, is in none of them.
+
+    Raises:
+        As ``measure``.
+    """
+
 def measure_spectrum(gamma: NDArray[np.float64], M: int) -> NDArray[np.float64]:
     """One row of ``measure`` from the L singular values of an L x M matrix.
 

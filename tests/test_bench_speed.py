@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bench import noise_search, probe_speed, readme, speed
+from bench import noise_search, probe_speed, readme, spectrum, speed
 from bench.speed_epoch_end import gram_products, network, spectra
 from bench.weights import OneLinear, make_trained_like
 
@@ -54,6 +54,29 @@ def test_trained_like_weights_have_a_low_rank_part_and_are_the_same_every_time()
     assert torch.equal(model.linear.weight, again.linear.weight)
     assert rmsgd.evbmf(initial).rank == 0
     assert rmsgd.evbmf(model.linear.weight.detach()).rank > 0
+
+
+def test_the_parts_of_a_spectrum_are_timed_beside_torchs_routines(tmp_path, capsys):
+    assert spectrum.main(["--out", str(tmp_path), "--sizes", "8,40", "--rounds", "2"]) == 0
+    rows = json.loads((tmp_path / "spectrum-cpu.json").read_text())["spectrum"]
+    assert [(row["size"], row["dtype"]) for row in rows] == [
+        (8, "fp32"),
+        (40, "fp32"),
+        (8, "fp64"),
+        (40, "fp64"),
+    ]
+    for row in rows:
+        assert sum(row["shares"].values()) == pytest.approx(1.0)
+        assert all(share > 0 for share in row["shares"].values())
+        assert set(row["faster"]) == {"mm", "eigvalsh", "svdvals"}
+    assert (tmp_path / "spectrum-cpu.png").stat().st_size > 1000
+    assert "40 fp32" in capsys.readouterr().out
+
+
+def test_a_spectrum_of_a_kind_that_is_not_timed_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        spectrum.main(["--out", str(tmp_path), "--dtypes", "fp16"])
+    assert "fp16 is none of fp32, fp64" in capsys.readouterr().err
 
 
 def test_the_noise_search_finds_ours_at_the_minimum():

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from rmsgd.backends.base import (
     STATUS,
     BackendUnavailable,
 )
+from rmsgd.backends.native import PARTS
 from rmsgd.layers import Unfolding, as_matrix, unfoldings
 
 try:
@@ -315,6 +317,16 @@ def test_the_number_of_threads_changes_no_bit():
         torch.set_num_threads(before)
     assert torch.equal(tables[0], tables[1])
     assert torch.equal(tables[0], tables[2])
+
+
+def test_the_time_of_the_parts_adds_up_to_less_than_the_call_takes():
+    weights = [torch.randn(60, 90) for _ in range(20)]
+    start = time.perf_counter()
+    seconds = NATIVE.seconds_by_part([(w, whole(w)) for w in weights])
+    elapsed = time.perf_counter() - start
+    assert len(seconds) == len(PARTS)
+    assert (seconds > 0).all()
+    assert seconds.sum() < elapsed * torch.get_num_threads()
 
 
 def run(script, **environment):

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -66,6 +67,15 @@ class Workspace {
   void* work;
   double *diagonal, *squares, *values, *tails, *eigenvalues_work;
 
+  // Books the time since the last call to a part. Rank 0 of a team calls it.
+  void lap(MeasurePart part) {
+    const Clock::time_point now = Clock::now();
+    seconds[part] += std::chrono::duration<double>(now - last_lap_).count();
+    last_lap_ = now;
+  }
+  void start_lap() { last_lap_ = Clock::now(); }
+  double seconds[MEASURE_PARTS] = {};
+
   // What rank 0 decides for its team.
   double trace = 0.0;
   int scale_exponent = 0;
@@ -73,7 +83,9 @@ class Workspace {
   MetricsStatus status = MEASURED;
 
  private:
+  using Clock = std::chrono::steady_clock;
   std::unique_ptr<char, Free> memory_;
+  Clock::time_point last_lap_;
 };
 
 // ---- one matrix: Gram, tridiagonal form, eigenvalues ----
@@ -219,6 +231,7 @@ bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Worksp
     needed = {rows, 0.0, std::numeric_limits<double>::infinity()};
     rest = 0.0;
   }
+  space.lap(EIGENVALUES);
   const double largest = needed.count > 0 ? values[0] : interval.upper;
   // No value counts as zero here: where rounding errors come near sigma^2 the guard below rejects the row.
   for (int h = 0; h < needed.count; ++h) values[h] /= columns;
@@ -230,6 +243,7 @@ bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Worksp
   const bool trusted = trustworthy(minimum, metrics, values, next, rows, columns, 8.0 * unit * largest);
   metrics.noise_variance = std::ldexp(metrics.noise_variance, -exponent - 2 * space.scale_exponent);
   write_metrics(row, metrics, trusted || stage == Stage::gram_f32 ? MEASURED : NEEDS_SVD, int(stage));
+  space.lap(EVBMF);
   return trusted;
 }
 
@@ -237,8 +251,10 @@ bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Worksp
 void measure_one(const MatrixView& matrix, Workspace& space, const ThreadTeam& team, double* row) {
   const int rows = int(rows_of(matrix));
   Stage stage = matrix.dtype == Dtype::float64 || rows == 1 ? Stage::gram_f64 : Stage::gram_f32;
+  if (team.rank() == 0) space.start_lap();
   for (;; stage = Stage::gram_f64) {
     form_scaled_gram(matrix, stage, space, team);
+    if (team.rank() == 0) space.lap(GRAM);
     if (space.status == NOT_FINITE || space.trace == 0.0 || rows == 1) {
       const double columns = double(columns_of(matrix));
       const double noise = std::ldexp(space.trace / columns, -2 * space.scale_exponent);
@@ -247,6 +263,7 @@ void measure_one(const MatrixView& matrix, Workspace& space, const ThreadTeam& t
     }
     const int exponent = reduce(rows, stage, space, team);
     if (team.rank() == 0) {
+      space.lap(REDUCTION);
       space.repeat = !measure_reduced(matrix, stage, exponent, space, row) && stage == Stage::gram_f32;
     }
     team.barrier();
@@ -257,7 +274,7 @@ void measure_one(const MatrixView& matrix, Workspace& space, const ThreadTeam& t
 
 }  // namespace
 
-void measure(const MatrixView* matrices, int count, int threads, double* out) {
+void measure(const MatrixView* matrices, int count, int threads, double* out, double* seconds) {
   std::vector<int> order;
   for (int i = 0; i < count; ++i) {
     if (rows_of(matrices[i]) > 0) {
@@ -294,28 +311,11 @@ void measure(const MatrixView* matrices, int count, int threads, double* out) {
       measure_one(matrices[order[k]], spaces[thread], alone, out + std::int64_t(order[k]) * METRICS_FIELDS);
     }
   });
-}
-
-void gram_eigenvalues(const MatrixView& matrix, bool double_precision, int threads, double* out) {
-  const int rows = int(rows_of(matrix));
-  if (rows == 0) return;
-  const Stage stage = double_precision ? Stage::gram_f64 : Stage::gram_f32;
-  Workspace space(rows);
-  Barrier meeting;
-  parallel(rows < SHARED_ROWS ? 1 : threads, [&](int thread, int actual) {
-    const ThreadTeam team(thread, actual, &meeting);
-    form_scaled_gram(matrix, stage, space, team);
-    if (space.status == NOT_FINITE || space.trace == 0.0) {
-      const double value = space.trace == 0.0 ? 0.0 : std::numeric_limits<double>::quiet_NaN();
-      if (thread == 0) std::fill(out, out + rows, value);
-      return;
-    }
-    const int exponent = reduce(rows, stage, space, team);
-    if (thread != 0) return;
-    const Interval interval = prepare(rows, stage, space);
-    find_largest(rows, rows, 0.0, interval, space);
-    for (int h = 0; h < rows; ++h) out[h] = std::ldexp(space.values[h], -exponent - 2 * space.scale_exponent);
-  });
+  if (seconds == nullptr) return;
+  std::fill(seconds, seconds + MEASURE_PARTS, 0.0);
+  for (const Workspace& space : spaces) {
+    for (int part = 0; part < MEASURE_PARTS; ++part) seconds[part] += space.seconds[part];
+  }
 }
 
 }  // namespace rmsgd

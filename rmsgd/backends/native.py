@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from types import ModuleType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rmsgd import reference
@@ -29,6 +31,9 @@ _DTYPES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
+
+PARTS = ("gram", "tridiagonal", "eigenvalues", "evbmf")
+"""What the core's time for spectra goes to."""
 
 
 class NativeStepper(HostStepper):
@@ -99,6 +104,12 @@ class NativeBackend(OnCallersStream):
             elif row[STATUS] == NOT_FINITE:
                 row[:STATUS] = math.nan
         return table
+
+    def seconds_by_part(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> NDArray[np.float64]:
+        """Seconds (PARTS,) that the core takes to measure these matrices, the sum over them."""
+        described = [_describe(*matrix) for matrix in matrices]
+        _, seconds = self._core.measure_parts(described, torch.get_num_threads())
+        return np.asarray(seconds)
 
     def measure_spectrum(self, gamma: Tensor, M: int) -> Tensor:
         """See ``base.Backend``."""

@@ -1,0 +1,159 @@
+"""`python -m bench spectrum`: one matrix of each size, part by part, against torch's own routines.
+
+What the compiled core does with a weight (Gram matrix, tridiagonal form, eigenvalues, EVBMF) stands
+beside what could be called instead: `torch.mm` for the whole Gram product, `torch.linalg.eigvalsh` of it,
+and `torch.linalg.svdvals` of the weight. Small matrices come as a batch on either side, as many
+as a network has of them, so that it is not the call that is timed. The core's own clock says what its
+parts take; a part is kept as our kernel as long as it is the quicker one here.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from bench.arguments import integers
+from bench.measure import Interleaved, machine, median, ratio, write_json
+from rmsgd import backends, plots
+from rmsgd.backends.native import PARTS, NativeBackend
+from rmsgd.layers import unfoldings
+
+SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+ASPECT = 2
+LARGEST_SVD = 1024  # an SVD of larger ones takes minutes
+PEERS = ("mm", "eigvalsh", "svdvals")
+
+
+def matrices(size: int, count: int, dtype: torch.dtype) -> Tensor:
+    """(count, size, ASPECT size): noise and a low-rank part of decaying strength."""
+    generator = torch.Generator().manual_seed(size)
+    columns, rank = ASPECT * size, max(1, size // 8)
+    left, right = (torch.randn(count, n, rank, generator=generator) for n in (size, columns))
+    strength = 4 * torch.arange(1, rank + 1) ** -0.7 / math.sqrt(size)
+    return (torch.randn(count, size, columns, generator=generator) + (left * strength) @ right.mT).to(dtype)
+
+
+def compare(native: NativeBackend, size: int, dtype: str, rounds: int) -> dict[str, Any]:
+    """One row: seconds for one matrix of every case, and what the core's own go to."""
+    count = max(1, min(64, 2048 // size))
+    weights = matrices(size, count, DTYPES[dtype])
+    (unfolding,) = unfoldings(weights.shape[1:])
+    listed = [(weight, unfolding) for weight in weights]
+    gram = weights @ weights.mT
+    parts = np.zeros(len(PARTS))
+
+    def ours() -> None:
+        parts.__iadd__(native.seconds_by_part(listed))
+
+    cases: dict[str, Callable[[], object]] = {
+        "rmsgd": ours,
+        "mm": lambda: torch.matmul(weights, weights.mT, out=gram),
+        "eigvalsh": lambda: torch.linalg.eigvalsh(gram),
+    }
+    if size <= LARGEST_SVD:
+        cases["svdvals"] = lambda: torch.linalg.svdvals(weights)
+    seconds = Interleaved(cases, min_seconds=0.02).run(rounds)
+    shares = dict(zip(PARTS, parts / parts.sum(), strict=True))
+    per_part = {
+        "mm": shares["gram"],
+        "eigvalsh": shares["tridiagonal"] + shares["eigenvalues"],
+        "svdvals": 1.0,
+    }
+    return {
+        "size": size,
+        "columns": ASPECT * size,
+        "dtype": dtype,
+        "matrices": count,
+        "L2M": size * size * ASPECT * size,
+        "seconds": {case: median(times).median / count for case, times in seconds.items()},
+        "shares": shares,
+        "evbmf_to_spectrum": shares["evbmf"] / (1.0 - shares["evbmf"]),
+        "faster": {
+            case: ratio(seconds[case], seconds["rmsgd"] * per_part[case])._asdict()
+            for case in PEERS
+            if case in seconds
+        },
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows as a table."""
+    result = Table(
+        title=f"An n x {ASPECT}n matrix: ms, what they go to, and how many times as long torch takes\n"
+        "(mm for the Gram matrix, eigvalsh for tridiagonal form and eigenvalues, svdvals for all)",
+        box=box.SIMPLE,
+    )
+    for heading in ("n", "ms", "gram", "tri-\ndiagonal", "eigen-\nvalues", "evbmf", *PEERS):
+        result.add_column(heading, justify="left" if heading == "n" else "right", no_wrap=True)
+    for row in rows:
+        result.add_row(
+            f"{row['size']} {row['dtype']}",
+            f"{row['seconds']['rmsgd'] * 1e3:.3f}",
+            *(f"{row['shares'][part]:.0%}" for part in PARTS),
+            *(f"{row['faster'][case]['median']:.1f}" if case in row["faster"] else "" for case in PEERS),
+        )
+    return result
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Seconds per matrix against L^2 M, in fp32 where it was measured."""
+    shown = [row for row in rows if row["dtype"] == rows[0]["dtype"]]
+
+    def series(seconds: Callable[[dict[str, float]], float]) -> list[float]:
+        return [seconds(row["seconds"]) for row in shown]
+
+    plots.proportions(
+        path,
+        [row["L2M"] for row in shown],
+        {
+            "rmsgd: spectrum and EVBMF": series(lambda s: s["rmsgd"]),
+            "torch: Gram product and eigvalsh": series(lambda s: s["mm"] + s["eigvalsh"]),
+            "torch: svdvals": series(lambda s: s.get("svdvals", math.nan)),
+        },
+        names=[str(row["size"]) for row in shown],
+        xlabel="L² M",
+        ylabel="time for one matrix (s)",
+        title=f"Spectrum of an L x {ASPECT}L matrix, {shown[0]['dtype']}",
+    )
+    return path
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compares, prints the table, writes `spectrum-cpu.json` and the plot; 0, or 2 for bad arguments."""
+    parser = argparse.ArgumentParser(prog="python -m bench spectrum", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(".out/spectrum"), help="folder for JSON and plot")
+    parser.add_argument("--sizes", type=integers, default=SIZES, help="comma-separated smaller sides")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
+    options = parser.parse_args(arguments)
+    dtypes = options.dtypes.split(",")
+    if options.rounds < 2:
+        parser.error("--rounds: an interval needs at least 2 rounds")
+    if min(options.sizes) < 2:
+        parser.error("--sizes: a spectrum needs at least 2 rows")
+    if unknown := set(dtypes) - set(DTYPES):
+        parser.error(f"--dtypes: {', '.join(sorted(unknown))} is none of {', '.join(DTYPES)}")
+    native = backends.backend_for(torch.device("cpu"))
+    if not isinstance(native, NativeBackend):
+        parser.error(f"it times the compiled core, but {native.name} runs here; `rmsgd doctor` says why")
+
+    rows = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        combinations = [(size, dtype) for dtype in dtypes for size in options.sizes]
+        for size, dtype in progress.track(combinations, description="spectra"):
+            rows.append(compare(native, size, dtype, options.rounds))
+    Console().print(table(rows))
+    path = options.out / "spectrum-cpu.json"
+    write_json(path, {"schema": 1, "machine": machine(), "spectrum": rows})
+    Console().print(f"wrote {path}, {plot(rows, options.out / 'spectrum-cpu.png')}")
+    return 0
