@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from bench import arguments, measure
 from bench.gate import baseline as baselines
 from bench.gate import callgrind, trial
 from bench.gate.baseline import Baseline
-from bench.gate.figures import AGAINST, FIGURES, Figure, Finding, Session, target_figure
+from bench.gate.figures import AGAINST, FIGURES, Figure, Finding, Session, target_against, target_figure
 from bench.gate.processes import ROOT, GateError, Worker, built
 from bench.gate.rule import ERROR, Verdict
 from bench.measure import Interval
@@ -193,8 +194,8 @@ def _above_zero(text: str) -> float:
 
 def describe(threads: int) -> dict[str, Any]:
     """This machine, with the instruction set and the compiler of the optimizer's core."""
-    used = backends.backend_for(torch.device("cpu"))
-    isa = used.description.split()[1] if used.name == "native" else f"none ({used.name})"
+    used = backends.backend_for(torch.device("cpu")).name
+    isa = import_module("rmsgd._cpu").isa() if used == "native" else f"none ({used})"
     return measure.machine() | {"threads": threads, "isa": isa, "compiler": callgrind.compiler(ROOT)}
 
 
@@ -214,19 +215,16 @@ def _say(bar: Progress, text: str, share: float = 0.0) -> None:
 def judge(options: argparse.Namespace, report: Report, bar: Progress) -> None:
     """Times this checkout and judges it against the baseline."""
     known = _baseline(options, report)
-    if known is not None and (differences := known.differences(report.machine)):
+    differences = [] if known is None else known.differences(report.machine)
+    if known is not None and differences:
         report.notes.append(
             f"the baseline is another machine's ({'; '.join(differences)}): a figure may be "
             f"{known.tolerance_elsewhere:.0%} above it; --update writes this one's"
         )
-    elsewhere = known is not None and bool(known.differences(report.machine))
     for figure in _figures(options):
         if known is not None and figure.name in known.figures:
-            expected, limit = (
-                known.figures[figure.name]["ratio"],
-                known.limit(figure.name, elsewhere=elsewhere),
-            )
-            report.findings.append(Finding(figure, expected, limit))
+            limit = known.limit(figure.name, elsewhere=bool(differences))
+            report.findings.append(Finding(figure, known.figures[figure.name]["ratio"], limit))
         elif options.target and known is None:
             report.findings.append(Finding(figure, 1.0, options.limit))
         else:
@@ -235,7 +233,7 @@ def judge(options: argparse.Namespace, report: Report, bar: Progress) -> None:
     with Worker(ROOT, options.threads, options.target) as worker:
         if known is not None and not options.target and not options.no_counts:
             _say(bar, "counting")
-            found = worker.count() | _instructions(ROOT, report)
+            found = worker.count() | _instructions(ROOT, report.machine, report.notes)
             report.counts = compared(found, known, report.machine)
         session = Session({"here": worker}, report.findings)
         session.run(options.seconds, lambda share: _say(bar, "timing", share))
@@ -252,12 +250,11 @@ def _figures(options: argparse.Namespace) -> Sequence[Figure]:
     return (target_figure(options.target),) if options.target else FIGURES
 
 
-def _instructions(folder: Path, report: Report | None) -> dict[str, int]:
+def _instructions(folder: Path, machine: Mapping[str, Any], notes: list[str]) -> dict[str, int]:
     try:
-        return callgrind.count(folder, describe(1)["isa"])
+        return callgrind.count(folder, machine["isa"])
     except callgrind.CallgrindError as error:
-        if report is not None:
-            report.notes.append(f"instructions are not counted: {error}")
+        notes.append(f"instructions of {folder.name} are not counted: {error}")
         return {}
 
 
@@ -279,7 +276,7 @@ def compared(found: Mapping[str, int], known: Baseline, machine: Mapping[str, An
 def against(options: argparse.Namespace, report: Report, bar: Progress) -> None:
     """Times this checkout and another revision in turn."""
     _say(bar, f"building {options.against}")
-    figures = (_target_against(options.target),) if options.target else AGAINST
+    figures = (target_against(options.target),) if options.target else AGAINST
     report.findings = [Finding(figure, 1.0, 1 + figure.tolerance) for figure in figures]
     with ExitStack() as stack:
         there = stack.enter_context(built(options.against))
@@ -290,20 +287,13 @@ def against(options: argparse.Namespace, report: Report, bar: Progress) -> None:
         }
         if not options.target and not options.no_counts:
             _say(bar, "counting")
-            expected = workers["there"].count() | _instructions(there, None)
-            same = Baseline(report.machine, {}, expected)
-            report.counts = compared(
-                workers["here"].count() | _instructions(ROOT, report), same, report.machine
+            here, expected = (
+                workers[side].count() | _instructions(folder, report.machine, report.notes)
+                for side, folder in (("here", ROOT), ("there", there))
             )
+            report.counts = compared(here, Baseline(report.machine, {}, expected), report.machine)
         session = Session(workers, report.findings)
         session.run(options.seconds, lambda share: _say(bar, "timing", share))
-
-
-def _target_against(target: str) -> Figure:
-    from bench.gate.figures import TOLERANCE, Source
-
-    here, there = (Source("here", "target"),), (Source("there", "target"),)
-    return Figure(f"target {target}", f"{target}, here / there", here, there, TOLERANCE)
 
 
 def update(options: argparse.Namespace, machine: Mapping[str, Any], console: Console) -> int:
@@ -315,6 +305,7 @@ def update(options: argparse.Namespace, machine: Mapping[str, Any], console: Con
     path, figures = options.baseline or BASELINE, _figures(options)
     ratios: dict[str, list[Interval]] = {figure.name: [] for figure in figures}
     counts: dict[str, int] = {}
+    notes: list[str] = []
     with progress(console) as bar:
         for launch in range(LAUNCHES):
             _say(bar, f"process {launch + 1} of {LAUNCHES}", launch / LAUNCHES)
@@ -324,7 +315,7 @@ def update(options: argparse.Namespace, machine: Mapping[str, Any], console: Con
                 for finding in findings:
                     ratios[finding.figure.name].append(finding.measured)
                 if launch == 0 and not options.target and not options.no_counts:
-                    counts = worker.count() | _instructions(ROOT, None)
+                    counts = worker.count() | _instructions(ROOT, machine, notes)
     fresh = {figure.name: expectation(ratios[figure.name], figure.tolerance) for figure in figures}
     try:
         old = baselines.load(path, machine, options.threads)
@@ -338,7 +329,13 @@ def update(options: argparse.Namespace, machine: Mapping[str, Any], console: Con
     for figure in figures:
         entry = fresh[figure.name]
         table.add_row(figure.text, f"{entry['ratio']:.3f}", f"{entry['tolerance']:.1%}")
+        if entry["tolerance"] > figure.tolerance:
+            notes.append(
+                f"{figure.text}: processes differ, so that its tolerance is {entry['tolerance']:.1%}"
+            )
     Console().print(table)
+    for note in notes:
+        console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
     console.print(f"wrote {path}", soft_wrap=True)
     return PASSED
 

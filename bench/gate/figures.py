@@ -97,6 +97,12 @@ def target_figure(target: str) -> Figure:
     return Figure(f"target {target}", f"{target} / SGD", _here("target"), _here("target-sgd"), TOLERANCE)
 
 
+def target_against(target: str) -> Figure:
+    """The caller's own step here against the same step with the other revision's optimizer."""
+    here, there = (Source("here", "target"),), (Source("there", "target"),)
+    return Figure(f"target {target}", f"{target}, here / there", here, there, TOLERANCE)
+
+
 NOTHING_YET = Interval(math.nan, 0.0, math.inf)
 
 
