@@ -97,13 +97,13 @@ def test_correlations_are_linear_and_of_ranks():
     found = correlation(x, np.exp(5 * x))
     assert found.rocc == pytest.approx(1)
     assert found.plcc == pytest.approx(stats.pearsonr(x, np.exp(5 * x)).statistic)
-    assert found.count == 4
+    assert found.n == 4
 
 
 def test_constant_or_few_values_do_not_correlate():
     assert correlation([1, 1, 1], [1, 2, 3]) is None
     assert correlation([1, 2], [1, 2]) is None
-    assert correlation([1, 2, math.nan, 3], [2, 4, 9, 6]).count == 3
+    assert correlation([1, 2, math.nan, 3], [2, 4, 9, 6]).n == 3
 
 
 def test_a_difference_is_counted_in_both_deviations_or_the_known_one():

@@ -137,16 +137,16 @@ def _archived(path: Path, digest: str) -> Content:
     wanted: dict[str, bytes] = {}
     with tarfile.open(path) as archive:
         for member in archive:
-            file = archive.extractfile(member) if member.isfile() else None
-            if file is not None:
-                wanted[Path(member.name).name] = file.read()
+            content = archive.extractfile(member) if member.isfile() else None
+            if content is not None:
+                wanted[Path(member.name).name] = content.read()
 
-    def content(name: str) -> bytes:
+    def read_member(name: str) -> bytes:
         if name not in wanted:
             raise DatasetError(f"{path} has no {name}")
         return wanted[name]
 
-    return content
+    return read_member
 
 
 def _binary(content: bytes, form: Form, name: str) -> Images:

@@ -56,7 +56,7 @@ def _synthetic(folder: Path, size: tuple[int, int], device: torch.device) -> InM
 def _cifar(name: str) -> Load:
     def load(folder: Path, size: tuple[int, int], device: torch.device) -> InMemory:
         train, test, classes = cifar.read(folder, name)
-        return InMemory(*_on(device, train, test), classes, Augmentation(pad=4, flip=True))
+        return InMemory(_on(device, train), _on(device, test), classes, Augmentation(pad=4, flip=True))
 
     return load
 
@@ -64,13 +64,15 @@ def _cifar(name: str) -> Load:
 def _pathology(read: Callable[..., pathology.Images], several: bool) -> Load:
     def load(folder: Path, size: tuple[int, int], device: torch.device) -> InMemory:
         train, test, classes = read(folder, size)
-        return InMemory(*_on(device, train, test), classes, Augmentation(pad=4, flip=True), several)
+        return InMemory(
+            _on(device, train), _on(device, test), classes, Augmentation(pad=4, flip=True), several
+        )
 
     return load
 
 
-def _on(device: torch.device, *parts: tuple[Tensor, Tensor]) -> list[Split]:
-    return [Split(images.to(device), targets.to(device)) for images, targets in parts]
+def _on(device: torch.device, part: tuple[Tensor, Tensor]) -> Split:
+    return Split(part[0].to(device), part[1].to(device))
 
 
 DATASETS: dict[str, Kind] = {

@@ -112,7 +112,7 @@ def table(entries: Sequence[dict[str, Any]]) -> Table:
     for column in ("networks", "PLCC", "ROCC"):
         rows.add_column(column, justify="right")
     for entry in entries:
-        names = (str(entry["epochs"]), entry["metric"], entry["against"], str(entry["count"]))
+        names = (str(entry["epochs"]), entry["metric"], entry["against"], str(entry["n"]))
         rows.add_row(*names, f"{entry['plcc']:+.2f}", f"{entry['rocc']:+.2f}")
     return rows
 

@@ -140,7 +140,7 @@ def order_agreement(entries: Sequence[dict[str, Any]]) -> list[str]:
         ]
         found = correlation(*zip(*pairs, strict=True)) if pairs else None
         if found is not None:
-            said.append(f"{cell[0]} on {cell[1]} ROCC {found.rocc:+.2f} (n = {found.count})")
+            said.append(f"{cell[0]} on {cell[1]} ROCC {found.rocc:+.2f} (n = {found.n})")
     return said
 
 
@@ -265,7 +265,7 @@ def correlation_table(entries: Sequence[dict[str, Any]]) -> Table:
             table.add_row(f"[bold]{group}[/bold]")
             before = group
         found = [pairs.get((group, metric, against)) for against in ("test_accuracy", "gap")]
-        count = next(entry["count"] for entry in found if entry)
+        count = next(entry["n"] for entry in found if entry)
         cells = [f"{entry[kind]:+.2f}" if entry else "-" for entry in found for kind in ("plcc", "rocc")]
         table.add_row(METRICS[metric], str(count), *cells)
     return table

@@ -24,10 +24,10 @@ class Correlation(NamedTuple):
     plcc_p: float
     rocc: float
     rocc_p: float
-    count: int
+    n: int
 
     def __str__(self) -> str:
-        return f"PLCC {self.plcc:+.2f}, ROCC {self.rocc:+.2f} (n = {self.count})"
+        return f"PLCC {self.plcc:+.2f}, ROCC {self.rocc:+.2f} (n = {self.n})"
 
 
 def paired(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Difference:

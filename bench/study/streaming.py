@@ -150,8 +150,10 @@ class Images(Dataset[tuple[Tensor, int]]):
                     "RGB",
                     (int(width * full / (box[2] - box[0])), int(height * image.height / (box[3] - box[1]))),
                 )
-                scaled = tuple(edge * image.width / full for edge in box)
-                resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR, box=scaled)
+                left, top, right, bottom = (edge * image.width / full for edge in box)
+                resized = image.convert("RGB").resize(
+                    (width, height), Image.Resampling.BILINEAR, box=(left, top, right, bottom)
+                )
         except (OSError, UnidentifiedImageError) as error:
             raise DatasetError(f"{path} is not an image that can be read: {error}") from error
         pixels = np.asarray(resized).transpose(2, 0, 1)
