@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,11 @@ def unfoldings(shape: Sequence[int]) -> tuple[Unfolding, ...]:
     Raises:
         ValueError: the shape has fewer than two dimensions.
     """
+    return _unfoldings(tuple(shape))
+
+
+@cache
+def _unfoldings(shape: tuple[int, ...]) -> tuple[Unfolding, ...]:
     if len(shape) < 2:
         raise ValueError(f"a weight needs two or more dimensions to be a matrix, got shape {tuple(shape)}")
     if len(shape) == 2:

@@ -92,17 +92,16 @@ class NativeBackend(OnCallersStream):
     def measure(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> Tensor:
         """See ``base.Backend``; a Gram matrix where it is accurate enough, else an SVD."""
         matrices = [(w if is_aligned(w) else w.clone(), u) for w, u in matrices]
-        table = torch.from_numpy(
-            self._core.measure([_describe(*matrix) for matrix in matrices], torch.get_num_threads())
-        )
-        for row, (weight, unfolding) in zip(table, matrices, strict=True):
-            if row[STATUS] == NEEDS_SVD:
-                matrix = as_matrix(weight.detach(), unfolding).double().numpy()
-                row.copy_(
-                    self.measure_spectrum(torch.from_numpy(reference.singular_values(matrix)), unfolding.M)
-                )
-            elif row[STATUS] == NOT_FINITE:
-                row[:STATUS] = math.nan
+        described = [_describe(*matrix) for matrix in matrices]
+        rows = self._core.measure(described, torch.get_num_threads())
+        table = torch.from_numpy(rows)
+        # Rarely any: a look at each row would cost a tenth of a small network's epoch end.
+        for i in np.flatnonzero(rows[:, STATUS] == NEEDS_SVD).tolist():
+            weight, unfolding = matrices[i]
+            matrix = as_matrix(weight.detach(), unfolding).double().numpy()
+            gamma = torch.from_numpy(reference.singular_values(matrix))
+            table[i] = self.measure_spectrum(gamma, unfolding.M)
+        rows[rows[:, STATUS] == NOT_FINITE, :STATUS] = math.nan
         return table
 
     def seconds_by_part(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> NDArray[np.float64]:
