@@ -237,12 +237,15 @@ def run(command: list) -> str:
 
 
 class BuildPython(build_py):
-    """Ships csrc/ as rmsgd/_csrc, so that the CUDA kernels can be built at run time."""
+    """Ships the CUDA kernels and their headers as rmsgd/_csrc, to be built at run time."""
 
     def run(self):
         super().run()
         if not self.editable_mode:
-            shutil.copytree(ROOT / "csrc", Path(self.build_lib) / "rmsgd" / "_csrc", dirs_exist_ok=True)
+            target = Path(self.build_lib) / "rmsgd" / "_csrc"
+            shutil.copytree(
+                ROOT / "csrc", target, ignore=shutil.ignore_patterns("*.cpp"), dirs_exist_ok=True
+            )
 
 
 def extensions():

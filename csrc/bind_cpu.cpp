@@ -126,7 +126,8 @@ py::array_t<double> measure_spectrum(const py::array_t<double, py::array::c_styl
   if (gamma.shape(0) > MOST_ROWS) throw py::value_error("gamma: too many singular values");
   const int L = int(gamma.shape(0));
   if (M < L) throw py::value_error("M: expected at least the number of singular values");
-  py::array_t<double> row(py::ssize_t(rmsgd::METRICS_FIELDS));
+  constexpr py::ssize_t fields = rmsgd::METRICS_FIELDS;
+  py::array_t<double> row(fields);
   double* out = row.mutable_data();
   const double* values = gamma.data();
   for (int h = 0; h < L; ++h) {

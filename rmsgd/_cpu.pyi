@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-Group: TypeAlias = tuple[float, float, float, float, bool, bool, bool]
+_Group: TypeAlias = tuple[float, float, float, float, bool, bool, bool]
 """multiplier, momentum, dampening, weight_decay, nesterov, maximize, velocity."""
 
 class StepPlan:
@@ -47,7 +47,7 @@ class StepPlan:
         fresh: NDArray[np.bool_],
     ) -> None: ...
     def step(
-        self, gradients: Sequence[int], groups: Sequence[Group], grad_scale: float = 1.0, threads: int = 1
+        self, gradients: Sequence[int], groups: Sequence[_Group], grad_scale: float = 1.0, threads: int = 1
     ) -> None:
         """Take one step; the GIL is released meanwhile.
 
@@ -76,7 +76,7 @@ class StepPlan:
         self,
         tensor_type: type[Tensor],
         parameters: list[Tensor],
-        groups: Sequence[Group],
+        groups: Sequence[_Group],
         grad_scale: float = 1.0,
         threads: int = 1,
     ) -> list[int] | None:
@@ -105,14 +105,14 @@ class StepPlan:
             TypeError: one of `parameters` is not a `tensor_type`.
         """
 
-Matrix: TypeAlias = tuple[int, str, Sequence[int], Sequence[int], Sequence[int], Sequence[int]]
+_Matrix: TypeAlias = tuple[int, str, Sequence[int], Sequence[int], Sequence[int], Sequence[int]]
 """Data pointer, dtype, sizes and strides (in elements) of the smaller side, sizes and strides of the larger.
 
 A side is a product of up to four tensor dimensions that cannot be joined to one. The order of rows and
 columns does not matter to singular values.
 """
 
-def measure(matrices: Sequence[Matrix], threads: int = 1) -> NDArray[np.float64]:
+def measure(matrices: Sequence[_Matrix], threads: int = 1) -> NDArray[np.float64]:
     """Singular values, EVBMF and metrics of matrices; the GIL is released meanwhile.
 
     Args:

@@ -284,11 +284,14 @@ void measure(const MatrixView* matrices, int count, int threads, double* out, do
                     int(Stage::gram_f64));
     }
   }
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int a, int b) { return cost_of(matrices[a]) > cost_of(matrices[b]); });
-  const auto shared_end = std::stable_partition(order.begin(), order.end(),
-                                                [&](int i) { return rows_of(matrices[i]) >= SHARED_ROWS; });
-  const int shared = int(shared_end - order.begin()), total = int(order.size());
+  // Shared ones first, then by cost; equal ones in the order given.
+  const auto is_shared = [&](int i) { return rows_of(matrices[i]) >= SHARED_ROWS; };
+  std::sort(order.begin(), order.end(), [&](int a, int b) {
+    if (is_shared(a) != is_shared(b)) return is_shared(a);
+    const double costs[] = {cost_of(matrices[a]), cost_of(matrices[b])};
+    return costs[0] != costs[1] ? costs[0] > costs[1] : a < b;
+  });
+  const int shared = int(std::count_if(order.begin(), order.end(), is_shared)), total = int(order.size());
   std::int64_t largest_shared = 0, largest_own = 0;
   for (int k = 0; k < total; ++k) {
     std::int64_t& largest = k < shared ? largest_shared : largest_own;

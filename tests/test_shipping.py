@@ -1,0 +1,181 @@
+"""What is shipped is complete, holds nothing else, and installs with and without a compiler."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import rmsgd
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false", "RMSGD_CUDA": "0"}
+NATIVE = sysconfig.get_config_var("EXT_SUFFIX")
+
+
+def run(*command, cwd=ROOT, **environment):
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def build(kind, folder, source=ROOT, **environment):
+    """Build an sdist or a wheel with the packages that are installed here; its path."""
+    pytest.importorskip("build")
+    pytest.importorskip("pybind11")
+    # From a copy: builds of other tests and of the developer use the same folder in the checkout.
+    copy = folder / "source"
+    if not copy.exists():
+        ignored = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=source)
+        for name in filter(None, ignored.splitlines()):
+            if (source / name).is_file():
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                (copy / name).write_bytes((source / name).read_bytes())
+    run(sys.executable, "-m", "build", "-n", f"--{kind}", "--outdir", folder, copy, cwd=folder, **environment)
+    [made] = folder.glob("*.tar.gz" if kind == "sdist" else "*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    return build("sdist", tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(tmp_path_factory):
+    """A wheel made where no compiler works."""
+    return build("wheel", tmp_path_factory.mktemp("pure"), **NO_COMPILER)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return build("wheel", tmp_path_factory.mktemp("wheel"), RMSGD_CUDA="0", RMSGD_REQUIRE_NATIVE="1")
+
+
+def python_of_clean_environment(folder):
+    """A new environment that has what rmsgd depends on, but not rmsgd: the Python to run."""
+    venv.create(folder, with_pip=False)
+    [site] = folder.glob("lib/python*/site-packages")
+    dependencies = [p for p in sys.path if Path(p).name == "site-packages"]
+    (site / "dependencies.pth").write_text("\n".join(dependencies))
+    return folder / "bin" / "python"
+
+
+def install(python, package, **environment):
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps"]
+    run(*pip, "--no-build-isolation", "--no-index", package, **environment)
+
+
+def doctor(python, folder):
+    """What ``rmsgd doctor`` of an environment says, by its own script, and from where rmsgd came."""
+    environment = {"PYTHONPATH": "", "RMSGD_BACKEND": ""}
+    where = run(python, "-c", "import rmsgd; print(rmsgd.__file__)", cwd=folder, **environment)
+    assert str(python.parents[1]) in where
+    return json.loads(run(python.parent / "rmsgd", "doctor", "--json", cwd=folder, **environment))
+
+
+STEP = """
+import torch, rmsgd
+p = torch.nn.Parameter(torch.randn(20, 30))
+optimizer = rmsgd.RMSGD([p])
+p.grad = torch.ones_like(p)
+optimizer.step()
+optimizer.epoch_step()
+print(optimizer.report().layers[0].rank)
+"""
+
+
+def expected_python_files():
+    tracked = run("git", "ls-files", "rmsgd").split()
+    return {name for name in tracked if not name.endswith(".md")}
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(pure_wheel):
+    names = set(zipfile.ZipFile(pure_wheel).namelist())
+    info = {name for name in names if ".dist-info/" in name}
+    kernels = {name for name in names if name.startswith("rmsgd/_csrc/")}
+    assert names - info - kernels == expected_python_files()
+    assert {Path(name).suffix for name in kernels} == {".h", ".cu"}
+    assert len(kernels) == len([*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cu")])
+    assert {Path(name).name for name in info} >= {"METADATA", "RECORD", "LICENSE", "entry_points.txt"}
+
+
+def test_the_wheel_is_typed(pure_wheel):
+    names = zipfile.ZipFile(pure_wheel).namelist()
+    assert {"rmsgd/py.typed", "rmsgd/_cpu.pyi", "rmsgd/_cuda.pyi"} <= set(names)
+
+
+def test_the_sdist_holds_all_that_a_build_needs(sdist):
+    names = {name.split("/", 1)[1] for name in tarfile.open(sdist).getnames() if "/" in name}
+    tracked = set(run("git", "ls-files", "rmsgd", "csrc").split())
+    assert names >= tracked | {"setup.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md"}
+    assert not [name for name in names if re.search(r"\.(so|pyc|o)$|__pycache__", name)]
+
+
+def test_the_version_stands_in_one_place(sdist, pure_wheel):
+    assert "version" in PROJECT["project"]["dynamic"]
+    assert sdist.name == f"rmsgd_kernels-{rmsgd.__version__}.tar.gz"
+    assert pure_wheel.name.startswith(f"rmsgd_kernels-{rmsgd.__version__}-")
+    assert f"\n## {rmsgd.__version__} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_an_installation_without_a_compiler_works_and_says_what_is_missing(pure_wheel, tmp_path):
+    python = python_of_clean_environment(tmp_path / "venv")
+    install(python, pure_wheel)
+    found = doctor(python, tmp_path)
+    [native] = [b for b in found["backends"] if b["name"] == "native"]
+    assert not native["available"]
+    assert "C++17 compiler" in native["reason"]
+    assert found["used"]["cpu"] in ("numba", "torch")
+    assert "C++17 compiler" in found["advice"][0]
+    assert run(python, "-c", STEP, cwd=tmp_path, PYTHONPATH="", RMSGD_BACKEND="torch").strip() == "(0,)"
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_runs_the_compiled_core(wheel, tmp_path):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in names if name.endswith(".so")} == {f"rmsgd/_cpu{NATIVE}"}
+    python = python_of_clean_environment(tmp_path / "venv")
+    install(python, wheel)
+    assert doctor(python, tmp_path)["used"]["cpu"] == "native"
+    assert run(python, "-c", STEP, cwd=tmp_path, PYTHONPATH="").strip() == "(0,)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("compiler", "backend"), [({}, "native"), (NO_COMPILER, None)], ids=["g++", "none"])
+def test_an_sdist_installs_with_and_without_a_compiler(sdist, tmp_path, compiler, backend):
+    python = python_of_clean_environment(tmp_path / "venv")
+    install(python, sdist, RMSGD_CUDA="0", **compiler)
+    used = doctor(python, tmp_path)["used"]["cpu"]
+    assert used == backend if backend else used != "native"
+
+
+@pytest.mark.slow
+def test_the_stubs_are_those_of_the_compiled_core(tmp_path):
+    pytest.importorskip("rmsgd._cpu")
+    (tmp_path / "allowed").write_text("rmsgd._cpu.StepPlan\n")  # its metaclass is pybind11's
+    stubtest = [sys.executable, "-m", "mypy.stubtest", "rmsgd._cpu", "--allowlist", tmp_path / "allowed"]
+    run(*stubtest, PYTHONPATH=str(ROOT))
+
+
+def test_wheels_are_configured_for_every_python_and_machine_that_is_promised():
+    configured = PROJECT["tool"]["cibuildwheel"]["build"].split()
+    assert configured == ["cp311-*", "cp312-*", "cp313-*", "cp314-*"]
+    release = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    assert "[ubuntu-24.04, ubuntu-24.04-arm, macos-15]" in release
