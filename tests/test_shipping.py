@@ -122,7 +122,8 @@ def test_the_wheel_is_typed(pure_wheel):
 
 
 def test_the_sdist_holds_all_that_a_build_needs(sdist):
-    names = {name.split("/", 1)[1] for name in tarfile.open(sdist).getnames() if "/" in name}
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     tracked = set(run("git", "ls-files", "rmsgd", "csrc").split())
     assert names >= tracked | {"setup.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md"}
     assert not [name for name in names if re.search(r"\.(so|pyc|o)$|__pycache__", name)]
