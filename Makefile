@@ -9,12 +9,13 @@ NATIVE := $(shell find csrc -type f)
 # The CUDA kernels take minutes to compile: here only where there is a GPU to run them.
 export RMSGD_CUDA ?= $(if $(shell command -v nvidia-smi),1,0)
 
-.PHONY: demo test test-all sanitize lint format bench clean help
+.PHONY: demo test test-all sanitize fuzz lint format bench clean help
 
 help:
 	@echo "make demo      train a small ResNet on digits with RMSGD, SGD and SAM: table, JSON and plots"
 	@echo "make test      the test suite          make test-all  the slow tests and trainers too"
 	@echo "make sanitize  the compiled core under AddressSanitizer, UBSan and ThreadSanitizer"
+	@echo "make fuzz      random hostile spectra, weights and files; SECONDS=60 for each"
 	@echo "make lint      ruff, mypy, clang-format    make format    apply them"
 	@echo "make bench     measure speed on this machine (half an hour) and rewrite the README's tables"
 
@@ -42,6 +43,12 @@ test-all: $(INTEGRATIONS)
 
 sanitize: $(STAMP)
 	$(BIN)/python tests/sanitize.py
+
+# SECONDS for each of four targets: spectra and weights against the reference, damaged checkpoint files, and
+# the C++ headers under libFuzzer (where there is a clang).
+fuzz: SECONDS := 60
+fuzz: $(STAMP)
+	cd tests && ../$(BIN)/python -m fuzz --seconds $(SECONDS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

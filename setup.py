@@ -243,9 +243,7 @@ class BuildPython(build_py):
         super().run()
         if not self.editable_mode:
             target = Path(self.build_lib) / "rmsgd" / "_csrc"
-            shutil.copytree(
-                ROOT / "csrc", target, ignore=shutil.ignore_patterns("*.cpp"), dirs_exist_ok=True
-            )
+            shutil.copytree(ROOT / "csrc", target, ignore=shutil.ignore_patterns("*.cpp"), dirs_exist_ok=True)
 
 
 def extensions():

@@ -1,8 +1,10 @@
 // What the parts of the CPU binding share.
 #pragma once
 
+#include <cxxabi.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -52,6 +54,33 @@ inline int checked_threads(std::int64_t threads) {
     throw pybind11::value_error("threads: expected at least 1, got " + std::to_string(threads));
   }
   return int(std::min<std::int64_t>(threads, MOST_THREADS));
+}
+
+// Takes the GIL back. Where the interpreter has ended meanwhile, Python before 3.14 ends this thread by
+// unwinding it, through functions that forbid that: the process would abort. It waits for its end instead.
+inline void take_gil_back(PyThreadState* state) {
+#if defined(__GLIBCXX__)
+  try {
+    PyEval_RestoreThread(state);
+  } catch (abi::__forced_unwind&) {
+    for (;;) pause();
+  }
+#else
+  PyEval_RestoreThread(state);
+#endif
+}
+
+// Works without the GIL.
+template <class Work>
+void without_gil(const Work& work) {
+  PyThreadState* const state = PyEval_SaveThread();
+  try {
+    work();
+  } catch (...) {
+    take_gil_back(state);
+    throw;
+  }
+  take_gil_back(state);
 }
 
 void bind_step(pybind11::module_& m);

@@ -105,13 +105,10 @@ std::pair<py::array_t<double>, py::array_t<double>> measure_parts(const std::vec
   }
   rmsgd::active_isa();  // throws here rather than on a thread
   py::array_t<double> table({py::ssize_t(views.size()), py::ssize_t(rmsgd::METRICS_FIELDS)});
-  py::array_t<double> parts(py::ssize_t(rmsgd::MEASURE_PARTS));
+  py::array_t<double> parts(std::vector<py::ssize_t>{rmsgd::MEASURE_PARTS});
   double* out = table.mutable_data();
   double* seconds = parts.mutable_data();
-  {
-    py::gil_scoped_release unlocked;
-    rmsgd::measure(views.data(), int(views.size()), used, out, seconds);
-  }
+  rmsgd::without_gil([&] { rmsgd::measure(views.data(), int(views.size()), used, out, seconds); });
   return {table, parts};
 }
 
@@ -126,8 +123,7 @@ py::array_t<double> measure_spectrum(const py::array_t<double, py::array::c_styl
   if (gamma.shape(0) > MOST_ROWS) throw py::value_error("gamma: too many singular values");
   const int L = int(gamma.shape(0));
   if (M < L) throw py::value_error("M: expected at least the number of singular values");
-  constexpr py::ssize_t fields = rmsgd::METRICS_FIELDS;
-  py::array_t<double> row(fields);
+  py::array_t<double> row(std::vector<py::ssize_t>{rmsgd::METRICS_FIELDS});
   double* out = row.mutable_data();
   const double* values = gamma.data();
   for (int h = 0; h < L; ++h) {
@@ -136,9 +132,10 @@ py::array_t<double> measure_spectrum(const py::array_t<double, py::array::c_styl
     throw py::value_error("gamma: expected finite numbers, descending, none below zero");
   }
   std::vector<double> scratch(2 * std::size_t(L) + 1);
-  py::gil_scoped_release unlocked;
-  rmsgd::Solo team;
-  rmsgd::measure_singular_values(team, values, L, double(M), scratch.data(), out);
+  rmsgd::without_gil([&] {
+    rmsgd::Solo team;
+    rmsgd::measure_singular_values(team, values, L, double(M), scratch.data(), out);
+  });
   return row;
 }
 

@@ -122,8 +122,7 @@ void step(StepPlan& plan, const std::vector<Pointer>& gradients, const std::vect
     tensors[k].gradient = reinterpret_cast<const void*>(gradients[k]);
     tensors[k].gradient_dtype = tensors[k].dtype;
   }
-  py::gil_scoped_release unlocked;
-  plan.step(step_groups, grad_scale, used);
+  without_gil([&] { plan.step(step_groups, grad_scale, used); });
 }
 
 std::optional<Dtype> dtype_of(const dlpack::Tensor& t) {
@@ -189,8 +188,7 @@ std::optional<std::vector<std::size_t>> step_tensors(StepPlan& plan, const py::t
       return std::nullopt;
     }
   }
-  py::gil_scoped_release unlocked;
-  plan.step(step_groups, grad_scale, used);
+  without_gil([&] { plan.step(step_groups, grad_scale, used); });
   return without;
 }
 

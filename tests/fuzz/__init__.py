@@ -1,0 +1,1 @@
+"""Random hostile input by the million: ``cd tests && python -m fuzz --help`` (``make fuzz``)."""
