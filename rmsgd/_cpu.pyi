@@ -132,7 +132,7 @@ def measure(matrices: Sequence[_Matrix], threads: int = 1) -> NDArray[np.float64
     """
 
 def measure_parts(
-    matrices: Sequence[Matrix], threads: int = 1
+    matrices: Sequence[_Matrix], threads: int = 1
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """``measure``, and what its time went to.
 

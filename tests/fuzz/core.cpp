@@ -162,7 +162,7 @@ void weight(Input& input) {
   if (rows.length() > columns.length()) std::swap(rows, columns);
   const rmsgd::MatrixView view = {memory.data(), dtype, rows, columns};
   double row[rmsgd::METRICS_FIELDS];
-  rmsgd::measure(&view, 1, 1, row, nullptr);
+  rmsgd::measure(&view, 1, 1, row);
   if (row[rmsgd::STATUS] == rmsgd::MEASURED) {
     require_sense(row, int(rows.length()), double(columns.length()));
   }
