@@ -1,0 +1,118 @@
+"""Where something is missing, RMSGD works all the same, and doctor says what is missing and what to do."""
+
+import json
+import os
+import subprocess
+import sys
+from glob import glob
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rmsgd._cpu", reason="the compiled core was not built")
+
+ROOT = Path(__file__).parents[1]
+
+TRAIN = """
+import json, sys
+for name in {missing}:
+    sys.modules[name] = None  # its import fails
+import torch, rmsgd
+from rmsgd import cli, doctor
+
+if {threads}:
+    torch.set_num_threads({threads})
+generator = torch.Generator().manual_seed(1)
+shapes = [(30, 40), (16, 8, 3, 3), (30,)]
+parameters = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
+optimizer = rmsgd.RMSGD(parameters, lr=0.03)
+for epoch in range(2):
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer.step()
+    optimizer.epoch_step()
+print(json.dumps([doctor.examine(), list(optimizer.learning_rates().values())]))
+"""
+
+
+def train(missing=(), threads=0, prefix=(), **environment):
+    """What doctor says there, and the learning rates after two epochs."""
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", TRAIN.format(missing=list(missing), threads=threads)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RMSGD_BACKEND": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, rates = json.loads(done.stdout)
+    for backend in found["backends"]:
+        assert "\n" not in backend["reason"]
+    return found, rates
+
+
+def status(found, name):
+    [backend] = [b for b in found["backends"] if b["name"] == name]
+    return backend
+
+
+@pytest.fixture(scope="module")
+def sound():
+    return train()
+
+
+def test_a_sound_machine_uses_the_compiled_core_and_needs_no_advice(sound):
+    found, _ = sound
+    assert found["used"]["cpu"] == "native"
+    assert found["advice"] == []
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be bound to a core here")
+def test_one_core_gives_the_same_rates(sound):
+    one = min(os.sched_getaffinity(0))
+    found, rates = train(threads=1, prefix=["taskset", "-c", str(one)])
+    assert found["used"]["cpu"] == "native"
+    assert rates == sound[1]
+
+
+def test_more_threads_than_cores_give_the_same_rates(sound):
+    assert train(threads=24)[1] == sound[1]
+
+
+def test_a_cpu_with_the_baseline_only_gives_the_same_rates_to_rounding(sound):
+    found, rates = train(RMSGD_ISA="baseline")
+    assert found["versions"]["instruction set"] == "baseline"
+    assert rates == pytest.approx(sound[1], rel=1e-5)
+
+
+def test_an_instruction_set_that_is_not_there_leaves_the_core_out_and_doctor_says_so(sound):
+    found, rates = train(RMSGD_ISA="avx1024", missing=["numba"])
+    assert not status(found, "native")["available"]
+    assert "choose baseline, avx2 or avx512" in status(found, "native")["reason"]
+    assert found["used"]["cpu"] == "torch"
+    assert rates == pytest.approx(sound[1], rel=1e-5)
+
+
+def test_without_a_compiler_and_numba_torch_runs_and_doctor_says_what_to_install(sound):
+    found, rates = train(missing=["rmsgd._cpu", "numba", "cupy"])
+    assert found["used"]["cpu"] == "torch"
+    assert "pip install rmsgd-kernels[numba]" in status(found, "numba")["reason"]
+    assert "C++17 compiler" in found["advice"][0]
+    assert not status(found, "cupy")["available"]
+    assert rates == pytest.approx(sound[1], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_numba_needs_no_home_to_write_to(sound):
+    pytest.importorskip("numba")
+    nowhere = {"HOME": "/proc", "XDG_CACHE_HOME": "/proc", "NUMBA_CACHE_DIR": "", "TMPDIR": "/proc"}
+    found, rates = train(missing=["rmsgd._cpu"], **nowhere)
+    assert found["used"]["cpu"] == "numba"
+    assert rates == pytest.approx(sound[1], rel=1e-5)
+
+
+def test_another_openmp_runtime_in_the_process_does_no_harm(sound):
+    runtimes = glob("/usr/lib/llvm-*/lib/libomp.so*") + glob("/usr/lib/*/libomp.so*")
+    if not runtimes:
+        pytest.skip("no other OpenMP runtime here (Debian: apt install libomp-dev)")
+    assert train(threads=3, LD_PRELOAD=runtimes[0]) == (sound[0], sound[1])
