@@ -17,7 +17,7 @@ help:
 	@echo "make sanitize  the compiled core under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make fuzz      random hostile spectra, weights and files; SECONDS=60 for each"
 	@echo "make lint      ruff, mypy, clang-format    make format    apply them"
-	@echo "make bench     measure speed on this machine (half an hour) and rewrite the README's tables"
+	@echo "make bench     measure speed on this machine (tens of minutes) and rewrite the README's tables"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -10,7 +10,7 @@ import pytest
 
 from bench.__main__ import main
 from bench.gate import baseline as baselines
-from bench.gate import callgrind, cases, command, counts
+from bench.gate import callgrind, cases, command, counts, trial
 from bench.gate.baseline import Baseline
 from bench.gate.figures import FIGURES, Figure, Finding, Session, Source
 from bench.gate.processes import ROOT, GateError
@@ -435,3 +435,22 @@ def test_a_process_that_fails_says_why(tmp_path):
 
     with pytest.raises(GateError, match="rmsgd"):
         Worker(tmp_path, 1)
+
+
+def test_the_self_test_records_every_run_and_knows_what_is_right(monkeypatch, tmp_path):
+    baseline, page = written(tmp_path / "baseline.json"), tmp_path / "README.md"
+    page.write_text("<!-- measured: gate -->\n<!-- /measured -->\n")
+
+    def run_of_the_command(*flags, slowed):
+        return (1 if slowed.startswith("step") else 0), json.dumps({"reasons": []})
+
+    monkeypatch.setattr(trial, "gate", run_of_the_command)
+    assert trial.run(2, baseline, tmp_path, page) == 1  # the slowed epoch end went by
+    record = json.loads((tmp_path / "gate.json").read_text())
+    assert [(row["kind"], row["passed"], row["slower"]) for row in record["gate"]] == [
+        ("unchanged", 2, 0),
+        ("step slowed", 0, 2),
+        ("epoch end slowed", 2, 0),
+    ]
+    assert [run["right"] for run in record["runs"][:3]] == [True, True, False]
+    assert "| step slowed | 2 | 0 | 2 | 0 |" in page.read_text()

@@ -1,8 +1,7 @@
 """Whether the gate can be trusted: runs of unchanged and of slowed code beside a busy neighbour.
 
 Every run is the command itself, in a process of its own, against the baseline given, which was written
-without the neighbour. The exact counts know no noise: one run at the end has them, to see how long it
-takes.
+without the neighbour. The exact counts know no noise and are left out.
 """
 
 import json
@@ -28,6 +27,8 @@ KINDS = {
     "epoch end slowed": (f"epoch-end:{SLOW_DOWN}", 1),
 }
 """Kind of run to what the environment slows, and the exit status that is right."""
+ENDS = ("passed", "slower", "undecided")
+"""By exit status."""
 
 
 @contextmanager
@@ -54,56 +55,58 @@ def gate(*flags: str, slowed: str = "") -> tuple[int, str]:
 
 
 def run(count: int, baseline: Path, out: Path, page: Path | None) -> int:
-    """Runs each kind `count` times, in turn, and writes `gate.json`; 0 when every status was right."""
+    """Runs each kind `count` times, in turn; 0 when every status was right.
+
+    `gate.json` is written anew after every run: whatever ends this early leaves what was done.
+    """
     console = Console()
     runs: list[dict[str, Any]] = []
-    flags = ("--baseline", str(baseline), "--json")
-    with busy_neighbour():
-        for number in range(count):
-            for kind, (slowed, right) in KINDS.items():
-                start = time.perf_counter()
-                status, text = gate(*flags, "--no-counts", slowed=slowed)
-                seconds = time.perf_counter() - start
-                result = json.loads(text)
-                runs.append(
-                    {
-                        "kind": kind,
-                        "exit": status,
-                        "right": status == right,
-                        "seconds": seconds,
-                        "reasons": result["reasons"],
-                        "figures": result.get("figures", []),
-                    }
-                )
-                console.print(f"{number + 1}/{count} {kind}: exit {status} after {seconds:.0f} s")
-        start = time.perf_counter()
-        gate(*flags)
-        with_counts = time.perf_counter() - start
-    summary = []
-    for kind in KINDS:
-        mine = [r for r in runs if r["kind"] == kind]
-        summary.append(
-            {
-                "kind": kind,
-                "runs": count,
-                "passed": sum(r["exit"] == 0 for r in mine),
-                "slower": sum(r["exit"] == 1 for r in mine),
-                "undecided": sum(r["exit"] == 2 for r in mine),
-                "longest_s": max(r["seconds"] for r in mine),
-            }
-        )
-    record = {
+    record: dict[str, Any] = {
         "schema": SCHEMA,
         "machine": measure.machine(),
         "neighbour": "one process that computes without a pause",
         "slow_down": SLOW_DOWN,
-        "baseline": json.loads(baseline.read_text()),
-        "gate": summary,
-        "run_with_counts_s": with_counts,
-        "runs": runs,
+        "baseline": json.loads(baseline.read_text(encoding="utf-8")),
     }
-    measure.write_json(out / "gate.json", record)
+    with busy_neighbour():
+        for number in range(count):
+            for kind in KINDS:
+                runs.append(one(kind, baseline))
+                measure.write_json(out / "gate.json", record | {"gate": summary(runs), "runs": runs})
+                status, seconds = runs[-1]["exit"], runs[-1]["seconds"]
+                console.print(f"{number + 1}/{count} {kind}: exit {status} after {seconds:.0f} s")
     console.print(f"wrote {out / 'gate.json'}")
     if page:
-        readme.rewrite(page, record)
+        readme.rewrite(page, record | {"gate": summary(runs)})
     return 0 if all(r["right"] for r in runs) else 1
+
+
+def one(kind: str, baseline: Path) -> dict[str, Any]:
+    """One run of this kind: exit status, whether it is right, seconds, and what the gate said."""
+    slowed, right = KINDS[kind]
+    load = os.getloadavg()[0]
+    start = time.perf_counter()
+    status, text = gate("--baseline", str(baseline), "--json", "--no-counts", slowed=slowed)
+    seconds = time.perf_counter() - start
+    result = json.loads(text)
+    return {
+        "kind": kind,
+        "exit": status,
+        "right": status == right,
+        "seconds": seconds,
+        "load_average": load,
+        "reasons": result["reasons"],
+        "figures": result.get("figures", []),
+    }
+
+
+def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per kind: how its runs ended, and the longest."""
+    rows = []
+    for kind in KINDS:
+        mine = [r for r in runs if r["kind"] == kind]
+        if mine:
+            ends = {word: sum(r["exit"] == status for r in mine) for status, word in enumerate(ENDS)}
+            longest = max(r["seconds"] for r in mine)
+            rows.append({"kind": kind, "runs": len(mine), **ends, "longest_s": longest})
+    return rows
