@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from bench import models
+from bench import measure, models
 from bench.__main__ import main
 from bench.study import report, tuning
 from bench.study.config import RunConfig, sorted_settings
@@ -54,6 +54,7 @@ def write_run(out, config, accuracy, *, train=1.0, quality=0.5, epochs=None, div
             for layer in range(layers)
         ],
     )
+    measure.write_json(folder / "environment.json", measure.machine())
     status = "diverged" if diverged else "complete"
     (folder / "result.json").write_text(json.dumps({"status": status}))
 

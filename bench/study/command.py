@@ -259,11 +259,13 @@ def _report(options: argparse.Namespace, console: Console) -> int:
     out = Console()
     content: dict[str, Any] = {}
     figures: list[Path] = []
+    machine: dict[str, Any] = {}
     names = list(EXPERIMENTS) if "all" in options.ids else options.ids
     for name in names:
         records = read(options.out, selected(argparse.Namespace(**{**vars(options), "ids": [name]})))
         if not records:
             continue
+        machine = machine or records[0].machine
         entries = content[name] = {"cells": list(report.rows(name, records))}
         out.print(report.accuracy_table(name, entries["cells"]))
         if compared := report.comparisons(records):
@@ -276,10 +278,10 @@ def _report(options: argparse.Namespace, console: Console) -> int:
     if not content:
         raise ValueError(f"{options.out} has no ended run of {', '.join(names)} as the arguments say")
     if options.json:
-        whole = {"schema": SCHEMA, "machine": measure.machine(), "experiments": content}
+        whole = {"schema": SCHEMA, "machine": machine, "experiments": content}
         measure.write_json(options.json, whole)
     if options.readme and "digits" in content:
-        table = {"machine": measure.machine(), "study": report.readme_rows(content["digits"])}
+        table = {"machine": machine, "study": report.readme_rows(content["digits"])}
         readme.rewrite(options.readme, table)
     console.print("wrote " + ", ".join(map(str, figures)), soft_wrap=True)
     return 0

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,11 @@ class Record:
     def seconds(self) -> Floats:
         """Time trained at the end of every epoch: training and epoch ends."""
         return np.cumsum(self.column("seconds_training") + self.column("seconds_epoch_end"))
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What it was begun on."""
+        return json.loads((self.folder / "environment.json").read_text(encoding="utf-8"))
 
     @cached_property
     def layers(self) -> dict[str, dict[str, Floats]]:

@@ -95,7 +95,9 @@ def accuracy_table(name: str, entries: Sequence[dict[str, Any]]) -> Table:
         title=f"{name}: {experiment(name).title}", box=SIMPLE_HEAD, show_edge=False, collapse_padding=True
     )
     table.add_column("optimizer", overflow="fold")
-    for column in ("measured (%)", "gap", "Q", "epochs", "published (%)", "diff. /\nstd. dev."):
+    numbers = any(entry["published"] for entry in entries)
+    columns = ["measured (%)", "gap", "Q", "epochs"]
+    for column in [*columns, "published (%)", "diff. /\nstd. dev."] if numbers else columns:
         table.add_column(column, justify="right", no_wrap=True)
     before = None
     for entry in entries:
@@ -103,19 +105,19 @@ def accuracy_table(name: str, entries: Sequence[dict[str, Any]]) -> Table:
         if cell != before:
             table.add_section()
             table.add_row(f"[bold]{cell}[/bold]")
-        value = entry["published"] and Value(**entry["published"])
-        text = "-" if value is None else str(value)
         lost = f" ({entry['diverged']} of {entry['seeds']} diverged)" if entry["diverged"] else ""
         good = entry["diverged"] < entry["seeds"]
-        table.add_row(
+        cells = [
             entry["optimizer"] + (f", epoch {entry['epoch']}" if entry["epoch"] else ""),
             (str(Value(**entry["measured"])) if good else "-") + lost,
             f"{entry['gap']:.2f}",
             f"{entry['Q']:.3f}",
             f"{entry['epochs']:.4g}",
-            text,
-            "-" if entry["deviations"] is None else f"{entry['deviations']:+.1f}",
-        )
+        ]
+        if numbers:
+            cells.append(str(Value(**entry["published"])) if entry["published"] else "-")
+            cells.append("-" if entry["deviations"] is None else f"{entry['deviations']:+.1f}")
+        table.add_row(*cells)
         before = cell
     seeds = max((entry["seeds"] for entry in entries), default=0)
     notes = [f"Seeds: {seeds}. Gap: training minus test accuracy."]
