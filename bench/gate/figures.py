@@ -83,7 +83,7 @@ FIGURES = (
     Figure("epoch-end-to-gram", "epoch end / Gram products", _here("epoch-end"), _here("gram"), 0.25),
 )
 AGAINST = tuple(
-    Figure(name, f"{text}, here / there", (Source("here", name),), (Source("there", name),), TOLERANCE)
+    Figure(name, f"{text} / there", (Source("here", name),), (Source("there", name),), TOLERANCE)
     for name, text in (
         ("step", "step, resnet18"),
         ("step-many-tensors", "step, mobilenetv2"),
@@ -100,7 +100,7 @@ def target_figure(target: str) -> Figure:
 def target_against(target: str) -> Figure:
     """The caller's own step here against the same step with the other revision's optimizer."""
     here, there = (Source("here", "target"),), (Source("there", "target"),)
-    return Figure(f"target {target}", f"{target}, here / there", here, there, TOLERANCE)
+    return Figure(f"target {target}", f"{target} / there", here, there, TOLERANCE)
 
 
 NOTHING_YET = Interval(math.nan, 0.0, math.inf)
