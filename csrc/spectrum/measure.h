@@ -1,4 +1,10 @@
 // The epoch end on CPUs: from the weights of a network to the EVBMF metrics of every matrix.
+//
+// Every part is a kernel of our own; `python -m bench spectrum` times each, size by size, beside what could
+// be called instead. On one core of an AMD Zen 3, fp32, the symmetric product took .5 to .7 of the time of
+// torch.mm's whole one (L = 64 to 512), and tridiagonal form and eigenvalues .3 to .8 of that of
+// torch.linalg.eigvalsh (L = 16 to 128).
+// EVBMF is below 5 % of the spectrum at L = 16, 0.5 % at 128.
 #pragma once
 
 #include "../evbmf/metrics.h"
