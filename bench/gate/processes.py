@@ -33,7 +33,7 @@ class Worker:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
-            "KINETO_LOG_LEVEL": "5",  # torch's profiler else talks on stderr
+            "KINETO_LOG_LEVEL": "6",  # torch's profiler else talks on stderr
         }
         if not slower:
             environment.pop("RMSGD_BENCH_SLOWER", None)
