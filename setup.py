@@ -36,6 +36,7 @@ ISA_SOURCES = [
 SOURCES = [
     "csrc/bind_cpu.cpp",
     "csrc/bind_step.cpp",
+    "csrc/bind_layouts.cpp",
     "csrc/isa.cpp",
     "csrc/parallel.cpp",
     "csrc/sgd/plan.cpp",

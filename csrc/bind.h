@@ -84,5 +84,6 @@ void without_gil(const Work& work) {
 }
 
 void bind_step(pybind11::module_& m);
+void bind_layouts(pybind11::module_& m);
 
 }  // namespace rmsgd

@@ -233,6 +233,7 @@ void update_rates(const Table<int>& parameter, const Table<int>& group, const Ta
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU kernels of rmsgd.";
   rmsgd::bind_step(m);
+  rmsgd::bind_layouts(m);
   m.def("measure", &measure, "matrices"_a, "threads"_a = 1);
   m.def("measure_parts", &measure_parts, "matrices"_a, "threads"_a = 1);
   m.def("measure_spectrum", &measure_spectrum, "gamma"_a.noconvert(), "M"_a);

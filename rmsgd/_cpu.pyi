@@ -112,6 +112,21 @@ A side is a product of up to four tensor dimensions that cannot be joined to one
 columns does not matter to singular values.
 """
 
+class Layouts:
+    """What some tensors are now: address, device, dtype, sizes and strides.
+
+    Read without a Python operation per tensor, by the C exchange table of DLPack that torch >= 2.10
+    publishes on its tensor type. Keeps the tensors alive.
+
+    Raises:
+        ValueError: the type has no such table, or a tensor has no memory of its own.
+        TypeError: something among them is no tensor.
+    """
+
+    def __init__(self, tensor_type: type[Tensor], tensors: Sequence[Tensor]) -> None: ...
+    def hold(self) -> bool:
+        """Whether all of them still are."""
+
 def measure(matrices: Sequence[_Matrix], threads: int = 1) -> NDArray[np.float64]:
     """Singular values, EVBMF and metrics of matrices; the GIL is released meanwhile.
 

@@ -28,6 +28,7 @@ from rmsgd.backends.base import (
 )
 from rmsgd.distributed import SharedMeasurement, is_dtensor, local, local_gradient
 from rmsgd.layers import Unfolding, is_probed, leader_of, measurement_weights, unfoldings
+from rmsgd.layouts import Layouts
 from rmsgd.measurement import Measurement
 from rmsgd.state import State, buffer_key
 
@@ -75,7 +76,7 @@ class Ledger:
         self._build_rates(groups)
         shared = process_group is not None or (self._spread and self._spectra)
         self._sharing = SharedMeasurement(self._spectra, process_group) if shared else None
-        self._addresses = self._addresses_now()
+        self._layouts = Layouts(self._parameters)
         self._probing = self._probing_now(groups)
 
     def _build_step(self, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -146,18 +147,14 @@ class Ledger:
 
     # -- whether it still holds ------------------------------------------------------------------
 
-    def _addresses_now(self) -> list[int]:
-        tensors = map(local, self._parameters) if self._spread else self._parameters
-        return list(map(Tensor.data_ptr, tensors))
-
     def _probing_now(self, groups: Sequence[Mapping[str, Any]]) -> list[object]:
         trainable = [p.requires_grad for p in self._parameters]
         return [trainable, [[group[key] for key in _PROBING] for group in groups]]
 
     def is_current(self) -> bool:
-        """Whether parameters and buffers are where they were when this ledger was made."""
+        """Whether parameters and buffers are where and what they were when this ledger was made."""
         return (
-            self._addresses == self._addresses_now()
+            self._layouts.hold()
             and all(map(is_, map(dict.get, self._states, self._keys), self._buffers))
             and all(p.grad is None for p in self._bufferless)
         )

@@ -329,6 +329,30 @@ def test_a_step_taken_by_two_threads_at_once_is_refused_or_taken_twice():
     assert torch.equal(parameter, torch.full_like(parameter, float(len(refused) - 11)))
 
 
+@many
+@given(anything, st.one_of(anything, st.lists(st.one_of(anything, st.just(torch.zeros(2))), max_size=4)))
+def test_layouts_refuses_what_is_no_tensor(kind, tensors):
+    for tensor_type in (kind, torch.Tensor, int):
+        if tensor_type is torch.Tensor and isinstance(tensors, list) and all(map(torch.is_tensor, tensors)):
+            continue
+        if isinstance(tensors, bytes | str) and not tensors:
+            continue  # empty sequences of nothing
+        with pytest.raises(REFUSALS):
+            _cpu.Layouts(tensor_type, tensors)
+
+
+def test_layouts_that_a_tensor_leaves_hold_no_more():
+    tensors = [torch.zeros(3, 4), torch.zeros(())]
+    layouts = _cpu.Layouts(torch.Tensor, tensors)
+    assert layouts.hold()
+    tensors.clear()  # it has its own list
+    assert layouts.hold()
+    kept = nn.Parameter(torch.zeros(3, 4))
+    layouts = _cpu.Layouts(torch.Tensor, [kept])
+    kept.data = kept.data.t()
+    assert not layouts.hold()
+
+
 # -- spectra -------------------------------------------------------------------------------------
 
 

@@ -193,6 +193,38 @@ def test_a_resized_parameter_is_named_and_nothing_changes(backend):
     assert all(map(torch.equal, model.parameters(), before))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda w: w[:2], lambda w: w.t(), lambda w: w.reshape(32, 3), lambda w: w.flatten(), lambda w: w[:0]],
+)
+def test_another_shape_in_the_same_memory_is_named_and_nothing_changes(backend, change):
+    model, optimizer = trained()
+    memory = model[3].weight.data
+    model[3].weight.grad = None
+    model[3].weight.data = change(memory)
+    give_gradients(model)
+    before = [p.detach().clone() for p in (*model.parameters(), memory)]
+    for call in (optimizer.step, optimizer.epoch_step, optimizer.learning_rates):
+        with pytest.raises(RuntimeError, match=r"3\.weight was resized to .*shape \(3, 32\)"):
+            call()
+    assert all(map(torch.equal, (*model.parameters(), memory), before))
+
+
+def test_another_type_in_the_same_memory_is_followed(backend):
+    model, optimizer = trained()
+    weight = model[3].weight
+    memory = weight.data.untyped_storage()
+    half = weight.data.half()
+    weight.grad = None
+    weight.data = torch.empty(0, dtype=torch.float16).set_(memory, 0, weight.shape).copy_(half)
+    assert weight.data_ptr() == memory.data_ptr()
+    velocity = optimizer.state[weight]["velocity"].clone()
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    moved = 0.9 * velocity - optimizer.learning_rates()["3.weight"]
+    torch.testing.assert_close(weight.detach(), (half + moved).half())
+
+
 def test_a_sparse_gradient_is_named_and_nothing_changes(backend):
     table = nn.Embedding(5, 3, sparse=True)
     dense = nn.Linear(3, 1)
