@@ -1,6 +1,7 @@
 """`bench speed`, `noise-search`, `probe-speed`: real figures on small networks, and the README's tables."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -157,6 +158,7 @@ def test_the_cases_run_under_pytest_benchmark(request, tmp_path):
             *flags,
         ],
         cwd=request.config.rootpath,
+        env={key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")},
         capture_output=True,
         text=True,
         check=False,
