@@ -1,8 +1,10 @@
 """What the commands' arguments have in common: types, checks and the lists in their help."""
 
 import argparse
+import ast
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -32,6 +34,39 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Adds `--set`: what is given is a list for `overrides`."""
+    parser.add_argument(
+        "--set",
+        type=assignment,
+        action="append",
+        default=[],
+        metavar="OPTIMIZER.KEY=VALUE",
+        help="replace a setting of an optimizer, e.g. rmsgd.beta=0.9; may be repeated",
+    )
+
+
+def assignment(text: str) -> tuple[str, str, Any]:
+    """Parses OPTIMIZER.KEY=VALUE. An optimizer's name may hold dots; the value is a Python literal."""
+    target, _, literal = text.partition("=")
+    optimizer, _, key = target.rpartition(".")
+    try:
+        if not optimizer or not key.isidentifier():
+            raise ValueError
+        return optimizer, key, ast.literal_eval(literal)
+    except (ValueError, SyntaxError):
+        message = f"expected OPTIMIZER.KEY=VALUE like rmsgd.beta=0.9 or rmsgd.rule='release', got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def overrides(assignments: Sequence[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
+    """Gathers (optimizer, key, value) into optimizer -> settings."""
+    gathered: dict[str, dict[str, Any]] = {}
+    for optimizer, key, value in assignments:
+        gathered.setdefault(optimizer, {})[key] = value
+    return gathered
 
 
 def check_device(name: str) -> None:

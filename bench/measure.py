@@ -37,6 +37,16 @@ class Interval(NamedTuple):
         return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+def seconds_per_call(case: Callable[[], object], calls: int, synchronise: Callable[[], object]) -> float:
+    """Mean of `calls` calls in a row, with the device idle before and after (`synchronise`)."""
+    synchronise()
+    start = time.perf_counter()
+    for _ in range(calls):
+        case()
+    synchronise()
+    return (time.perf_counter() - start) / calls
+
+
 class Interleaved:
     """Times several cases in turn, as many rounds as the caller needs.
 
@@ -83,13 +93,7 @@ class Interleaved:
                 self._calls[name] = max(1, math.ceil(min_seconds / max(single, 1e-9)))
 
     def _time(self, name: str) -> float:
-        case, calls = self._cases[name], self._calls[name]
-        self._synchronise()
-        start = time.perf_counter()
-        for _ in range(calls):
-            case()
-        self._synchronise()
-        return (time.perf_counter() - start) / calls
+        return seconds_per_call(self._cases[name], self._calls[name], self._synchronise)
 
     def run(self, rounds: int) -> dict[str, Seconds]:
         """Times `rounds` more rounds.

@@ -1,7 +1,6 @@
 """`python -m bench train`: arguments, progress, table, result file and figures."""
 
 import argparse
-import ast
 import math
 import sys
 from collections.abc import Sequence
@@ -42,7 +41,7 @@ def main(given: Sequence[str]) -> int:
         options.width,
         options.samples,
         options.device,
-        overrides(options.set),
+        arguments.overrides(options.set),
     )
     console = Console(stderr=True)
     # Batches of digits are so small that a second thread costs as much as it brings on idle cores,
@@ -101,14 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         type=arguments.positive,
         help="threads on the CPU (default: 1 for digits, else all cores)",
     )
-    add(
-        "--set",
-        type=assignment,
-        action="append",
-        default=[],
-        metavar="OPTIMIZER.KEY=VALUE",
-        help="replace a setting of an optimizer, e.g. rmsgd.beta=0.9; may be repeated",
-    )
+    arguments.add_settings(parser)
     add(
         "--out",
         type=Path,
@@ -116,27 +108,6 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for result.json and the figures (default: %(default)s)",
     )
     return parser
-
-
-def assignment(text: str) -> tuple[str, str, Any]:
-    """Parses OPTIMIZER.KEY=VALUE. An optimizer's name may hold dots; the value is a Python literal."""
-    target, _, literal = text.partition("=")
-    optimizer, _, key = target.rpartition(".")
-    try:
-        if not optimizer or not key.isidentifier():
-            raise ValueError
-        return optimizer, key, ast.literal_eval(literal)
-    except (ValueError, SyntaxError):
-        message = f"expected OPTIMIZER.KEY=VALUE like rmsgd.beta=0.9 or rmsgd.rule='release', got {text!r}"
-        raise argparse.ArgumentTypeError(message) from None
-
-
-def overrides(assignments: Sequence[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
-    """Gathers (optimizer, key, value) into optimizer -> settings."""
-    gathered: dict[str, dict[str, Any]] = {}
-    for optimizer, key, value in assignments:
-        gathered.setdefault(optimizer, {})[key] = value
-    return gathered
 
 
 def _train(settings: Settings, console: Console) -> list[Run]:

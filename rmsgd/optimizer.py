@@ -146,6 +146,11 @@ class RMSGD(Optimizer):
     def _all_parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _holds_its_parameters(self) -> bool:
+        """Whether the groups hold the parameters of ``_order``, in that order."""
+        now = self._all_parameters()
+        return len(now) == len(self._order) and all(map(is_, now, self._order))
+
     def _forget_ledgers(self) -> None:
         self._ledgers: list[Ledger] | None = None
         self._group_kinds: list[tuple[int, bool, str]] = []
@@ -157,7 +162,7 @@ class RMSGD(Optimizer):
         return (
             self._ledgers is not None
             and self._group_kinds == _kinds(self.param_groups)
-            and all(map(is_, self._all_parameters(), self._order))
+            and self._holds_its_parameters()
             and len(self._state_objects) == len(self.state)
             and all(map(is_, self.state.values(), self._state_objects))
             and all(ledger.is_current() for ledger in self._ledgers)
@@ -275,7 +280,7 @@ class RMSGD(Optimizer):
     ) -> None:
         """Step when a compiled graph runs, which may hold copies of the parameters and of their gradients."""
         order = self._order
-        if list(map(id, self._all_parameters())) != list(map(id, order)):
+        if not self._holds_its_parameters():
             self._current_ledgers()  # the next step is compiled for these parameters
             raise RuntimeError(
                 "param_groups holds other parameters than when this step was compiled: take the step again"

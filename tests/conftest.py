@@ -29,6 +29,15 @@ def _same_random_numbers():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """Torch's threads would wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _torchvision_of_another_build():
     """Make torchvision importable where its compiled half is for a torch with CUDA, and torch is without.

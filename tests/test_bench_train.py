@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from commands import run_bench
 
 from bench import data, training
 from bench.__main__ import COMMANDS, main
@@ -24,13 +25,7 @@ def train(**changes):
 
 
 def run_command(capsys, *arguments):
-    """Exit status, standard output and standard error of `python -m bench train`."""
-    try:
-        status = main(["train", *arguments])
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+    return run_bench(capsys, "train", *arguments)
 
 
 def refusal(capsys, *arguments):

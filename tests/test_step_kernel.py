@@ -15,6 +15,9 @@ from rmsgd import reference
 
 _cpu = pytest.importorskip("rmsgd._cpu", reason="the compiled core was not built")
 
+# The step's own threads are asked for by name.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = (0, 1, 3, 17, 64, 100_000)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
@@ -22,15 +25,6 @@ HALF = (torch.float16, torch.bfloat16)
 MOMENTA = ((0.0, 0.3, False), (0.9, 0.0, False), (0.9, 0.3, False), (0.9, 0.0, True), (0.9, 0.3, True))
 # multiplier, momentum, dampening, weight_decay, nesterov, maximize, velocity
 PLAIN = (1.0, 0.9, 0.0, 0.0, False, False, True)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Torch's threads would wait for each other on a busy machine; the step's are asked for by name."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def unaligned(values: Tensor) -> Tensor:

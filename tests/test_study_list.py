@@ -4,9 +4,9 @@ import json
 import math
 
 import pytest
+from commands import run_bench
 
 from bench import models, peers
-from bench.__main__ import main
 from bench.study import published
 from bench.study.datasets import DATASETS
 from bench.study.experiments import EXPERIMENTS, experiment, small
@@ -15,12 +15,7 @@ IDS = ["table1a", "table1b", "table2", "table3", "table4", "fig1a", "fig1b", "fi
 
 
 def run_command(capsys, *arguments):
-    try:
-        status = main(["study", *arguments])
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+    return run_bench(capsys, "study", *arguments)
 
 
 def test_every_table_and_figure_of_the_paper_is_an_experiment():

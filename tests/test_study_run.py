@@ -20,6 +20,8 @@ from bench.study.folder import BusyError, locked, status
 from bench.study.run import Run, kept_epochs
 from bench.study.runner import Place, Runner, train_all
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SECONDS = ("seconds_training", "seconds_epoch_end", "seconds_evaluation", "seconds_checkpoint")
 OPTIMIZERS = [
     "rmsgd",
@@ -35,14 +37,6 @@ OPTIMIZERS = [
     "adabound",
     "sls",
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny(**changes):

@@ -11,12 +11,16 @@ from torch.nn import Parameter
 
 import rmsgd
 from bench import speed_epoch_end, speed_step
+from bench.measure import seconds_per_call
 from bench.models import build
 from bench.weights import make_trained_like
 
 SLOWER = "RMSGD_BENCH_SLOWER"
 """Environment variable, such as "step:0.1" or "step:0.1,epoch-end:0.1": lets those cases take that much more
 time. It is there to test the gate."""
+
+LONG_ENOUGH_S = 0.002
+"""Shortest time of what is timed at once."""
 
 Call = Callable[[], object]
 STEP_NETWORK, MANY_TENSORS, EPOCH_END_NETWORK = "resnet18", "mobilenetv2", "mobilenetv2"
@@ -92,3 +96,21 @@ def target(name: str) -> dict[str, Call]:
     if not all(map(callable, cases.values())):
         raise ValueError(f"--target {name!r}: the function has to return a step to call, without arguments")
     return cases
+
+
+class Bench:
+    """The cases, warm, and how often each is called per timing."""
+
+    def __init__(self, threads: int, target_name: str | None) -> None:
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        self._cases = target(target_name) if target_name else standard()
+        self._wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+        self._calls = dict.fromkeys(self._cases, 1)
+        for name in self._cases:
+            self.time(name)
+            self._calls[name] = max(1, round(LONG_ENOUGH_S / max(self.time(name), 1e-9)))
+
+    def time(self, name: str) -> float:
+        """Seconds of one call."""
+        return seconds_per_call(self._cases[name], self._calls[name], self._wait)

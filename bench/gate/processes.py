@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from bench.gate.cases import SLOWER
+
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -36,7 +38,7 @@ class Worker:
             "KINETO_LOG_LEVEL": "6",  # torch's profiler else talks on stderr
         }
         if not slower:
-            environment.pop("RMSGD_BENCH_SLOWER", None)
+            environment.pop(SLOWER, None)
         self._process = subprocess.Popen(
             [sys.executable, str(WORKER)],
             stdin=subprocess.PIPE,

@@ -7,12 +7,13 @@ two revisions of the optimizer meet the same benchmark. One line of JSON asks, o
 import json
 import os
 import sys
-import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bench.gate.cases import Bench
 
 ROOT = str(Path(__file__).parents[2])
-LONG_ENOUGH_S = 0.002
 
 
 def import_from(folder: str) -> None:
@@ -25,39 +26,12 @@ def import_from(folder: str) -> None:
     sys.path[0] = ROOT
 
 
-class Bench:
-    """The cases, warm, and how often each is called per timing."""
-
-    def __init__(self, threads: int, target: str | None) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
-        torch.manual_seed(0)
-        from bench.gate import cases
-
-        self._cases = cases.target(target) if target else cases.standard()
-        self._wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-        self._calls = dict.fromkeys(self._cases, 1)
-        for name in self._cases:
-            self.time(name)
-            seconds = self.time(name)
-            self._calls[name] = max(1, round(LONG_ENOUGH_S / max(seconds, 1e-9)))
-
-    def time(self, name: str) -> float:
-        """Seconds of one call."""
-        case, calls = self._cases[name], self._calls[name]
-        self._wait()
-        start = time.perf_counter()
-        for _ in range(calls):
-            case()
-        self._wait()
-        return (time.perf_counter() - start) / calls
-
-
-def answers(request: dict[str, Any], bench: Bench | None) -> tuple[Any, Bench | None]:
+def answers(request: dict[str, Any], bench: "Bench | None") -> tuple[Any, "Bench | None"]:
     """The answer to one request, and the cases from now on."""
     if "rmsgd" in request:
         import_from(request["rmsgd"])
+        from bench.gate.cases import Bench
+
         return None, Bench(request["threads"], request["target"])
     if "time" in request:
         assert bench is not None

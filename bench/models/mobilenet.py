@@ -5,16 +5,18 @@ from torch import Tensor, nn
 
 from bench.models.blocks import conv, projection, scaled, strides
 
-# expansion, channels, blocks, stride of the first block
-STAGES = (
+# expansion, channels, blocks, stride of the first block: the paper's Table 2
+STAGES_IMAGENET = (
     (1, 16, 1, 1),
-    (6, 24, 2, 1),
+    (6, 24, 2, 2),
     (6, 32, 3, 2),
     (6, 64, 4, 2),
     (6, 96, 3, 1),
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
+STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), *STAGES_IMAGENET[2:])
+"""For 32x32 images: the first reduction is left out."""
 
 
 class Block(nn.Module):
@@ -61,18 +63,6 @@ class MobileNetV2(nn.Module):
         out = self.layers(F.relu(self.bn1(self.conv1(x))))
         out = F.relu(self.bn2(self.conv2(out)))
         return self.linear(out.mean((2, 3)))
-
-
-# expansion, channels, blocks, stride of the first block: the paper's Table 2
-STAGES_IMAGENET = (
-    (1, 16, 1, 1),
-    (6, 24, 2, 2),
-    (6, 32, 3, 2),
-    (6, 64, 4, 2),
-    (6, 96, 3, 1),
-    (6, 160, 3, 2),
-    (6, 320, 1, 1),
-)
 
 
 def _norm(channels: int, activation: bool = True) -> list[nn.Module]:

@@ -24,7 +24,6 @@ from bench.study.figures import draw
 from bench.study.nats import LAYOUT as NATS_LAYOUT
 from bench.study.records import Record, read
 from bench.study.runner import Place, Runner, train_all
-from bench.train import assignment, overrides
 
 OUT = Path(".out/study")
 PROGRESS = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -135,14 +134,7 @@ def _selection(parser: argparse.ArgumentParser) -> None:
         help="stop after SGD's time, or after epochs",
     )
     add("--rates", type=Path, metavar="FILE", help="learning rates that `study tune` found")
-    add(
-        "--set",
-        type=assignment,
-        action="append",
-        default=[],
-        metavar="OPTIMIZER.KEY=VALUE",
-        help="replace a setting of an optimizer, e.g. rmsgd.beta=0.9; may be repeated",
-    )
+    arguments.add_settings(parser)
 
 
 def _place(parser: argparse.ArgumentParser) -> None:
@@ -326,7 +318,7 @@ def selected(options: argparse.Namespace) -> list[RunConfig]:
             known = "; ".join(" x ".join(", ".join(part) for part in cell) for cell in cells)
             raise ValueError(f"{name} has no such cell. It has {known}")
         configs += mine
-    changed = overrides(options.set)
+    changed = arguments.overrides(options.set)
     if unused := set(changed) - {config.optimizer for config in configs}:
         raise ValueError(f"settings for {', '.join(sorted(unused))}, which is not among the optimizers")
     fixed = {key: value for key in ("epochs", "batch") if (value := getattr(options, key)) is not None}
