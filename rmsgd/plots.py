@@ -144,7 +144,7 @@ def proportions(
         path: file to write.
         x: horizontal positions, positive.
         series: label to heights, positive, one per x.
-        names: what each x is, written at the first series' points.
+        names: what each x is, written below or above its points.
         xlabel: label of the horizontal axis, with its unit.
         ylabel: label of the vertical axis, with its unit.
         title: above the axes.
@@ -162,11 +162,22 @@ def proportions(
     slope = float(np.exp(np.mean(np.log(first / np.asarray(x)))))
     ends = np.array([min(x), max(x)])
     axes.plot(ends, slope * ends, "-", color="0.75", zorder=0, label="proportional")
-    for name, at, height in zip(names, x, first, strict=True):
-        axes.annotate(name, (at, height), textcoords="offset points", xytext=(7, -10), fontsize=8)
+    stacks = np.array(list(series.values()), dtype=np.float64)
+    # In turn left of the highest point and right of the lowest, away from the line: neighbours may be close.
+    for turn, i in enumerate(np.argsort(x)):
+        left = turn % 2 == 0
+        axes.annotate(
+            names[i],
+            (x[i], np.nanmax(stacks[:, i]) if left else np.nanmin(stacks[:, i])),
+            textcoords="offset points",
+            xytext=(-6, 3) if left else (6, -3),
+            ha="right" if left else "left",
+            va="bottom" if left else "top",
+            fontsize=8,
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.margins(x=0.12)
+    axes.margins(x=0.18)  # room for the names
     axes.legend(frameon=False)
     _save(figure, path)
 

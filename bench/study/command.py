@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from bench import arguments, measure, readme
 from bench.peers import PeerUnavailableError
@@ -220,7 +227,7 @@ def _drawn(name: str, records: Sequence[Record], folder: Path, console: Console)
 
 
 def _nats(options: argparse.Namespace, console: Console) -> int:
-    with Progress(*PROGRESS, TextColumn("networks"), console=console) as progress:
+    with Progress(*PROGRESS, MofNCompleteColumn(), TextColumn("networks"), console=console) as progress:
         task = progress.add_task("measuring", total=None)
         rows = nats_study.measure(
             options.folder,
