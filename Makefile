@@ -65,6 +65,7 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m bench speed --out bench/results --readme README.md
 	$(BIN)/python -m bench epoch-time --optimizers rmsgd,sgd,sam --rounds 10 --out bench/results --readme README.md
+	$(BIN)/python -m bench split --out bench/results --readme README.md
 	$(BIN)/python -m bench probe-speed --out bench/results --readme README.md
 	$(BIN)/python -m bench noise-search --out bench/results --readme README.md
 	$(BIN)/python -m bench gate --update

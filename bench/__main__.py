@@ -15,6 +15,7 @@ COMMANDS = {
     "noise-search": "compare the EVBMF searches: ours, rmsgd 1.0.2's and the Python VBMF's",
     "gpu": "build, test and measure the CUDA kernels on this machine's GPU",
     "speed": "time the step and the epoch end against torch's SGD and rmsgd 1.0.2",
+    "split": "time the epoch end shared by two processes, and model more of them",
     "spectrum": "time the spectrum of one matrix of each size, part by part, against torch's routines",
     "probe-speed": "time rmsgd.probe against WeightWatcher on the same state dicts",
 }

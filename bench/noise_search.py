@@ -34,7 +34,7 @@ from rmsgd import reference
 from rmsgd.layers import as_matrix
 
 Array = npt.NDArray[np.float64]
-MODELS = ("resnet18", "mobilenetv2")
+MODELS = ("resnet18", "resnet50", "mobilenetv2", "vit-b16")
 
 
 def brent(c: Array, L: int, M: int) -> float:

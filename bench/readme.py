@@ -4,7 +4,7 @@ A table stands between `<!-- measured: NAME -->` and `<!-- /measured -->`.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,18 @@ def rewrite(path: Path, result: dict[str, Any]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-HOW = {"study": "means over seeds", "gate": "each run against a baseline of the machine when it was quiet"}
+HOW = {
+    "noise-search": "every free energy in float64",
+    "study": "means over seeds",
+    "split": "processes over gloo; medians of interleaved rounds",
+    "gate": "each run against a baseline of the machine when it was quiet",
+}
 
 
 def _where(machine: dict[str, Any], name: str) -> str:
     how = HOW.get(name, "medians of interleaved rounds")
-    return (
-        f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, "
-        f"{machine['threads']} threads; {how}."
-    )
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    return f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {threads}; {how}."
 
 
 def _markdown(headings: list[str], rows: list[list[str]]) -> str:
@@ -167,6 +170,30 @@ def _gate(rows: list[dict[str, Any]]) -> str:
     return _markdown(headings, [[row["kind"], *gate_cells(row)] for row in rows])
 
 
+def split_headings(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What `split_cells` gives."""
+    model = " / ".join(rows[0]["modelled_to_one"])
+    return ["1 rank, ms", "2 ranks / 1 [95 %]", "work of each, ms", "exchange, ms", f"model: {model}"]
+
+
+def split_cells(row: dict[str, Any]) -> list[str]:
+    """A row's figures: milliseconds as measured, then what the model gives, as shares of one rank's time."""
+    seconds, measured = row["seconds"], row["two_to_one"]
+    return [
+        f"{seconds['one rank'] * 1e3:.0f}",
+        f"{measured['median']:.2f} [{measured['low']:.2f}, {measured['high']:.2f}]",
+        " / ".join(f"{own * 1e3:.0f}" for own in seconds["own work"]),
+        f"{seconds['exchange'] * 1e3:.2f}",
+        " / ".join(f"{share:.2f}" for share in row["modelled_to_one"].values()),
+    ]
+
+
+def _split(rows: list[dict[str, Any]]) -> str:
+    return _markdown(
+        ["epoch end", *split_headings(rows)], [[row["model"], *split_cells(row)] for row in rows]
+    )
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "step": _step,
     "epoch-end": _epoch_end,
@@ -175,4 +202,5 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "study": _study,
     "epoch-time": _epoch_time,
     "gate": _gate,
+    "split": _split,
 }

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bench import noise_search, probe_speed, readme, spectrum, speed
+from bench import noise_search, probe_speed, readme, spectrum, speed, split
 from bench.speed_epoch_end import gram_products, network, spectra
 from bench.weights import OneLinear, make_trained_like
 
@@ -78,6 +78,27 @@ def test_a_spectrum_of_a_kind_that_is_not_timed_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         spectrum.main(["--out", str(tmp_path), "--dtypes", "fp16"])
     assert "fp16 is none of fp32, fp64" in capsys.readouterr().err
+
+
+def test_the_epoch_end_of_two_ranks_is_timed_and_more_are_modelled(tmp_path, capsys):
+    page = tmp_path / "README.md"
+    page.write_text("<!-- measured: split -->\n<!-- /measured -->\n")
+    arguments = ["--out", str(tmp_path), "--models", "resnet14-digits", "--rounds", "2"]
+    assert split.main([*arguments, "--readme", str(page)]) == 0
+    (row,) = json.loads((tmp_path / "split-cpu.json").read_text())["split"]
+    assert len(row["seconds"]["matrices"]) == row["spectra"]
+    assert len(row["seconds"]["own work"]) == 2
+    assert all(seconds > 0 for seconds in [*row["seconds"]["matrices"], *row["seconds"]["own work"]])
+    assert list(row["modelled_to_one"]) == ["2", "8", "64", "512"]
+    assert "| resnet14-digits |" in page.read_text()
+    assert "resnet14-digits" in capsys.readouterr().out
+
+
+def test_no_number_of_ranks_is_modelled_below_the_slowest_matrix():
+    def time(ranks):
+        return split.modelled([4.0, 2.0, 1.0, 1.0], [4, 2, 1, 1], exchange=0.125, ranks=ranks)
+
+    assert [time(ranks) for ranks in (1, 2, 8, 512)] == [1.0, 0.625, 0.875, 1.625]
 
 
 def test_the_noise_search_finds_ours_at_the_minimum():

@@ -1,0 +1,187 @@
+"""`python -m bench split`: how the epoch end scales over the processes of a job.
+
+Two processes of one thread each, over gloo, time the same epoch end in turn: by the first alone while the
+other waits, and shared (`process_group`). Beside it stand what each rank does of it by itself, and what
+the exchange costs. From there on a model, in units of one rank's time:
+
+    time(R) = largest share of the matrices + exchange ceil(log2 R)
+
+A rank's matrices are those that `rmsgd.distributed.split` gives it, and its share is of the time that each
+took alone. The exchange is that of two ranks on this machine, taken to grow as a tree does: a network's
+latency is not in it. One rank factorises the slowest matrix, so its share is the limit.
+"""
+
+import argparse
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import rmsgd
+from bench import readme
+from bench.arguments import names, positive
+from bench.measure import Interleaved, interleave, machine, median, ratio, write_json
+from bench.speed_epoch_end import network, spectra
+from bench.weights import make_trained_like
+from rmsgd.backends import backend_for
+from rmsgd.backends.base import FIELDS
+from rmsgd.distributed import Ranks, cost, split
+
+MODELS = ("resnet18", "resnet50")
+MEASURED_RANKS = 2
+MODELLED_RANKS = (2, 8, 64, 512)
+EXCHANGES = 20  # in a row, so that it is not the barrier around them that is timed
+
+
+def _time_together(rank: int, folder: str, model: str, rounds: int) -> None:
+    """One of two ranks; leaves what it timed in `folder`, in seconds."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=MEASURED_RANKS
+    )
+    torch.manual_seed(0)
+    module = network(model)
+    make_trained_like(module)
+    matrices = spectra(module)
+    measure = backend_for(torch.device("cpu")).measure
+    owners = split([cost(unfolding) for _, unfolding in matrices], MEASURED_RANKS)
+    mine = [matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == rank]
+    ranks = Ranks.of_group(dist.group.WORLD)
+    table = torch.zeros(len(matrices), FIELDS, dtype=torch.float64)
+    own_work: list[float] = []
+
+    def epoch_end(optimizer: rmsgd.RMSGD) -> None:
+        optimizer.epoch_step()
+        optimizer.learning_rates()
+
+    def own() -> None:
+        start = time.perf_counter()
+        measure(mine)
+        own_work.append(time.perf_counter() - start)
+
+    def exchange() -> None:
+        for _ in range(EXCHANGES):
+            ranks.check_agreement(["the same on every rank"], table.device)
+            ranks.reduce(table, dist.ReduceOp.SUM)
+
+    alone = rmsgd.RMSGD(module.named_parameters(), lr=0.03)
+    shared = rmsgd.RMSGD(module.named_parameters(), lr=0.03, process_group=dist.group.WORLD)
+    cases = {
+        "one rank": partial(epoch_end, alone) if rank == 0 else lambda: None,
+        "two ranks": partial(epoch_end, shared),
+        "own work": own,
+        "exchange": exchange,
+    }
+    # Both ranks draw the same order, and their clocks are read at a barrier.
+    seconds = Interleaved(cases, synchronise=dist.barrier).run(rounds)
+    timed = {case: values.tolist() for case, values in seconds.items()} | {"own work": own_work[1:]}
+    if rank == 0:  # the other waits below
+        single = {str(i): partial(measure, [matrix]) for i, matrix in enumerate(matrices)}
+        timed["matrices"] = [median(values).median for values in interleave(single, rounds).values()]
+    dist.barrier()
+    torch.save(timed, f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def modelled(matrices: Sequence[float], costs: Sequence[int], exchange: float, ranks: int) -> float:
+    """The time of an epoch end on so many ranks over that on one.
+
+    Args:
+        matrices: seconds of each matrix alone.
+        costs: of the same matrices, as the optimizer estimates them to share them out.
+        exchange: one exchange between two ranks over the time of one rank.
+        ranks: how many share the work.
+
+    """
+    load = [0.0] * ranks
+    for owner, seconds in zip(split(costs, ranks), matrices, strict=True):
+        load[owner] += seconds
+    return max(load) / sum(matrices) + exchange * math.ceil(math.log2(ranks))
+
+
+def compare(model: str, rounds: int) -> dict[str, Any]:
+    """One row: one rank and two measured, more of them modelled."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_time_together, (folder, model, rounds), nprocs=MEASURED_RANKS)
+        timed = [torch.load(f"{folder}/{rank}") for rank in range(MEASURED_RANKS)]
+    seconds, matrices = timed[0], timed[0]["matrices"]
+    one = median(seconds["one rank"]).median
+    exchange = median(seconds["exchange"]).median / EXCHANGES
+    costs = [cost(unfolding) for _, unfolding in spectra(network(model))]
+    return {
+        "model": model,
+        "spectra": len(matrices),
+        "seconds": {
+            "one rank": one,
+            "two ranks": median(seconds["two ranks"]).median,
+            "own work": [median(rank["own work"]).median for rank in timed],
+            "exchange": exchange,
+            "matrices": matrices,
+        },
+        "rounds": {case: seconds[case] for case in ("one rank", "two ranks")},
+        "two_to_one": ratio(seconds["two ranks"], seconds["one rank"])._asdict(),
+        "modelled_to_one": {
+            str(ranks): modelled(matrices, costs, exchange / one, ranks) for ranks in MODELLED_RANKS
+        },
+        "limit_to_one": max(matrices) / sum(matrices),
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows as a table."""
+    result = Table(
+        title="Epoch end shared by ranks of one thread (trained-like weights)",
+        box=box.SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    result.add_column("network", no_wrap=True)
+    for heading in readme.split_headings(rows):
+        result.add_column(heading, justify="right")
+    for row in rows:
+        result.add_row(row["model"], *readme.split_cells(row))
+    return result
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measures, prints the table, writes `split-cpu.json`; 0, or 2 for bad arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench split",
+        description="Time the epoch end shared by two processes, and model 8, 64 and 512.",
+    )
+    parser.add_argument("--out", type=Path, default=Path(".out/split"), help="folder for the JSON")
+    parser.add_argument("--models", type=names, default=MODELS, help=f"default: {','.join(MODELS)}")
+    parser.add_argument("--rounds", type=positive, default=15, help="interleaved rounds (default 15)")
+    parser.add_argument("--readme", type=Path, help="rewrite the measured table of this file")
+    options = parser.parse_args(arguments)
+    try:
+        for name in options.models:
+            network(name)
+    except ValueError as error:
+        parser.error(str(error))
+    rows = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for name in progress.track(options.models, description="two ranks"):
+            rows.append(compare(name, options.rounds))
+    result = {"schema": 1, "machine": machine() | {"threads": 1}, "split": rows}
+    console = Console()
+    console.print(table(rows))
+    path = options.out / "split-cpu.json"
+    write_json(path, result)
+    written = [str(path)]
+    if options.readme:
+        readme.rewrite(options.readme, result)
+        written.append(str(options.readme))
+    console.print("wrote " + ", ".join(written))
+    return 0
