@@ -226,7 +226,8 @@ def accuracy_dots(stem: Path, records: Sequence[Record]) -> list[Path]:
     labels = list(dict.fromkeys(record.config.label for record in records))
     columns = min(3, len(cells))
     height = -(-len(cells) // columns)
-    figure = blank(3.2 * columns + 1.0, (0.26 * len(labels) + 1.1) * height)
+    beside = 0.06 * max(map(len, labels))  # inches that the longest label takes
+    figure = blank(3.2 * columns + beside, (0.26 * len(labels) + 1.1) * height)
     panels = figure.subplots(height, columns, squeeze=False, sharey=True)
     for axes in panels.flat[len(cells) :]:
         axes.set_visible(False)
