@@ -15,7 +15,7 @@ help:
 	@echo "make demo      train a small ResNet on digits with RMSGD, SGD and SAM: table, JSON and plots"
 	@echo "make test      the test suite          make test-all  the slow tests and trainers too"
 	@echo "make sanitize  the compiled core under AddressSanitizer, UBSan and ThreadSanitizer"
-	@echo "make fuzz      random hostile spectra, weights and files; SECONDS=60 for each"
+	@echo "make fuzz      random hostile spectra, weights, states and files; SECONDS=60 each"
 	@echo "make lint      ruff, mypy, clang-format    make format    apply them"
 	@echo "make bench     measure speed on this machine (tens of minutes) and rewrite the README's tables"
 
@@ -45,8 +45,8 @@ test-all: $(INTEGRATIONS)
 sanitize: $(STAMP)
 	$(BIN)/python tests/sanitize.py
 
-# SECONDS for each of four targets: spectra and weights against the reference, damaged checkpoint files, and
-# the C++ headers under libFuzzer (where there is a clang).
+# SECONDS for each of five targets: spectra and weights against the reference, mangled state dicts, damaged
+# checkpoint files, and the C++ headers under libFuzzer (where there is a clang).
 fuzz: SECONDS := 60
 fuzz: $(STAMP)
 	cd tests && ../$(BIN)/python -m fuzz --seconds $(SECONDS)

@@ -23,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from bench import atomic
+
 Seconds = npt.NDArray[np.float64]
 
 
@@ -270,13 +272,9 @@ def write_json(path: str | Path, payload: Any) -> None:
     neither), dataclasses and named tuples are the caller's to convert.
     """
     path = Path(path)
+    text = json.dumps(plain(payload), indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_text(json.dumps(plain(payload), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    atomic.write(path, text.encode())
 
 
 def plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from rmsgd.compiled import register_step, trace_step
 from rmsgd.ledger import Ledger, Member
+from rmsgd.loading import check_and_complete, check_form, unwrap
 from rmsgd.measurement import Measurement
 from rmsgd.metrics import Report
 from rmsgd.options import (
@@ -23,7 +24,7 @@ from rmsgd.options import (
     refuse,
     step_group,
 )
-from rmsgd.state import check_and_complete, check_shape, complete, follow, unwrap
+from rmsgd.state import check_shape, complete, follow
 
 
 class RMSGD(Optimizer):
@@ -215,9 +216,12 @@ class RMSGD(Optimizer):
         checkpoint's tensors are copied.
 
         Raises:
-            ValueError: the checkpoint is of rmsgd 1.0.2, or its parameters are not the optimizer's; the
-                message names those that differ, and nothing has been changed.
+            ValueError: the checkpoint is of rmsgd 1.0.2, or its parameters are not the optimizer's, or a
+                value in it is none that an optimizer writes; the message names what differs, and nothing
+                has been changed.
         """
+        if not isinstance(state_dict, dict):  # what one holds is looked at after other hooks have
+            check_form(state_dict)
         handle = self.register_load_state_dict_pre_hook(check_and_complete)  # sees what other hooks give
         try:
             super().load_state_dict(state_dict)

@@ -1,9 +1,11 @@
 """The options of a parameter group: their checks, and what the kernels make of them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,40 +30,82 @@ def refuse(options: Mapping[str, object]) -> None:
         raise TypeError(f"RMSGD has no option {name!r}{reason}")
 
 
+Range = tuple[Callable[[Any], bool], str]
+"""What a value has to fulfil, and how a message says so."""
+
+
+def number(value: object) -> float:
+    """A number, also in a tensor of one element, as a float: NaN for what is none."""
+    if not isinstance(value, Real | np.bool_ | Tensor):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError, RuntimeError):  # several elements, or none that a float can hold
+        return math.nan
+
+
+ABOVE_0: Range = (lambda x: 0.0 < number(x) < math.inf, "above 0")
+AT_LEAST_0: Range = (lambda x: 0.0 <= number(x) < math.inf, "0 or more")
+YES_OR_NO: Range = (lambda x: number(x) in (0.0, 1.0), "True or False")
+
+
+def _one_of(names: tuple[str, ...]) -> Range:
+    return lambda x: isinstance(x, str) and x in names, f"one of {', '.join(names)}"
+
+
+OPTIONS: Mapping[str, Range] = {
+    "lr": (ABOVE_0[0], "above 0 (a scheduler may take it to 0 later)"),
+    "beta": (lambda x: 0.0 <= number(x) < 1.0, "in [0, 1)"),
+    "gamma": ABOVE_0,
+    "step_size": (
+        lambda x: x is None or (isinstance(x, int) and x > 0),
+        "a positive whole number of epochs, or None",
+    ),
+    "momentum": AT_LEAST_0,
+    "weight_decay": AT_LEAST_0,
+    "min_lr": AT_LEAST_0,
+    "dampening": (lambda x: math.isfinite(number(x)), "finite"),
+    "zeta": ABOVE_0,
+    "rule": _one_of(RULES),
+    "initial_rank": _one_of(INITIAL_RANKS),
+    "linear": YES_OR_NO,
+    "nesterov": YES_OR_NO,
+    "maximize": YES_OR_NO,
+    "probe": YES_OR_NO,
+}
+"""The range of every option."""
+
+
+def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range], where: str = "") -> None:
+    """Raise ValueError for a value out of its range; the message names it, after ``where``."""
+    for name, (holds, expected) in ranges.items():
+        if not holds(values[name]):
+            raise ValueError(f"{where}{name} must be {expected}, got {in_short(values[name])}")
+
+
+def in_short(value: object) -> str:
+    """A value in a message: one line, of bounded length."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        value = list(value)
+        text = f"a dict of {', '.join(map(repr, value[:5]))}" if value else "an empty dict"
+    else:
+        text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for an option out of its range; the message names it and its value."""
-
-    def fail(name: str, expected: str) -> None:
-        raise ValueError(f"{name} must be {expected}, got {options[name]!r}")
-
     lr = options["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr as a tensor: Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-    if not 0.0 < float(lr) < math.inf:
-        fail("lr", "above 0 (a scheduler may take it to 0 later)")
-    if not 0.0 <= options["beta"] < 1.0:
-        fail("beta", "in [0, 1)")
-    if not 0.0 < options["gamma"] < math.inf:
-        fail("gamma", "above 0")
-    step_size = options["step_size"]
-    if step_size is not None and not (isinstance(step_size, int) and step_size > 0):
-        fail("step_size", "a positive whole number of epochs, or None")
-    for name in ("momentum", "weight_decay", "min_lr"):
-        if not 0.0 <= options[name] < math.inf:
-            fail(name, "0 or more")
-    if not math.isfinite(options["dampening"]):
-        fail("dampening", "finite")
-    if not 0.0 < options["zeta"] < math.inf:
-        fail("zeta", "above 0")
+    check_ranges(options, OPTIONS)
     if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
         raise ValueError(
             "nesterov needs a momentum above 0 and no dampening, got "
             f"momentum={options['momentum']!r}, dampening={options['dampening']!r}"
         )
-    if options["rule"] not in RULES:
-        fail("rule", f"one of {', '.join(RULES)}")
-    if options["initial_rank"] not in INITIAL_RANKS:
-        fail("initial_rank", f"one of {', '.join(INITIAL_RANKS)}")
 
 
 def check_parameter(p: Tensor, name: str) -> None:

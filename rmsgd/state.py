@@ -1,4 +1,4 @@
-"""What the optimizer remembers of a parameter, and how a checkpoint's memory becomes it.
+"""What the optimizer remembers of a parameter.
 
 ``optimizer.state[p]`` holds, from the start, so that every checkpoint format carries it:
 
@@ -12,20 +12,17 @@
 """
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from rmsgd.distributed import is_dtensor
-from rmsgd.options import multiplier, parameter_name
+from rmsgd.options import multiplier
 
 State = dict[str, Any]
 Group = dict[str, Any]
-_BUFFERS = ("velocity", "momentum_buffer")
+BUFFERS = ("velocity", "momentum_buffer")
 
 
 def buffer_key(group: Mapping[str, Any]) -> str:
@@ -54,7 +51,7 @@ def complete(p: Tensor, state: State, group: Group) -> None:
     state.setdefault("decay", 1.0)
     state.setdefault("ready", False)
     key = buffer_key(group)
-    other = state.pop(_BUFFERS[key == _BUFFERS[0]], None)
+    other = state.pop(BUFFERS[key == BUFFERS[0]], None)
     if state.get(key) is None:
         state.pop(key, None)
         rate = state["rate"] * multiplier(group)
@@ -70,7 +67,7 @@ def complete(p: Tensor, state: State, group: Group) -> None:
 
 def check_shape(p: Tensor, state: Mapping[str, Any], name: str) -> None:
     """Raise RuntimeError for a parameter whose memory has another shape."""
-    for key in _BUFFERS:
+    for key in BUFFERS:
         buffer = state.get(key)
         if buffer is not None and buffer.shape != p.shape:
             raise RuntimeError(
@@ -89,112 +86,3 @@ def follow(p: Tensor, state: State, group: Group) -> None:
         state[key] = _buffer_like(p)
     elif buffer.device != p.device or buffer.dtype != buffer_dtype(p) or buffer.stride() != p.stride():
         state[key] = _buffer_like(p).copy_(buffer)
-
-
-# -- checkpoints ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AsItIs:
-    """A tensor on its way through ``Optimizer.load_state_dict``.
-
-    torch would cast it to the parameter's type, and a bfloat16 velocity loses what float32 held.
-    """
-
-    tensor: Tensor
-
-
-def check_and_complete(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state_dict that fits the optimizer, from its own, torch's SGD's or another rule's.
-
-    Options that the checkpoint's groups lack are taken from the optimizer's. Nothing is changed.
-
-    Raises:
-        ValueError: the checkpoint is of rmsgd 1.0.2, or its parameters are not the optimizer's; the
-            message names those that differ.
-    """
-    groups, saved = optimizer.param_groups, state_dict["param_groups"]
-    if any("lr_vector" in group for group in saved):
-        raise ValueError(
-            "this checkpoint was written by rmsgd 1.0.2, which keeps neither its epoch nor its learning "
-            "rates in it, so that no run can go on from there: load the model's weights alone, and begin "
-            "with RMSGD(..., initial_rank='measure')"
-        )
-    _check_parameters(groups, saved)
-    owners = {
-        key: (p, parameter_name(group, g, i))
-        for g, (group, theirs) in enumerate(zip(groups, saved, strict=True))
-        for i, (p, key) in enumerate(zip(group["params"], theirs["params"], strict=True))
-    }
-    _check_states(owners, state_dict["state"])
-    return {
-        **state_dict,
-        "state": {
-            key: {k: AsItIs(v) if isinstance(v, Tensor) else v for k, v in state.items()}
-            for key, state in state_dict["state"].items()
-        },
-        "param_groups": [_complete_group(*pair) for pair in zip(groups, saved, strict=True)],
-    }
-
-
-def unwrap(p: Tensor, state: State) -> None:
-    """Take the tensors that ``check_and_complete`` wrapped: copies, on the parameter's device."""
-    for key, value in state.items():
-        if isinstance(value, AsItIs):
-            tensor = value.tensor
-            state[key] = tensor.clone() if tensor.device == p.device else tensor.to(p.device)
-
-
-def _complete_group(group: Group, saved: Group) -> Group:
-    filled = {k: v for k, v in group.items() if k not in ("params", "param_names", "lr0")} | saved
-    if "lr0" not in saved:
-        lr = float(saved["lr"])
-        filled["lr0"] = lr if lr > 0.0 else group["lr0"]
-    return filled
-
-
-def _check_parameters(groups: Sequence[Group], saved: Sequence[Group]) -> None:
-    """Raise ValueError where the checkpoint's groups do not hold as many parameters, or hold others."""
-
-    def names(of: Sequence[Group]) -> list[str]:
-        return [str(name) for group in of for name in group.get("param_names") or ()]
-
-    ours, theirs = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved]
-    known, loaded = names(groups), names(saved)
-    if ours != theirs:
-        message = f"the checkpoint has groups of {theirs} parameters, the optimizer of {ours}"
-        if known and loaded:
-            missing, unexpected = sorted(set(known) - set(loaded)), sorted(set(loaded) - set(known))
-            message += f"; missing in the checkpoint: {_list(missing)}; unexpected: {_list(unexpected)}"
-        raise ValueError(message)
-    # Names may change, as under a wrapper that adds a prefix; the same ones in another order are a mix-up.
-    if known != loaded and sorted(known) == sorted(loaded):
-        mine, its = next((a, b) for a, b in zip(known, loaded, strict=True) if a != b)
-        raise ValueError(f"the checkpoint lists {its} where the optimizer has {mine}: the order differs")
-
-
-def _check_states(
-    owners: Mapping[Any, tuple[Tensor, str]], states: MutableMapping[Any, Mapping[str, Any]]
-) -> None:
-    strangers = [str(key) for key in states if key not in owners]
-    if strangers:
-        raise ValueError(f"the checkpoint has state for parameters in none of its groups: {_list(strangers)}")
-    different = []
-    for key, state in states.items():
-        p, name = owners[key]
-        for kind in _BUFFERS:
-            buffer = state.get(kind)
-            if buffer is not None and is_dtensor(buffer) != is_dtensor(p):
-                raise ValueError(
-                    f"{name} or its {kind} is a DTensor and the other is not: load the checkpoint with "
-                    "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-                )
-            if buffer is not None and buffer.shape != p.shape:
-                different.append(f"{name} is {tuple(p.shape)}, its {kind} {tuple(buffer.shape)}")
-    if different:
-        raise ValueError(f"shapes differ between optimizer and checkpoint: {_list(different)}")
-
-
-def _list(items: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return (", ".join(items[:most]) or "none") + more

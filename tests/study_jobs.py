@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from bench import atomic
 from bench.data import Split
-from bench.study import atomic, datasets
+from bench.study import datasets
 from bench.study.config import RunConfig
 from bench.study.run import Run
 from bench.study.source import Augmentation, InMemory

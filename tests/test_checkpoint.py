@@ -293,6 +293,79 @@ def test_state_of_parameters_in_no_group_is_refused():
         ours.load_state_dict(state_dict)
 
 
+def changed(state_dict, path, value):
+    """A copy of a state dict with another value at one place."""
+    state_dict = deepcopy(state_dict)
+    place = state_dict
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return state_dict
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("state",), None, "state of the checkpoint must be a dict, got None"),
+        (("state", 0), [], "state of parameter 0 in the checkpoint must be a dict"),
+        (("state", 0, "rate"), float("nan"), "0.weight in the checkpoint: rate must be 0 or more, got nan"),
+        (("state", 2, "epoch"), 1.5, "1.weight in the checkpoint: epoch must be a whole number, got 1.5"),
+        (("state", 0, "velocity"), 3, "velocity must be a dense tensor of floating-point numbers, got 3"),
+        (("state", 0, "velocity"), torch.zeros(8, 2, 3, 3).long(), "velocity must be a dense.*torch.int64"),
+        (("state", 0, "velocity"), torch.zeros(8, 2, 3, 3, device="meta"), "0.weight.*on the meta device"),
+        (("param_groups",), {}, "param_groups of the checkpoint must be a list"),
+        (("param_groups", 0), 7, "group 0 of the checkpoint must be a dict, got 7"),
+        (("param_groups", 0, "momentum"), "x", "group 0 of the checkpoint: momentum must be 0 or more"),
+        (("param_groups", 0, "lr0"), 0.0, "group 0 of the checkpoint: lr0 must be above 0, got 0.0"),
+        (("param_groups", 0, "rule"), "adam", "group 0 of the checkpoint: rule must be one of"),
+        (("param_groups", 0, "params"), None, "group 0 of the checkpoint: params must be a list"),
+        (("param_groups", 0, "params", 1), 0, "params holds 0, which the checkpoint has already listed"),
+        (("param_groups", 0, "param_names"), ["a"], "param_names must be 6 names"),
+    ],
+)
+def test_what_no_optimizer_writes_is_named_and_nothing_changes(path, value, message):
+    model = network()
+    ours = rmsgd.RMSGD(model.named_parameters())
+    run(model, ours, 0, 5)
+    before = state_of(ours)
+    with pytest.raises(ValueError, match=message):
+        ours.load_state_dict(changed(before, path, value))
+    unchanged(ours, before)
+
+
+@pytest.mark.parametrize(
+    ("other", "got"),
+    [
+        (None, "None"),
+        ([], r"\[\]"),
+        ({}, "an empty dict"),
+        (network().state_dict(), "a dict of '0.weight', '0.bias', .*"),
+    ],
+)
+def test_what_is_no_state_dict_of_an_optimizer_is_refused(other, got):
+    ours = rmsgd.RMSGD(network().parameters())
+    expected = "a checkpoint of an optimizer must be a dict with 'state' and 'param_groups'"
+    with pytest.raises(ValueError, match=f"{expected}, got {got}$"):
+        ours.load_state_dict(other)
+
+
+def test_numbers_that_were_stored_as_tensors_become_numbers():
+    ours = rmsgd.RMSGD(network().parameters())
+    before = state_of(ours)
+    stored = deepcopy(before)
+    for state in stored["state"].values():
+        state.update((k, torch.tensor(v)) for k, v in list(state.items()) if not isinstance(v, torch.Tensor))
+        state["rate"] = torch.tensor(0.03, dtype=torch.float64)
+    ours.load_state_dict(stored)
+    unchanged(ours, before)
+    assert {type(v) for state in ours.state.values() for v in state.values()} == {
+        torch.Tensor,
+        float,
+        int,
+        bool,
+    }
+
+
 def test_reading_the_state_does_not_disturb_the_run():
     model, other = network(), network()
     watched, alone = rmsgd.RMSGD(model.parameters()), rmsgd.RMSGD(other.parameters())

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 pytest.importorskip("rmsgd._cpu", reason="the compiled core was not built")
-from fuzz import core, files, spectra
+from fuzz import core, files, spectra, states
 
 
 def test_ranks_and_noise_variances_of_hostile_spectra_are_the_references():
@@ -21,6 +21,10 @@ def test_ranks_and_noise_variances_of_hostile_spectra_are_the_references():
 def test_spectra_of_hostile_weights_are_the_references():
     for seed in range(150):
         spectra.check_weight(spectra.draw_weight(seed))
+
+
+def test_mangled_state_dicts_are_loaded_or_refused_and_then_nothing_has_changed():
+    assert {states.check(states.draw(seed)) for seed in range(300)} == {"loaded", "refused"}
 
 
 def test_damaged_checkpoints_are_read_or_refused_in_one_line(tmp_path):

@@ -78,6 +78,11 @@ INVALID = (
     ({"min_lr": float("nan")}, "min_lr must be"),
     ({"rule": "adam"}, "rule must be one of paper, release, published, got 'adam'"),
     ({"initial_rank": "full"}, "initial_rank must be one of zero, measure"),
+    ({"lr": "0.1"}, "lr must be above 0.*got '0.1'"),
+    ({"momentum": None}, "momentum must be 0 or more, got None"),
+    ({"weight_decay": 10**400}, r"weight_decay must be 0 or more, got 1000+\.\.\.$"),
+    ({"nesterov": "no"}, "nesterov must be True or False, got 'no'"),
+    ({"rule": ["paper"]}, "rule must be one of"),
 )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import rmsgd
+from setup import find_nvcc
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -134,6 +135,7 @@ def test_the_version_stands_in_one_place(sdist, pure_wheel):
     assert sdist.name == f"rmsgd_kernels-{rmsgd.__version__}.tar.gz"
     assert pure_wheel.name.startswith(f"rmsgd_kernels-{rmsgd.__version__}-")
     assert f"\n## {rmsgd.__version__} " in (ROOT / "CHANGELOG.md").read_text()
+    assert set(re.findall(r"ref: v([\d.]+)", (ROOT / "README.md").read_text())) <= {rmsgd.__version__}
 
 
 def test_an_installation_without_a_compiler_works_and_says_what_is_missing(pure_wheel, tmp_path):
@@ -159,20 +161,61 @@ def test_an_installed_wheel_runs_the_compiled_core(wheel, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("compiler", "backend"), [({}, "native"), (NO_COMPILER, None)], ids=["g++", "none"])
-def test_an_sdist_installs_with_and_without_a_compiler(sdist, tmp_path, compiler, backend):
+@pytest.mark.parametrize(
+    ("compilers", "modules"),
+    [
+        ({"RMSGD_CUDA": "0"}, {"_cpu"}),
+        ({"RMSGD_CUDA": "1", "RMSGD_CUDA_ARCHS": "90"}, {"_cpu", "_cuda"}),
+        (NO_COMPILER | {"RMSGD_CUDA": "1", "RMSGD_NVCC": "/bin/false"}, set()),
+    ],
+    ids=["g++", "g++ and nvcc", "neither"],
+)
+def test_an_sdist_installs_with_and_without_compilers(sdist, tmp_path, compilers, modules):
+    if "_cuda" in modules and find_nvcc() is None:
+        pytest.skip("no nvcc")
     python = python_of_clean_environment(tmp_path / "venv")
-    install(python, sdist, RMSGD_CUDA="0", **compiler)
-    used = doctor(python, tmp_path)["used"]["cpu"]
-    assert used == backend if backend else used != "native"
+    install(python, sdist, **compilers)
+    built = {path.name.split(".")[0] for path in python.parents[1].glob("lib/*/site-packages/rmsgd/*.so")}
+    assert built == modules
+    assert (doctor(python, tmp_path)["used"]["cpu"] == "native") == ("_cpu" in modules)
+    for name in modules:
+        run(python, "-c", f"import rmsgd.{name}", cwd=tmp_path, PYTHONPATH="")
 
 
 @pytest.mark.slow
 def test_the_stubs_are_those_of_the_compiled_core(tmp_path):
     pytest.importorskip("rmsgd._cpu")
-    (tmp_path / "allowed").write_text("rmsgd._cpu.StepPlan\n")  # its metaclass is pybind11's
+    (tmp_path / "allowed").write_text("rmsgd._cpu.(Layouts|StepPlan)\n")  # their metaclass is pybind11's
     stubtest = [sys.executable, "-m", "mypy.stubtest", "rmsgd._cpu", "--allowlist", tmp_path / "allowed"]
     run(*stubtest, PYTHONPATH=str(ROOT))
+
+
+USE = """
+from typing import Any, assert_type
+import torch
+import rmsgd
+
+model = torch.nn.Linear(3, 4)
+optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.1)
+schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+assert_type(optimizer.step(lambda: 0.5), float)
+optimizer.step()
+optimizer.epoch_step()
+assert_type(optimizer.learning_rates(), dict[str, float])
+assert_type(optimizer.report().layers, tuple[rmsgd.LayerMetrics, ...])
+assert_type(rmsgd.probe(model).quality, float)
+low_rank = rmsgd.evbmf(model.weight, vectors=True)
+assert_type((low_rank.U, low_rank.rank), tuple[torch.Tensor | None, int])
+rmsgd.RMSGD(model.parameters(), lr="0.1")  # type: ignore[arg-type]
+"""
+
+
+@pytest.mark.slow
+def test_code_that_uses_it_passes_mypy_strict(tmp_path):
+    pytest.importorskip("mypy")
+    (tmp_path / "use.py").write_text(USE)
+    mypy = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "use.py"]
+    run(*mypy, cwd=tmp_path, MYPYPATH=str(ROOT))
 
 
 def test_wheels_are_configured_for_every_python_and_machine_that_is_promised():

@@ -13,8 +13,8 @@ import pytest
 import torch
 from study_jobs import STEPS, TINY, make, start, weights
 
+from bench import atomic
 from bench.__main__ import main
-from bench.study import atomic
 from bench.study.config import RunConfig, sorted_settings
 from bench.study.folder import BusyError, locked, status
 from bench.study.run import Run, kept_epochs
@@ -110,8 +110,10 @@ def test_dropout_goes_on_with_the_same_draws(tmp_path, monkeypatch):
 
 
 def test_a_run_killed_in_a_step_and_while_it_writes_ends_identically(tmp_path, undisturbed):
-    # Each child goes on where the one before was killed: in the first checkpoint ever, between two, ...
-    for where, count in (("write", 1), ("step", 2), ("write", 3), ("rename", 2), ("step", 3)):
+    # Each child goes on where the one before was killed: in the first file, in the first weights, in the
+    # first checkpoint (a file is synchronised, and then its folder), in a step, ...
+    kills = [("write", 1), ("write", 5), ("write", 7), ("step", 2), ("write", 3), ("rename", 2), ("step", 3)]
+    for where, count in kills:
         process = start(TINY, tmp_path, where, count)
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
@@ -119,10 +121,11 @@ def test_a_run_killed_in_a_step_and_while_it_writes_ends_identically(tmp_path, u
     make(TINY, tmp_path).train()
     assert identical(weights(undisturbed), weights(tmp_path))
     assert measured(undisturbed) == measured(tmp_path)
-    kept = [
-        sorted(path.name for path in (folder / "weights").iterdir()) for folder in (undisturbed, tmp_path)
-    ]
-    assert kept[0] == [name for name in kept[1] if not name.endswith(".part")]
+    assert files_below(undisturbed) == files_below(tmp_path)
+
+
+def files_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def killed_at_random(config, folder, moments, most):

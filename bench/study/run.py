@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rmsgd
-from bench import measure, models, peers
-from bench.study import atomic, randomness
+from bench import atomic, measure, models, peers
+from bench.study import randomness
 from bench.study.config import RunConfig
 from bench.study.folder import locked, status
 from bench.study.source import Source, mix
@@ -109,6 +109,7 @@ class Run:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder):
+            atomic.sweep(self.folder)
             finished = self.folder / "result.json"
             if finished.exists():
                 return status(self.folder)

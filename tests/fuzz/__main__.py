@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from fuzz import core, files, spectra
+from fuzz import core, files, spectra, states
 
 CHUNK = 500
 """Cases that one process takes: it tells of a crash by its end, and the parent then looks for the case."""
@@ -40,6 +40,10 @@ def weights_checker() -> Callable[[int], str]:
     return check
 
 
+def states_checker() -> Callable[[int], str]:
+    return lambda seed: states.check(states.draw(seed))
+
+
 def files_checker() -> Callable[[int], str]:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
@@ -56,7 +60,12 @@ def files_checker() -> Callable[[int], str]:
     return check
 
 
-CHECKERS = {"spectra": spectra_checker, "weights": weights_checker, "files": files_checker}
+CHECKERS = {
+    "spectra": spectra_checker,
+    "weights": weights_checker,
+    "states": states_checker,
+    "files": files_checker,
+}
 
 
 def worker(target: str) -> None:

@@ -7,19 +7,22 @@ from typing import Any
 
 import torch
 
+PARTIAL = ".part"
+
 
 def write(path: Path, content: bytes | memoryview) -> None:
     """Writes a file so that at every moment `path` holds the old content or all of the new.
 
     Content goes to a temporary file beside it, to the disk (fsync), and then takes the name; the
-    folder is synchronised too, so that the name outlives a power cut.
+    folder is synchronised too, so that the name outlives a power cut. Processes that write the same
+    file do not meet; one that is killed leaves its temporary file to `sweep`.
 
     Raises:
         OSError: the disk is full, or cannot be written to. The old file is intact and the temporary
             one is gone.
 
     """
-    partial = path.with_name(path.name + ".part")
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             file.write(content)
@@ -41,3 +44,9 @@ def save(path: Path, content: Any) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write(path, buffer.getbuffer())
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed processes left in a folder and below it, where no other process writes now."""
+    for partial in folder.rglob(f"*{PARTIAL}"):
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,210 @@
+"""How a checkpoint's memory becomes the optimizer's: all of it is checked before anything changes."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rmsgd.distributed import is_dtensor
+from rmsgd.options import (
+    ABOVE_0,
+    AT_LEAST_0,
+    OPTIONS,
+    YES_OR_NO,
+    Range,
+    check_ranges,
+    in_short,
+    number,
+    parameter_name,
+)
+from rmsgd.state import BUFFERS, Group, State
+
+_GROUP: Mapping[str, Range] = {**OPTIONS, "lr0": ABOVE_0, "lr": AT_LEAST_0}
+"""The ranges of a checkpoint's options: its lr may be where a schedule ends."""
+
+_STATE: Mapping[str, tuple[Callable[[float], float], Range]] = {
+    "rate": (float, AT_LEAST_0),
+    "stable_rank": (float, (lambda x: AT_LEAST_0[0](x) or _is_nan(x), "0 or more, or NaN")),
+    "epoch": (int, (lambda x: AT_LEAST_0[0](x) and number(x).is_integer(), "a whole number")),
+    "decay": (float, AT_LEAST_0),
+    "fresh": (bool, YES_OR_NO),
+    "ready": (bool, YES_OR_NO),
+}
+"""What the numbers in a parameter's state are, and their ranges."""
+
+
+@dataclass(frozen=True)
+class AsItIs:
+    """A value on its way through ``Optimizer.load_state_dict``.
+
+    torch would cast a tensor to the parameter's type, and a bfloat16 velocity loses what float32 held.
+    """
+
+    value: Any
+
+
+def check_and_complete(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state_dict that fits the optimizer, from its own, torch's SGD's or another rule's.
+
+    Options that the checkpoint's groups lack are taken from the optimizer's. Nothing is changed.
+
+    Raises:
+        ValueError: the checkpoint is of rmsgd 1.0.2, or its parameters are not the optimizer's, or a
+            value in it is none that an optimizer writes; the message names what differs.
+    """
+    check_form(state_dict)
+    groups, saved = optimizer.param_groups, state_dict["param_groups"]
+    if any("lr_vector" in group for group in saved):
+        raise ValueError(
+            "this checkpoint was written by rmsgd 1.0.2, which keeps neither its epoch nor its learning "
+            "rates in it, so that no run can go on from there: load the model's weights alone, and begin "
+            "with RMSGD(..., initial_rank='measure')"
+        )
+    _check_parameters(groups, saved)
+    completed = [_complete_group(*pair) for pair in zip(groups, saved, strict=True)]
+    for g, group in enumerate(completed):
+        check_ranges(group, _GROUP, f"group {g} of the checkpoint: ")
+    owners = {
+        key: (p, parameter_name(group, g, i))
+        for g, (group, theirs) in enumerate(zip(groups, saved, strict=True))
+        for i, (p, key) in enumerate(zip(group["params"], theirs["params"], strict=True))
+    }
+    _check_states(owners, state_dict["state"])
+    return {
+        **state_dict,
+        "state": {
+            key: {k: AsItIs(_plain(k, v)) for k, v in state.items()}
+            for key, state in state_dict["state"].items()
+        },
+        "param_groups": completed,
+    }
+
+
+def unwrap(p: Tensor, state: State) -> None:
+    """Take what ``check_and_complete`` wrapped: tensors as copies, on the parameter's device."""
+    for key, wrapped in state.items():
+        if isinstance(wrapped, AsItIs):
+            value = wrapped.value
+            if isinstance(value, Tensor):
+                value = value.detach()
+                value = value.clone() if value.device == p.device else value.to(p.device)
+            state[key] = value
+
+
+def _is_nan(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and bool(value.isnan())
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A number as the state has it; any other value as it is."""
+    return _STATE[key][0](number(value)) if key in _STATE else value
+
+
+def _complete_group(group: Group, saved: Group) -> Group:
+    filled = {k: v for k, v in group.items() if k not in ("params", "param_names", "lr0")} | saved
+    if "lr0" not in saved:
+        lr = number(filled["lr"])
+        filled["lr0"] = lr if lr > 0.0 else group["lr0"]
+    return filled
+
+
+def check_form(state_dict: object) -> None:
+    """Raise ValueError for what is not made as ``Optimizer.state_dict`` makes it."""
+
+    def refuse(what: str, expected: str, value: object) -> NoReturn:
+        raise ValueError(f"{what} must be {expected}, got {in_short(value)}")
+
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        refuse("a checkpoint of an optimizer", "a dict with 'state' and 'param_groups'", state_dict)
+    groups, states = state_dict["param_groups"], state_dict["state"]
+    if not isinstance(groups, list | tuple):
+        refuse("param_groups of the checkpoint", "a list", groups)
+    seen: set[Any] = set()
+    for g, group in enumerate(groups):
+        where = f"group {g} of the checkpoint"
+        if not isinstance(group, Mapping):
+            refuse(where, "a dict", group)
+        keys, names = group.get("params"), group.get("param_names")
+        if not isinstance(keys, list | tuple) or not all(isinstance(key, int | str) for key in keys):
+            refuse(f"{where}: params", "a list of the numbers of parameters", keys)
+        for key in keys:
+            if key in seen:
+                raise ValueError(f"{where}: params holds {key!r}, which the checkpoint has already listed")
+            seen.add(key)
+        fits = isinstance(names, list | tuple) and len(names) == len(keys)
+        if names is not None and not (fits and all(isinstance(name, str) for name in names)):
+            refuse(f"{where}: param_names", f"{len(keys)} names", names)
+    if not isinstance(states, Mapping):
+        refuse("state of the checkpoint", "a dict", states)
+    for key, state in states.items():
+        if not isinstance(state, Mapping):
+            refuse(f"state of parameter {in_short(key)} in the checkpoint", "a dict", state)
+
+
+def _check_parameters(groups: Sequence[Group], saved: Sequence[Group]) -> None:
+    """Raise ValueError where the checkpoint's groups do not hold as many parameters, or hold others."""
+
+    def names(of: Sequence[Group]) -> list[str]:
+        return [str(name) for group in of for name in group.get("param_names") or ()]
+
+    ours, theirs = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved]
+    known, loaded = names(groups), names(saved)
+    if ours != theirs:
+        message = f"the checkpoint has groups of {theirs} parameters, the optimizer of {ours}"
+        if known and loaded:
+            missing, unexpected = sorted(set(known) - set(loaded)), sorted(set(loaded) - set(known))
+            message += f"; missing in the checkpoint: {_list(missing)}; unexpected: {_list(unexpected)}"
+        raise ValueError(message)
+    # Names may change, as under a wrapper that adds a prefix; the same ones in another order are a mix-up.
+    if known != loaded and sorted(known) == sorted(loaded):
+        mine, its = next((a, b) for a, b in zip(known, loaded, strict=True) if a != b)
+        raise ValueError(f"the checkpoint lists {its} where the optimizer has {mine}: the order differs")
+
+
+def _check_states(owners: Mapping[Any, tuple[Tensor, str]], states: Mapping[Any, Mapping[str, Any]]) -> None:
+    strangers = [in_short(key) for key in states if key not in owners]
+    if strangers:
+        raise ValueError(f"the checkpoint has state for parameters in none of its groups: {_list(strangers)}")
+    different = []
+    for key, state in states.items():
+        p, name = owners[key]
+        for kind, value in state.items():
+            if isinstance(value, Tensor) and value.is_meta and not p.is_meta:
+                raise ValueError(f"{name} in the checkpoint: {kind} is on the meta device, without values")
+        numbers = {kind: what for kind, (_, what) in _STATE.items() if kind in state}
+        check_ranges(state, numbers, f"{name} in the checkpoint: ")
+        for kind in BUFFERS:
+            buffer = state.get(kind)
+            if buffer is not None and not _is_buffer(buffer):
+                raise ValueError(
+                    f"{name} in the checkpoint: {kind} must be a dense tensor of floating-point numbers, "
+                    f"got {_kind(buffer)}"
+                )
+            if buffer is not None and is_dtensor(buffer) != is_dtensor(p):
+                raise ValueError(
+                    f"{name} or its {kind} is a DTensor and the other is not: load the checkpoint with "
+                    "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+                )
+            if buffer is not None and buffer.shape != p.shape:
+                different.append(f"{name} is {tuple(p.shape)}, its {kind} {tuple(buffer.shape)}")
+    if different:
+        raise ValueError(f"shapes differ between optimizer and checkpoint: {_list(different)}")
+
+
+def _is_buffer(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
+
+
+def _kind(value: object) -> str:
+    return f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else in_short(value)
+
+
+def _list(items: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return (", ".join(items[:most]) or "none") + more
