@@ -319,7 +319,8 @@ class RMSGD(Optimizer):
     def epoch_step(self) -> None:
         """One epoch end: measure every layer and move its learning rate.
 
-        A layer whose weight holds a NaN or an Inf keeps its rate; a warning names it.
+        A layer whose weight holds a NaN or an Inf keeps its rate; a warning names it. Another says so if
+        there is no layer to measure, as under the first FSDP, which flattens parameters.
         """
         ledgers = self._current_ledgers()
         if not all(ledger.probes_the_same(self.param_groups) for ledger in ledgers):
@@ -337,6 +338,9 @@ class RMSGD(Optimizer):
                 state = self.state[p]
                 state["epoch"] += 1
                 state["decay"] *= moved.decay
+        asked_for = any(group["probe"] for group in self.param_groups)
+        if asked_for and not any(measurement.names for measurement in self._measured):
+            warnings.warn(_NOTHING_TO_MEASURE, stacklevel=3)
         bad = [
             name
             for measurement in self._measured
@@ -372,6 +376,12 @@ class RMSGD(Optimizer):
             raise RuntimeError("report() needs an epoch_step() first: nothing has been measured yet")
         layers = {at: layer for part in self._measured for at, layer in part.layers().items()}
         return Report(tuple(layer for _, layer in sorted(layers.items())))
+
+
+_NOTHING_TO_MEASURE = (
+    "no layer is measured, so every learning rate stays as it is: RMSGD measures convolutions and, unless "
+    "linear=False, matrices. FullyShardedDataParallel flattens them: use torch.distributed.fsdp.fully_shard"
+)
 
 
 def _kinds(groups: list[dict[str, Any]]) -> list[tuple[int, bool, str]]:

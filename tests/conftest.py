@@ -1,11 +1,11 @@
 """What several tests share."""
 
 import importlib
-import importlib.util
 import os
 
 import pytest
 import torch
+from trainers import import_torchvision
 
 from rmsgd import backends
 
@@ -38,23 +38,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _torchvision_of_another_build():
-    """Make torchvision importable where its compiled half is for a torch with CUDA, and torch is without.
-
-    timm imports it, and others where they find it; no test calls its operators.
-    """
-    if importlib.util.find_spec("torchvision") is None or torch.version.cuda is not None:
-        return
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        importlib.import_module("torchvision")
-
-
 @pytest.fixture
 def timm():
     """timm, with "rmsgd" among its optimizers."""
@@ -62,6 +45,10 @@ def timm():
     pytest.importorskip("timm.scheduler")
     importlib.import_module("rmsgd.integrations.timm").register()
     return timm
+
+
+def pytest_configure(config):
+    import_torchvision()  # also in the process that deals tests out: it imports what warned
 
 
 def pytest_collection_modifyitems(items):

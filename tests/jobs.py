@@ -13,13 +13,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from rmsgd.backends import backend_for
+
 PATIENCE = 240.0
 """Seconds after which a job counts as hanging."""
 
 
 def _work(rank: int, size: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"] = str(rank), str(size), str(rank)
+    # As torchrun leaves them, for the trainers; nobody connects to the port, for the group is there already.
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )
@@ -73,3 +77,23 @@ class Job:
             if process.is_alive():
                 process.kill()
         self._folder.cleanup()
+
+
+class Counting:
+    """Counts the matrices that this rank's backend is given."""
+
+    def __init__(self):
+        self.count = 0
+        self._backend = backend_for(torch.device("cpu"))
+        self._measure = self._backend.measure
+
+    def __enter__(self):
+        def measure(matrices):
+            self.count += len(matrices)
+            return self._measure(matrices)
+
+        self._backend.measure = measure
+        return self
+
+    def __exit__(self, *_):
+        del self._backend.measure

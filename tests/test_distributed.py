@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from jobs import Job
+from jobs import Counting, Job
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -18,12 +18,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import rmsgd
-from rmsgd.backends import backend_for
 from rmsgd.distributed import cost, split
 from rmsgd.layers import unfoldings
 
@@ -69,27 +68,11 @@ def alone(options):
     return optimizer.learning_rates(), [p.detach().clone() for p in model.parameters()]
 
 
-class Counting:
-    """Counts the matrices that this rank's backend is given."""
-
-    def __init__(self):
-        self.count = 0
-        self._backend = backend_for(torch.device("cpu"))
-        self._measure = self._backend.measure
-
-    def __enter__(self):
-        def measure(matrices):
-            self.count += len(matrices)
-            return self._measure(matrices)
-
-        self._backend.measure = measure
-        return self
-
-    def __exit__(self, *_):
-        del self._backend.measure
+def unfoldings_of(model):
+    return [u for p in model.parameters() if p.ndim > 1 for u in unfoldings(p.shape)]
 
 
-MATRICES = sum(len(unfoldings(p.shape)) for p in network().parameters() if p.ndim > 1)
+MATRICES = len(unfoldings_of(network()))
 
 
 # -- DDP -----------------------------------------------------------------------------------------
@@ -179,6 +162,46 @@ def test_ranks_that_disagree_all_say_what_differs(job, what, message):
     errors = job.run(disagree, what)
     assert all(error is not None and error.startswith("the ranks disagree") for error in errors)
     assert all(message in error for error in errors)
+
+
+def stages_of_a_pipeline():
+    """Ranks 0 and 1 hold copies of one stage, 2 and 3 of another with other layers."""
+    rank = dist.get_rank()
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    model = network()[:2] if rank < 2 else network()[4:]
+    optimizer = rmsgd.RMSGD(model.named_parameters(), process_group=groups[rank // 2])
+    with Counting() as counting:
+        optimizer.epoch_step()
+    twin = rmsgd.RMSGD(model.named_parameters())
+    twin.epoch_step()
+    return counting.count, len(unfoldings_of(model)), optimizer.learning_rates(), twin.learning_rates()
+
+
+def test_the_stages_of_a_pipeline_share_within_their_own_groups(job):
+    if job.size != 4:
+        pytest.skip("needs two stages of two ranks")
+    results = job.run(stages_of_a_pipeline)
+    for first, second in (results[:2], results[2:]):
+        assert first[0] + second[0] == first[1]
+        assert first[2] == first[3] == second[2] == second[3]
+    assert results[0][2].keys() != results[2][2].keys()
+
+
+def epoch_end_beside_a_nan():
+    model = network()
+    with torch.no_grad():
+        model[4].weight[0, 0] = torch.nan
+    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03, process_group=dist.group.WORLD)
+    with pytest.warns(UserWarning, match=r"NaN or infinite weights in 4\.weight:"):
+        optimizer.epoch_step()
+    return optimizer.learning_rates()
+
+
+def test_a_weight_that_is_not_finite_keeps_its_rate_on_every_rank_and_each_says_so(job):
+    results = job.run(epoch_end_beside_a_nan)
+    assert all(rates == results[0] for rates in results)
+    assert results[0]["4.weight"] == 0.03
+    assert results[0]["5.weight"] != 0.03
 
 
 # -- FSDP2 ---------------------------------------------------------------------------------------
@@ -326,6 +349,18 @@ def whole_state_into_shards():
 
 def test_a_whole_state_is_not_loaded_into_shards_by_mistake(job):
     assert all(job.run(whole_state_into_shards))
+
+
+def flattened():
+    model = FullyShardedDataParallel(network(), device_id=torch.device("cpu"), use_orig_params=True)
+    optimizer = rmsgd.RMSGD(model.named_parameters())
+    with pytest.warns(UserWarning, match="no layer is measured.*use torch.distributed.fsdp.fully_shard"):
+        optimizer.epoch_step()
+    return True
+
+
+def test_shards_of_the_first_fsdp_are_flat_and_a_warning_says_what_to_use(job):
+    assert all(job.run(flattened))
 
 
 # -- ZeroRedundancyOptimizer ---------------------------------------------------------------------

@@ -8,27 +8,20 @@ import sys
 import pytest
 import torch
 from torch import nn
+from trainers import (
+    BATCH,
+    EPOCHS,
+    STEPS,
+    HfModel,
+    data,
+    lit_model,
+    lit_trainer,
+    loader,
+    network,
+)
 
 import rmsgd
 from rmsgd.integrations import log_dict, unwrap
-
-SAMPLES, BATCH, EPOCHS = 20, 4, 3
-STEPS = SAMPLES // BATCH
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
-
-
-def data(samples=SAMPLES):
-    """Every batch the same, because not every trainer finds its place in the data again after a resume."""
-    x = torch.randn(BATCH, 6, generator=torch.Generator().manual_seed(1))
-    return [{"x": x[i % BATCH], "labels": torch.tensor(i % BATCH % 3)} for i in range(samples)]
-
-
-def loader(samples=SAMPLES):
-    return torch.utils.data.DataLoader(data(samples), batch_size=BATCH)
 
 
 @pytest.fixture
@@ -144,40 +137,6 @@ def lightning(request):
     return pytest.importorskip(request.param)
 
 
-def lit_model(lightning, optimizer=rmsgd.RMSGD):
-    class Lit(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = network()
-            self.validated_after = []
-
-        def training_step(self, batch, _):
-            return nn.functional.cross_entropy(self.net(batch["x"]), batch["labels"])
-
-        def validation_step(self, batch, _):
-            optimizer = self.optimizers()
-            if isinstance(unwrap(optimizer), rmsgd.RMSGD):
-                epochs = {state["epoch"] for state in unwrap(optimizer).state.values()}
-                self.validated_after += epochs if not self.trainer.sanity_checking else []
-
-        def configure_optimizers(self):
-            return optimizer(self.net.named_parameters(), lr=0.03)
-
-    return Lit()
-
-
-def lit_trainer(lightning, folder, callbacks, **options):
-    options = {"max_epochs": EPOCHS, "logger": False, "enable_checkpointing": False} | options
-    return lightning.Trainer(
-        accelerator="cpu",
-        callbacks=callbacks,
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-
-
 @pytest.fixture
 def lit_epoch_step(lightning):
     from rmsgd.integrations.lightning import EpochStep
@@ -275,16 +234,6 @@ def test_an_interval_that_is_no_positive_number_is_refused(lit_epoch_step, every
 
 
 # -- Hugging Face Trainer ------------------------------------------------------------------------
-
-
-class HfModel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = network()
-
-    def forward(self, x, labels=None):
-        logits = self.net(x)
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 class Stream(torch.utils.data.IterableDataset):

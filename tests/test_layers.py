@@ -1,5 +1,7 @@
 """Which parameters are probed, how weights unfold, and whom the others follow."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -83,6 +85,14 @@ def test_frozen_parameters_and_groups_that_opt_out_are_not_probed():
     a.requires_grad_(True)
     optimizer.epoch_step()
     assert [layer.name for layer in optimizer.report().layers] == ["0.0", "0.2"]
+
+
+def test_a_warning_says_when_there_is_no_layer_to_measure_unless_that_was_asked_for():
+    with pytest.warns(UserWarning, match="no layer is measured, so every learning rate stays"):
+        rmsgd.RMSGD(nn.Linear(6, 5).parameters(), linear=False).epoch_step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rmsgd.RMSGD([{"params": nn.Linear(6, 5).parameters(), "probe": False}]).epoch_step()
 
 
 def test_a_shared_weight_counts_once():
