@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+EXTRAS ?= dev
 INTEGRATIONS := $(VENV)/.integrations
 NATIVE := $(shell find csrc -type f)
 # The CUDA kernels take minutes to compile: here only where there is a GPU to run them.
@@ -24,7 +25,7 @@ $(BIN)/python:
 
 # Editable: Python changes need no reinstall, a change under csrc/ rebuilds the core.
 $(STAMP): $(BIN)/python pyproject.toml setup.py constraints.txt $(NATIVE)
-	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) install -q -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: $(STAMP)
@@ -34,7 +35,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# The trainers of rmsgd.integrations: 300 MB that the other tests do without.
+# The trainers of rmsgd.integrations: 300 MB that the other tests do without. CI asks for them by EXTRAS.
 $(INTEGRATIONS): $(STAMP)
 	$(PIP) install -q -c constraints.txt -e '.[integrations]'
 	@touch $@
