@@ -6,8 +6,14 @@ import subprocess
 import sys
 from glob import glob
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+import rmsgd
+from rmsgd import backends, doctor
+from rmsgd.backends import nvrtc
 
 pytest.importorskip("rmsgd._cpu", reason="the compiled core was not built")
 
@@ -116,3 +122,76 @@ def test_another_openmp_runtime_in_the_process_does_no_harm(sound):
     if not runtimes:
         pytest.skip("no other OpenMP runtime here (Debian: apt install libomp-dev)")
     assert train(threads=3, LD_PRELOAD=runtimes[0]) == (sound[0], sound[1])
+
+
+# -- GPUs that cannot be used ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A torch with CUDA that finds a GPU; no CuPy."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setenv("RMSGD_BACKEND", "")
+    backends._load.cache_clear()
+    yield
+    backends._load.cache_clear()
+
+
+class Outdated:
+    """``rmsgd._cuda`` where the driver is older than the CUDA that compiled it."""
+
+    CUDA_VERSION = 13000
+    ARCHITECTURES = "75,90"
+
+    @staticmethod
+    def device_count():
+        raise RuntimeError("looking for GPUs: CUDA driver version is insufficient for CUDA runtime version")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_driver_older_than_the_kernels_leaves_them_out_and_doctor_says_to_update_it(monkeypatch):
+    monkeypatch.setattr(rmsgd, "_cuda", Outdated, raising=False)
+    with pytest.warns(UserWarning, match="driver version is insufficient"):
+        found = doctor.examine()
+    reason = status(found, "cuda")["reason"]
+    assert "driver version is insufficient" in reason
+    assert "update the driver" in reason
+    assert found["used"]["cuda"] == "torch"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_without_nvcc_and_cupy_runs_torch_and_doctor_says_what_to_install(monkeypatch):
+    monkeypatch.delattr(rmsgd, "_cuda", raising=False)
+    monkeypatch.setitem(sys.modules, "rmsgd._cuda", None)
+    found = doctor.examine()
+    assert "nvcc" in status(found, "cuda")["reason"]
+    assert "pip install 'rmsgd-kernels[cuda13]'" in status(found, "cupy")["reason"]
+    assert found["used"]["cuda"] == "torch"
+    assert "pip install 'rmsgd-kernels[cuda13]'" in found["advice"][-1]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_driver_that_torch_cannot_use_is_for_nvidia_smi_to_explain(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = doctor.examine()
+    assert "check nvidia-smi" in status(found, "cuda")["reason"]
+    assert "check nvidia-smi" in status(found, "cupy")["reason"]
+    assert "cuda" not in found["used"]
+
+
+def test_kernels_compiled_at_run_time_are_kept_where_the_cache_can_be_written(tmp_path, monkeypatch):
+    compiler = SimpleNamespace(getSupportedArchs=lambda: [75, 90], getVersion=lambda: (13, 0))
+    device = SimpleNamespace(compute_capability="90")
+    cupy = SimpleNamespace(cuda=SimpleNamespace(driver=None, nvrtc=compiler, Device=lambda number: device))
+    kernels, compiled = nvrtc.NvrtcKernels(cupy), []
+    monkeypatch.setattr(kernels, "compile", lambda arch: compiled.append(arch) or b"code")
+    (tmp_path / "file").touch()
+    for cache, compilations in ((tmp_path / "file", 2), (tmp_path / "folder", 1)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        compiled.clear()
+        assert [kernels._code(0), kernels._code(0)] == [b"code", b"code"]
+        assert compiled == ["sm_90"] * compilations

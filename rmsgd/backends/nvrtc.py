@@ -5,7 +5,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ class NvrtcKernels:
         architecture = f"sm_{wanted}" if wanted in known else f"compute_{older[-1]}"
         version = ".".join(map(str, nvrtc.getVersion()))
         path = _cache_folder() / f"{_digest(source_folder(), version, architecture)}.{architecture}"
-        if path.is_file():
+        with suppress(OSError):  # not there yet, or in a folder that cannot be read
             return path.read_bytes()
         print(f"rmsgd: compiling the CUDA kernels for {architecture}, once: about a minute", file=sys.stderr)
         code = self.compile(architecture)
