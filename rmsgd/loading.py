@@ -151,16 +151,18 @@ def _check_parameters(groups: Sequence[Group], saved: Sequence[Group]) -> None:
     """Raise ValueError where the checkpoint's groups do not hold as many parameters, or hold others."""
 
     def names(of: Sequence[Group]) -> list[str]:
-        return [str(name) for group in of for name in group.get("param_names") or ()]
+        return [name for group in of for name in group.get("param_names") or ()]
 
     ours, theirs = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved]
-    known, loaded = names(groups), names(saved)
     if ours != theirs:
         message = f"the checkpoint has groups of {theirs} parameters, the optimizer of {ours}"
+        known, loaded = names(groups), names(saved)
         if known and loaded:
             missing, unexpected = sorted(set(known) - set(loaded)), sorted(set(loaded) - set(known))
             message += f"; missing in the checkpoint: {_list(missing)}; unexpected: {_list(unexpected)}"
         raise ValueError(message)
+    named = [pair for pair in zip(groups, saved, strict=True) if all(g.get("param_names") for g in pair)]
+    known, loaded = names([group for group, _ in named]), names([group for _, group in named])
     # Names may change, as under a wrapper that adds a prefix; the same ones in another order are a mix-up.
     if known != loaded and sorted(known) == sorted(loaded):
         mine, its = next((a, b) for a, b in zip(known, loaded, strict=True) if a != b)

@@ -39,7 +39,7 @@ def number(value: object) -> float:
     if not isinstance(value, Real | np.bool_ | Tensor):
         return math.nan
     try:
-        return float(value)
+        return float(value.detach() if isinstance(value, Tensor) else value)
     except (ValueError, OverflowError, RuntimeError):  # several elements, or none that a float can hold
         return math.nan
 

@@ -285,6 +285,18 @@ def test_the_same_parameters_in_another_order_are_refused():
     ours.load_state_dict(prefixed.state_dict())
 
 
+def test_an_order_that_differs_is_seen_beside_a_group_without_names():
+    def make(first):
+        optimizer = rmsgd.RMSGD([(name, nn.Parameter(torch.zeros(3))) for name in first])
+        optimizer.add_param_group({"params": [("c", nn.Parameter(torch.zeros(3)))]})
+        return optimizer
+
+    state_dict = make(["b", "a"]).state_dict()
+    del state_dict["param_groups"][1]["param_names"]
+    with pytest.raises(ValueError, match="lists b where the optimizer has a"):
+        make(["a", "b"]).load_state_dict(state_dict)
+
+
 def test_state_of_parameters_in_no_group_is_refused():
     ours = rmsgd.RMSGD(network().parameters())
     state_dict = ours.state_dict()

@@ -70,7 +70,7 @@ def test_the_core_compiles_for_arm64_and_runs_there(tmp_path):
     if compiler is None or emulator is None:
         pytest.skip("no compiler or no emulator for arm64 (Debian: g++-aarch64-linux-gnu, qemu-user)")
     sources = [*core.SOURCES, *core.ISA_SOURCES, "csrc/sgd/step_cpu.cpp", "tests/fuzz/replay.cpp"]
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
+    flags = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
     flags += ["-DRMSGD_ISA=baseline", "-Icsrc", "-Itests/emulator", "-o", str(tmp_path / "replay")]
     subprocess.run([compiler, *flags, *sources], cwd=core.ROOT, check=True)
     run = [emulator, "-L", "/usr/aarch64-linux-gnu", tmp_path / "replay", "3000"]

@@ -110,12 +110,12 @@ def changed_tensor(tensor: torch.Tensor, rng: np.random.Generator) -> torch.Tens
     return changes[int(rng.integers(len(changes)))](tensor)
 
 
-def mangle(state_dict: Any, rng: np.random.Generator) -> tuple[Any, Path]:
-    """A state dict, changed at one place, and the way to it."""
+def mangle(state_dict: Any, rng: np.random.Generator) -> tuple[Any, list[Path]]:
+    """A state dict, changed at one or two places, and the ways there."""
     found = places(state_dict)
     path = found[int(rng.integers(len(found)))]
     if not path:
-        return garbage(rng), path
+        return garbage(rng), [path]
     parent = state_dict
     for key in path[:-1]:
         parent = parent[key]
@@ -130,15 +130,16 @@ def mangle(state_dict: Any, rng: np.random.Generator) -> tuple[Any, Path]:
         beside = list(parent) if isinstance(parent, dict) else list(range(len(parent)))
         other = beside[int(rng.integers(len(beside)))]
         parent[key], parent[other] = parent[other], parent[key]
+        return state_dict, [path, (*path[:-1], other)]
     elif action == 3 and isinstance(parent[key], torch.Tensor):
         parent[key] = changed_tensor(parent[key], rng)
     else:
         parent[key] = garbage(rng)
-    return state_dict, path
+    return state_dict, [path]
 
 
 class Case(NamedTuple):
-    """A state dict for an optimizer of a kind, and where it was changed."""
+    """A state dict for an optimizer of a kind, and the ways to where it was changed."""
 
     kind: str
     named: bool
@@ -152,11 +153,11 @@ def draw(seed: int) -> Case:
     kind, named = RULES[int(rng.integers(3))], rng.random() < 0.5
     source = "sgd" if rng.random() < 0.3 else RULES[int(rng.integers(3))]
     state_dict: Any = deepcopy(sound(source, rng.random() < 0.5))
-    paths = []
+    paths: list[Path] = []
     for _ in range(int(rng.choice([1, 1, 1, 2, 4]))):
         if isinstance(state_dict, dict | list) and state_dict:
-            state_dict, path = mangle(state_dict, rng)
-            paths.append(path)
+            state_dict, changed = mangle(state_dict, rng)
+            paths += changed
     return Case(kind, named, state_dict, paths)
 
 
