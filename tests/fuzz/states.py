@@ -131,7 +131,7 @@ def mangle(state_dict: Any, rng: np.random.Generator) -> tuple[Any, list[Path]]:
         other = beside[int(rng.integers(len(beside)))]
         parent[key], parent[other] = parent[other], parent[key]
         return state_dict, [path, (*path[:-1], other)]
-    elif action == 3 and isinstance(parent[key], torch.Tensor):
+    elif action == 3 and isinstance(parent[key], torch.Tensor) and parent[key].layout == torch.strided:
         parent[key] = changed_tensor(parent[key], rng)
     else:
         parent[key] = garbage(rng)
