@@ -46,11 +46,11 @@ def states_checker() -> Callable[[int], str]:
 
 def files_checker() -> Callable[[int], str]:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    folder = tempfile.TemporaryDirectory(prefix="fuzz-")
 
     def check(seed: int) -> str:
         name, data = files.draw(seed)
-        path = folder / name
+        path = Path(folder.name) / name
         path.write_bytes(data)
         try:
             return files.check(path)
