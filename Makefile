@@ -70,7 +70,7 @@ bench: $(STAMP)
 	$(BIN)/python -m bench probe-speed --out bench/results --readme README.md
 	$(BIN)/python -m bench noise-search --out bench/results --readme README.md
 	$(BIN)/python -m bench gate --update
-	$(BIN)/python -m bench gate --self-test 10 --out bench/results
+	$(BIN)/python -m bench gate --self-test 10 --out bench/results --readme README.md
 
 clean:
 	rm -rf build *.egg-info rmsgd/*.so $(STAMP) $(INTEGRATIONS)

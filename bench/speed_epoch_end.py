@@ -50,14 +50,13 @@ def gram_products(model: nn.Module) -> Callable[[], None]:
     return products
 
 
-def gram_eigenvalues(model: nn.Module) -> Callable[[], None]:
-    """`torch.linalg.eigvalsh` of the Gram matrix of every distinct unfolding, in fp32."""
-    matrices = [as_matrix(p.detach(), u) for p, u in spectra(model)]
-    grams = [matrix @ matrix.T for matrix in matrices]
+def torch_spectra(model: nn.Module) -> Callable[[], None]:
+    """Gram product and `torch.linalg.eigvalsh` of every distinct unfolding, in fp32."""
+    matrices = [as_matrix(p.detach(), u).contiguous() for p, u in spectra(model)]
 
     def eigenvalues() -> None:
-        for gram in grams:
-            torch.linalg.eigvalsh(gram)
+        for matrix in matrices:
+            torch.linalg.eigvalsh(matrix @ matrix.T)
 
     return eigenvalues
 

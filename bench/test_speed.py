@@ -58,9 +58,9 @@ def test_epoch_end_floor(benchmark, model, trained):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_torch_eigenvalues(benchmark, model, trained):
+def test_torch_spectra(benchmark, model, trained):
     benchmark.group = f"epoch end, {model}"
-    benchmark(speed_epoch_end.gram_eigenvalues(trained))
+    benchmark(speed_epoch_end.torch_spectra(trained))
 
 
 @pytest.mark.parametrize("model", ["resnet14-digits"])

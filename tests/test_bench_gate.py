@@ -8,34 +8,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench import measure
 from bench.__main__ import main
 from bench.gate import baseline as baselines
 from bench.gate import callgrind, cases, command, counts, trial
 from bench.gate.baseline import Baseline
-from bench.gate.figures import FIGURES, Figure, Finding, Session, Source
+from bench.gate.figures import FIGURES, OF_CONTROLS, Finding, Session, against, here_over
 from bench.gate.processes import ROOT, GateError
-from bench.gate.rule import LOOKS, Verdict, autocorrelation_time, interval, judge, log_ratio
-from bench.measure import Interval
+from bench.gate.rule import BATCHES, LEAST, LOOKS, Verdict, interval, judge
 
 ROUNDS = 320
 
 
 def independent(random, n):
-    return 0.12 * random.standard_normal(n)
+    return 0.1 * random.standard_normal(n)
 
 
 def heavy_tailed(random, n):
-    return 0.08 * random.standard_t(1.5, n)
+    return 0.06 * random.standard_t(1.5, n)
 
 
 def in_bursts(random, n):
     """A neighbour that comes and goes: a third of the time, ten rounds long, everything shakes."""
     busy = np.repeat(random.random(n // 10 + 1) < 0.3, 10)[:n]
-    return random.standard_normal(n) * np.where(busy, 0.4, 0.08)
+    return random.standard_normal(n) * np.where(busy, 0.3, 0.06)
 
 
 def correlated(random, n):
-    shocks, noise = 0.07 * random.standard_normal(n), np.zeros(n)
+    shocks, noise = 0.06 * random.standard_normal(n), np.zeros(n)
     for i in range(1, n):
         noise[i] = 0.5 * noise[i - 1] + shocks[i]
     return noise
@@ -81,25 +81,27 @@ def test_a_figure_at_its_limit_is_rarely_called_either_way(noise):
 
 def test_rounds_that_resemble_each_other_count_for_less():
     random = np.random.default_rng(0)
-    alone, alike = random.standard_normal(400), np.repeat(random.standard_normal(40), 10)
-    assert autocorrelation_time(np.sign(alone)) < 1.5
-    assert 4 < autocorrelation_time(np.sign(alike)) < 20
-    narrow, wide = interval(0.1 * alone), interval(0.1 * alike)
-    assert wide.high / wide.low > narrow.high / narrow.low
+    alone, alike = 0.1 * random.standard_normal(400), np.repeat(0.1 * random.standard_normal(40), 10)
+    narrow, wide = interval(alone), interval(alike)
+    assert math.log(wide.high / wide.low) > 2 * math.log(narrow.high / narrow.low)
 
 
 def test_a_few_rounds_say_nothing():
-    assert interval(np.zeros(5)) == Interval(1.0, 0.0, math.inf)
-    assert judge(interval(np.full(5, 3.0)), 1.05) is Verdict.UNDECIDED
+    few, enough = [math.log(3)] * (LEAST * BATCHES - 1), [math.log(3)] * (LEAST * BATCHES)
+    assert interval(few) == pytest.approx((3.0, 0.0, math.inf))
+    assert judge(interval(few), 1.05) is Verdict.UNDECIDED
+    assert interval(enough) == pytest.approx((3.0, 3.0, 3.0))
+    assert judge(interval(enough), 1.05) is Verdict.SLOWER
 
 
-def test_what_slows_both_sides_alike_cancels():
-    drift = np.linspace(1, 9, 60)
-    assert interval(log_ratio([1.5 * drift, 0.5 * drift], [drift])) == pytest.approx((2.0, 2.0, 2.0))
+def test_rounds_that_were_disturbed_do_not_move_the_figure():
+    logs = 0.01 * np.random.default_rng(0).standard_normal(400)
+    disturbed = np.where(np.arange(400) % 10 == 0, 3.0, logs)
+    assert interval(disturbed).median == pytest.approx(interval(logs).median, rel=0.005)
 
 
 class SyntheticTimer:
-    """Seconds drawn from a seeded noise around what each case takes."""
+    """What each case takes, with a seeded noise around it."""
 
     def __init__(self, seconds):
         self.seconds = seconds
@@ -112,10 +114,7 @@ class SyntheticTimer:
 
 
 def session(seconds, limits):
-    figures = [
-        Figure(name, name, (Source("here", name),), (Source("here", f"{name}-control"),), 0.05)
-        for name in limits
-    ]
+    figures = [here_over(name, name, name, f"{name}-control", 0.05) for name in limits]
     findings = [Finding(figure, 1.0, limits[figure.name]) for figure in figures]
     timer = SyntheticTimer(seconds)
     return Session({"here": timer}, findings), timer
@@ -126,7 +125,7 @@ def test_a_session_ends_when_every_figure_is_decided():
     run.run(1.0)
     assert [finding.verdict for finding in run.findings] == [Verdict.PASSED, Verdict.SLOWER]
     assert run.findings[1].change == pytest.approx(0.3, abs=0.05)
-    assert timer.asked.count("a") == timer.asked.count("a-control") == run.findings[0].rounds
+    assert timer.asked.count("a") == timer.asked.count("a-control") == 2 * len(run.findings[0].logs)
 
 
 def test_a_decided_figure_is_not_timed_further():
@@ -136,11 +135,39 @@ def test_a_decided_figure_is_not_timed_further():
     assert timer.asked.count("a") < timer.asked.count("b")
 
 
-def test_the_order_of_a_round_is_drawn_anew():
+def test_a_round_times_there_and_back_and_begins_with_either():
     run, timer = session({"a": 1.0, "a-control": 1.0}, {"a": 1.0})
     run.run(0.05)
-    pairs = set(zip(timer.asked[::2], timer.asked[1::2], strict=False))
-    assert pairs >= {("a", "a-control"), ("a-control", "a")}
+    rounds = {tuple(timer.asked[i : i + 4]) for i in range(0, len(timer.asked), 4)}
+    assert rounds == {("a", "a-control", "a-control", "a"), ("a-control", "a", "a", "a-control")}
+
+
+class DriftingTimer:
+    """Everything takes longer and longer, evenly."""
+
+    now = 1.0
+
+    def time(self, case):
+        self.now += 0.1
+        return self.now * {"a": 3.0, "a-control": 2.0}[case]
+
+
+def test_what_slows_a_case_and_its_control_alike_cancels():
+    finding = Finding(here_over("a", "a", "a", "a-control", 0.05), 1.0, 1.05)
+    Session({"here": DriftingTimer()}, [finding]).collect(0.05)
+    assert finding.logs == pytest.approx([math.log(1.5)] * len(finding.logs))
+
+
+def test_another_revision_is_held_against_with_both_controls():
+    """A process whose memory lies badly is slow in a case and in its control."""
+    finding = Finding(against(here_over("a", "a", "a", "a-control", 0.05)), 1.0, 1.05)
+    timers = {
+        "here": SyntheticTimer({"a": 1.2 * 1.3, "a-control": 1.0 * 1.3}),
+        "there": SyntheticTimer({"a": 1.0, "a-control": 1.0}),
+    }
+    Session(timers, [finding]).run(0.5)
+    assert finding.verdict is Verdict.SLOWER
+    assert finding.measured.median == pytest.approx(1.2, rel=0.03)
 
 
 # -- the baseline ------------------------------------------------------------------------------------
@@ -148,7 +175,7 @@ def test_the_order_of_a_round_is_drawn_anew():
 
 def stored(**changes):
     machine = command.describe(1)
-    figures = {figure.name: {"ratio": 1.0, "tolerance": 0.05} for figure in FIGURES}
+    figures = {figure.name: {"ratio": 1.0, "tolerance": 0.05} for figure in FIGURES + OF_CONTROLS}
     return Baseline({**machine, **changes.pop("machine", {})}, figures, changes.pop("counts", {}))
 
 
@@ -173,13 +200,17 @@ def test_another_machine_is_named_and_judged_more_leniently():
     assert other.limit("step", elsewhere=True) == pytest.approx(1.25)
 
 
-def test_the_tolerance_follows_the_spread_of_processes_beyond_their_noise():
-    calm = [Interval(ratio, ratio * 0.99, ratio * 1.01) for ratio in (1.0, 1.002, 0.998)]
-    assert command.expectation(calm, 0.05)["tolerance"] == 0.05
-    torn = [Interval(ratio, ratio * 0.99, ratio * 1.01) for ratio in (1.0, 1.2, 0.8)]
-    assert command.expectation(torn, 0.05)["tolerance"] > 0.3
-    unsure = [Interval(ratio, ratio * 0.6, ratio * 1.7) for ratio in (1.0, 1.2, 0.8)]
-    assert command.expectation(unsure, 0.05)["tolerance"] == 0.05
+def test_the_tolerance_follows_the_spread_of_processes():
+    calm, torn = [1.0, 1.002, 0.998], [1.0, 1.25, 0.8]
+    assert command.expectation(calm, 0.05) == {"ratio": 1.0, "tolerance": 0.05, "processes": calm}
+    assert command.expectation(torn, 0.05)["ratio"] == pytest.approx(1.0)
+    assert command.expectation(torn, 0.05)["tolerance"] > 0.5
+
+
+def test_a_process_that_was_disturbed_does_not_move_the_baseline():
+    found = command.expectation([1.0, 1.002, 0.998, 1.001, 1.3], 0.05)
+    assert found["ratio"] == pytest.approx(1.001)
+    assert found["tolerance"] == 0.05
 
 
 def test_counts_are_compared_exactly_and_only_where_they_mean_something():
@@ -348,7 +379,7 @@ def test_a_step_of_the_callers_own_is_timed_against_sgd(their_project, capsys):
     (figure,) = json.loads(capsys.readouterr().out)["figures"]
     assert figure["limit"] == 9
     assert 0.2 < figure["ratio"]["median"] < 5
-    assert figure["rounds"] >= 20
+    assert figure["rounds"] >= LEAST * BATCHES
 
 
 @pytest.mark.parametrize(
@@ -361,6 +392,20 @@ def test_a_step_of_the_callers_own_is_timed_against_sgd(their_project, capsys):
 def test_a_target_that_is_none_is_status_2(their_project, capsys, target, message):
     assert command.main([*their_project, target]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_step_and_its_control_share_their_tensors(monkeypatch):
+    make, made = cases.peers.make, []
+
+    def remembered(*given, **settings):
+        made.append(make(*given, **settings))
+        return made[-1]
+
+    monkeypatch.setattr(cases.peers, "make", remembered)
+    cases.steps("resnet14-digits")
+    ours, theirs = made
+    for p in ours.param_groups[0]["params"]:
+        assert theirs.state[p]["momentum_buffer"] is ours.state[p]["velocity"]
 
 
 def test_the_switch_slows_a_case_by_the_share_it_names(monkeypatch):
@@ -437,15 +482,26 @@ def test_a_process_that_fails_says_why(tmp_path):
         Worker(tmp_path, 1)
 
 
-def test_the_self_test_records_every_run_and_knows_what_is_right(monkeypatch, tmp_path):
-    baseline, page = written(tmp_path / "baseline.json"), tmp_path / "README.md"
-    page.write_text("<!-- measured: gate -->\n<!-- /measured -->\n")
+@pytest.fixture
+def self_test(monkeypatch, tmp_path):
+    """Runs the self-test with synthetic runs: a slowed step is caught, a slowed epoch end goes by."""
+    path = written(tmp_path / "baseline.json")
+    done = []
 
     def run_of_the_command(*flags, slowed):
+        done.append(slowed)
         return (1 if slowed.startswith("step") else 0), json.dumps({"reasons": []})
 
     monkeypatch.setattr(trial, "gate", run_of_the_command)
-    assert trial.run(2, baseline, tmp_path, page) == 1  # the slowed epoch end went by
+    flags = ["gate", "--baseline", str(path), "--out", str(tmp_path)]
+    return (lambda *more: main([*flags, *more])), done
+
+
+def test_the_self_test_knows_what_is_right(self_test, tmp_path):
+    run, _ = self_test
+    page = tmp_path / "README.md"
+    page.write_text("<!-- measured: gate -->\n<!-- /measured -->\n")
+    assert run("--self-test", "2", "--readme", str(page)) == 1  # the slowed epoch end went by
     record = json.loads((tmp_path / "gate.json").read_text())
     assert [(row["kind"], row["passed"], row["slower"]) for row in record["gate"]] == [
         ("unchanged", 2, 0),
@@ -454,3 +510,36 @@ def test_the_self_test_records_every_run_and_knows_what_is_right(monkeypatch, tm
     ]
     assert [run["right"] for run in record["runs"][:3]] == [True, True, False]
     assert "| step slowed | 2 | 0 | 2 | 0 |" in page.read_text()
+
+
+def test_an_interrupted_self_test_goes_on_where_it_ended(self_test, monkeypatch, tmp_path, capsys):
+    run, done = self_test
+    undisturbed = trial.gate
+
+    def interrupted(*flags, slowed):
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        return undisturbed(*flags, slowed=slowed)
+
+    monkeypatch.setattr(trial, "gate", interrupted)
+    assert run("--self-test", "2") == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not (tmp_path / "gate.json").exists()
+    monkeypatch.setattr(trial, "gate", undisturbed)
+    assert run("--self-test", "2") == 1
+    assert "going on after 4 of 6 runs" in " ".join(capsys.readouterr().out.split())
+    assert len(done) == 6
+    assert len(json.loads((tmp_path / "gate.json").read_text())["runs"]) == 6
+    assert not (tmp_path / "gate-unfinished.json").exists()
+
+
+def test_an_unfinished_self_test_against_another_baseline_begins_anew(self_test, tmp_path):
+    run, done = self_test
+    measure.write_json(tmp_path / "gate-unfinished.json", {"schema": trial.SCHEMA, "runs": [{}] * 3})
+    run("--self-test", "1")
+    assert len(done) == 3
+
+
+def test_a_self_test_without_a_baseline_is_status_2(tmp_path, capsys):
+    assert main(["gate", "--self-test", "1", "--baseline", str(tmp_path / "none.json")]) == 2
+    assert "there is no baseline" in " ".join(capsys.readouterr().err.split())

@@ -27,14 +27,14 @@ class Baseline:
 
     Attributes:
         machine: as `bench.measure.machine` describes it, with the core's "isa" and "compiler".
-        figures: name to {"ratio", "tolerance"}.
+        figures: name to {"ratio", "tolerance", "processes"}, the last the ratio in each process of --update.
         counts: name to count.
         tolerance_elsewhere: least tolerance on another machine than this.
 
     """
 
     machine: Mapping[str, Any]
-    figures: Mapping[str, Mapping[str, float]]
+    figures: Mapping[str, Mapping[str, Any]]
     counts: Mapping[str, int]
     tolerance_elsewhere: float = TOLERANCE_ELSEWHERE
 
@@ -50,7 +50,7 @@ class Baseline:
         """The ratio from which on the figure is slower."""
         entry = self.figures[figure]
         tolerance = max(entry["tolerance"], self.tolerance_elsewhere if elsewhere else 0.0)
-        return entry["ratio"] * (1 + tolerance)
+        return float(entry["ratio"] * (1 + tolerance))
 
     def why_not_comparable(self, count: str, machine: Mapping[str, Any]) -> str | None:
         """Why a count says nothing here; None where it does."""

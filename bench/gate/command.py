@@ -23,17 +23,17 @@ from bench import arguments, measure
 from bench.gate import baseline as baselines
 from bench.gate import callgrind, trial
 from bench.gate.baseline import Baseline
-from bench.gate.figures import AGAINST, FIGURES, Figure, Finding, Session, target_against, target_figure
+from bench.gate.figures import FIGURES, OF_CONTROLS, Figure, Finding, Session, target_figure
+from bench.gate.figures import against as here_over_there
 from bench.gate.processes import ROOT, GateError, Worker, built
-from bench.gate.rule import ERROR, Verdict
-from bench.measure import Interval
+from bench.gate.rule import Verdict
 from rmsgd import backends
 
 SCHEMA = "rmsgd-bench-gate-run/1"
 PASSED, SLOWER, UNDECIDED = 0, 1, 2
 BASELINE = Path("bench/baseline.json")
-LAUNCHES = 5
-LAUNCH_S = 12.0
+LAUNCHES = 7
+LAUNCH_S = 9.0
 INTERRUPTED = 130
 
 
@@ -87,7 +87,7 @@ class Report:
                     "expected": finding.expected,
                     "limit": finding.limit,
                     "verdict": finding.verdict.value,
-                    "rounds": finding.rounds,
+                    "rounds": len(finding.logs),
                 }
                 for finding in self.findings
             ],
@@ -107,12 +107,12 @@ def main(given: Sequence[str]) -> int:
     options = parser.parse_args(given)
     if options.update and options.against:
         parser.error("--update and --against exclude each other: a revision is held against, not stored")
-    if options.self_test:
-        return trial.run(options.self_test, options.baseline or BASELINE, options.out, options.readme)
     errors = Console(stderr=True)
     start = time.perf_counter()
     report = Report(describe(options.threads))
     try:
+        if options.self_test:
+            return self_test(options, report.machine)
         if options.update:
             return update(options, report.machine, errors)
         with progress(errors) as bar:
@@ -123,7 +123,8 @@ def main(given: Sequence[str]) -> int:
         errors.print(f"bench gate: {error}", soft_wrap=True, markup=False, highlight=False)
         return UNDECIDED
     except KeyboardInterrupt:
-        errors.print("interrupted: nothing was decided")
+        said = "the same command goes on" if options.self_test else "nothing was decided"
+        errors.print(f"interrupted: {said}")
         return INTERRUPTED
     report.seconds = time.perf_counter() - start
     if options.json:
@@ -203,7 +204,7 @@ def describe(threads: int) -> dict[str, Any]:
 def progress(console: Console) -> Iterator[Progress]:
     """What is being done, on stderr, and gone afterwards."""
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], TextColumn("{task.fields[text]}"))
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         bar.add_task("gate", total=1.0, text="starting")
         yield bar
 
@@ -247,7 +248,7 @@ def _baseline(options: argparse.Namespace, report: Report) -> Baseline | None:
 
 
 def _figures(options: argparse.Namespace) -> Sequence[Figure]:
-    return (target_figure(options.target),) if options.target else FIGURES
+    return (target_figure(options.target),) if options.target else FIGURES + OF_CONTROLS
 
 
 def _instructions(folder: Path, machine: Mapping[str, Any], notes: list[str]) -> dict[str, int]:
@@ -276,8 +277,8 @@ def compared(found: Mapping[str, int], known: Baseline, machine: Mapping[str, An
 def against(options: argparse.Namespace, report: Report, bar: Progress) -> None:
     """Times this checkout and another revision in turn."""
     _say(bar, f"building {options.against}")
-    figures = (target_against(options.target),) if options.target else AGAINST
-    report.findings = [Finding(figure, 1.0, 1 + figure.tolerance) for figure in figures]
+    figures = (target_figure(options.target),) if options.target else FIGURES
+    report.findings = [Finding(here_over_there(f), 1.0, 1 + f.tolerance) for f in figures]
     with ExitStack() as stack:
         there = stack.enter_context(built(options.against))
         _say(bar, "loading")
@@ -299,11 +300,11 @@ def against(options: argparse.Namespace, report: Report, bar: Progress) -> None:
 def update(options: argparse.Namespace, machine: Mapping[str, Any], console: Console) -> int:
     """Measures in several processes and writes the baseline.
 
-    How memory happens to be laid out moves the ratios of a whole process. The baseline is the mean of
+    How memory happens to be laid out moves the ratios of a whole process. The baseline is the median of
     several processes, and no tolerance is narrower than twice their spread.
     """
     path, figures = options.baseline or BASELINE, _figures(options)
-    ratios: dict[str, list[Interval]] = {figure.name: [] for figure in figures}
+    ratios: dict[str, list[float]] = {figure.name: [] for figure in figures}
     counts: dict[str, int] = {}
     notes: list[str] = []
     with progress(console) as bar:
@@ -313,7 +314,7 @@ def update(options: argparse.Namespace, machine: Mapping[str, Any], console: Con
                 findings = [Finding(figure, 1.0, math.inf) for figure in figures]
                 Session({"here": worker}, findings).collect(min(options.seconds, LAUNCH_S))
                 for finding in findings:
-                    ratios[finding.figure.name].append(finding.measured)
+                    ratios[finding.figure.name].append(finding.measured.median)
                 if launch == 0 and not options.target and not options.no_counts:
                     counts = worker.count() | _instructions(ROOT, machine, notes)
     fresh = {figure.name: expectation(ratios[figure.name], figure.tolerance) for figure in figures}
@@ -340,16 +341,23 @@ def update(options: argparse.Namespace, machine: Mapping[str, Any], console: Con
     return PASSED
 
 
-def expectation(ratios: Sequence[Interval], least: float) -> dict[str, float]:
-    """A figure of the baseline from the ratios of several processes: geometric mean, and tolerance.
+def expectation(ratios: Sequence[float], least: float) -> dict[str, Any]:
+    """A figure of the baseline from those of several processes: median, and tolerance.
 
-    The processes' spread is what their variance exceeds that of the medians themselves by.
+    The spread is the median absolute deviation, as a standard deviation: one process that was disturbed
+    moves neither.
     """
-    medians = np.log([ratio.median for ratio in ratios])
-    widths = np.array([math.log(ratio.high / ratio.low) if ratio.low else math.inf for ratio in ratios])
-    noise = np.mean((widths / (2 * stats.norm.ppf(1 - ERROR / 2))) ** 2)
-    spread = math.sqrt(max(0.0, np.var(medians, ddof=1) - noise))
-    return {"ratio": math.exp(medians.mean()), "tolerance": max(least, math.expm1(2 * spread))}
+    logs = np.log(ratios)
+    spread = float(stats.median_abs_deviation(logs, scale="normal"))
+    tolerance = max(least, math.expm1(2 * spread))
+    return {"ratio": math.exp(np.median(logs)), "tolerance": tolerance, "processes": list(ratios)}
+
+
+def self_test(options: argparse.Namespace, machine: Mapping[str, Any]) -> int:
+    """Lets `trial` show what the gate catches, against a baseline that has to be there."""
+    path = options.baseline or BASELINE
+    baselines.load(path, machine, options.threads)
+    return trial.run(options.self_test, path, options.out, options.readme)
 
 
 def show(report: Report, console: Console) -> None:
@@ -364,7 +372,7 @@ def show(report: Report, console: Console) -> None:
             str(finding.measured),
             f"{finding.limit:.3f}",
             f"{finding.change:+.1%}",
-            str(finding.rounds),
+            str(len(finding.logs)),
             finding.verdict.value,
         )
     console.print(table)

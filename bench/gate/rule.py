@@ -1,18 +1,19 @@
-"""When a ratio of times counts as slower: the statistics of the gate.
+"""When a ratio of times counts as slower: the one rule of the gate.
 
-A figure is a ratio r of two times, measured in rounds. Per round the logarithm of the two times'
-ratio is taken, so that what slows both cancels. The median over rounds estimates log r; its interval
-comes from order statistics (the sign test), which asks nothing of the noise's distribution. Noise of
-shared machines comes in bursts, which makes rounds worth less than independent ones: the number of
-rounds is divided by the integrated autocorrelation time of the signs before the quantiles are chosen.
+A figure is a ratio of times, measured in rounds; a round gives the logarithm of the ratio. The rounds so
+far are cut into BATCHES consecutive batches, and each batch speaks with its median, which outliers do not
+move. What a busy machine does lasts longer than a round, so that rounds resemble their neighbours; batches
+are long and grow with the run, so that they are as good as independent (the method of batch means).
+Student's t of the batches' medians gives the interval of the figure.
 
-The figure is judged against a limit at a fixed number of looks. Looking repeatedly gives chance more
-opportunities, so every look gets its share of the error (Bonferroni).
+The figure is slower when its whole interval lies above the limit, passed when it lies below, and else
+undecided and timed on. It is judged at LOOKS fixed times. Looking repeatedly gives chance more
+opportunities, so every look spends ERROR / LOOKS (Bonferroni): over all looks together, a figure that is
+at its limit is called either way with a probability of ERROR at most.
 """
 
 import math
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +21,12 @@ from scipy import stats
 
 from bench.measure import Interval
 
+BATCHES = 16
+LEAST = 3
+"""Rounds in a batch below which nothing is said: shorter batches resemble each other."""
+
 LOOKS = 8
 ERROR = 0.01
-"""Probability, over all looks together, that a figure at its limit is called either way."""
-
-FEWEST_ROUNDS = 20
-"""Independent rounds below which nothing is said: the autocorrelation time itself needs some."""
-
-Logs = npt.NDArray[np.float64]
 
 
 class Verdict(StrEnum):
@@ -38,33 +37,18 @@ class Verdict(StrEnum):
     UNDECIDED = "undecided"
 
 
-def autocorrelation_time(signs: Logs) -> float:
-    """1 + 2 (sum of autocorrelations up to the first that is not positive), of signs, shape (n,)."""
-    centred = signs - signs.mean()
-    variance = centred @ centred
-    total = 1.0
-    if variance == 0:
-        return total
-    for lag in range(1, len(signs) // 3):
-        correlation = (centred[lag:] @ centred[:-lag]) / variance
-        if correlation <= 0:
-            break
-        total += 2 * correlation
-    return total
+def interval(logs: npt.ArrayLike, error: float = ERROR / LOOKS) -> Interval:
+    """The ratio and its confidence interval from the rounds' log ratios, shape (rounds,).
 
-
-def interval(logs: Logs, error: float = ERROR / LOOKS) -> Interval:
-    """The ratio and its confidence interval from the rounds' log ratios, shape (n,).
-
-    The interval is (0, inf) while there are too few rounds to say anything at this error.
+    The interval is (0, inf) while the batches are too short.
     """
-    centre = float(np.median(logs))
-    rounds = len(logs) / autocorrelation_time(np.sign(logs - centre))
-    reach = stats.norm.ppf(1 - error / 2) / (2 * math.sqrt(rounds))
-    if rounds < FEWEST_ROUNDS:
-        return Interval(math.exp(centre), 0.0, math.inf)
-    low, high = np.quantile(logs, [0.5 - reach, 0.5 + reach])
-    return Interval(math.exp(centre), math.exp(low), math.exp(high))
+    rounds = np.asarray(logs, dtype=np.float64)
+    if len(rounds) < LEAST * BATCHES:
+        return Interval(math.exp(np.median(rounds)), 0.0, math.inf)
+    medians = [np.median(batch) for batch in np.array_split(rounds, BATCHES)]
+    centre = float(np.mean(medians))
+    reach = float(stats.t.ppf(1 - error / 2, BATCHES - 1) * stats.sem(medians))
+    return Interval(math.exp(centre), math.exp(centre - reach), math.exp(centre + reach))
 
 
 def judge(measured: Interval, limit: float) -> Verdict:
@@ -72,9 +56,3 @@ def judge(measured: Interval, limit: float) -> Verdict:
     if measured.low > limit:
         return Verdict.SLOWER
     return Verdict.PASSED if measured.high < limit else Verdict.UNDECIDED
-
-
-def log_ratio(above: npt.ArrayLike, below: npt.ArrayLike) -> Logs:
-    """log(sum of the sources above / sum of those below) per round; both (sources, rounds), seconds."""
-    result: Any = np.log(np.sum(above, axis=0)) - np.log(np.sum(below, axis=0))
-    return np.asarray(result, dtype=np.float64)

@@ -18,9 +18,11 @@ from rich.console import Console
 
 from bench import measure, readme
 from bench.gate.cases import SLOWER
+from bench.gate.processes import GateError
 
-SCHEMA = "rmsgd-bench-gate-trial/1"
+SCHEMA = "rmsgd-bench-gate-trial/2"
 SLOW_DOWN = 0.1
+LONGEST_S = 60.0
 KINDS = {
     "unchanged": ("", 0),
     "step slowed": (f"step:{SLOW_DOWN}", 1),
@@ -30,11 +32,14 @@ KINDS = {
 ENDS = ("passed", "slower", "undecided")
 """By exit status."""
 
+# It ends with the process that started it, however that ends.
+NEIGHBOUR = "import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(1000))"
+
 
 @contextmanager
 def busy_neighbour() -> Iterator[None]:
     """A process that computes without a pause for as long as the context lasts."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: sum(range(1000))"])
+    process = subprocess.Popen([sys.executable, "-c", NEIGHBOUR])
     try:
         yield
     finally:
@@ -55,30 +60,52 @@ def gate(*flags: str, slowed: str = "") -> tuple[int, str]:
 
 
 def run(count: int, baseline: Path, out: Path, page: Path | None) -> int:
-    """Runs each kind `count` times, in turn; 0 when every status was right.
+    """Runs each kind `count` times, in turn; 0 when every run was right and none took a minute.
 
-    `gate.json` is written anew after every run: whatever ends this early leaves what was done.
+    Every run is written to `gate-unfinished.json` as it ends, and after the last the file becomes
+    `gate.json`. What was left unfinished by the same code, baseline and machine goes on where it ended.
+
+    Raises:
+        GateError: a run ended in a way that the gate does not know.
+
     """
     console = Console()
-    runs: list[dict[str, Any]] = []
     record: dict[str, Any] = {
         "schema": SCHEMA,
-        "machine": measure.machine(),
+        "machine": measure.machine() | {"threads": 1},
         "neighbour": "one process that computes without a pause",
         "slow_down": SLOW_DOWN,
+        "longest_s": LONGEST_S,
         "baseline": json.loads(baseline.read_text(encoding="utf-8")),
     }
+    unfinished, finished = out / "gate-unfinished.json", out / "gate.json"
+    runs = _left(unfinished, record)
+    todo = [(number, kind) for number in range(1, count + 1) for kind in KINDS]
+    if runs:
+        console.print(f"going on after {len(runs)} of {len(todo)} runs, from {unfinished}")
     with busy_neighbour():
-        for number in range(count):
-            for kind in KINDS:
-                runs.append(one(kind, baseline))
-                measure.write_json(out / "gate.json", record | {"gate": summary(runs), "runs": runs})
-                status, seconds = runs[-1]["exit"], runs[-1]["seconds"]
-                console.print(f"{number + 1}/{count} {kind}: exit {status} after {seconds:.0f} s")
-    console.print(f"wrote {out / 'gate.json'}")
+        for number, kind in todo[len(runs) :]:
+            runs.append(one(kind, baseline))
+            record |= {"gate": summary(runs), "runs": runs}
+            measure.write_json(unfinished, record)
+            last = runs[-1]
+            ending = f"{ENDS[last['exit']]} after {last['seconds']:.0f} s"
+            console.print(f"{number}/{count} {kind}: {ending}" + ("" if last["right"] else ": wrong"))
+    unfinished.replace(finished)
+    console.print(f"wrote {finished}")
     if page:
-        readme.rewrite(page, record | {"gate": summary(runs)})
+        readme.rewrite(page, record)
     return 0 if all(r["right"] for r in runs) else 1
+
+
+def _left(unfinished: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs of an unfinished record that begins as this one; none where there is no such record."""
+    try:
+        found = json.loads(unfinished.read_text(encoding="utf-8"))
+        same = all(found[key] == value for key, value in measure.plain(record).items())
+        return list(found["runs"]) if same else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def one(kind: str, baseline: Path) -> dict[str, Any]:
@@ -88,11 +115,13 @@ def one(kind: str, baseline: Path) -> dict[str, Any]:
     start = time.perf_counter()
     status, text = gate("--baseline", str(baseline), "--json", "--no-counts", slowed=slowed)
     seconds = time.perf_counter() - start
+    if status not in range(len(ENDS)):
+        raise GateError(f"a run of the self-test ended with status {status}")
     result = json.loads(text)
     return {
         "kind": kind,
         "exit": status,
-        "right": status == right,
+        "right": status == right and seconds < LONGEST_S,
         "seconds": seconds,
         "load_average": load,
         "reasons": result["reasons"],
