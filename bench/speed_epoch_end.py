@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
@@ -115,10 +116,15 @@ def _stages(model: nn.Module) -> dict[str, int]:
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rows as a table."""
-    result = Table(title="One epoch end (trained-like weights, all convolutions and linear layers)")
+    result = Table(
+        title="One epoch end (trained-like weights, all convolutions and linear layers)",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     headings = (
-        "network", "spectra", "ms", "/ Gram products", "initial weights", "rmsgd 1.0.2 (s)", "times faster",
-        " / ".join(STAGES),
+        "network", "spectra", "ms", "/ Gram\nproducts", "initial\nweights", "rmsgd\n1.0.2 (s)",
+        "times\nfaster", "Gram fp32 /\nfp64 / SVD",
     )  # fmt: skip
     for heading in headings:
         first = heading == "network"

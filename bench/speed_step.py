@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich import box
 from rich.progress import Progress
 from rich.table import Table
 
@@ -12,7 +13,7 @@ from bench import peers, readme
 from bench.measure import interleave, median, ratio
 from bench.models import build
 
-MODELS = ("resnet50", "resnet101", "mobilenetv2")
+MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenetv2", "vit-b16")
 PEERS = ("rmsgd", "sgd-fused", "sgd-foreach", "sgd-single", "sgd-per-layer")
 RELEASE = "rmsgd-1.0.2"
 FLOOR = "plain loop"
@@ -75,13 +76,16 @@ def measure(
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows as a table: milliseconds, and ratios to fused SGD."""
-    names = list(rows[0]["seconds"])
-    result = Table(title="One step (ms; in brackets relative to torch's fused SGD)")
+    """The rows as a table: milliseconds, and below them the ratio to fused SGD."""
+    result = Table(
+        title="One step: ms, and below it the ratio to torch's fused SGD",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
     result.add_column("network", no_wrap=True)
-    for name in names:
-        result.add_column(name, justify="right")
-    result.add_column("of the floor's bandwidth", justify="right")
+    for heading in (*rows[0]["seconds"], "floor's speed"):
+        result.add_column(heading.replace("-", "-\n").replace(" ", "\n"), justify="right")
     for row in rows:
-        result.add_row(row["model"], *readme.step_cells(row))
+        cells = (cell.replace(" (", "\n(") for cell in readme.step_cells(row))
+        result.add_row(row["model"], *cells)
     return result
