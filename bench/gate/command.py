@@ -32,6 +32,8 @@ from rmsgd import backends
 SCHEMA = "rmsgd-bench-gate-run/1"
 PASSED, SLOWER, UNDECIDED = 0, 1, 2
 BASELINE = Path("bench/baseline.json")
+LONGEST_S = 35.0
+AGAINST_S = 120.0  # a round times both sides with their controls, and has the noise of two processes
 LAUNCHES = 7
 LAUNCH_S = 9.0
 INTERRUPTED = 130
@@ -107,6 +109,7 @@ def main(given: Sequence[str]) -> int:
     options = parser.parse_args(given)
     if options.update and options.against:
         parser.error("--update and --against exclude each other: a revision is held against, not stored")
+    options.seconds = options.seconds or (AGAINST_S if options.against else LONGEST_S)
     errors = Console(stderr=True)
     start = time.perf_counter()
     report = Report(describe(options.threads))
@@ -162,7 +165,11 @@ def _parser() -> argparse.ArgumentParser:
         default=1.05,
         help="of --target over SGD without a baseline (default: %(default)s)",
     )
-    add("--seconds", type=_above_zero, default=35.0, help="longest time to measure (default: %(default)s)")
+    add(
+        "--seconds",
+        type=_above_zero,
+        help=f"longest time to measure (default: {LONGEST_S:.0f}; with --against {AGAINST_S:.0f})",
+    )
     add("--threads", type=arguments.positive, default=1, help="of both sides (default: %(default)s)")
     add("--no-counts", action="store_true", help="leave the exact counts out")
     add("--json", action="store_true", help="only JSON on stdout")
