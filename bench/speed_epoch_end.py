@@ -62,9 +62,9 @@ def torch_spectra(model: nn.Module) -> Callable[[], None]:
     return eigenvalues
 
 
-def epoch_end(model: nn.Module) -> Callable[[], None]:
+def epoch_end(model: nn.Module, process_group: Any = None) -> Callable[[], None]:
     """RMSGD's epoch end, and its rates, so that nothing can hide behind it."""
-    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03)
+    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03, process_group=process_group)
 
     def end() -> None:
         optimizer.epoch_step()

@@ -57,14 +57,14 @@ def measure(
     for model in progress.track(models or MODELS, description="step"):
         names = [*PEERS] if quick else [*PEERS, RELEASE]
         cases = {name: case(name, model) for name in names}
-        parameters = sum(p.numel() for p in build(model).parameters())
-        cases[FLOOR] = plain_loop(parameters)
+        sizes = [p.numel() for p in build(model).parameters()]
+        cases[FLOOR] = plain_loop(sum(sizes))
         seconds = interleave(cases, rounds, min_seconds=0.02, warmup=2)
         rows.append(
             {
                 "model": model,
-                "parameters": parameters,
-                "tensors": len(list(build(model).parameters())),
+                "parameters": sum(sizes),
+                "tensors": len(sizes),
                 "seconds": {name: median(times).median for name, times in seconds.items()},
                 "to_sgd_fused": {
                     name: ratio(times, seconds["sgd-fused"])._asdict() for name, times in seconds.items()

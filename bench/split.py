@@ -28,11 +28,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-import rmsgd
 from bench import readme
 from bench.arguments import names, positive
 from bench.measure import Interleaved, interleave, machine, median, ratio, write_json
-from bench.speed_epoch_end import network, spectra
+from bench.speed_epoch_end import epoch_end, network, spectra
 from bench.weights import make_trained_like
 from rmsgd.backends import backend_for
 from rmsgd.backends.base import FIELDS
@@ -61,10 +60,6 @@ def _time_together(rank: int, folder: str, model: str, rounds: int) -> None:
     table = torch.zeros(len(matrices), FIELDS, dtype=torch.float64)
     own_work: list[float] = []
 
-    def epoch_end(optimizer: rmsgd.RMSGD) -> None:
-        optimizer.epoch_step()
-        optimizer.learning_rates()
-
     def own() -> None:
         start = time.perf_counter()
         measure(mine)
@@ -75,11 +70,9 @@ def _time_together(rank: int, folder: str, model: str, rounds: int) -> None:
             ranks.check_agreement(["the same on every rank"], table.device)
             ranks.reduce(table, dist.ReduceOp.SUM)
 
-    alone = rmsgd.RMSGD(module.named_parameters(), lr=0.03)
-    shared = rmsgd.RMSGD(module.named_parameters(), lr=0.03, process_group=dist.group.WORLD)
     cases = {
-        "one rank": partial(epoch_end, alone) if rank == 0 else lambda: None,
-        "two ranks": partial(epoch_end, shared),
+        "one rank": epoch_end(module) if rank == 0 else lambda: None,
+        "two ranks": epoch_end(module, process_group=dist.group.WORLD),
         "own work": own,
         "exchange": exchange,
     }

@@ -22,11 +22,12 @@ class Layouts:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
-        self._known = self._now()
         self._compiled: _cpu.Layouts | None = None
         if _cpu is not None and not any(map(is_dtensor, tensors)):
             with suppress(ValueError):  # an older torch, or a tensor without memory
                 self._compiled = _cpu.Layouts(Tensor, tensors)
+        if self._compiled is None:
+            self._known = self._now()
 
     def hold(self) -> bool:
         """Whether nothing has changed."""

@@ -23,6 +23,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import rmsgd
+from bench.speed_epoch_end import spectra
 from rmsgd.distributed import cost, split
 from rmsgd.layers import unfoldings
 
@@ -68,11 +69,7 @@ def alone(options):
     return optimizer.learning_rates(), [p.detach().clone() for p in model.parameters()]
 
 
-def unfoldings_of(model):
-    return [u for p in model.parameters() if p.ndim > 1 for u in unfoldings(p.shape)]
-
-
-MATRICES = len(unfoldings_of(network()))
+MATRICES = len(spectra(network()))
 
 
 # -- DDP -----------------------------------------------------------------------------------------
@@ -174,7 +171,7 @@ def stages_of_a_pipeline():
         optimizer.epoch_step()
     twin = rmsgd.RMSGD(model.named_parameters())
     twin.epoch_step()
-    return counting.count, len(unfoldings_of(model)), optimizer.learning_rates(), twin.learning_rates()
+    return counting.count, len(spectra(model)), optimizer.learning_rates(), twin.learning_rates()
 
 
 def test_the_stages_of_a_pipeline_share_within_their_own_groups(job):

@@ -13,10 +13,10 @@ from torch import nn
 from trainers import EPOCHS, SAMPLES, HfModel, import_torchvision, lit_model, lit_trainer, network
 
 import rmsgd
+from bench.speed_epoch_end import spectra
 from rmsgd.integrations import unwrap
-from rmsgd.layers import unfoldings
 
-MATRICES = sum(len(unfoldings(p.shape)) for p in network().parameters() if p.ndim > 1)
+MATRICES = len(spectra(network()))
 
 
 @pytest.fixture(scope="module")
