@@ -8,6 +8,12 @@
 //   T    sum(T x)          the sum of x over the members, the same bits on every member
 //   T    max(T x)          likewise the largest
 //
+// A large team consists of groups, small teams that meet without the others at next to no cost:
+//
+//   group()                the team of this member's group
+//   int  group_number()    which one that is, 0 <= group_number < groups
+//   int  groups()          how many there are
+//
 // Every member calls every collective, in the same order; sum and max are barriers too. A loop over
 // data is written `for (int i = team.rank(); i < n; i += team.size())`. No header that CUDA compiles
 // includes a standard header when __CUDACC_RTC__ is defined.
@@ -41,6 +47,9 @@ struct Solo {
   RMSGD_FN T max(T x) const {
     return x;
   }
+  RMSGD_FN Solo group() const { return {}; }
+  RMSGD_FN int groups() const { return 1; }
+  RMSGD_FN int group_number() const { return 0; }
 };
 
 }  // namespace rmsgd

@@ -73,7 +73,6 @@ class BlockTeam {
     return combine(Max<T>(), x);
   }
 
- private:
   // The warps' values pass through one of two rows in turn: whoever writes a row again has passed
   // the barrier of the collective between, which nobody reaches before having read this row.
   template <class Operation, class T>
@@ -87,6 +86,7 @@ class BlockTeam {
     return combine_warp(operation, lane < int(blockDim.x) / WARP ? row[lane] : operation.neutral(row[0]));
   }
 
+ private:
   int turn_ = 0;
 };
 
@@ -105,6 +105,14 @@ class GridTeam {
 
   __device__ __forceinline__ int rank() const { return block_number_ * block_.size() + block_.rank(); }
   __device__ __forceinline__ int size() const { return blocks_ * block_.size(); }
+  __device__ __forceinline__ BlockTeam& block() { return block_; }
+
+  // Neighbouring groups are warps of different blocks: a few groups at work have many multiprocessors.
+  __device__ __forceinline__ WarpTeam group() const { return {}; }
+  __device__ __forceinline__ int groups() const { return size() / WARP; }
+  __device__ __forceinline__ int group_number() const {
+    return block_.rank() / WARP * blocks_ + block_number_;
+  }
 
   __device__ __forceinline__ void barrier() const {
     block_.barrier();
@@ -129,17 +137,28 @@ class GridTeam {
 
   template <class T>
   __device__ __forceinline__ T sum(T x) {
-    x = block_.sum(x);
+    return combine(Sum<T>(), x);
+  }
+
+  template <class T>
+  __device__ __forceinline__ T max(T x) {
+    return combine(Max<T>(), x);
+  }
+
+ private:
+  // As in a block, with rows in global memory.
+  template <class Operation, class T>
+  __device__ __forceinline__ T combine(Operation operation, T x) {
+    x = block_.combine(operation, x);
     if (blocks_ == 1) return x;
     T* const row = reinterpret_cast<T*>(meeting_->values[turn_]);
     turn_ = 1 - turn_;
     if (block_.rank() == 0) row[block_number_] = x;
     barrier();
     const int lane = block_.rank() % WARP;
-    return combine_warp(Sum<T>(), lane < blocks_ ? row[lane] : T(0));
+    return combine_warp(operation, lane < blocks_ ? row[lane] : operation.neutral(row[0]));
   }
 
- private:
   BlockTeam block_;
   int block_number_;
   int blocks_;

@@ -1,9 +1,11 @@
 """The CUDA backend gives what the reference gives, whatever the order in which its threads run."""
 
+import ctypes
+
 import numpy as np
 import pytest
 import torch
-from emulated import ORDERS, ROOT, compile_cpp, emulated_backend
+from emulated import ORDERS, ROOT, EmulatedKernels, compile_cpp, emulated_backend
 from torch.nn import Parameter
 
 import rmsgd
@@ -11,6 +13,7 @@ from rmsgd import ledger, reference
 from rmsgd.backends import cuda_spectra
 from rmsgd.backends.base import (
     CONDITION_NUMBER,
+    FIELDS,
     MEASURED,
     NOISE_VARIANCE,
     NOT_FINITE,
@@ -25,7 +28,7 @@ from rmsgd.backends.base import (
     StepTables,
 )
 from rmsgd.backends.numpy_ import NumpyBackend, update_rates
-from rmsgd.layers import unfoldings
+from rmsgd.layers import as_matrix, unfoldings
 
 
 @pytest.fixture(scope="session")
@@ -135,8 +138,75 @@ def test_the_order_of_threads_changes_no_bit(library, monkeypatch, order):
         low_rank(20, 30, 3, 1e-7),
         torch.randn(12, 6, 3, 3).half(),
     )
-    forward = emulated_backend(library).measure(matrices)
-    assert torch.equal(emulated_backend(library, order).measure(matrices), forward)
+    forward = emulated_backend(library, resident=3).measure(matrices)
+    assert torch.equal(emulated_backend(library, order, resident=3).measure(matrices), forward)
+
+
+def deficient(rows, columns, dtype):
+    return torch.randn(3, columns).repeat(rows // 3, 1).to(dtype)
+
+
+def waiting_for_singular_values():
+    """Matrices whose Gram matrices decide nothing, of every type and layout, and among them others."""
+    return spectra(
+        deficient(12, 17, torch.float32),
+        torch.randn(9, 14),
+        deficient(6, 10, torch.float64),
+        torch.full((4, 9), torch.nan).double(),
+        deficient(6, 20, torch.float16).t(),
+        torch.zeros(5, 7).double(),
+        deficient(6, 12, torch.bfloat16).reshape(6, 3, 2, 2),
+        torch.outer(torch.rand(2), torch.rand(3)).double() * 1e-200,
+    )
+
+
+@pytest.fixture
+def svd_launches(library, monkeypatch):
+    """What each launch of the kernel for singular values was given, and memory before and after it."""
+    launches = []
+    plain = EmulatedKernels.launch
+
+    def launch(kernels, name, device, blocks, threads, shared, stream, arguments, cooperative=False):
+        def memory():
+            head = arguments[0]
+            table = ctypes.string_at(int(head["table"]), int(head["matrices"]) * FIELDS * 8)
+            meetings = int(head["matrices"] + 1) * cuda_spectra._MEETING_BYTES
+            return table, ctypes.string_at(int(head["meeting"]), meetings)
+
+        if name != "rmsgd_svd":
+            return plain(kernels, name, device, blocks, threads, shared, stream, arguments, cooperative)
+        before = memory()
+        plain(kernels, name, device, blocks, threads, shared, stream, arguments, cooperative)
+        launches.append((blocks, cooperative, before, memory()))
+
+    monkeypatch.setattr(EmulatedKernels, "launch", launch)
+    return launches
+
+
+def test_several_blocks_find_the_singular_values_of_whatever_waits_for_them(library, svd_launches):
+    matrices = waiting_for_singular_values()
+    tables = [emulated_backend(library, order, resident=3).measure(matrices) for order in ORDERS]
+    assert_measured(tables[0], matrices)
+    by_svd = [
+        w.dtype == torch.float64 or torch.linalg.matrix_rank(as_matrix(w, u).double()) < u.L
+        for w, u in matrices
+    ]
+    assert (tables[0][:, STAGE] == 2).tolist() == by_svd
+    for table in tables[1:]:
+        assert torch.equal(table.nan_to_num(nan=-1.0), tables[0].nan_to_num(nan=-1.0))
+    assert [launch[:2] for launch in svd_launches] == [(3, True)] * 3
+
+
+def test_where_nothing_waits_for_singular_values_blocks_neither_write_nor_meet(library, svd_launches):
+    emulated_backend(library, resident=3).measure(spectra(torch.randn(20, 30), torch.randn(9, 12).double()))
+    ((_, _, before, after),) = svd_launches
+    assert before == after
+
+
+def test_no_more_blocks_find_singular_values_than_a_meeting_has_room_for(library, svd_launches):
+    table = emulated_backend(library, resident=500).measure(spectra(torch.eye(2, 3)))
+    assert table[0, STATUS] == MEASURED
+    assert svd_launches[0][0] == 32
 
 
 def test_a_small_workspace_means_more_batches_and_the_same_bits(backend, library):
@@ -155,7 +225,7 @@ def test_running_out_of_memory_halves_the_workspace(library, monkeypatch):
     real = torch.empty
 
     def short_of_memory(*size, **options):
-        if options.get("dtype") == torch.uint8 and size[0] > 40_000:
+        if options.get("dtype") == torch.uint8 and size[0] > 45_000:
             raise torch.cuda.OutOfMemoryError
         return real(*size, **options)
 

@@ -123,27 +123,34 @@ __device__ __forceinline__ void measure_block(const SpectrumArguments& arguments
   if (warp.rank() == 0) state.stage = decided ? STAGE_DONE : sizeof(T) == 4 ? STAGE_FP64 : STAGE_SVD;
 }
 
-template <class Element>
-__device__ __forceinline__ void svd_block(const SpectrumArguments& arguments, int number) {
+__device__ __forceinline__ double element_of(const CudaMatrix& matrix, long long column, int row) {
+  const long long at = offset_of(matrix.small, unsigned(row)) + offset_of(matrix.large, unsigned(column));
+  switch (matrix.dtype) {
+    case FLOAT32:
+      return double(static_cast<const float*>(matrix.weight)[at]);
+    case FLOAT64:
+      return static_cast<const double*>(matrix.weight)[at];
+    case FLOAT16:
+      return double(widen(static_cast<const Float16*>(matrix.weight)[at]));
+    default:
+      return double(widen(static_cast<const BFloat16*>(matrix.weight)[at]));
+  }
+}
+
+__device__ __forceinline__ void svd_matrix(GridTeam& team, const SpectrumArguments& arguments, int number) {
   const CudaMatrix& matrix = arguments.matrix[number];
-  const Element* const weight = static_cast<const Element*>(matrix.weight);
   const int L = matrix.L;
   double* const row = arguments.table + (long long)arguments.row[number] * METRICS_FIELDS;
   double* const gamma = arguments.svd_scratch + singular_values_scratch(L);
   int* const counts = reinterpret_cast<int*>(gamma + L);
-  BlockTeam team;
 
-  const auto element = [&](long long column, int at) {
-    return double(
-        widen(weight[offset_of(matrix.small, unsigned(at)) + offset_of(matrix.large, unsigned(column))]));
-  };
   double largest = 0.0, bad = 0.0;
   for (long long i = team.rank(); i < L * matrix.M; i += team.size()) {
-    const double size = fabs(element(i / L, int(i % L)));
+    const double size = fabs(element_of(matrix, i % matrix.M, int(i / matrix.M)));
     if (!(size < INFINITY)) bad = 1.0;
     if (size > largest) largest = size;
   }
-  bad = team.sum(bad);
+  bad = team.max(bad);
   largest = team.max(largest);
   if (bad > 0.0 || largest == 0.0) {
     if (team.rank() == 0) {
@@ -157,14 +164,18 @@ __device__ __forceinline__ void svd_block(const SpectrumArguments& arguments, in
   int exponent = 0;  // a power of two in two steps: 2^-exponent itself may leave the range
   frexp(largest, &exponent);
   const double half = ldexp(1.0, -exponent / 2), other = ldexp(1.0, -exponent - (-exponent / 2));
-  const auto scaled = [&](long long column, int at) { return element(column, at) * half * other; };
+  const auto scaled = [&](long long column, int at) { return element_of(matrix, column, at) * half * other; };
   singular_values(team, scaled, L, matrix.M, gamma, arguments.svd_scratch, counts);
   const double zero = double(matrix.M) * 0x1p-52 * gamma[0];
   team.barrier();
-  for (int h = team.rank(); h < L; h += team.size())
+  for (int h = team.rank(); h < L; h += team.size()) {
     gamma[h] = gamma[h] > zero ? ldexp(gamma[h], exponent) : 0.0;
+  }
   team.barrier();
-  measure_singular_values(team, gamma, L, double(matrix.M), arguments.svd_scratch, row);
+  // EVBMF meets all the time and has little to do in between: one warp.
+  if (team.rank() >= WARP) return;
+  WarpTeam warp;
+  measure_singular_values(warp, gamma, L, double(matrix.M), arguments.svd_scratch, row);
 }
 
 }  // namespace
@@ -210,30 +221,25 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   rmsgd::measure_block<double>(arguments);
 }
 
-// One block for all matrices that wait for it.
+// The whole grid, up to 32 blocks, takes the matrices that wait for it one after the other: there is scratch
+// for one. Which those are nobody changes meanwhile, so that all blocks go through the same ones.
 extern "C" __global__ void __launch_bounds__(512, 1)
     rmsgd_svd(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
+  rmsgd::GridTeam team(int(blockIdx.x), arguments.svd_blocks, arguments.meeting + arguments.matrices);
+  int waiting = 0;
+  for (int number = team.block().rank(); number < arguments.matrices; number += team.block().size()) {
+    waiting += arguments.state[number].stage == rmsgd::STAGE_SVD;
+  }
+  if (team.block().sum(waiting) == 0) return;  // as a rule; blocks need not meet to know it
   for (int number = 0; number < arguments.matrices; ++number) {
     if (arguments.state[number].stage != rmsgd::STAGE_SVD) continue;
-    switch (arguments.matrix[number].dtype) {
-      case rmsgd::FLOAT32:
-        rmsgd::svd_block<float>(arguments, number);
-        break;
-      case rmsgd::FLOAT64:
-        rmsgd::svd_block<double>(arguments, number);
-        break;
-      case rmsgd::FLOAT16:
-        rmsgd::svd_block<rmsgd::Float16>(arguments, number);
-        break;
-      default:
-        rmsgd::svd_block<rmsgd::BFloat16>(arguments, number);
-    }
-    __syncthreads();
+    rmsgd::svd_matrix(team, arguments, number);
+    team.barrier();  // the scratch is free again
   }
 }
 
 // One warp: EVBMF of values that are known.
-extern "C" __global__ void __launch_bounds__(rmsgd::WARP)
+extern "C" __global__ void __launch_bounds__(rmsgd::WARP, 1)
     rmsgd_values(const __grid_constant__ rmsgd::ValuesArguments arguments) {
   rmsgd::WarpTeam team;
   const int L = arguments.L;

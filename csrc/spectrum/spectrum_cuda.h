@@ -6,9 +6,9 @@
 //   tridiagonal        side stream       teams of blocks, launched cooperatively
 //   measure            side stream       eigenvalues, EVBMF, row of the table: a block per matrix
 //
-// then gram, tridiagonal and measure once more in fp64, and the singular values of what even that
-// does not decide. A matrix says in its state which stage it waits for; blocks that find it waiting
-// for another leave at once.
+// then gram, tridiagonal and measure once more in fp64, and svd, one team of blocks launched cooperatively:
+// the singular values of what even that does not decide. A matrix says in its state which stage it waits for;
+// blocks that find it waiting for another leave at once.
 #pragma once
 
 #include "gram_cuda.h"
@@ -38,12 +38,14 @@ struct SpectrumArguments {
   const TeamBlock* block;  // of this launch, one per block (tridiagonal)
   unsigned char* workspace;
   SpectrumState* state;  // (matrices)
-  Meeting* meeting;      // (matrices)
+  Meeting* meeting;      // (matrices + 1), the last one of svd
   double* table;         // (matrices, METRICS_FIELDS)
   const int* row;        // (matrices) a matrix's row of the table
   double* svd_scratch;   // (singular_values_scratch + L) doubles, then counts; one matrix at a time
   int matrices;
   int shared_bytes;  // that the tridiagonal reduction may keep a matrix in
+  int svd_blocks;
+  int unused;
 };
 
 // One matrix whose values are known. values: (L), descending: eigenvalues of the Gram matrix, or

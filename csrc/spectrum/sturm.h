@@ -24,6 +24,9 @@ RMSGD_FN int eigenvalues_above(const T* diagonal, const T* squares, int n, T shi
   return above;
 }
 
+// Most parts less one that a bracket is cut into: whoever looks through the counts does so one by one.
+constexpr int STURM_CUTS = 255;
+
 // Elements of `counts` below.
 RMSGD_FN int sturm_counts(int count, int members) { return count > members ? count : members; }
 
@@ -34,7 +37,9 @@ RMSGD_FN int sturm_counts(int count, int members) { return count > members ? cou
 template <class T, class Team>
 RMSGD_FN void largest_eigenvalues(Team& team, const T* diagonal, const T* squares, int n, int count, T lower,
                                   T upper, T* low, T* high, int* counts, T* values) {
-  const int cuts = count > 0 && team.size() / count > 1 ? team.size() / count : 1;
+  int cuts = count > 0 ? team.size() / count : 1;
+  if (cuts < 1) cuts = 1;
+  if (cuts > STURM_CUTS) cuts = STURM_CUTS;
   for (int h = team.rank(); h < count; h += team.size()) {
     low[h] = lower;
     high[h] = upper;

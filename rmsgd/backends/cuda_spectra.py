@@ -31,6 +31,8 @@ _MEETING_BYTES = 8 + 2 * 32 * 8
 _ONE_BLOCK = 384
 """Matrices below this size are reduced by one block: meetings through memory would cost more."""
 _MOST_BLOCKS = 16
+_MOST_SVD_BLOCKS = 32
+"""All that a meeting has room for."""
 
 _SIDE = np.dtype([("size", "i8", 4), ("stride", "i8", 4)])
 _MATRIX = np.dtype(
@@ -71,6 +73,8 @@ _ARGUMENTS = np.dtype(
         ),
         ("matrices", "i4"),
         ("shared_bytes", "i4"),
+        ("svd_blocks", "i4"),
+        ("unused", "i4"),
     ]
 )
 
@@ -101,9 +105,9 @@ def workspace_bytes(unfolding: Unfolding) -> int:
     return sum(_workspace_parts(unfolding.L, unfolding.M))
 
 
-def svd_scratch_bytes(L: int) -> int:
+def svd_scratch_bytes(L: int, members: int) -> int:
     """Bytes for the singular values of one matrix: ``singular_values_scratch``, gamma and counts."""
-    return (2 * L * L + 10 * L + 8 + L) * 8 + max(L, _SVD_THREADS) * 4
+    return (2 * L * L + 9 * L + L) * 8 + max(L, members) * 4
 
 
 def _measure_shared(L: int, itemsize: int) -> int:
@@ -187,6 +191,8 @@ class SpectraPlan:
         )
         teams = _team_sizes(self._rows, min(capacity, capacity_double))
         self._waves = [_waves(teams, capacity), _waves(teams, capacity_double)]
+        resident = kernels.resident_blocks("rmsgd_svd", self._index, _SVD_THREADS, _TEAM_SHARED)
+        self._svd_blocks = max(1, min(_MOST_SVD_BLOCKS, resident))
         table, self.workspace_bytes = self._matrix_table(chosen, teams)
         items, self._item_counts = _items(self._rows, table["splits"])
         state = np.zeros(self.count, _STATE)
@@ -235,9 +241,10 @@ class SpectraPlan:
         """
         assert table.shape[1] == FIELDS
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self._device)
-        scratch = torch.empty(svd_scratch_bytes(self._rows[0]), dtype=torch.uint8, device=self._device)
+        svd_bytes = svd_scratch_bytes(self._rows[0], self._svd_blocks * _SVD_THREADS)
+        scratch = torch.empty(svd_bytes, dtype=torch.uint8, device=self._device)
         with streams.on_caller():
-            meeting = torch.zeros(self.count * _MEETING_BYTES, dtype=torch.uint8, device=self._device)
+            meeting = torch.zeros((self.count + 1) * _MEETING_BYTES, dtype=torch.uint8, device=self._device)
             state = self._state.clone()
         arguments = np.zeros(1, _ARGUMENTS)
         head = arguments[0]
@@ -246,6 +253,7 @@ class SpectraPlan:
         head["workspace"], head["svd_scratch"] = workspace.data_ptr(), scratch.data_ptr()
         head["state"], head["meeting"] = state.data_ptr(), meeting.data_ptr()
         head["table"], head["matrices"] = table.data_ptr(), self.count
+        head["svd_blocks"] = self._svd_blocks
         first_item = self._items.data_ptr()
 
         def launch(
@@ -276,7 +284,7 @@ class SpectraPlan:
         head["item"] = first_item + (gram + parts) * _ITEM.itemsize
         launch("rmsgd_gram_double", gram_double, _GRAM_THREADS, _gram_shared(8), stream)
         reduce_and_measure(1, stream)
-        launch("rmsgd_svd", 1, _SVD_THREADS, _TEAM_SHARED, stream)
+        launch("rmsgd_svd", self._svd_blocks, _SVD_THREADS, _TEAM_SHARED, stream, True)
         for tensor in (meeting, state, self._matrices, self._items, self._state, self._blocks, self._row):
             streams.keep(tensor)
 

@@ -42,6 +42,11 @@ class Member {
     return largest;
   }
 
+  // Every member is a group of its own.
+  rmsgd::Solo group() const { return {}; }
+  int groups() const { return size_; }
+  int group_number() const { return rank_; }
+
   inline static int skip = -1;
 
  private:
