@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +31,7 @@ CACHE = Path(__file__).parents[1] / ".out" / "peers"
 RELEASE_WHEEL = "rmsgd-1.0.2-py3-none-any.whl"
 RELEASE_SHA256 = "54cdf95eeaf7ee299a879c0b58ce1440b63f7e48739a0830aa5e512dc0cc65bd"
 RELEASE_MODULE = "rmsgd_1_0_2"
+FETCH_S = 60
 
 Named = list[tuple[str, Parameter]]
 Create = Callable[..., Optimizer]
@@ -200,7 +202,7 @@ def load_rmsgd_1_0_2() -> ModuleType:
     """The authors' package, imported as `rmsgd_1_0_2` so that it does not stand in for ours.
 
     It is fetched once, with pip and without its dependencies, checked against its known digest and
-    unpacked into `.out/peers/` of the checkout.
+    unpacked into `.out/peers/` of the checkout. A process tries that once, and not for long.
 
     Raises:
         PeerUnavailableError: pip could not fetch it, or what came has another digest.
@@ -210,7 +212,9 @@ def load_rmsgd_1_0_2() -> ModuleType:
         return sys.modules[RELEASE_MODULE]
     package = CACHE / "rmsgd-1.0.2" / "rmsgd"
     if not package.is_dir():
-        _fetch_release(package.parent)
+        reason = _fetch_release(package.parent)
+        if reason is not None:
+            raise PeerUnavailableError(reason)
     spec = importlib.util.spec_from_file_location(RELEASE_MODULE, package / "__init__.py")
     assert spec is not None
     assert spec.loader is not None
@@ -224,20 +228,25 @@ def load_rmsgd_1_0_2() -> ModuleType:
     return module
 
 
-def _fetch_release(target: Path) -> None:
+@cache
+def _fetch_release(target: Path) -> str | None:
+    """Puts the authors' package into `target`; what prevented that, or None."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        done = subprocess.run(
-            [*command, "rmsgd==1.0.2", "--dest", folder], capture_output=True, text=True, check=False
-        )
+        # Without a network pip would try again for minutes.
+        command += ["--retries", "0", "--timeout", "10", "rmsgd==1.0.2", "--dest", folder]
+        failed = "rmsgd 1.0.2, the authors' package, could not be fetched"
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_S, check=False)
+        except subprocess.TimeoutExpired:
+            return f"{failed}: pip took more than {FETCH_S} s"
         wheel = Path(folder) / RELEASE_WHEEL
         if not wheel.is_file():
-            reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-            raise PeerUnavailableError(f"rmsgd 1.0.2, the authors' package, could not be fetched: {reason}")
+            return f"{failed}: {(done.stderr.strip().splitlines() or ['pip said nothing'])[-1]}"
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if digest != RELEASE_SHA256:
-            raise PeerUnavailableError(f"{RELEASE_WHEEL} is not the known file: its SHA-256 is {digest}")
+            return f"{RELEASE_WHEEL} is not the known file: its SHA-256 is {digest}"
         unpacked = Path(folder) / "unpacked"
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(unpacked)
@@ -247,6 +256,7 @@ def _fetch_release(target: Path) -> None:
             # Another process was quicker; its files are the same.
             if not target.is_dir():
                 raise
+    return None
 
 
 def _pytorch_optimizer() -> ModuleType:

@@ -12,7 +12,7 @@ from bench.weights import make_trained_like
 from rmsgd import backends, evbmf
 
 MODELS = ("resnet18", "mobilenetv2", "resnet14-digits")
-BACKENDS = [s.name for s in backends.statuses() if s.available and s.device in ("cpu", "any")]
+BACKENDS = [e.name for e in backends.ENTRIES if e.device in ("cpu", "any") and e.status().available]
 SIZES = (64, 256, 512)
 
 

@@ -12,7 +12,8 @@ from rmsgd import backends
 
 def usable_backends() -> list[str]:
     """Names of the CPU backends that can run here, or those of them that RMSGD_TEST_BACKENDS lists."""
-    names = [s.name for s in backends.statuses() if s.available and s.device in ("cpu", "any")]
+    entries = [entry for entry in backends.ENTRIES if entry.device in ("cpu", "any")]
+    names = [entry.name for entry in entries if entry.status().available]
     wanted = os.environ.get("RMSGD_TEST_BACKENDS")
     return [name for name in names if name in wanted.split(",")] if wanted else names
 

@@ -14,6 +14,7 @@ import torch
 import rmsgd
 from rmsgd import backends, doctor
 from rmsgd.backends import nvrtc
+from rmsgd.backends.base import BackendUnavailable
 
 pytest.importorskip("rmsgd._cpu", reason="the compiled core was not built")
 
@@ -172,6 +173,23 @@ def test_a_gpu_without_nvcc_and_cupy_runs_torch_and_doctor_says_what_to_install(
     assert "pip install 'rmsgd-kernels[cuda13]'" in status(found, "cupy")["reason"]
     assert found["used"]["cuda"] == "torch"
     assert "pip install 'rmsgd-kernels[cuda13]'" in found["advice"][-1]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_backend_that_cannot_run_is_tried_once(monkeypatch):
+    tried = []
+
+    def create():
+        tried.append(True)
+        raise BackendUnavailable("NVRTC could not compile the kernels")
+
+    monkeypatch.setattr(nvrtc, "create", create)
+    for _ in range(2):
+        assert status(doctor.examine(), "cupy")["reason"] == "NVRTC could not compile the kernels"
+    monkeypatch.setenv("RMSGD_BACKEND", "cupy")
+    with pytest.raises(BackendUnavailable, match="NVRTC could not compile"):
+        backends.backend_for(torch.device("cuda"))
+    assert tried == [True]
 
 
 @pytest.mark.usefixtures("gpu")

@@ -113,12 +113,32 @@ def test_the_authors_package_steps_and_moves_its_rates(release):
 def test_a_registry_out_of_reach_is_said_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "CACHE", tmp_path)
     monkeypatch.delitem(sys.modules, peers.RELEASE_MODULE, raising=False)
-    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="noise\nERROR: no route to the index")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(peers.PeerUnavailableError, match="could not be fetched: ERROR: no route") as caught:
-        peers.load_rmsgd_1_0_2()
+    calls = []
+
+    def fail(command, **_):
+        calls.append(command)
+        return subprocess.CompletedProcess([], 1, stdout="", stderr="noise\nERROR: no route to the index")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    for _ in range(2):
+        with pytest.raises(peers.PeerUnavailableError, match="not be fetched: ERROR: no route") as caught:
+            peers.load_rmsgd_1_0_2()
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+    assert len(calls) == 1
+    assert calls[0][calls[0].index("--retries") + 1] == "0"
+
+
+def test_a_registry_that_does_not_answer_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "CACHE", tmp_path)
+    monkeypatch.delitem(sys.modules, peers.RELEASE_MODULE, raising=False)
+
+    def hang(command, *, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    with pytest.raises(peers.PeerUnavailableError, match=f"more than {peers.FETCH_S} s"):
+        peers.load_rmsgd_1_0_2()
 
 
 def test_a_package_that_is_not_the_known_file_is_refused(tmp_path, monkeypatch):

@@ -27,13 +27,27 @@ class Entry:
 
     def load(self) -> Backend:
         """The backend; raises BackendUnavailable with the reason when it cannot run here."""
-        return _load(self.module)
+        found = _load(self.module)
+        if isinstance(found, str):
+            raise BackendUnavailable(found)
+        return found
+
+    def status(self) -> "Status":
+        """Whether it can run here; loads it to find out."""
+        try:
+            return Status(self.name, self.device, True, self.load().description)
+        except BackendUnavailable as error:
+            return Status(self.name, self.device, False, str(error))
 
 
 @cache
-def _load(module: str) -> Backend:
+def _load(module: str) -> Backend | str:
+    """The backend, or why it cannot run here: to find that out may have taken a minute of compilation."""
     create: Callable[[], Backend] = import_module(f"rmsgd.backends.{module}").create
-    return create()
+    try:
+        return create()
+    except BackendUnavailable as error:
+        return str(error)
 
 
 ENTRIES = (
@@ -59,13 +73,7 @@ class Status:
 
 def statuses() -> list[Status]:
     """Every backend's status, in order of preference."""
-    result = []
-    for entry in ENTRIES:
-        try:
-            result.append(Status(entry.name, entry.device, True, entry.load().description))
-        except BackendUnavailable as error:
-            result.append(Status(entry.name, entry.device, False, str(error)))
-    return result
+    return [entry.status() for entry in ENTRIES]
 
 
 def backend_for(device: torch.device) -> Backend:
