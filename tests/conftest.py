@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from emulated import build_emulated_module
 from trainers import import_torchvision
 
 from rmsgd import backends
@@ -37,6 +38,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """The emulated CUDA kernels, as a file to load."""
+    return build_emulated_module(tmp_path_factory.mktemp("emulator"))
 
 
 @pytest.fixture

@@ -1,13 +1,18 @@
 """The CUDA backend on a machine without a GPU: its kernels' sources compiled for the CPU, a fiber per thread.
 
 What is tested so is everything but the hardware: the kernels' code and their barriers, the tables and
-arguments that Python packs for them, and what is launched when. ``tests/emulator`` holds the emulator.
+arguments that Python packs for them, what is launched when, and ``rmsgd._cuda`` that launches it.
+``tests/emulator`` holds the emulator.
 """
 
 import ctypes
+import importlib.util
 import os
 import shutil
 import subprocess
+import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -16,52 +21,67 @@ import pytest
 from rmsgd.backends.cuda import CudaBackend
 
 ROOT = Path(__file__).parents[1]
+EMULATOR = ROOT / "tests" / "emulator"
 ORDERS = ("forward", "reverse", "shuffled")
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
-def compile_cpp(source: Path, target: Path, *flags: str) -> None:
-    """Compile a test's C++ source; skips the test where there is no compiler."""
+def compile_cpp(sources: Path | Sequence[Path], target: Path, *flags: str) -> None:
+    """Compile a test's C++ sources; skips the test where there is no compiler."""
     if COMPILER is None:
         pytest.skip("no C++ compiler")
-    include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'emulator'}"]
-    command = [COMPILER, "-std=c++17", "-Wall", "-Wno-unknown-pragmas", *include, *flags]
-    subprocess.run([*command, str(source), "-o", str(target)], check=True)
+    sources = [sources] if isinstance(sources, Path) else sources
+    include = [f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}"]
+    command = [COMPILER, "-std=c++17", "-Wall", "-Wno-unknown-pragmas", *include]
+    if len(sources) == 1:
+        subprocess.run([*command, *flags, sources[0], "-o", target], check=True)
+        return
+    objects = [target.with_name(f"{source.stem}.o") for source in sources]
+    kept = [flag for flag in flags if flag != "-shared"]
+    jobs = [[*command, *kept, "-c", s, "-o", o] for s, o in zip(sources, objects, strict=True)]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda job: subprocess.run(job, check=True), jobs))
+    subprocess.run([*command, *flags, *objects, "-o", target], check=True)
+
+
+def build_emulated_module(folder: Path) -> Path:
+    """``rmsgd._cuda`` over the emulator, as a file to load."""
+    pybind11 = pytest.importorskip("pybind11")
+    target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    flags = ["-O2", "-fPIC", "-shared", '-DRMSGD_CUDA_ARCHITECTURES="75"', *include]
+    sources = [EMULATOR / "kernels.cpp", EMULATOR / "runtime.cpp", ROOT / "csrc" / "bind_cuda.cpp"]
+    compile_cpp(sources, target, *flags)
+    return target
 
 
 class EmulatedKernels:
     """See ``rmsgd.backends.kernels.Kernels``; threads run in the order that ``order`` names."""
 
     def __init__(self, library: Path, order: str = "forward", resident: int = 6) -> None:
-        self._emulate = ctypes.CDLL(str(library)).emulate
+        spec = importlib.util.spec_from_file_location("_cuda", library)
+        self.module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.module)
+        self._library = ctypes.CDLL(str(library))
         self.order = order
         self.resident = resident
         self.launched: list[str] = []
 
+    def _choose(self) -> None:
+        ctypes.c_int.in_dll(self._library, "emulated_order").value = ORDERS.index(self.order)
+        ctypes.c_int.in_dll(self._library, "emulated_resident").value = self.resident
+
     def launch(self, name, device, blocks, threads, shared_bytes, stream, arguments, cooperative=False):
-        assert device == 0
-        assert stream == 0
-        assert blocks >= 1
-        if cooperative:
-            assert blocks <= self.resident
+        self._choose()
         self.launched.append(name)
-        status = self._emulate(
-            name.encode(),
-            ctypes.c_int(blocks),
-            ctypes.c_int(threads),
-            ctypes.c_int(shared_bytes),
-            ctypes.c_void_p(arguments.ctypes.data),
-            ctypes.c_long(arguments.nbytes),
-            ctypes.c_int(cooperative),
-            ctypes.c_int(ORDERS.index(self.order)),
-        )
-        assert status == 0, {1: "no such kernel", 2: f"{name} takes no argument of {arguments.nbytes} bytes"}
+        self.module.launch(name, device, blocks, threads, shared_bytes, stream, arguments, cooperative)
 
     def resident_blocks(self, name, device, threads, shared_bytes):
-        return self.resident
+        self._choose()
+        return self.module.resident_blocks(name, device, threads, shared_bytes)
 
     def shared_memory(self, device):
-        return 65536, 65536  # sm_75
+        return self.module.shared_memory(device)
 
 
 class OneStream:

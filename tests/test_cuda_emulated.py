@@ -5,7 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from emulated import ORDERS, ROOT, EmulatedKernels, compile_cpp, emulated_backend
+from emulated import ORDERS, EmulatedKernels, emulated_backend
 from torch.nn import Parameter
 
 import rmsgd
@@ -27,15 +27,11 @@ from rmsgd.backends.base import (
     StepGroup,
     StepTables,
 )
+from rmsgd.backends.cuda import _RATES_ARGUMENTS, _VALUES_ARGUMENTS
+from rmsgd.backends.cuda_spectra import _ARGUMENTS
+from rmsgd.backends.cuda_step import _SIZES, _arguments
 from rmsgd.backends.numpy_ import NumpyBackend, update_rates
 from rmsgd.layers import as_matrix, unfoldings
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    target = tmp_path_factory.mktemp("emulator") / "kernels.so"
-    compile_cpp(ROOT / "tests" / "emulator" / "kernels.cpp", target, "-O2", "-fPIC", "-shared")
-    return target
 
 
 @pytest.fixture
@@ -485,3 +481,54 @@ def test_the_optimizer_runs_on_it_as_on_the_cpu(library, monkeypatch, options, s
     assert found.report().quality == pytest.approx(expected.report().quality, rel=1e-4)
     states = [optimizer.state_dict()["state"] for optimizer in (found, expected)]
     assert [s["fresh"] for s in states[0].values()] == [s["fresh"] for s in states[1].values()]
+
+
+# -- rmsgd._cuda -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def module(backend):
+    return backend._kernels.module
+
+
+STRUCTS = {
+    "rmsgd_values": _VALUES_ARGUMENTS,
+    "rmsgd_rates": _RATES_ARGUMENTS,
+    "rmsgd_gram": _ARGUMENTS,
+    **{name: _arguments(words) for name, words in _SIZES.items()},
+}
+LAUNCH = {
+    "name": "rmsgd_values",
+    "device": 0,
+    "blocks": 1,
+    "threads": 32,
+    "shared_bytes": 0,
+    "stream": 0,
+    "arguments": np.zeros(1, _VALUES_ARGUMENTS),
+}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "said"),
+    [
+        ({"name": "rmsgd_none"}, KeyError, "no kernel is called rmsgd_none"),
+        ({"arguments": np.zeros(3)}, ValueError, "arguments: rmsgd_values takes 40 bytes, got 24"),
+        ({"arguments": np.zeros(10)[::2]}, ValueError, "arguments: not contiguous"),
+        ({"blocks": 0}, ValueError, "blocks: expected 1 to 2147483647, got 0"),
+        ({"blocks": 2**31}, ValueError, "blocks: expected 1 to 2147483647, got 2147483648"),
+        ({"threads": 1056}, ValueError, "threads: expected 1 to 1024, got 1056"),
+        ({"shared_bytes": -1}, ValueError, "shared_bytes: negative"),
+        ({"device": 7}, RuntimeError, "choosing device 7: invalid device ordinal"),
+        ({"shared_bytes": 2**20}, RuntimeError, "rmsgd_values: asking for 1048576 bytes of shared memory"),
+        ({"cooperative": True, "blocks": 99}, RuntimeError, "rmsgd_values: too many blocks in cooperative"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_launch_that_cannot_be_says_what_is_wrong_with_it(module, wrong, error, said):
+    with pytest.raises(error, match=said):
+        module.launch(**{**LAUNCH, **wrong})
+
+
+def test_kernels_take_structs_of_the_size_that_python_packs(module):
+    for name, dtype in STRUCTS.items():
+        assert module.argument_bytes(name) == dtype.itemsize

@@ -142,7 +142,9 @@ class CudaBackend:
         while True:
             try:
                 first = 0
-                for plan in self._plans_for(matrices):
+                with streams.on_caller():  # where the Gram matrices read the tables
+                    plans = self._plans_for(matrices)
+                for plan in plans:
                     if launched:
                         streams.settle()  # the next workspace is the last one's memory
                     launched = True

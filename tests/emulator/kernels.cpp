@@ -5,19 +5,21 @@
 #include "kernels_cuda.h"
 #include "sgd/step_cuda.cu"
 #include "spectrum/spectrum_cuda.cu"
+// After them too: what runs a launch.
+#include "launch.h"
 
 namespace rmsgd {
 alignas(16) unsigned char dynamic_shared[256 * 1024];
 }
 
+namespace emulator {
 namespace {
-
-using namespace emulator;
 
 constexpr unsigned char kUntouched = 0xa5;
 constexpr int kFence = 4096;
 
-// Blocks [first, first + blocks) at once.
+}  // namespace
+
 void run(const std::function<void()>& kernel, int first, int blocks, int threads, int shared_bytes,
          Order order) {
   Grid here;
@@ -61,25 +63,4 @@ void run(const std::function<void()>& kernel, int first, int blocks, int threads
   }
 }
 
-}  // namespace
-
-// 0; 1 no kernel has this name; 2 its argument has another size.
-extern "C" int emulate(const char* name, int blocks, int threads, int shared_bytes, const void* arguments,
-                       long argument_bytes, int cooperative, int order) {
-#define RMSGD_RUN(known, Arguments)                                                                 \
-  if (std::strcmp(name, #known) == 0) {                                                             \
-    if (argument_bytes != long(sizeof(Arguments))) return 2;                                        \
-    const auto kernel = [&] { known(*static_cast<const Arguments*>(arguments)); };                  \
-    if (cooperative) {                                                                              \
-      run(kernel, 0, blocks, threads, shared_bytes, Order(order));                                  \
-    } else {                                                                                        \
-      for (int k = 0; k < blocks; ++k) {                                                            \
-        run(kernel, order == REVERSE ? blocks - 1 - k : k, 1, threads, shared_bytes, Order(order)); \
-      }                                                                                             \
-    }                                                                                               \
-    return 0;                                                                                       \
-  }
-  RMSGD_KERNELS(RMSGD_RUN)
-#undef RMSGD_RUN
-  return 1;
-}
+}  // namespace emulator

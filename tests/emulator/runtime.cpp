@@ -1,0 +1,132 @@
+// CUDA's runtime, as far as csrc/bind_cuda.cpp calls it, over the emulator: two GPUs of one multiprocessor
+// that do at once what they are told.
+#include <cstring>
+#include <map>
+
+#include "cuda_runtime.h"
+#include "kernels_cuda.h"
+#include "launch.h"
+
+#define RMSGD_DECLARE(name, Arguments) extern "C" void name(Arguments);
+RMSGD_KERNELS(RMSGD_DECLARE)
+#undef RMSGD_DECLARE
+
+// What a test chooses: the order of threads, and how many blocks a GPU holds.
+extern "C" {
+int emulated_order = emulator::FORWARD;
+int emulated_resident = 6;
+}
+
+namespace {
+
+constexpr int kDevices = 2;
+constexpr int kSharedBytes = 64 * 1024;  // of a block that asks for it, and of a multiprocessor: sm_75
+constexpr int kSharedUnasked = 48 * 1024;
+
+struct Kernel {
+  std::function<void(const void*)> call;
+  int shared_bytes = kSharedUnasked;  // that a launch may ask for
+};
+
+Kernel* find(const void* function) {
+#define RMSGD_KERNEL(known, Arguments)    \
+  {reinterpret_cast<const void*>(&known), \
+   {[](const void* arguments) { known(*static_cast<const Arguments*>(arguments)); }}},
+  static std::map<const void*, Kernel> kernels = {RMSGD_KERNELS(RMSGD_KERNEL)};
+#undef RMSGD_KERNEL
+  const auto found = kernels.find(function);
+  return found == kernels.end() ? nullptr : &found->second;
+}
+
+int current_device = 0;
+
+// A cooperative launch runs all its blocks at once, another one block after the other.
+cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments, std::size_t shared_bytes,
+                   bool cooperative) {
+  Kernel* const kernel = find(function);
+  if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
+  if (block.x % 32 != 0) return cudaErrorInvalidConfiguration;  // teams are whole warps
+  if (shared_bytes > std::size_t(kernel->shared_bytes)) return cudaErrorInvalidValue;
+  const auto call = [&] { kernel->call(arguments[0]); };
+  const emulator::Order order = emulator::Order(emulated_order);
+  const int blocks = int(grid.x), threads = int(block.x), shared = int(shared_bytes);
+  if (cooperative) {
+    emulator::run(call, 0, blocks, threads, shared, order);
+    return cudaSuccess;
+  }
+  for (int k = 0; k < blocks; ++k) {
+    emulator::run(call, order == emulator::REVERSE ? blocks - 1 - k : k, 1, threads, shared, order);
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+extern "C" {
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorInvalidDeviceFunction:
+      return "invalid device function";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "too many blocks in cooperative launch";
+    default:
+      return error == cudaSuccess ? "no error" : "invalid argument";
+  }
+}
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = kDevices;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = current_device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
+  current_device = device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : kSharedBytes;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int value) {
+  Kernel* const kernel = find(function);
+  if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
+  if (value > kSharedBytes) return cudaErrorInvalidValue;
+  kernel->shared_bytes = value;
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int,
+                                                          std::size_t shared_bytes) {
+  if (find(function) == nullptr) return cudaErrorInvalidDeviceFunction;
+  *blocks = shared_bytes > std::size_t(kSharedBytes) ? 0 : emulated_resident;
+  return cudaSuccess;
+}
+
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
+                             std::size_t shared_bytes, cudaStream_t) {
+  return launch(function, grid, block, arguments, shared_bytes, false);
+}
+
+cudaError_t cudaLaunchCooperativeKernel(const void* function, dim3 grid, dim3 block, void** arguments,
+                                        std::size_t shared_bytes, cudaStream_t) {
+  if (grid.x > unsigned(emulated_resident)) return cudaErrorCooperativeLaunchTooLarge;
+  return launch(function, grid, block, arguments, shared_bytes, true);
+}
+
+}  // extern "C"

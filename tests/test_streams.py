@@ -1,0 +1,127 @@
+"""What is asked of a GPU comes out the same whichever of its streams runs first."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import rehearsal
+import streams
+import torch
+from emulated import ROOT
+from pretended_cuda import ORDERS
+
+
+@pytest.fixture(scope="session")
+def folder(library):
+    """The emulated kernels, and what else the pretended GPU takes."""
+    rehearsal.build_guard(library.parent)
+    return library.parent
+
+
+# -- the pretended GPU -------------------------------------------------------------------------------
+
+
+def test_work_that_does_not_wait_for_another_stream_comes_too_early_in_some_order(folder):
+    def doubled_aside(wait, order):
+        with rehearsal.rehearsed(folder, order):
+            x = torch.ones(3).pin_memory().to("cuda", non_blocking=True)
+            side = torch.cuda.Stream()
+            if wait:
+                side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                y = x * 2
+            torch.cuda.current_stream().wait_stream(side)
+            return y.tolist()
+
+    assert all(doubled_aside(True, order) == [2.0] * 3 for order in ORDERS)
+    assert any(doubled_aside(False, order) != [2.0] * 3 for order in ORDERS)
+
+
+def test_memory_that_is_freed_too_early_is_overwritten_in_some_order(folder):
+    def read_late(keep, order):
+        with rehearsal.rehearsed(folder, order):
+            x = torch.ones(3, device="cuda")
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                y = x + 1
+            if keep:
+                x.record_stream(side)
+            del x
+            torch.cuda.current_stream().wait_stream(side)
+            return y.tolist()
+
+    assert all(read_late(True, order) == [2.0] * 3 for order in ORDERS)
+    assert any(read_late(False, order) != [2.0] * 3 for order in ORDERS)
+
+
+def test_a_graph_replays_kernels_on_what_lies_in_memory_then(folder):
+    with rehearsal.rehearsed(folder):
+        x, y = torch.ones(3, device="cuda"), torch.zeros(3, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y.add_(x)
+        assert y.tolist() == [0.0] * 3
+        for value in (1.0, 2.0):
+            x.fill_(value)
+            graph.replay()
+        assert y.tolist() == [3.0] * 3
+
+
+def test_the_host_must_not_wait_where_waiting_is_an_error(folder):
+    with rehearsal.rehearsed(folder):
+        x = torch.ones(3, device="cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        x.add_(1)
+        for wait in (x.tolist, x.cpu, x.sum().item, lambda: torch.ones(3).cuda()):
+            with pytest.raises(RuntimeError, match="synchronizing"):
+                wait()
+
+
+# -- rmsgd on it -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_after_the_other(folder):
+    return streams.train(folder, "at once")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_epoch_ends_beside_training_give_the_same_bits_in_any_order(folder, one_after_the_other, order):
+    assert streams.same(streams.train(folder, order), one_after_the_other)
+
+
+@pytest.mark.parametrize("without", streams.WITHOUT)
+def test_no_wait_is_there_in_vain(folder, without):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "tests" / "streams.py", folder, without]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0, "every order of streams gave the right bits"
+    assert "Error:" not in done.stderr, done.stderr
+
+
+def rehearse(folder, order, *arguments):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+        "RMSGD_REHEARSAL": f"{folder}:{order}",
+    }
+    command = [sys.executable, "-m", "pytest", "-p", "rehearsal", "-m", "gpu", "tests/test_gpu.py", "-rfE"]
+    return subprocess.run(
+        [*command, "-p", "no:cacheprovider", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "order", ["random", *(pytest.param(o, marks=pytest.mark.slow) for o in ORDERS if o != "random")]
+)
+def test_the_tests_for_gpus_pass_in_rehearsal(folder, order):
+    done = rehearse(folder, order)
+    assert done.returncode == 0, done.stdout[-4000:]
