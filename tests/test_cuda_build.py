@@ -12,7 +12,7 @@ from emulated import ROOT
 from rmsgd.backends import nvrtc
 from setup import NVCC_FLAGS, find_nvcc
 
-ARCHS = (75, 90)
+ARCHS = (75, 80, 90)
 slow = pytest.mark.slow
 
 

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 import rmsgd
 from rmsgd import ledger, reference
-from rmsgd.backends import cuda_spectra
+from rmsgd.backends import cuda_spectra, cuda_teams
 from rmsgd.backends.base import (
     CONDITION_NUMBER,
     FIELDS,
@@ -117,17 +117,33 @@ def test_matrices_of_all_sizes_and_types_share_the_launches(backend):
     assert backend._kernels.launched.count("rmsgd_measure") == 1
 
 
-def test_several_blocks_reduce_one_matrix_in_waves_that_fit_the_device(library, monkeypatch):
-    monkeypatch.setattr(cuda_spectra, "_ONE_BLOCK", 40)
-    backend = emulated_backend(library, resident=3)
-    matrices = spectra(*(low_rank(L, 2 * L, 4, 0.2) for L in (130, 70, 70, 20)))
-    assert_measured(backend.measure(matrices), matrices)
-    assert backend._kernels.launched.count("rmsgd_tridiagonal") > 1
+@pytest.fixture
+def free_meetings(monkeypatch):
+    """Teams as large as they can be, for small matrices too."""
+    monkeypatch.setattr(cuda_teams, "_MEETING", 0.0)
+
+
+def test_several_blocks_reduce_one_matrix_in_waves_that_fit_the_device(library, monkeypatch, free_meetings):
+    capacity = {"rmsgd_tridiagonal": 3, "rmsgd_tridiagonal_double": 2}
+    launched = {name: [] for name in capacity}
+    plain = EmulatedKernels.launch
+
+    def launch(kernels, name, device, blocks, *arguments):
+        launched.get(name, []).append(blocks)
+        plain(kernels, name, device, blocks, *arguments)
+
+    monkeypatch.setattr(EmulatedKernels, "resident_blocks", lambda _, name, *__: capacity.get(name, 3))
+    monkeypatch.setattr(EmulatedKernels, "launch", launch)
+    weights = [low_rank(L, 2 * L, 4, 0.2) for L in (130, 70, 70, 20)]
+    matrices = spectra(*weights, weights[0].double(), weights[3].double())
+    assert_measured(emulated_backend(library).measure(matrices), matrices)
+    for name, blocks in launched.items():
+        assert len(blocks) > 1
+        assert max(blocks) == capacity[name]
 
 
 @pytest.mark.parametrize("order", ORDERS[1:])
-def test_the_order_of_threads_changes_no_bit(library, monkeypatch, order):
-    monkeypatch.setattr(cuda_spectra, "_ONE_BLOCK", 60)
+def test_the_order_of_threads_changes_no_bit(library, free_meetings, order):
     matrices = spectra(
         low_rank(70, 100, 5, 0.2),
         low_rank(33, 50, 5, 1e-3),

@@ -7,8 +7,9 @@
 //
 // Counts for sm_75 (13.4 TF fp32, 64 KB of shared memory): a tile step of 16 columns costs a thread 256
 // multiply-adds and 32 shared loads of 16 bytes, some 3 cycles of shared bandwidth for 4 of
-// arithmetic; 9 KB of shared memory and 256 threads let 4 blocks share a multiprocessor. ResNet18 is
-// 9.6 G multiply-adds (symmetric half), ResNet50 17.5 G: 2 and 4 ms on an RTX 2080 Ti at 2/3 of peak.
+// arithmetic; 80 registers a thread let 3 blocks share a multiprocessor (sm_80, sm_86: 100, 2 blocks), and
+// nvcc told to use less spills sums. ResNet18 is 9.6 G multiply-adds (symmetric half), ResNet50 17.5 G: 2 and
+// 4 ms on an RTX 2080 Ti at 2/3 of peak.
 #pragma once
 
 #include "../element.h"
@@ -39,11 +40,10 @@ struct CudaMatrix {
   long long partial;  // tiles x splits partial tiles of floats; unused if splits is 1
   long long vectors;  // of the tridiagonal reduction, and its result
   int L;
-  int dtype;   // as in CudaStepTensor
-  int stride;  // of the Gram matrix: L rounded up to 4
-  int splits;  // of the columns, in the fp32 Gram matrix
-  int blocks;  // that work on the tridiagonal reduction
-  int unused;
+  int dtype;      // as in CudaStepTensor
+  int stride;     // of the Gram matrix: L rounded up to 4
+  int splits;     // of the columns, in the fp32 Gram matrix
+  int blocks[2];  // that work on the tridiagonal reduction in fp32 and in fp64
 };
 
 struct GramItem {

@@ -71,7 +71,8 @@ __device__ __forceinline__ void tridiagonal_block(const SpectrumArguments& argum
   if (state.stage != stage_of<T>()) return;
   const CudaMatrix& matrix = arguments.matrix[mine.matrix];
   const int n = matrix.L, stride = matrix.stride;
-  GridTeam team(mine.block, matrix.blocks, arguments.meeting + mine.matrix);
+  const int blocks = matrix.blocks[stage_of<T>()];
+  GridTeam team(mine.block, blocks, arguments.meeting + mine.matrix);
   T* gram = reinterpret_cast<T*>(arguments.workspace + matrix.matrix);
   T* const vectors = reinterpret_cast<T*>(arguments.workspace + matrix.vectors);
   T* const diagonal = vectors + tridiagonal_vectors(stride);
@@ -90,7 +91,7 @@ __device__ __forceinline__ void tridiagonal_block(const SpectrumArguments& argum
   // To a trace in [1, 2), in shared memory where there is room.
   const int exponent = -ilogb(trace);
   const T scale = T(ldexp(1.0, exponent));
-  T* const scaled = matrix.blocks == 1 && (long long)n * stride * int(sizeof(T)) <= arguments.shared_bytes
+  T* const scaled = blocks == 1 && (long long)n * stride * int(sizeof(T)) <= arguments.shared_bytes
                         ? reinterpret_cast<T*>(shared_memory() + TEAM_SHARED)
                         : gram;
   for (int i = team.rank(); i < n * stride; i += team.size()) scaled[i] = gram[i] * scale;

@@ -8,11 +8,22 @@
 // Counted, not measured: 8 bytes of traffic for each of the n^3 / 3 elements met (fp32), 3 n meetings. With
 // one block and the matrix in half of a multiprocessor's shared memory (n <= 88 on sm_75, 168 on sm_90)
 // a meeting costs .1 us. Over the second-level cache a multiprocessor moves about 100 GB/s (sm_75: 60),
-// and blocks meet in 1.2 us: n = 256 in one block .8 ms (sm_75 1.1), n = 512 in 8 blocks 2.3 ms (3), n = 1024
-// in 16 blocks 5.5 ms (7; its 4 MB fit into the 5.5 MB of second-level cache there only while it is
-// alone). On an RTX 2080 Ti ResNet50's 71 matrices need two waves of 136 blocks: some 9 ms, and with the
-// Gram matrices 13 ms. In fp64 at 1/32 rate all of it would take 20 times as long there: only what the
-// fp32 Gram matrices cannot decide goes that way.
+// and blocks meet in 1.2 us: n = 256 in one block .5 ms (sm_75 .8), n = 512 in 8 blocks 2.3 ms (2.6), n =
+// 1024 in 16 blocks 5.5 ms (6.7). A network, in waves of 264 blocks on an H100 and of 136 on an RTX 2080 Ti
+// (two to a multiprocessor) as rmsgd/backends/cuda_teams.py divides it:
+//
+//   ms             H100               RTX 2080 Ti
+//   ResNet18       2.3  (2.4)         2.6  (6)
+//   ResNet34       2.3  (2.8)         2.6  (10)
+//   ResNet50       5.5  (5.5)         7.5  (18)
+//   ResNet101      5.5  (5.8)         7.5  (23)
+//   MobileNetV2    1.0  (1.0)         1.6  (1.6)
+//   ViT-B/16       9    (23)          18   (110)
+//
+// In brackets with the limits that all multiprocessors share: a cache of 50 MB that moves 5.5 TB/s (5.5 MB,
+// 2.1 TB/s) and, for what a wave has beyond its size, memory at 3 TB/s (.55). Waves small enough for the
+// cache would take as long. In fp64 at 1/32 rate all of it would take 20 times as long there: only what
+// the fp32 Gram matrices cannot decide goes that way.
 #pragma once
 
 #include "../element.h"
@@ -33,7 +44,7 @@ constexpr int PRODUCT_PARTS = 32;
 RMSGD_FN int tridiagonal_vectors(int stride) { return (4 + PRODUCT_PARTS) * stride; }
 
 // matrix: symmetric (n, n), full storage, rows `stride` apart (n rounded up to a multiple of 4), 16-byte
-// aligned; destroyed. Its norm should be about 1.
+// aligned; destroyed. Its norm should be about 1. An int counts its elements, for want of registers.
 // vectors: tridiagonal_vectors(stride) elements of scratch, 16-byte aligned.
 // diagonal (n) and off_diagonal (n - 1) are the result. All of it is shared by the team, and what other
 // members wrote before the call is visible.
@@ -72,7 +83,7 @@ RMSGD_FN void tridiagonalise(Team& team, T* matrix, int n, int stride, T* vector
     for (int i = j + team.rank(); i < n; i += team.size()) {
       const T v = !pending ? T(0) : i == j ? T(1) : rows[i].next * factor;
       const T w = !pending ? T(0) : tau * rows[i].w - shift * v;
-      const T next = matrix[(long long)j * stride + i] - (pending ? w + w_j * v : T(0));
+      const T next = matrix[j * stride + i] - (pending ? w + w_j * v : T(0));
       if (i == j) diagonal[j] = next;
       if (i >= j + 2) squares += next * next;
       rows[i] = {v, w, next, T(0)};
@@ -114,7 +125,7 @@ RMSGD_FN void tridiagonalise(Team& team, T* matrix, int n, int stride, T* vector
         Wide a[AHEAD];
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
-          if (row + k * parts < n) a[k].load(at + (long long)(row + k * parts) * stride, true);
+          if (row + k * parts < n) a[k].load(at + (row + k * parts) * stride, true);
         }
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
@@ -127,7 +138,7 @@ RMSGD_FN void tridiagonalise(Team& team, T* matrix, int n, int stride, T* vector
             a[k].value[c] -= here.v * w.value[c] + here.w * v.value[c];
             product.value[c] += a[k].value[c] * scale;
           }
-          a[k].store(at + (long long)r * stride, true);
+          a[k].store(at + r * stride, true);
         }
       }
       product.store(partial + part * stride + column, true);

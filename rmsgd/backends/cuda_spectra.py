@@ -4,7 +4,7 @@ The structs are those of ``csrc/spectrum/gram_cuda.h`` and ``spectrum_cuda.h``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rmsgd.backends.base import FIELDS
+from rmsgd.backends.cuda_teams import Teams, choose_teams
 from rmsgd.backends.kernels import DTYPES, Kernels, upload
 from rmsgd.backends.streams import Streams
 from rmsgd.layers import Unfolding
@@ -28,9 +29,6 @@ _SPLIT_TILES = 64
 _GRAM_THREADS, _TRIDIAGONAL_THREADS, _MEASURE_THREADS, _SVD_THREADS = 256, 512, 256, 512
 _TEAM_SHARED = 512
 _MEETING_BYTES = 8 + 2 * 32 * 8
-_ONE_BLOCK = 384
-"""Matrices below this size are reduced by one block: meetings through memory would cost more."""
-_MOST_BLOCKS = 16
 _MOST_SVD_BLOCKS = 32
 """All that a meeting has room for."""
 
@@ -48,8 +46,7 @@ _MATRIX = np.dtype(
         ("dtype", "i4"),
         ("stride", "i4"),
         ("splits", "i4"),
-        ("blocks", "i4"),
-        ("unused", "i4"),
+        ("blocks", "i4", 2),
     ]
 )
 _ITEM = np.dtype([("matrix", "i4"), ("row_tile", "i4"), ("column_tile", "i4"), ("split", "i4")])
@@ -137,32 +134,20 @@ def _side(weight: Tensor, dims: Sequence[int]) -> tuple[list[int], list[int]]:
     return [1] * empty + sizes, [0] * empty + strides
 
 
-def _team_sizes(rows: Sequence[int], capacity: int) -> list[int]:
-    """Blocks for each matrix's reduction; fewer where they could not all be on the device at once."""
-    most = min(_MOST_BLOCKS, capacity)
-    while True:
-        sizes = [1 if L < _ONE_BLOCK else max(1, min(-(-L // 64), most)) for L in rows]
-        if sum(sizes) <= capacity or most == 1:
-            return sizes
-        most //= 2
+class _Reduction(NamedTuple):
+    """The reduction to tridiagonal form in one precision."""
+
+    kernel: str
+    shared: int
+    """Bytes of shared memory per block."""
+    teams: Teams
 
 
-@dataclass(frozen=True)
-class _Wave:
-    """Blocks of the reduction that are launched together, as they must all be resident."""
-
-    first: int
-    blocks: int
-
-
-def _waves(sizes: Sequence[int], capacity: int) -> list[_Wave]:
-    waves, first, blocks = [], 0, 0
-    for size in sizes:
-        if blocks and blocks + size > capacity:
-            waves.append(_Wave(first, blocks))
-            first, blocks = first + blocks, 0
-        blocks += size
-    return [*waves, _Wave(first, blocks)]
+def _team_blocks(teams: Teams) -> NDArray[np.void]:
+    blocks = np.zeros(sum(teams.blocks), _TEAM_BLOCK)
+    blocks["matrix"] = np.repeat(np.arange(len(teams.blocks)), teams.blocks)
+    blocks["block"] = np.concatenate([np.arange(size) for size in teams.blocks])
+    return blocks
 
 
 class SpectraPlan:
@@ -182,54 +167,47 @@ class SpectraPlan:
         chosen = [matrices[i] for i in order]
         self._rows = [u.L for _, u in chosen]
         self.count = len(chosen)
-        self._plan_shared()
-        capacity, capacity_double = (
-            max(1, kernels.resident_blocks(name, self._index, _TRIDIAGONAL_THREADS, shared))
-            for name, shared in zip(
-                ("rmsgd_tridiagonal", "rmsgd_tridiagonal_double"), self._tridiagonal_shared, strict=True
-            )
+        self._reductions = (
+            self._plan_reduction("rmsgd_tridiagonal", 4),
+            self._plan_reduction("rmsgd_tridiagonal_double", 8),
         )
-        teams = _team_sizes(self._rows, min(capacity, capacity_double))
-        self._waves = [_waves(teams, capacity), _waves(teams, capacity_double)]
         resident = kernels.resident_blocks("rmsgd_svd", self._index, _SVD_THREADS, _TEAM_SHARED)
         self._svd_blocks = max(1, min(_MOST_SVD_BLOCKS, resident))
-        table, self.workspace_bytes = self._matrix_table(chosen, teams)
+        table, self.workspace_bytes = self._matrix_table(chosen)
         items, self._item_counts = _items(self._rows, table["splits"])
         state = np.zeros(self.count, _STATE)
         state["stage"] = table["dtype"] == DTYPES[torch.float64]
-        blocks = np.zeros(sum(teams), _TEAM_BLOCK)
-        blocks["matrix"] = np.repeat(np.arange(self.count), teams)
-        blocks["block"] = np.concatenate([np.arange(size) for size in teams])
+        blocks = np.concatenate([_team_blocks(reduction.teams) for reduction in self._reductions])
         self._matrices, self._items, self._state, self._blocks, self._row = (
             upload(part, self._device) for part in (table, items, state, blocks, np.array(order, np.int32))
         )
 
-    def _plan_shared(self) -> None:
-        """Room for small matrices in shared memory, two blocks to a multiprocessor."""
+    def _plan_reduction(self, kernel: str, itemsize: int) -> _Reduction:
+        # Matrices that have room in shared memory, two blocks to a multiprocessor, stay there.
         most, multiprocessor = self._kernels.shared_memory(self._index)
         budget = min(most, multiprocessor // 2 - 1024) - _TEAM_SHARED
-        self._tridiagonal_shared = []
-        for itemsize in (4, 8):
-            sizes = [L * _padded(L) * itemsize for L in self._rows if L < _ONE_BLOCK]
-            fitting = max((size for size in sizes if size <= budget), default=0)
-            self._tridiagonal_shared.append(_TEAM_SHARED + fitting)
+        sizes = (L * _padded(L) * itemsize for L in self._rows)
+        shared = _TEAM_SHARED + max((size for size in sizes if size <= budget), default=0)
+        capacity = self._kernels.resident_blocks(kernel, self._index, _TRIDIAGONAL_THREADS, shared)
+        return _Reduction(kernel, shared, choose_teams(self._rows, itemsize, max(1, capacity)))
 
-    def _matrix_table(self, chosen: Sequence[Matrix], teams: Sequence[int]) -> tuple[NDArray[np.void], int]:
+    def _matrix_table(self, chosen: Sequence[Matrix]) -> tuple[NDArray[np.void], int]:
         table = np.zeros(len(chosen), _MATRIX)
         place = 0
-        for row, (weight, u), blocks in zip(table, chosen, teams, strict=True):
+        for row, (weight, u) in zip(table, chosen, strict=True):
             matrix, partial, vectors = _workspace_parts(u.L, u.M)
             row["weight"], row["dtype"] = weight.data_ptr(), DTYPES[weight.dtype]
             for side in ("small", "large"):
                 row[side]["size"], row[side]["stride"] = _side(weight, getattr(u, side))
             row["L"], row["M"], row["stride"] = u.L, u.M, _padded(u.L)
-            row["splits"], row["blocks"] = _splits(u.L, u.M), blocks
+            row["splits"] = _splits(u.L, u.M)
             row["matrix"], row["partial"], row["vectors"] = (
                 place,
                 place + matrix,
                 place + matrix + partial,
             )
             place += matrix + partial + vectors
+        table["blocks"] = np.stack([reduction.teams.blocks for reduction in self._reductions], axis=1)
         return table, place
 
     def measure(self, streams: Streams, table: Tensor) -> None:
@@ -265,12 +243,13 @@ class SpectraPlan:
                 )
 
         def reduce_and_measure(double: int, stream: int) -> None:
-            suffix = "_double" if double else ""
-            shared = self._tridiagonal_shared[double]
+            kernel, shared, teams = self._reductions[double]
             head["shared_bytes"] = shared - _TEAM_SHARED
-            for wave in self._waves[double]:
-                head["block"] = self._blocks.data_ptr() + wave.first * _TEAM_BLOCK.itemsize
-                launch(f"rmsgd_tridiagonal{suffix}", wave.blocks, _TRIDIAGONAL_THREADS, shared, stream, True)
+            before = sum(self._reductions[0].teams.blocks) if double else 0
+            for first, blocks in teams.waves:
+                head["block"] = self._blocks.data_ptr() + (before + first) * _TEAM_BLOCK.itemsize
+                launch(kernel, blocks, _TRIDIAGONAL_THREADS, shared, stream, True)
+            suffix = "_double" if double else ""
             shared = _measure_shared(self._rows[0], 8 if double else 4)
             launch(f"rmsgd_measure{suffix}", self.count, _MEASURE_THREADS, shared, stream)
 
