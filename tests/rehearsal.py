@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 from emulated import EMULATOR, EmulatedKernels, compile_cpp
-from pretended_cuda import GPU, PretendedGPU, pretended_gpu
+from pretended_cuda import QUEUES, pretended_gpu
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import rmsgd
@@ -39,7 +39,7 @@ class QueuedKernels(EmulatedKernels):
     def launch(self, name, device, blocks, threads, shared_bytes, stream, arguments, cooperative=False):
         copied = arguments.copy()
         launch = super().launch
-        GPU.streams[stream].add(
+        QUEUES.streams[stream].add(
             lambda: launch(name, device, blocks, threads, shared_bytes, 0, copied, cooperative)
         )
 
@@ -66,12 +66,12 @@ def _installed(name: str, module: object) -> Iterator[None]:
 
 
 @contextmanager
-def rehearsed(folder: Path, order: str = "launched", seed: int = 0) -> Iterator[PretendedGPU]:
+def rehearsed(folder: Path, order: str = "launched", seed: int = 0) -> Iterator[None]:
     """Within it there are two GPUs, and the backend "cuda" runs on them.
 
     Args:
         folder: of the emulated kernels and the guard.
-        order: of streams, see ``pretended_cuda.ORDERS``.
+        order: of streams, see ``pretended_streams.ORDERS``.
         seed: of a random order.
     """
     torch.ops.load_library(folder / "guard.so")
@@ -79,10 +79,10 @@ def rehearsed(folder: Path, order: str = "launched", seed: int = 0) -> Iterator[
     with ExitStack() as stack:
         stack.enter_context(_installed("rmsgd._cuda", kernels))
         stack.enter_context(mock.patch.object(rmsgd, "_cuda", kernels, create=True))
-        gpu = stack.enter_context(pretended_gpu(order, seed))
+        stack.enter_context(pretended_gpu(order, seed))
         backends._load.cache_clear()
         stack.callback(backends._load.cache_clear)
-        yield gpu
+        yield
 
 
 _stack = ExitStack()

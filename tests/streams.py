@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import pretended_cuda
+import pretended_streams
 import torch
 from rehearsal import rehearsed
 from torch import Tensor
@@ -90,7 +90,8 @@ WITHOUT = {
 def main(folder: Path, without: str) -> int:
     expected = train(folder, "at once")
     setattr(Streams, without, WITHOUT[without])
-    return 0 if all(same(train(folder, order), expected) for order in pretended_cuda.ORDERS) else 1
+    orders = reversed(pretended_streams.ORDERS)  # a random one finds most
+    return 0 if all(same(train(folder, order), expected) for order in orders) else 1
 
 
 if __name__ == "__main__":

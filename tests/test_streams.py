@@ -9,7 +9,7 @@ import rehearsal
 import streams
 import torch
 from emulated import ROOT
-from pretended_cuda import ORDERS
+from pretended_streams import ORDERS
 
 
 @pytest.fixture(scope="session")
