@@ -1,0 +1,103 @@
+"""Whether the kernels are built, run and are right: what comes before any figure is believed."""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu import processes, smoke
+
+BACKENDS = ("cuda", "cupy")
+TESTS = "tests/test_gpu.py"
+# A line of `pytest -v`; a test's parameters may hold spaces.
+RESULT = re.compile(r"^(?P<test>tests/\S+?::.+?) (?P<result>PASSED|FAILED|ERROR|SKIPPED)\b", re.M)
+UNFINISHED = re.compile(r"^(?P<test>tests/\S+?::.+?) *\Z", re.M)
+
+
+def build(limit_s: float, log: Path) -> dict[str, Any]:
+    """Builds rmsgd._cuda for this GPU, or for what RMSGD_CUDA_ARCHS names."""
+    major, minor = torch.cuda.get_device_capability()
+    environment = {"RMSGD_CUDA_ARCHS": f"{major}{minor}", "RMSGD_CUDA": "1", **os.environ}
+    environment["RMSGD_REQUIRE_NATIVE"] = "1"  # what cannot be built is an error
+    ended = processes.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], limit_s, log, environment
+    )
+    return {"architectures": environment["RMSGD_CUDA_ARCHS"], "error": ended.failure()}
+
+
+def smoke_tests(limit_s: float, log: Path) -> dict[str, Any]:
+    """A short training loop for each backend, in a process of its own; what each said of itself."""
+    found: dict[str, Any] = {}
+    for backend, seconds in in_turn(BACKENDS, limit_s):
+        ended = processes.run(
+            [sys.executable, "-m", "bench.gpu.smoke"], seconds, log, {"RMSGD_BACKEND": backend}
+        )
+        said = ended.output.strip()
+        if ended.status == smoke.ABSENT:
+            found[backend] = {"absent": said.splitlines()[-1].removeprefix("absent: ")}
+        else:
+            found[backend] = {"said": said[-300:], "seconds": ended.seconds, "error": ended.failure()}
+    failed = [backend for backend, result in found.items() if result.get("error")]
+    runs = [backend for backend in found if usable(found, backend)]
+    error = f"{', '.join(failed)} failed" if failed else None if runs else "no backend runs here"
+    return {"backends": found, "error": error}
+
+
+def usable(found: Mapping[str, Any], backend: str) -> bool:
+    """Whether a backend's smoke test passed."""
+    return "error" in found[backend] and found[backend]["error"] is None
+
+
+def gpu_tests(limit_s: float, log: Path, backends: Sequence[str], marks: str) -> dict[str, Any]:
+    """The tests of these marks, each backend's in a process of its own."""
+    if not backends:
+        return {"backends": {}, "error": "no backend runs here"}
+    found: dict[str, Any] = {}
+    for backend, seconds in in_turn(backends, limit_s):
+        command = [sys.executable, "-m", "pytest", "-m", marks, "-v", "--tb=short", "--no-header"]
+        # Without the project's own options: -q would take the lines with the results away.
+        command += [
+            "-o",
+            "addopts=--strict-markers",
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            "faulthandler_timeout=60",
+        ]
+        ended = processes.run([*command, TESTS], seconds, log, {"RMSGD_TEST_BACKENDS": backend})
+        found[backend] = {**results(ended.output), "seconds": ended.seconds, "error": failure(ended)}
+    failed = [f"{backend}: {result['error']}" for backend, result in found.items() if result["error"]]
+    return {"backends": found, "error": "; ".join(failed) or None}
+
+
+def results(output: str) -> dict[str, Any]:
+    """What `pytest -v` has printed so far: how many passed, who failed, and who had not yet ended."""
+    lines = [(match["test"], match["result"]) for match in RESULT.finditer(output)]
+    unfinished = UNFINISHED.search(output)
+    return {
+        **{result.lower(): sum(r == result for _, r in lines) for result in ("PASSED", "SKIPPED")},
+        "failed": [test for test, result in lines if result in ("FAILED", "ERROR")],
+        "unfinished": unfinished["test"] if unfinished else None,
+    }
+
+
+def failure(ended: processes.Ended) -> str | None:
+    """What is wrong with a run of pytest; what the tests said is in the log."""
+    found = results(ended.output)
+    if ended.status is None:
+        return f"stopped for lack of time at {found['unfinished'] or 'no test'}"
+    if ended.status == 0:
+        return None
+    return f"{len(found['failed'])} failed" if found["failed"] else ended.failure()
+
+
+def in_turn(backends: Sequence[str], limit_s: float) -> Iterator[tuple[str, float]]:
+    """Each backend with the seconds it may take: an equal share of those that are left."""
+    end = time.monotonic() + limit_s
+    for i, backend in enumerate(backends):
+        yield backend, (end - time.monotonic()) / (len(backends) - i)

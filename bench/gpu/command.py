@@ -1,0 +1,239 @@
+"""The command line of `bench gpu`: sections in order, each within its time; tables, JSON and exit status."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from bench import arguments, measure, peers
+from bench.gpu import checks, measurements, processes, tables, targets
+from bench.gpu.budget import Need, share
+
+SCHEMA = "rmsgd-bench-gpu/1"
+BUDGET_S = 450
+DONE, FAILED, NO_GPU, INTERRUPTED = 0, 1, 2, 130
+CUT = 300  # characters of an error that are printed; the log has the rest
+EPOCH_OPTIMIZERS = ("rmsgd", "sgd", "sam")
+EPOCH_TIME = ("--model", "resnet18", "--device", "cuda", "--batch", "128", "--rounds", "8")
+
+
+@dataclass
+class Session:
+    """What the sections have in common.
+
+    Attributes:
+        out: folder of the result, the log and the epoch times.
+        passed: backends that passed their smoke test; None where there was none.
+
+    """
+
+    out: Path
+    passed: list[str] | None = None
+
+    @property
+    def log(self) -> Path:
+        """What every process of the run printed."""
+        return self.out / "gpu.log"
+
+    @property
+    def backends(self) -> Sequence[str]:
+        """Those to be tested."""
+        return checks.BACKENDS if self.passed is None else self.passed
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of the processes that measure: the first backend that passed, where that is known."""
+        return {"RMSGD_BACKEND": self.passed[0]} if self.passed else {}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the run: what it does in a number of seconds, and how many it needs."""
+
+    run: Callable[[Session, float], dict[str, Any]]
+    need: Need
+
+
+def _build(session: Session, limit_s: float) -> dict[str, Any]:
+    return checks.build(limit_s, session.log)
+
+
+def _smoke(session: Session, limit_s: float) -> dict[str, Any]:
+    result = checks.smoke_tests(limit_s, session.log)
+    session.passed = [b for b in checks.BACKENDS if checks.usable(result["backends"], b)]
+    return result
+
+
+def _tests(session: Session, limit_s: float) -> dict[str, Any]:
+    return checks.gpu_tests(limit_s, session.log, session.backends, "gpu and not slow")
+
+
+def _sanitizer(session: Session, limit_s: float) -> dict[str, Any]:
+    return checks.gpu_tests(limit_s, session.log, session.backends[:1], "gpu and slow")
+
+
+def _measured(name: str) -> Callable[[Session, float], dict[str, Any]]:
+    def run(session: Session, limit_s: float) -> dict[str, Any]:
+        command = [sys.executable, "-m", "bench.gpu.measurements", name]
+        ended = processes.run(command, limit_s, session.log, session.environment)
+        rows = measurements.parse(ended.output)
+        errors = [row["error"] for row in rows if "error" in row]
+        return {"rows": rows, "error": ended.failure() or "; ".join(errors) or None}
+
+    return run
+
+
+def _epoch_time(session: Session, limit_s: float) -> dict[str, Any]:
+    """`bench epoch-time` of ResNet18, in one interleaved run, with those of the optimizers that are here."""
+    absent = {name: why for name in EPOCH_OPTIMIZERS if (why := unavailable(name))}
+    here = [name for name in EPOCH_OPTIMIZERS if name not in absent]
+    out = session.out / "epoch-time"
+    written = out / "epoch-time-resnet18-cuda.json"
+    written.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "bench", "epoch-time", *EPOCH_TIME, "--optimizers", ",".join(here)]
+    ended = processes.run([*command, "--out", str(out.resolve())], limit_s, session.log, session.environment)
+    rows = json.loads(written.read_text())["optimizers"] if written.is_file() else []
+    rows += [{"optimizer": name, "absent": why} for name, why in absent.items()]
+    return {"rows": rows, "error": ended.failure()}
+
+
+def unavailable(optimizer: str) -> str | None:
+    """Why a peer cannot be made here; None where it can."""
+    try:
+        peers.make(optimizer, nn.Linear(1, 1).named_parameters())
+    except peers.PeerUnavailableError as error:
+        return str(error)
+    return None
+
+
+SECTIONS = {
+    "build": Section(_build, Need(75, 150)),
+    "smoke": Section(_smoke, Need(45, 120)),
+    "tests": Section(_tests, Need(90, 160)),
+    "step": Section(_measured("step"), Need(20, 45)),
+    "epoch-end": Section(_measured("epoch-end"), Need(35, 60)),
+    "eigenvalues": Section(_measured("eigenvalues"), Need(25, 45)),
+    "epoch-time": Section(_epoch_time, Need(40, 75)),
+    "sanitizer": Section(_sanitizer, Need(0, 240)),
+}
+
+
+def main(given: Sequence[str]) -> int:
+    """Runs the sections asked for, and writes `gpu.json` after each.
+
+    Returns:
+        0: everything ran and every test passed; whether the targets are met is printed, no more. 1:
+        something failed, or there was no time for it. 2: there is no GPU, or bad arguments. 130:
+        interrupted.
+
+    """
+    options = _parser().parse_args(given)
+    if not torch.cuda.is_available():
+        _say(
+            Console(stderr=True), "bench gpu: torch finds no CUDA device here, so there is nothing to measure"
+        )
+        return NO_GPU
+    console = Console()
+    session = Session(options.out)
+    result: dict[str, Any] = {"schema": SCHEMA, "machine": measure.machine()}
+    try:
+        run_sections(options.only, session, result, console, time.monotonic() + options.seconds)
+    except KeyboardInterrupt:
+        _say(console, f"interrupted; what was measured is in {session.out}")
+        return INTERRUPTED
+    console.print(*tables.tables(result), tables.targets(targets.judge(result)))
+    failed = failures(result, options.only)
+    for line in failed:
+        _say(console, line)
+    _say(console, f"wrote {session.out / 'gpu.json'} and {session.log}")
+    return FAILED if failed else DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench gpu",
+        description="Build, test and measure the CUDA kernels on this machine's GPU, in under 8 minutes and "
+        "without a network. Every section runs in processes of its own and ends when its time is over; what "
+        "it had measured by then is kept.",
+    )
+    parser.add_argument("--out", type=Path, default=Path(".out/gpu"), help="folder (default: %(default)s)")
+    parser.add_argument(
+        "--only",
+        type=_sections,
+        default=tuple(SECTIONS),
+        metavar="SECTION,...",
+        help=f"some of {', '.join(SECTIONS)} (default: all)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=arguments.positive,
+        default=BUDGET_S,
+        help="for everything (default: %(default)s)",
+    )
+    return parser
+
+
+def _sections(text: str) -> tuple[str, ...]:
+    asked = text.split(",")
+    unknown = [name for name in asked if name not in SECTIONS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"no section {', '.join(map(repr, unknown))}; choose from {', '.join(SECTIONS)}"
+        )
+    return tuple(name for name in SECTIONS if name in asked)
+
+
+def run_sections(
+    names: Sequence[str], session: Session, result: dict[str, Any], console: Console, deadline: float
+) -> None:
+    """Runs sections in order and puts what each found into `result`, under its name.
+
+    A section without time is "skipped"; one that fails has an "error", and the rest goes on.
+
+    Args:
+        names: keys of `SECTIONS`.
+        session: what they share.
+        result: written to `gpu.json` of the session's folder after each.
+        console: told what runs.
+        deadline: of `time.monotonic()`.
+
+    """
+    for i, name in enumerate(names):
+        section = SECTIONS[name]
+        later = [SECTIONS[other].need for other in names[i + 1 :]]
+        start = time.monotonic()
+        seconds = share(section.need, later, deadline - start)
+        if not seconds:
+            result[name] = {"skipped": "no time was left"}
+        else:
+            _say(console, f"{name}: at most {seconds:.0f} s ...")
+            try:
+                result[name] = section.run(session, seconds)
+            except Exception as error:  # one section's failure leaves the others' figures
+                result[name] = {"error": measurements.reason(error)}
+            result[name]["seconds"] = time.monotonic() - start
+            _say(console, f"{name}: {result[name]['seconds']:.0f} s")
+        result["targets"] = [asdict(target) for target in targets.judge(result)]
+        measure.write_json(session.out / "gpu.json", result)
+
+
+def failures(result: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """A line for every section that failed or was left out."""
+    lines = []
+    for name in names:
+        why = result[name].get("error") or result[name].get("skipped")
+        if why:
+            lines.append(f"{name}: {why if len(why) <= CUT else '... ' + why[-CUT:]}")
+    return lines
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,518 @@
+"""`python -m bench gpu`: its sections share the time, fail alone, and keep what they had measured."""
+
+import io
+import json
+import sys
+import time
+from functools import partial
+
+import pytest
+import rehearsal
+import torch
+from rich.console import Console
+
+from bench import models, peers
+from bench.__main__ import main
+from bench.gpu import budget, checks, clocks, command, measurements, processes, tables, targets
+from bench.gpu.budget import Need, share
+from rmsgd.backends import ENTRIES
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+def printed(*what):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(*what)
+    return console.file.getvalue()
+
+
+# -- the command line --------------------------------------------------------------------------------
+
+
+@needs_no_gpu
+def test_without_a_gpu_it_says_so_and_exits_with_2(capsys):
+    assert main(["gpu"]) == command.NO_GPU == 2
+    assert "torch finds no CUDA device here" in capsys.readouterr().err
+
+
+def test_an_unknown_section_is_answered_with_those_there_are(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["gpu", "--only", "step,steps"])
+    assert caught.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no section 'steps'; choose from build, smoke, tests, step, epoch-end" in said
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the command with sections of one's own, as if there were a GPU; returns status and result."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command.measure, "machine", dict)
+
+    def run(sections, *arguments):
+        monkeypatch.setattr(command, "SECTIONS", sections)
+        status = command.main(["--out", str(tmp_path), *arguments])
+        return status, json.loads((tmp_path / "gpu.json").read_text())
+
+    return run
+
+
+def section(result, typical=10, longest=20):
+    def run(session, limit_s):
+        if isinstance(result, BaseException):
+            raise result
+        return dict(result)
+
+    return command.Section(run, Need(typical, longest))
+
+
+def test_when_everything_ran_the_status_is_0_even_if_targets_are_missed(run, capsys):
+    status, result = run({"step": section({"rows": [STEP_ROW | {"device_ratio_to": ratios(2.0)}]})})
+    assert status == 0
+    assert [t["met"] for t in result["targets"] if t["measured"]] == [True, False, True]
+    assert "NO" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bad", [{"error": "tests failed"}, ValueError("no [such] thing")], ids=str)
+def test_a_section_that_fails_costs_itself_only(run, capsys, bad):
+    status, result = run({"tests": section(bad), "step": section({"rows": [STEP_ROW]})})
+    assert status == 1
+    assert result["step"]["rows"]
+    assert result["tests"]["error"] in ("tests failed", "ValueError: no [such] thing")
+    assert f"tests: {result['tests']['error']}" in capsys.readouterr().out
+
+
+def test_sections_that_are_not_asked_for_are_left_out(run):
+    status, result = run(
+        {name: section({}) for name in ("build", "step", "epoch-end")}, "--only", "epoch-end,build"
+    )
+    assert status == 0
+    assert {"build", "epoch-end"} <= result.keys()
+    assert "step" not in result
+
+
+def test_a_section_without_time_is_recorded_as_skipped(run):
+    status, result = run({"build": section({}), "step": section({}, 10, 20)}, "--seconds", "3")
+    assert status == 1
+    assert result["build"]["skipped"] == result["step"]["skipped"] == "no time was left"
+
+
+def test_interrupted_what_was_measured_is_kept(run):
+    status, result = run({"build": section({"a": 1}), "step": section(KeyboardInterrupt())})
+    assert status == command.INTERRUPTED == 130
+    assert result["build"]["a"] == 1
+
+
+def test_the_sections_come_in_order_of_use_and_usually_fit():
+    assert list(command.SECTIONS) == [
+        "build", "smoke", "tests", "step", "epoch-end", "eigenvalues", "epoch-time", "sanitizer",
+    ]  # fmt: skip
+    assert sum(s.need.typical for s in command.SECTIONS.values()) < command.BUDGET_S < 480
+
+
+# -- time --------------------------------------------------------------------------------------------
+
+
+def test_a_section_may_take_its_longest_where_the_later_ones_keep_their_usual_time():
+    assert share(Need(30, 60), [Need(20, 40)], 100) == 60
+    assert share(Need(30, 60), [Need(20, 40)], 70) == 50
+
+
+def test_where_time_is_short_the_earlier_section_keeps_its_usual_time():
+    assert share(Need(30, 60), [Need(20, 40), Need(20, 40)], 50) == 30
+    assert share(Need(30, 60), [Need(20, 40)], 25) == 25
+
+
+@pytest.mark.parametrize("remaining", [-3, 0, budget.LEAST_S / 2])
+def test_a_section_with_next_to_no_time_gets_none(remaining):
+    assert share(Need(30, 60), [], remaining) == 0
+
+
+def test_no_overrun_of_any_section_takes_the_whole_over_its_time():
+    remaining, needs = float(command.BUDGET_S), [s.need for s in command.SECTIONS.values()]
+    taken = []
+    for i, need in enumerate(needs):
+        taken.append(share(need, needs[i + 1 :], remaining))
+        remaining -= taken[-1]
+    assert remaining >= 0
+    assert min(taken[:-1]) >= 20  # all but the sanitizer's
+
+
+def test_backends_share_a_sections_time_and_what_one_leaves_the_next_one_gets(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(checks.time, "monotonic", lambda: now[0])
+    shares = checks.in_turn(("cuda", "cupy"), 100)
+    assert next(shares) == ("cuda", 50)
+    now[0] = 20
+    assert next(shares) == ("cupy", 80)
+
+
+# -- processes ---------------------------------------------------------------------------------------
+
+
+def test_a_process_out_of_time_ends_with_its_children_and_what_it_said_is_kept(tmp_path):
+    child = f"{sys.executable} -c 'import time; time.sleep(60)'"
+    code = f"import os; print('row', flush=True); os.system({child!r} + ' & echo $!; wait')"
+    ended = processes.run([sys.executable, "-c", code], 3, tmp_path / "log")
+    assert ended.status is None
+    assert "stopped for lack of time" in ended.failure()
+    row, number = ended.output.split()
+    assert row == "row"
+    for _ in range(100):  # it may take the system a moment
+        if not running(int(number)):
+            break
+        time.sleep(0.05)
+    assert not running(int(number))
+
+
+def running(number):
+    try:
+        with open(f"/proc/{number}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_log_has_every_process_and_the_result_only_its_own(tmp_path):
+    log = tmp_path / "new" / "log"
+    for word in ("one", "two"):
+        ended = processes.run([sys.executable, "-c", f"print('{word}')"], 60, log)
+        assert (ended.status, ended.output, ended.failure()) == (0, f"{word}\n", None)
+    assert log.read_text().count("\none\n") == log.read_text().count("\ntwo\n") == 1
+
+
+def test_a_process_that_fails_is_told_with_its_last_words(tmp_path):
+    ended = processes.run([sys.executable, "-c", "raise SystemExit('no luck')"], 60, tmp_path / "log")
+    assert ended.failure() == "status 1: no luck"
+
+
+# -- tests of the kernels ----------------------------------------------------------------------------
+
+SAID = """
+collecting ... collected 5 items
+
+tests/test_gpu.py::test_steps[cuda-{'momentum': 0.0, 'nesterov': False}-torch.float32] PASSED [ 20%]
+tests/test_gpu.py::test_extra_memory[cuda] SKIPPED (no GPU with [much] memory) [ 40%]
+tests/test_gpu.py::test_hard_spectra[cuda-(40, 60)-0.001] FAILED                  [ 60%]
+tests/test_gpu.py::test_teardown[cuda] PASSED                                     [ 80%]
+tests/test_gpu.py::test_teardown[cuda] ERROR                                      [ 80%]
+"""
+HANGING = "tests/test_gpu.py::test_graph[cuda-(2, 3)] "
+SUMMARY = (
+    "\n=== short test summary info ===\nFAILED tests/test_gpu.py::test_hard_spectra[cuda-(40, 60)-0.001]\n"
+)
+
+
+def test_results_of_tests_are_read_line_by_line():
+    found = checks.results(SAID + SUMMARY)
+    assert (found["passed"], found["skipped"], found["unfinished"]) == (2, 1, None)
+    assert found["failed"] == [
+        "tests/test_gpu.py::test_hard_spectra[cuda-(40, 60)-0.001]",
+        "tests/test_gpu.py::test_teardown[cuda]",
+    ]
+
+
+def test_a_test_that_hangs_is_named():
+    assert checks.results(SAID + HANGING)["unfinished"] == HANGING.strip()
+    ended = processes.Ended(None, 60.0, SAID + HANGING)
+    assert checks.failure(ended) == f"stopped for lack of time at {HANGING.strip()}"
+
+
+def test_this_pytest_prints_such_lines(tmp_path):
+    """Also a test that fails, and one whose parameters hold spaces."""
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    (folder / "test_it.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('n', [(1, 2), (3, 4)], ids=str)\n"
+        "def test_a(n): assert n == (1, 2)\n"
+        "@pytest.mark.skip(reason='PASSED over')\n"
+        "def test_b(): pass\n"
+    )
+    code = f"import os, pytest; os.chdir({str(tmp_path)!r}); raise SystemExit(pytest.main(['-v', 'tests']))"
+    ended = processes.run([sys.executable, "-c", code], 60, tmp_path / "log")
+    found = checks.results(ended.output)
+    assert (found["passed"], found["skipped"]) == (1, 1)
+    assert found["failed"] == ["tests/test_it.py::test_a[(3, 4)]"]
+    assert checks.failure(ended) == "1 failed"
+
+
+@needs_no_gpu
+def test_the_tests_of_each_backend_run_in_a_process_of_its_own(tmp_path):
+    result = checks.gpu_tests(120, tmp_path / "log", ("cuda",), "gpu and not slow")
+    found = result["backends"]["cuda"]
+    assert result["error"] is found["error"] is None
+    assert found["passed"] == 0
+    assert found["skipped"] > 50
+    log = (tmp_path / "log").read_text()
+    assert "[cuda-" in log
+    assert "[cupy-" not in log
+    assert "sanitizer" not in log
+
+
+@needs_no_gpu
+def test_a_smoke_test_says_why_a_backend_cannot_run(tmp_path):
+    result = checks.smoke_tests(120, tmp_path / "log")
+    assert result["error"] == "no backend runs here"
+    assert list(result["backends"]) == ["cuda", "cupy"]
+    assert all(found["absent"] for found in result["backends"].values())
+
+
+def test_what_passed_its_smoke_test_is_tested_and_measured(tmp_path, monkeypatch):
+    session = command.Session(tmp_path)
+    assert list(session.backends) == ["cuda", "cupy"]
+    assert session.environment == {}
+    found = {"cuda": {"error": "status -6: illegal access"}, "cupy": {"error": None}}
+    monkeypatch.setattr(checks, "smoke_tests", lambda limit, log: {"backends": found, "error": "cuda failed"})
+    assert command._smoke(session, 60)["error"] == "cuda failed"
+    assert session.backends == ["cupy"]
+    assert session.environment == {"RMSGD_BACKEND": "cupy"}
+
+
+def test_without_a_backend_that_runs_there_is_nothing_to_test(tmp_path):
+    assert checks.gpu_tests(60, tmp_path / "log", [], "gpu")["error"] == "no backend runs here"
+
+
+# -- rows --------------------------------------------------------------------------------------------
+
+
+def test_rows_that_were_printed_before_the_end_are_kept():
+    output = 'noise\nrow {"n": 32}\nTraceback ...\nrow {"n": 64}\nrow {"n": 12'
+    assert measurements.parse(output) == [{"n": 32}, {"n": 64}]
+
+
+@needs_no_gpu
+def test_what_cannot_be_measured_is_a_row_with_the_reason(tmp_path):
+    result = command.SECTIONS["eigenvalues"].run(command.Session(tmp_path), 120)
+    assert result["rows"]
+    assert all("error" in row or "absent" in row for row in result["rows"])
+    assert result["error"]
+    assert printed(*tables.tables({"eigenvalues": result}))
+
+
+def test_an_optimizer_whose_package_is_missing_is_absent_and_the_others_are_timed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    asked = []
+
+    def run(arguments, limit_s, log, environment):
+        asked.extend(arguments[arguments.index("--optimizers") + 1].split(","))
+        written = tmp_path / "epoch-time" / "epoch-time-resnet18-cuda.json"
+        written.parent.mkdir()
+        row = {"epoch": {"median": 1.0}, "ratio": {"median": 1.0}}
+        written.write_text(json.dumps({"optimizers": [{"optimizer": name, **row} for name in asked]}))
+        return processes.Ended(0, 1.0, "")
+
+    monkeypatch.setattr(processes, "run", run)
+    result = command.SECTIONS["epoch-time"].run(command.Session(tmp_path), 60)
+    assert asked == ["rmsgd", "sgd"]
+    assert result["error"] is None
+    assert [row["optimizer"] for row in result["rows"]] == ["rmsgd", "sgd", "sam"]
+    assert "pip install" in result["rows"][-1]["absent"]
+    assert "absent" in printed(*tables.tables({"epoch-time": result}))
+
+
+def test_rmsgd_1_0_2_out_of_reach_costs_its_own_rows(monkeypatch):
+    def unreachable(name, parameters, **settings):
+        raise peers.PeerUnavailableError("could not be fetched")
+
+    monkeypatch.setattr(measurements, "backend_name", lambda: "cuda")
+    monkeypatch.setattr(measurements, "weighted", lambda network, weights: torch.nn.Linear(2, 2))
+    monkeypatch.setattr(measurements, "epoch_end_of", lambda model: {"device_seconds": {"median": 1.0}})
+    monkeypatch.setattr(torch.nn.Module, "cuda", lambda self: self)
+    monkeypatch.setattr(peers, "make", unreachable)
+    rows = list(measurements.epoch_end())
+    assert [row.get("absent") for row in rows[-2:]] == ["PeerUnavailableError: could not be fetched"] * 2
+    assert all("device_seconds" in row for row in rows[:-2])
+
+
+def test_a_routine_that_fails_is_absent_from_its_row(monkeypatch):
+    def missing(gram):
+        raise ImportError("libcusolver.so.12")
+
+    on_cpu, randn = next(entry for entry in ENTRIES if entry.name == "torch"), torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, device: randn(*shape))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr("rmsgd.backends.backend_for", lambda device: on_cpu.load())
+    monkeypatch.setattr(
+        measurements, "VENDOR", {"torch eigvalsh": torch.linalg.eigvalsh, "cupy eigvalsh": missing}
+    )
+    row = measurements.eigenvalues_of(8)
+    assert row["absent"] == {"cupy eigvalsh": "ImportError: libcusolver.so.12"}
+    assert set(row["seconds"]) == {"ours", "torch eigvalsh"}
+    assert set(row["ratio"]) == {"torch eigvalsh"}
+    table = printed(*tables.tables({"eigenvalues": {"rows": [{"n": 8, "count": 16, **row}]}}))
+    assert "absent" in table
+
+
+@pytest.mark.slow
+def test_every_measurement_runs_on_the_pretended_gpu(library, monkeypatch):
+    rehearsal.build_guard(library.parent)
+    monkeypatch.setattr(models, "build", partial(models.build, width=0.04))
+    small = {
+        "STEP_NETWORKS": ("resnet18",),
+        "STEP_CASES": ("rmsgd", "sgd-foreach", "sgd-per-layer"),  # torch's fused kernel wants a real one
+        "COPIED_FLOATS": 1024,
+        "EPOCH_END_NETWORKS": ("resnet18",),
+        "RELEASE_NETWORKS": (),
+        "EIGENVALUE_SIZES": (8,),
+        "MATRICES": 2,
+        "ROUNDS": 1,
+    }
+    for name, value in small.items():
+        monkeypatch.setattr(measurements, name, value)
+    with rehearsal.rehearsed(library.parent):
+        rows = {name: list(measure()) for name, measure in measurements.SECTIONS.items()}
+    assert not [row for found in rows.values() for row in found if "error" in row]
+    assert all(ratio["median"] > 0 for ratio in rows["step"][0]["wall_ratio_to"].values())
+    assert [sum(row["stages"].values()) for row in rows["epoch-end"]] == [38, 38]
+    assert "torch eigvalsh" in rows["eigenvalues"][0]["ratio"]
+
+
+# -- targets -----------------------------------------------------------------------------------------
+
+
+def median(value):
+    return {"median": value, "low": value, "high": value}
+
+
+def ratios(value):
+    return dict.fromkeys(measurements.STEP_CASES[1:], median(value))
+
+
+STEP_ROW = {
+    "network": "resnet50",
+    "parameters": 25_557_032,
+    "device_seconds": dict.fromkeys((*measurements.STEP_CASES, "copy"), median(2e-4)),
+    "queued": dict.fromkeys((*measurements.STEP_CASES, "copy"), True) | {"sgd-per-layer": False},
+    "bytes_per_second": 2.5e12,
+    "of_copy": median(0.93),
+    "device_ratio_to": ratios(0.9),
+    "wall_ratio_to": ratios(0.05),
+}
+
+
+def epoch_end_row(network, weights, ms, mib=200):
+    return {
+        "network": network,
+        "weights": weights,
+        "device_seconds": median(ms / 1e3),
+        "host_seconds": 1e-3,
+        "queued": True,
+        "extra_bytes": mib * 2**20,
+        "stages": {"fp32 Gram": 30, "fp64 Gram": 1, "SVD": 0},
+    }
+
+
+RESULT = {
+    "step": {"rows": [STEP_ROW, {"network": "resnet101", "error": "OutOfMemoryError: [12 GiB]"}]},
+    "epoch-end": {
+        "rows": [
+            epoch_end_row("resnet18", "initial", 2.0),
+            epoch_end_row("resnet18", "trained-like", 4.0),
+            epoch_end_row("resnet50", "initial", 30.0),
+            epoch_end_row("resnet101", "initial", 30.0, mib=257),
+            {"network": "resnet18", "weights": "trained-like", "peer": "rmsgd-1.0.2", "seconds": 2.0},
+            {"network": "resnet50", "weights": "trained-like", "peer": "rmsgd-1.0.2", "absent": "no network"},
+        ]
+    },
+    "epoch-time": {
+        "rows": [
+            {"optimizer": "rmsgd", "epoch": median(5.0), "ratio": median(1.005)},
+            {"optimizer": "sam", "absent": "not installed"},
+        ]
+    },
+}
+
+
+def test_every_target_is_judged_by_what_was_measured():
+    judged = {t.name: t for t in targets.judge(RESULT)}
+    expected = {
+        "step, resnet50: of a copy's bandwidth": (0.93, True),
+        "step, resnet50: device time / fused SGD": (0.9, True),
+        "step, resnet50: times faster than a group per layer": (20.0, True),
+        "step, resnet101: of a copy's bandwidth": (None, None),
+        "epoch end, resnet18: ms": (4.0, True),  # the slower of both kinds of weights
+        "epoch end, resnet50: ms": (30.0, False),
+        "epoch end, vit-b16: ms": (None, None),
+        "epoch end, resnet18: times faster than rmsgd 1.0.2": (500.0, True),
+        "epoch end, resnet50: times faster than rmsgd 1.0.2": (None, None),
+        "epoch end, resnet101: extra MiB": (257.0, False),
+        "epoch, resnet18, batch 128: time / SGD": (1.005, True),
+    }
+    for name, (measured, met) in expected.items():
+        assert judged[name].met is met, name
+        assert judged[name].measured == (None if measured is None else pytest.approx(measured)), name
+
+
+def test_without_any_figure_no_target_is_met_or_missed():
+    judged = targets.judge({"step": {"skipped": "no time was left"}})
+    assert len(judged) == 16
+    assert all(t.measured is None and t.met is None for t in judged)
+
+
+def test_the_tables_show_rows_reasons_and_targets():
+    said = printed(*tables.tables(RESULT), tables.targets(targets.judge(RESULT)))
+    assert "OutOfMemoryError: [12 GiB]" in said
+    assert "0.900*" in said  # one group per layer: the queue was too short
+    assert "no network" in said
+    lines = {line.split("  ")[0].strip(): line for line in said.splitlines()}
+    assert lines["epoch end, resnet18: ms"].split()[-1] == "yes"
+    assert lines["epoch end, resnet50: ms"].split()[-1] == "NO"
+    assert "not measured" in lines["epoch end, vit-b16: ms"]
+
+
+# -- clocks ------------------------------------------------------------------------------------------
+
+
+class Event:
+    """Of a device that is busy until the host has queued everything, or not."""
+
+    reached = False
+
+    def __init__(self, **_):
+        pass
+
+    def record(self):
+        pass
+
+    def query(self):
+        return self.reached
+
+    def elapsed_time(self, end):
+        return 3.0
+
+
+@pytest.fixture
+def slept(monkeypatch):
+    """The device's clock stood still; the cycles of every sleep."""
+    cycles = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", cycles.append)
+    monkeypatch.setattr(clocks, "cycles_per_second", lambda: 1e9)
+    return cycles
+
+
+def test_a_case_that_is_slow_to_queue_is_called_once_behind_a_sleep_that_is_long_enough(slept):
+    calls = {"quick": 0, "slow": 0}
+
+    def quick():
+        calls["quick"] += 1
+
+    def slow():
+        calls["slow"] += 1
+        time.sleep(0.02)
+
+    times = clocks.interleaved({"quick": quick, "slow": slow}, rounds=2)
+    # Once for what is done once, then twice per timing: alone, and behind the sleep.
+    assert calls == {"quick": 3 + 2 * 2 * clocks.MOST_CALLS, "slow": 3 + 2 * 2 * 1}
+    assert all(t.queued for found in times.values() for t in found)
+    assert clocks.host_seconds(times["slow"]) >= 0.02
+    assert max(slept) >= 2 * 0.02 * 1e9
+
+
+def test_a_device_that_did_not_wait_for_the_host_is_noticed(slept, monkeypatch):
+    monkeypatch.setattr(Event, "reached", True)
+    found = clocks.device_time(lambda: None, 3)
+    assert not found.queued
+    assert found.device == pytest.approx(1e-3)
