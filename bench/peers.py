@@ -31,7 +31,7 @@ CACHE = Path(__file__).parents[1] / ".out" / "peers"
 RELEASE_WHEEL = "rmsgd-1.0.2-py3-none-any.whl"
 RELEASE_SHA256 = "54cdf95eeaf7ee299a879c0b58ce1440b63f7e48739a0830aa5e512dc0cc65bd"
 RELEASE_MODULE = "rmsgd_1_0_2"
-FETCH_S = 60
+FETCH_S = 30
 
 Named = list[tuple[str, Parameter]]
 Create = Callable[..., Optimizer]
@@ -235,7 +235,7 @@ def _fetch_release(target: Path) -> str | None:
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         # Without a network pip would try again for minutes.
-        command += ["--retries", "0", "--timeout", "10", "rmsgd==1.0.2", "--dest", folder]
+        command += ["--retries", "0", "--timeout", "5", "rmsgd==1.0.2", "--dest", folder]
         failed = "rmsgd 1.0.2, the authors' package, could not be fetched"
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_S, check=False)

@@ -212,10 +212,17 @@ def test_results_of_tests_are_read_line_by_line():
     ]
 
 
-def test_a_test_that_hangs_is_named():
-    assert checks.results(SAID + HANGING)["unfinished"] == HANGING.strip()
-    ended = processes.Ended(None, 60.0, SAID + HANGING)
-    assert checks.failure(ended) == f"stopped for lack of time at {HANGING.strip()}"
+@pytest.mark.parametrize(
+    "said",
+    ["", "Timeout (0:01:00)!\nThread 0x7f (most recent call first):\n", "Fatal Python error: Aborted\n"],
+)
+@pytest.mark.parametrize("status", [None, -6])
+def test_a_test_that_hangs_or_crashes_is_named(said, status):
+    output = SAID + HANGING + said
+    assert checks.results(output)["unfinished"] == HANGING.strip()
+    failure = checks.failure(processes.Ended(status, 60.0, output))
+    assert failure.startswith(f"at {HANGING.strip()}: ")
+    assert ("stopped for lack of time after 60 s" if status is None else "status -6") in failure
 
 
 def test_this_pytest_prints_such_lines(tmp_path):
@@ -239,7 +246,7 @@ def test_this_pytest_prints_such_lines(tmp_path):
 
 @needs_no_gpu
 def test_the_tests_of_each_backend_run_in_a_process_of_its_own(tmp_path):
-    result = checks.gpu_tests(120, tmp_path / "log", ("cuda",), "gpu and not slow")
+    result = checks.gpu_tests(120, tmp_path / "log", ("cuda",), "gpu and not slow", hanging_s=60)
     found = result["backends"]["cuda"]
     assert result["error"] is found["error"] is None
     assert found["passed"] == 0
@@ -270,7 +277,7 @@ def test_what_passed_its_smoke_test_is_tested_and_measured(tmp_path, monkeypatch
 
 
 def test_without_a_backend_that_runs_there_is_nothing_to_test(tmp_path):
-    assert checks.gpu_tests(60, tmp_path / "log", [], "gpu")["error"] == "no backend runs here"
+    assert checks.gpu_tests(60, tmp_path / "log", [], "gpu", hanging_s=60)["error"] == "no backend runs here"
 
 
 # -- rows --------------------------------------------------------------------------------------------

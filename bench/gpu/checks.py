@@ -14,9 +14,13 @@ from bench.gpu import processes, smoke
 
 BACKENDS = ("cuda", "cupy")
 TESTS = "tests/test_gpu.py"
-# A line of `pytest -v`; a test's parameters may hold spaces.
-RESULT = re.compile(r"^(?P<test>tests/\S+?::.+?) (?P<result>PASSED|FAILED|ERROR|SKIPPED)\b", re.M)
-UNFINISHED = re.compile(r"^(?P<test>tests/\S+?::.+?) *\Z", re.M)
+# A test in the output of `pytest -v`, and what became of it: nothing yet where it is the last, or where a
+# hang or a crash made Python say where it was. Parameters may hold spaces.
+TEST = re.compile(
+    r"^(?P<test>tests/\S+?::.+?)"
+    r"(?: (?P<result>PASSED|FAILED|ERROR|SKIPPED)\b| ?Timeout \(| ?Fatal Python error| *\Z)",
+    re.M,
+)
 
 
 def build(limit_s: float, log: Path) -> dict[str, Any]:
@@ -53,23 +57,22 @@ def usable(found: Mapping[str, Any], backend: str) -> bool:
     return "error" in found[backend] and found[backend]["error"] is None
 
 
-def gpu_tests(limit_s: float, log: Path, backends: Sequence[str], marks: str) -> dict[str, Any]:
-    """The tests of these marks, each backend's in a process of its own."""
+def gpu_tests(
+    limit_s: float, log: Path, backends: Sequence[str], marks: str, hanging_s: int
+) -> dict[str, Any]:
+    """The tests of these marks, each backend's in a process of its own.
+
+    Of a test that takes longer than `hanging_s` seconds, the log tells where it was.
+    """
     if not backends:
         return {"backends": {}, "error": "no backend runs here"}
+    command = [sys.executable, "-m", "pytest", TESTS, "-m", marks, "-v", "--tb=short", "--no-header"]
+    # Not the project's own options: -q would take the lines with the results away.
+    command += ["-pno:cacheprovider", "--override-ini=addopts=--strict-markers"]
+    command += [f"--override-ini=faulthandler_timeout={hanging_s}"]
     found: dict[str, Any] = {}
     for backend, seconds in in_turn(backends, limit_s):
-        command = [sys.executable, "-m", "pytest", "-m", marks, "-v", "--tb=short", "--no-header"]
-        # Without the project's own options: -q would take the lines with the results away.
-        command += [
-            "-o",
-            "addopts=--strict-markers",
-            "-p",
-            "no:cacheprovider",
-            "-o",
-            "faulthandler_timeout=60",
-        ]
-        ended = processes.run([*command, TESTS], seconds, log, {"RMSGD_TEST_BACKENDS": backend})
+        ended = processes.run(command, seconds, log, {"RMSGD_TEST_BACKENDS": backend})
         found[backend] = {**results(ended.output), "seconds": ended.seconds, "error": failure(ended)}
     failed = [f"{backend}: {result['error']}" for backend, result in found.items() if result["error"]]
     return {"backends": found, "error": "; ".join(failed) or None}
@@ -77,23 +80,24 @@ def gpu_tests(limit_s: float, log: Path, backends: Sequence[str], marks: str) ->
 
 def results(output: str) -> dict[str, Any]:
     """What `pytest -v` has printed so far: how many passed, who failed, and who had not yet ended."""
-    lines = [(match["test"], match["result"]) for match in RESULT.finditer(output)]
-    unfinished = UNFINISHED.search(output)
+    tests = [(match["test"], match["result"]) for match in TEST.finditer(output)]
     return {
-        **{result.lower(): sum(r == result for _, r in lines) for result in ("PASSED", "SKIPPED")},
-        "failed": [test for test, result in lines if result in ("FAILED", "ERROR")],
-        "unfinished": unfinished["test"] if unfinished else None,
+        "passed": sum(result == "PASSED" for _, result in tests),
+        "skipped": sum(result == "SKIPPED" for _, result in tests),
+        "failed": [test for test, result in tests if result in ("FAILED", "ERROR")],
+        "unfinished": tests[-1][0] if tests and tests[-1][1] is None else None,
     }
 
 
 def failure(ended: processes.Ended) -> str | None:
     """What is wrong with a run of pytest; what the tests said is in the log."""
     found = results(ended.output)
-    if ended.status is None:
-        return f"stopped for lack of time at {found['unfinished'] or 'no test'}"
     if ended.status == 0:
         return None
-    return f"{len(found['failed'])} failed" if found["failed"] else ended.failure()
+    if ended.status == 1 and found["failed"]:
+        return f"{len(found['failed'])} failed"
+    where = f"at {found['unfinished']}: " if found["unfinished"] else ""
+    return f"{where}{ended.failure()}"
 
 
 def in_turn(backends: Sequence[str], limit_s: float) -> Iterator[tuple[str, float]]:

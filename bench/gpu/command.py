@@ -73,11 +73,11 @@ def _smoke(session: Session, limit_s: float) -> dict[str, Any]:
 
 
 def _tests(session: Session, limit_s: float) -> dict[str, Any]:
-    return checks.gpu_tests(limit_s, session.log, session.backends, "gpu and not slow")
+    return checks.gpu_tests(limit_s, session.log, session.backends, "gpu and not slow", hanging_s=60)
 
 
 def _sanitizer(session: Session, limit_s: float) -> dict[str, Any]:
-    return checks.gpu_tests(limit_s, session.log, session.backends[:1], "gpu and slow")
+    return checks.gpu_tests(limit_s, session.log, session.backends[:1], "gpu and slow", hanging_s=600)
 
 
 def _measured(name: str) -> Callable[[Session, float], dict[str, Any]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+DYING_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def run(
         finally:
             with suppress(ProcessLookupError):  # nobody is left
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):  # a driver may hold it back
+                process.wait(DYING_S)
         file.seek(begin)
         return Ended(status, time.monotonic() - start, file.read().decode(errors="replace"))
