@@ -1,5 +1,6 @@
 """What was measured, for the terminal."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def _table(first: str, *headings: str, title: str) -> Table:
 
 def _why_not(row: Mapping[str, Any]) -> str | None:
     why = row.get("error", row.get("absent"))
-    return escape(why) if why else None
+    return escape(textwrap.shorten(why, 60)) if why else None
 
 
 def _step(rows: Rows) -> Table:
@@ -105,7 +106,7 @@ def _eigenvalues(rows: Rows) -> Table:
     )
     for row in rows:
         if "error" in row:
-            table.add_row(str(row["n"]), escape(row["error"]))
+            table.add_row(str(row["n"]), _why_not(row))
             continue
         cells = (
             f"{row['seconds'][case]['median'] * 1e3:.2f}" if case in row["seconds"] else "absent"
