@@ -107,6 +107,7 @@ def rehearse(folder, order, *arguments):
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "OMP_NUM_THREADS": "1",
         "RMSGD_REHEARSAL": f"{folder}:{order}",
+        "RMSGD_TEST_BACKENDS": "cuda",
     }
     command = [sys.executable, "-m", "pytest", "-p", "rehearsal", "-m", "gpu", "tests/test_gpu.py", "-rfE"]
     return subprocess.run(
