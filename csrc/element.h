@@ -34,6 +34,16 @@ RMSGD_FN unsigned word_of_float(float x) {
 #endif
 }
 
+RMSGD_FN unsigned long long word_of_double(double x) {
+#ifdef __CUDA_ARCH__
+  return (unsigned long long)__double_as_longlong(x);
+#else
+  unsigned long long word;
+  __builtin_memcpy(&word, &x, sizeof word);
+  return word;
+#endif
+}
+
 RMSGD_FN float widen(float x) { return x; }
 RMSGD_FN double widen(double x) { return x; }
 RMSGD_FN float widen(BFloat16 x) { return float_of_word(unsigned(x.bits) << 16); }

@@ -7,9 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TextIO
 
-from rmsgd.backends.base import CONDITION_NUMBER, MEASURED, NOISE_VARIANCE, RANK, STABLE_RANK, STATUS
+from rmsgd.backends.base import (
+    CHANGED,
+    CONDITION_NUMBER,
+    MEASURED,
+    NOISE_VARIANCE,
+    NOT_FINITE,
+    RANK,
+    STABLE_RANK,
+    STATUS,
+)
 from rmsgd.layers import unfoldings
 from rmsgd.reference import network_quality, quality
+
+_REASONS = {NOT_FINITE: "NaN or infinite entries", CHANGED: "changed before it was measured"}
+"""Why a matrix was not measured, by STATUS."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +48,12 @@ class LayerMetrics:
     def from_rows(cls, name: str, shape: tuple[int, ...], rows: Sequence[Sequence[float]]) -> "LayerMetrics":
         """A layer from its rows of a metrics table (``backends.base``), one per unfolding of its shape.
 
-        An empty low rank has quality 0. A NaN or an Inf in the weight makes it a skipped layer.
+        An empty low rank has quality 0. A NaN or an Inf in the weight makes it a skipped layer, and so
+        does a change of it while it was measured.
         """
-        if any(row[STATUS] != MEASURED for row in rows):
-            return cls.skip(name, shape, "NaN or infinite entries")
+        for row in rows:
+            if row[STATUS] != MEASURED:
+                return cls.skip(name, shape, _REASONS[int(row[STATUS])])
         # A 1 x 1 kernel's two modes share one spectrum.
         modes = [(mode, row) for row, u in zip(rows, unfoldings(shape), strict=True) for mode in u.modes]
         s = sum(row[STABLE_RANK] for _, row in modes) / len(modes)

@@ -321,6 +321,10 @@ class RMSGD(Optimizer):
 
         A layer whose weight holds a NaN or an Inf keeps its rate; a warning names it. Another says so if
         there is no layer to measure, as under the first FSDP, which flattens parameters.
+
+        On a GPU the work goes on beside whatever is asked of it next, and ``step`` waits for it. The few
+        weights that take more than single precision are read once more by then: one that was written to
+        meanwhile, by anything but ``step``, keeps its rate, and the report says that it changed.
         """
         ledgers = self._current_ledgers()
         if not all(ledger.probes_the_same(self.param_groups) for ledger in ledgers):

@@ -24,13 +24,13 @@ WORKSPACE_BYTES = 60_000
 """So little that the matrices below are measured in several batches."""
 
 
+def low_rank(m: int, n: int, rank: int, noise: float) -> Tensor:
+    return torch.randn(m, rank) @ torch.randn(rank, n) / rank**0.5 + noise * torch.randn(m, n)
+
+
 def weights() -> list[Tensor]:
     """Matrices that each of the accuracy guard's stages decides, and parameters that are not measured."""
     torch.manual_seed(0)
-
-    def low_rank(m: int, n: int, rank: int, noise: float) -> Tensor:
-        return torch.randn(m, rank) @ torch.randn(rank, n) / rank**0.5 + noise * torch.randn(m, n)
-
     return [
         low_rank(20, 30, 3, 0.5),
         torch.randn(20),

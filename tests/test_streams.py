@@ -10,6 +10,9 @@ import streams
 import torch
 from emulated import ROOT
 from pretended_streams import ORDERS
+from torch.nn import Parameter
+
+import rmsgd
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +93,32 @@ def one_after_the_other(folder):
 @pytest.mark.parametrize("order", ORDERS)
 def test_epoch_ends_beside_training_give_the_same_bits_in_any_order(folder, one_after_the_other, order):
     assert streams.same(streams.train(folder, order), one_after_the_other)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_layer_that_changes_before_it_is_measured_keeps_its_rate_and_says_so(folder, order, dtype):
+    quick, fp64, svd = (streams.low_rank(20, 30, 3, noise) for noise in (0.5, 1e-3, 0.0))
+    with rehearsal.rehearsed(folder, order):
+        parameters = [Parameter(w.cuda()) for w in (quick, fp64.to(dtype), svd.to(dtype))]
+
+        def end_an_epoch(change):
+            optimizer = rmsgd.RMSGD(parameters, lr=0.03)
+            optimizer.epoch_step()
+            with torch.no_grad():
+                for p in parameters if change else ():
+                    p[0, 0] += 1e-6
+            return list(optimizer.learning_rates().values()), optimizer.report().layers
+
+        expected, layers = end_an_epoch(change=False)
+        assert all(layer.skipped is None for layer in layers)
+        rates, layers = end_an_epoch(change=True)
+    skipped = [layer.skipped for layer in layers]
+    assert skipped[0] is None
+    assert set(skipped) <= {None, "changed before it was measured"}
+    assert rates == [0.03 if why else rate for why, rate in zip(skipped, expected, strict=True)]
+    if order == "others last":
+        assert all(skipped[1:])
 
 
 @pytest.mark.parametrize("without", streams.WITHOUT)

@@ -18,7 +18,7 @@ enum MetricsField : int {
   METRICS_FIELDS
 };
 
-enum MetricsStatus : int { MEASURED, NOT_FINITE, NEEDS_SVD };
+enum MetricsStatus : int { MEASURED, NOT_FINITE, NEEDS_SVD, CHANGED };
 
 struct ModeMetrics {
   int rank;

@@ -70,6 +70,18 @@ RMSGD_FN int tile_number(int row_tile, int column_tile, int tiles) {
 
 RMSGD_FN int tiles_of(int L) { return (L + GRAM_TILE - 1) / GRAM_TILE; }
 
+// A part of the columns.
+struct ColumnPart {
+  long long begin;
+  long long end;
+};
+
+RMSGD_FN ColumnPart column_part(const CudaMatrix& matrix, int splits, int split) {
+  const long long width = (matrix.M + splits - 1) / splits;
+  const long long begin = split * width;
+  return {begin, begin + width < matrix.M ? begin + width : matrix.M};
+}
+
 // What a block keeps in shared memory.
 template <class T>
 struct GramShared {
@@ -105,11 +117,9 @@ RMSGD_FN void gram_tile(Team& team, const CudaMatrix& matrix, const GramItem& it
 
   const int y = rank / 16 * 4, x = rank % 16 * 4;
   T total[4][4] = {};
-  const long long part = (matrix.M + splits - 1) / splits;
-  const long long begin = item.split * part;
-  const long long end = begin + part < matrix.M ? begin + part : matrix.M;
-  for (long long chain = begin; chain < end; chain += GRAM_CHAIN) {
-    const int depth = end - chain < GRAM_CHAIN ? int(end - chain) : GRAM_CHAIN;
+  const ColumnPart part = column_part(matrix, splits, item.split);
+  for (long long chain = part.begin; chain < part.end; chain += GRAM_CHAIN) {
+    const int depth = part.end - chain < GRAM_CHAIN ? int(part.end - chain) : GRAM_CHAIN;
     team.barrier();  // the last chain's offsets are read
     for (int k = rank; k < depth; k += team.size()) {
       shared.column[k] = offset_of(matrix.large, unsigned(chain + k));

@@ -15,6 +15,12 @@ __device__ __forceinline__ Stage stage_of() {
   return sizeof(T) == 4 ? STAGE_FP32 : STAGE_FP64;
 }
 
+// Where a matrix goes that a Gram matrix of this type does not decide.
+template <class T>
+__device__ __forceinline__ Stage next_stage() {
+  return sizeof(T) == 4 ? STAGE_FP64 : STAGE_SVD;
+}
+
 template <class Element, class T>
 __device__ __forceinline__ void gram_typed(const SpectrumArguments& arguments, const CudaMatrix& matrix,
                                            const GramItem& item) {
@@ -23,6 +29,61 @@ __device__ __forceinline__ void gram_typed(const SpectrumArguments& arguments, c
   gram_tile<Element>(team, matrix, item, sizeof(T) == 4 ? matrix.splits : 1,
                      reinterpret_cast<T*>(arguments.workspace + matrix.matrix),
                      reinterpret_cast<T*>(arguments.workspace + matrix.partial), shared);
+}
+
+__device__ __forceinline__ double element_at(const CudaMatrix& matrix, long long offset) {
+  switch (matrix.dtype) {
+    case FLOAT32:
+      return double(static_cast<const float*>(matrix.weight)[offset]);
+    case FLOAT64:
+      return static_cast<const double*>(matrix.weight)[offset];
+    case FLOAT16:
+      return double(widen(static_cast<const Float16*>(matrix.weight)[offset]));
+    default:
+      return double(widen(static_cast<const BFloat16*>(matrix.weight)[offset]));
+  }
+}
+
+// One member's part of a sum that changes with any element of rows [top, bottom) and columns [begin, end).
+template <class Team>
+__device__ __forceinline__ unsigned long long fingerprint(const Team& team, const CudaMatrix& matrix, int top,
+                                                          int bottom, long long begin, long long end) {
+  unsigned long long sum = 0;
+  for (long long column = begin + team.rank(); column < end; column += team.size()) {
+    const long long at = offset_of(matrix.large, unsigned(column));
+    for (int row = top; row < bottom; ++row) {
+      const unsigned long long mixed =
+          word_of_double(element_at(matrix, at + offset_of(matrix.small, unsigned(row)))) *
+          0x9e3779b97f4a7c15ull;
+      sum += mixed ^ mixed >> 32;
+    }
+  }
+  return sum;
+}
+
+// Adds that of a tile's rows, over one part of the columns, to the matrix's.
+__device__ __forceinline__ void take_fingerprint(const SpectrumArguments& arguments, const GramItem& item) {
+  const CudaMatrix& matrix = arguments.matrix[item.matrix];
+  BlockTeam team;
+  const int top = item.row_tile * GRAM_TILE;
+  const int bottom = top + GRAM_TILE < matrix.L ? top + GRAM_TILE : matrix.L;
+  const ColumnPart part = column_part(matrix, matrix.splits, item.split);
+  const unsigned long long sum = team.sum(fingerprint(team, matrix, top, bottom, part.begin, part.end));
+  if (team.rank() == 0) atomicAdd(&arguments.state[item.matrix].fingerprint, sum);
+}
+
+// Whether the weights are what they were on the caller's stream. If not, the row says so.
+template <class Team>
+__device__ __forceinline__ bool are_unchanged(Team& team, const SpectrumArguments& arguments, int number,
+                                              double* row, Stage stage) {
+  const CudaMatrix& matrix = arguments.matrix[number];
+  const unsigned long long now = team.sum(fingerprint(team, matrix, 0, matrix.L, 0, matrix.M));
+  if (now == arguments.state[number].fingerprint) return true;
+  if (team.rank() == 0) {
+    write_metrics(row, {0, NAN, NAN, NAN, NAN}, CHANGED, stage);
+    row[RANK] = NAN;
+  }
+  return false;
 }
 
 template <class T>
@@ -45,25 +106,6 @@ __device__ __forceinline__ void gram_block(const SpectrumArguments& arguments) {
   }
 }
 
-// Writes a row that needs no spectrum, or passes the matrix on to another stage.
-__device__ __forceinline__ void settle(const SpectrumArguments& arguments, int number, double trace,
-                                       Stage stage) {
-  const CudaMatrix& matrix = arguments.matrix[number];
-  double* const row = arguments.table + (long long)arguments.row[number] * METRICS_FIELDS;
-  SpectrumState& state = arguments.state[number];
-  if (stage == STAGE_FP32) {
-    state.stage = STAGE_FP64;  // squares of fp32 numbers may leave the range of fp32, but not that of fp64
-  } else if (matrix.dtype == FLOAT64) {
-    state.stage = STAGE_SVD;
-  } else {
-    const bool finite = trace == 0.0;
-    const double zero = finite ? 0.0 : NAN;
-    write_metrics(row, {0, zero, zero, finite ? 1.0 : NAN, zero}, finite ? MEASURED : NOT_FINITE, stage);
-    if (!finite) row[RANK] = NAN;
-    state.stage = STAGE_DONE;
-  }
-}
-
 template <class T>
 __device__ __forceinline__ void tridiagonal_block(const SpectrumArguments& arguments) {
   const TeamBlock mine = arguments.block[blockIdx.x];
@@ -80,11 +122,11 @@ __device__ __forceinline__ void tridiagonal_block(const SpectrumArguments& argum
   double trace = 0.0;
   for (int i = team.rank(); i < n; i += team.size()) trace += double(gram[(long long)i * stride + i]);
   trace = team.sum(trace);
-  // Within these, nothing overflowed and what underflowed does not matter.
+  // Within these, nothing overflowed and what underflowed does not matter. Zeros and NaN are outside.
   const bool in_range =
       sizeof(T) == 4 ? trace > 0x1p-60 && trace < 0x1p100 : trace > 0x1p-600 && trace < 0x1p900;
   if (!in_range) {
-    if (team.rank() == 0) settle(arguments, mine.matrix, trace, stage_of<T>());
+    if (team.rank() == 0) state.stage = next_stage<T>();
     return;
   }
 
@@ -116,26 +158,21 @@ __device__ __forceinline__ void measure_block(const SpectrumArguments& arguments
   BlockTeam team;
   const TridiagonalSpectrum spectrum = tridiagonal_spectrum(team, diagonal, diagonal + matrix.stride, L, M,
                                                             state.trace, shared_memory() + TEAM_SHARED);
+  double* const row = arguments.table + (long long)arguments.row[number] * METRICS_FIELDS;
+  if (sizeof(T) == 8 && !are_unchanged(team, arguments, number, row, STAGE_FP64)) {
+    if (team.rank() == 0) state.stage = STAGE_DONE;
+    return;
+  }
   // EVBMF is fp64 along one chain: a warp does it as fast as a block, and where fp64 is slow faster.
   if (threadIdx.x >= WARP) return;
   WarpTeam warp;
-  double* const row = arguments.table + (long long)arguments.row[number] * METRICS_FIELDS;
   const bool decided = measure_spectrum<T>(warp, spectrum, L, M, state.exponent, row);
-  if (warp.rank() == 0) state.stage = decided ? STAGE_DONE : sizeof(T) == 4 ? STAGE_FP64 : STAGE_SVD;
+  if (warp.rank() == 0) state.stage = decided ? STAGE_DONE : next_stage<T>();
 }
 
 __device__ __forceinline__ double element_of(const CudaMatrix& matrix, long long column, int row) {
-  const long long at = offset_of(matrix.small, unsigned(row)) + offset_of(matrix.large, unsigned(column));
-  switch (matrix.dtype) {
-    case FLOAT32:
-      return double(static_cast<const float*>(matrix.weight)[at]);
-    case FLOAT64:
-      return static_cast<const double*>(matrix.weight)[at];
-    case FLOAT16:
-      return double(widen(static_cast<const Float16*>(matrix.weight)[at]));
-    default:
-      return double(widen(static_cast<const BFloat16*>(matrix.weight)[at]));
-  }
+  return element_at(matrix,
+                    offset_of(matrix.small, unsigned(row)) + offset_of(matrix.large, unsigned(column)));
 }
 
 __device__ __forceinline__ void svd_matrix(GridTeam& team, const SpectrumArguments& arguments, int number) {
@@ -154,7 +191,7 @@ __device__ __forceinline__ void svd_matrix(GridTeam& team, const SpectrumArgumen
   bad = team.max(bad);
   largest = team.max(largest);
   if (bad > 0.0 || largest == 0.0) {
-    if (team.rank() == 0) {
+    if (are_unchanged(team, arguments, number, row, STAGE_SVD) && team.rank() == 0) {
       const double zero = bad > 0.0 ? NAN : 0.0;
       write_metrics(row, {0, zero, zero, bad > 0.0 ? NAN : 1.0, zero}, bad > 0.0 ? NOT_FINITE : MEASURED,
                     STAGE_SVD);
@@ -167,6 +204,7 @@ __device__ __forceinline__ void svd_matrix(GridTeam& team, const SpectrumArgumen
   const double half = ldexp(1.0, -exponent / 2), other = ldexp(1.0, -exponent - (-exponent / 2));
   const auto scaled = [&](long long column, int at) { return element_of(matrix, column, at) * half * other; };
   singular_values(team, scaled, L, matrix.M, gamma, arguments.svd_scratch, counts);
+  if (!are_unchanged(team, arguments, number, row, STAGE_SVD)) return;
   const double zero = double(matrix.M) * 0x1p-52 * gamma[0];
   team.barrier();
   for (int h = team.rank(); h < L; h += team.size()) {
@@ -181,6 +219,12 @@ __device__ __forceinline__ void svd_matrix(GridTeam& team, const SpectrumArgumen
 
 }  // namespace
 }  // namespace rmsgd
+
+extern "C" __global__ void __launch_bounds__(rmsgd::GRAM_THREADS)
+    rmsgd_fingerprint(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
+  const rmsgd::GramItem item = arguments.item[blockIdx.x];
+  if (item.row_tile == item.column_tile) rmsgd::take_fingerprint(arguments, item);
+}
 
 extern "C" __global__ void __launch_bounds__(rmsgd::GRAM_THREADS)
     rmsgd_gram(const __grid_constant__ rmsgd::SpectrumArguments arguments) {

@@ -2,6 +2,7 @@
 //
 // Each stage is a kernel over all matrices, and none needs the host:
 //
+//   fingerprint        caller's stream   a sum that tells weights from others
 //   gram, gram_sum     caller's stream   fp32 Gram matrices
 //   tridiagonal        side stream       teams of blocks, launched cooperatively
 //   measure            side stream       eigenvalues, EVBMF, row of the table: a block per matrix
@@ -9,6 +10,10 @@
 // then gram, tridiagonal and measure once more in fp64, and svd, one team of blocks launched cooperatively:
 // the singular values of what even that does not decide. A matrix says in its state which stage it waits for;
 // blocks that find it waiting for another leave at once.
+//
+// The later stages read the weights again, beside what the caller does meanwhile. The fingerprint tells them
+// whether these are still the same; otherwise the row says CHANGED. It costs one more look at the weights of
+// every matrix, counted .1 ms for ResNet50 on an H100-class card and .5 ms on sm_75.
 #pragma once
 
 #include "gram_cuda.h"
@@ -20,7 +25,8 @@ struct Meeting;
 enum Stage : int { STAGE_FP32, STAGE_FP64, STAGE_SVD, STAGE_DONE };
 
 struct SpectrumState {
-  double trace;  // of the Gram matrix, scaled by 2^exponent
+  unsigned long long fingerprint;  // of the weights
+  double trace;                    // of the Gram matrix, scaled by 2^exponent
   int exponent;
   int stage;
 };

@@ -15,7 +15,7 @@ RANK, NOISE_VARIANCE, STABLE_RANK, CONDITION_NUMBER, NUCLEAR, STATUS, STAGE = ra
 FIELDS = 7
 
 # Values of STATUS.
-MEASURED, NOT_FINITE, NEEDS_SVD = range(3)
+MEASURED, NOT_FINITE, NEEDS_SVD, CHANGED = range(4)
 
 
 class BackendUnavailable(RuntimeError):  # noqa: N818 - it reads as the state it reports
@@ -152,7 +152,8 @@ class Backend(Protocol):
     def measure(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> Tensor:
         """The metrics table (matrices, FIELDS), float64, on the matrices' device.
 
-        A matrix with a NaN or an Inf has STATUS ``NOT_FINITE`` and NaN in every metric.
+        A matrix with a NaN or an Inf has STATUS ``NOT_FINITE`` and NaN in every metric; so has one of
+        STATUS ``CHANGED``, which was written to while it was measured beside the caller's stream.
         """
 
     def measure_spectrum(self, gamma: Tensor, M: int) -> Tensor:

@@ -114,7 +114,7 @@ class CudaBackend:
 
         Within ``aside`` the Gram matrices are formed on the caller's stream and the rest beside it.
         Weights that the fp32 Gram matrix does not decide (a range of singular values beyond some
-        1e4) are read once more there: they must not change until the next step, which waits.
+        1e4) are read once more there. One that has changed by then gets the status ``CHANGED``.
 
         Raises:
             torch.cuda.OutOfMemoryError: there is no room for the workspace of a single matrix.

@@ -50,7 +50,7 @@ _MATRIX = np.dtype(
     ]
 )
 _ITEM = np.dtype([("matrix", "i4"), ("row_tile", "i4"), ("column_tile", "i4"), ("split", "i4")])
-_STATE = np.dtype([("trace", "f8"), ("exponent", "i4"), ("stage", "i4")])
+_STATE = np.dtype([("fingerprint", "u8"), ("trace", "f8"), ("exponent", "i4"), ("stage", "i4")])
 _TEAM_BLOCK = np.dtype([("matrix", "i4"), ("block", "i4")])
 _ARGUMENTS = np.dtype(
     [
@@ -254,6 +254,7 @@ class SpectraPlan:
             launch(f"rmsgd_measure{suffix}", self.count, _MEASURE_THREADS, shared, stream)
 
         gram, parts, gram_double = self._item_counts
+        launch("rmsgd_fingerprint", gram, _GRAM_THREADS, _TEAM_SHARED, streams.caller())
         launch("rmsgd_gram", gram, _GRAM_THREADS, _gram_shared(4), streams.caller())
         head["item"] = first_item + gram * _ITEM.itemsize
         launch("rmsgd_gram_sum", parts, _GRAM_THREADS, _TEAM_SHARED, streams.caller())

@@ -49,9 +49,10 @@ inline void __syncwarp() { emulator::grid->fibers->wait(emulator::warp().meeting
 inline void __threadfence() {}
 inline void __nanosleep(unsigned) { emulator::grid->fibers->yield(); }
 
-inline unsigned atomicAdd(unsigned* to, unsigned x) {
+template <class T>
+T atomicAdd(T* to, T x) {
   emulator::grid->fibers->note_progress();
-  const unsigned old = *to;
+  const T old = *to;
   *to += x;
   return old;
 }
