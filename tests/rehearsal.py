@@ -95,7 +95,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of a test's many cases the first, but none on large matrices: what is rehearsed is the order of work."""
+    """The first of each test's cases, and none on large matrices: what is rehearsed is the order of work."""
     first = {}
     for item in items:
         if not any(shape in item.name for shape in LARGE):
