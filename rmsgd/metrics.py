@@ -12,16 +12,12 @@ from rmsgd.backends.base import (
     CONDITION_NUMBER,
     MEASURED,
     NOISE_VARIANCE,
-    NOT_FINITE,
     RANK,
     STABLE_RANK,
     STATUS,
 )
 from rmsgd.layers import unfoldings
 from rmsgd.reference import network_quality, quality
-
-_REASONS = {NOT_FINITE: "NaN or infinite entries", CHANGED: "changed before it was measured"}
-"""Why a matrix was not measured, by STATUS."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +47,10 @@ class LayerMetrics:
         An empty low rank has quality 0. A NaN or an Inf in the weight makes it a skipped layer, and so
         does a change of it while it was measured.
         """
-        for row in rows:
-            if row[STATUS] != MEASURED:
-                return cls.skip(name, shape, _REASONS[int(row[STATUS])])
+        if any(row[STATUS] == CHANGED for row in rows):
+            return cls.skip(name, shape, "changed before it was measured")
+        if any(row[STATUS] != MEASURED for row in rows):
+            return cls.skip(name, shape, "NaN or infinite entries")
         # A 1 x 1 kernel's two modes share one spectrum.
         modes = [(mode, row) for row, u in zip(rows, unfoldings(shape), strict=True) for mode in u.modes]
         s = sum(row[STABLE_RANK] for _, row in modes) / len(modes)
