@@ -237,6 +237,23 @@ def test_hard_spectra_are_those_of_the_cpu(route, shape, noise, dtype):
     torch.testing.assert_close(found[:, :5].cpu(), expected[:, :5], rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("vectors", [False, True])
+def test_probe_and_evbmf_find_on_the_gpu_what_they_find_on_the_cpu(route, monkeypatch, vectors):
+    model, weight = trained_like("resnet18"), low_rank(50, 70)
+    report, factors = rmsgd.probe(model, device="cuda"), rmsgd.evbmf(weight.cuda(), vectors=vectors)
+    monkeypatch.delenv("RMSGD_BACKEND")
+    expected, on_cpu = rmsgd.probe(model), rmsgd.evbmf(weight, vectors=vectors)
+    assert [layer.rank for layer in report.layers] == [layer.rank for layer in expected.layers]
+    assert report.quality == pytest.approx(expected.quality, rel=1e-5)
+    assert factors.rank == on_cpu.rank > 0
+    assert factors.noise_variance == pytest.approx(on_cpu.noise_variance, rel=1e-9)
+    torch.testing.assert_close(factors.singular_values.cpu(), on_cpu.singular_values)
+    assert factors.singular_values.is_cuda
+    if vectors:
+        found, known = ((f.U * f.singular_values @ f.Vh).cpu() for f in (factors, on_cpu))
+        torch.testing.assert_close(found, known, rtol=1e-4, atol=1e-5)
+
+
 def test_the_users_tf32_setting_changes_no_bit(quick):
     model = trained_like("resnet18").cuda()
     results = []
