@@ -12,7 +12,7 @@ from bench.weights import make_trained_like
 from rmsgd import backends, evbmf
 
 MODELS = ("resnet18", "mobilenetv2", "resnet14-digits")
-BACKENDS = [e.name for e in backends.ENTRIES if e.device in ("cpu", "any") and e.status().available]
+BACKENDS = [s.name for s in backends.statuses("cpu", "any") if s.available]
 SIZES = (64, 256, 512)
 
 

@@ -13,8 +13,7 @@ from rmsgd import backends
 
 def usable_backends() -> list[str]:
     """Names of the CPU backends that can run here, or those of them that RMSGD_TEST_BACKENDS lists."""
-    entries = [entry for entry in backends.ENTRIES if entry.device in ("cpu", "any")]
-    names = [entry.name for entry in entries if entry.status().available]
+    names = [s.name for s in backends.statuses("cpu", "any") if s.available]
     wanted = os.environ.get("RMSGD_TEST_BACKENDS")
     return [name for name in names if name in wanted.split(",")] if wanted else names
 
@@ -44,6 +43,13 @@ def one_thread():
 def library(tmp_path_factory):
     """The emulated CUDA kernels, as a file to load."""
     return build_emulated_module(tmp_path_factory.mktemp("emulator"))
+
+
+@pytest.fixture(scope="session")
+def gpu_folder(library):
+    """The folder of the emulated kernels, and what else the pretended GPU takes."""
+    importlib.import_module("rehearsal").build_guard(library.parent)
+    return library.parent
 
 
 @pytest.fixture

@@ -15,12 +15,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from pretended_streams import ORDERS, QUEUES, Event, Graph, Stream, device_index, spoil
+from pretended_streams import QUEUES, Event, Graph, Stream, device_index, spoil
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
-
-__all__ = ["ORDERS", "QUEUES", "DeviceTensor", "pretended_gpu"]
 
 _OF_GRAPHS: list[Tensor] = []
 _PINNED: dict[int, Tensor] = {}

@@ -15,7 +15,8 @@ from unittest import mock
 
 import torch
 from emulated import EMULATOR, EmulatedKernels, compile_cpp
-from pretended_cuda import QUEUES, pretended_gpu
+from pretended_cuda import pretended_gpu
+from pretended_streams import QUEUES
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import rmsgd

@@ -12,6 +12,7 @@ from typing import Any
 
 import pretended_streams
 import torch
+from matrices import low_rank
 from rehearsal import rehearsed
 from torch import Tensor
 from torch.nn import Parameter
@@ -22,10 +23,6 @@ from rmsgd.backends.streams import Streams
 
 WORKSPACE_BYTES = 60_000
 """So little that the matrices below are measured in several batches."""
-
-
-def low_rank(m: int, n: int, rank: int, noise: float) -> Tensor:
-    return torch.randn(m, rank) @ torch.randn(rank, n) / rank**0.5 + noise * torch.randn(m, n)
 
 
 def weights() -> list[Tensor]:

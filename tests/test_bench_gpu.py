@@ -352,8 +352,7 @@ def test_a_routine_that_fails_is_absent_from_its_row(monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_measurement_runs_on_the_pretended_gpu(library, monkeypatch):
-    rehearsal.build_guard(library.parent)
+def test_every_measurement_runs_on_the_pretended_gpu(gpu_folder, monkeypatch):
     monkeypatch.setattr(models, "build", partial(models.build, width=0.04))
     small = {
         "STEP_NETWORKS": ("resnet18",),
@@ -367,7 +366,7 @@ def test_every_measurement_runs_on_the_pretended_gpu(library, monkeypatch):
     }
     for name, value in small.items():
         monkeypatch.setattr(measurements, name, value)
-    with rehearsal.rehearsed(library.parent):
+    with rehearsal.rehearsed(gpu_folder):
         rows = {name: list(measure()) for name, measure in measurements.SECTIONS.items()}
     assert not [row for found in rows.values() for row in found if "error" in row]
     assert all(ratio["median"] > 0 for ratio in rows["step"][0]["wall_ratio_to"].values())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from emulated import ORDERS, EmulatedKernels, emulated_backend
+from matrices import low_rank
 from torch.nn import Parameter
 
 import rmsgd
@@ -47,10 +48,6 @@ ORACLE = NumpyBackend("", "", reference.measure_singular_values, reference.momen
 
 def spectra(*weights):
     return [(w, u) for w in weights for u in unfoldings(w.shape)]
-
-
-def low_rank(m, n, rank, noise):
-    return torch.randn(m, rank) @ torch.randn(rank, n) / rank**0.5 + noise * torch.randn(m, n)
 
 
 def assert_measured(table, matrices):

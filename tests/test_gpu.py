@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from matrices import low_rank as low_rank_matrix
 from torch.nn import Parameter
 
 import rmsgd
@@ -60,8 +61,7 @@ def quick(route):
 
 def low_rank(*shape, noise=0.5):
     rows, columns = shape[0], torch.Size(shape[1:]).numel()
-    matrix = torch.randn(rows, 4) @ torch.randn(4, columns) / 2 + noise * torch.randn(rows, columns)
-    return matrix.reshape(shape)
+    return low_rank_matrix(rows, columns, 4, noise).reshape(shape)
 
 
 @functools.cache

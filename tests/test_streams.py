@@ -9,25 +9,18 @@ import rehearsal
 import streams
 import torch
 from emulated import ROOT
+from matrices import low_rank
 from pretended_streams import ORDERS
 from torch.nn import Parameter
 
 import rmsgd
 
-
-@pytest.fixture(scope="session")
-def folder(library):
-    """The emulated kernels, and what else the pretended GPU takes."""
-    rehearsal.build_guard(library.parent)
-    return library.parent
-
-
 # -- the pretended GPU -------------------------------------------------------------------------------
 
 
-def test_work_that_does_not_wait_for_another_stream_comes_too_early_in_some_order(folder):
+def test_work_that_does_not_wait_for_another_stream_comes_too_early_in_some_order(gpu_folder):
     def doubled_aside(wait, order):
-        with rehearsal.rehearsed(folder, order):
+        with rehearsal.rehearsed(gpu_folder, order):
             x = torch.ones(3).pin_memory().to("cuda", non_blocking=True)
             side = torch.cuda.Stream()
             if wait:
@@ -41,9 +34,9 @@ def test_work_that_does_not_wait_for_another_stream_comes_too_early_in_some_orde
     assert any(doubled_aside(False, order) != [2.0] * 3 for order in ORDERS)
 
 
-def test_memory_that_is_freed_too_early_is_overwritten_in_some_order(folder):
+def test_memory_that_is_freed_too_early_is_overwritten_in_some_order(gpu_folder):
     def read_late(keep, order):
-        with rehearsal.rehearsed(folder, order):
+        with rehearsal.rehearsed(gpu_folder, order):
             x = torch.ones(3, device="cuda")
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -59,8 +52,8 @@ def test_memory_that_is_freed_too_early_is_overwritten_in_some_order(folder):
     assert any(read_late(False, order) != [2.0] * 3 for order in ORDERS)
 
 
-def test_a_graph_replays_kernels_on_what_lies_in_memory_then(folder):
-    with rehearsal.rehearsed(folder):
+def test_a_graph_replays_kernels_on_what_lies_in_memory_then(gpu_folder):
+    with rehearsal.rehearsed(gpu_folder):
         x, y = torch.ones(3, device="cuda"), torch.zeros(3, device="cuda")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -72,8 +65,8 @@ def test_a_graph_replays_kernels_on_what_lies_in_memory_then(folder):
         assert y.tolist() == [3.0] * 3
 
 
-def test_the_host_must_not_wait_where_waiting_is_an_error(folder):
-    with rehearsal.rehearsed(folder):
+def test_the_host_must_not_wait_where_waiting_is_an_error(gpu_folder):
+    with rehearsal.rehearsed(gpu_folder):
         x = torch.ones(3, device="cuda")
         torch.cuda.set_sync_debug_mode("error")
         x.add_(1)
@@ -86,20 +79,20 @@ def test_the_host_must_not_wait_where_waiting_is_an_error(folder):
 
 
 @pytest.fixture(scope="module")
-def one_after_the_other(folder):
-    return streams.train(folder, "at once")
+def one_after_the_other(gpu_folder):
+    return streams.train(gpu_folder, "at once")
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_epoch_ends_beside_training_give_the_same_bits_in_any_order(folder, one_after_the_other, order):
-    assert streams.same(streams.train(folder, order), one_after_the_other)
+def test_epoch_ends_beside_training_give_the_same_bits_in_any_order(gpu_folder, one_after_the_other, order):
+    assert streams.same(streams.train(gpu_folder, order), one_after_the_other)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_layer_that_changes_before_it_is_measured_keeps_its_rate_and_says_so(folder, order, dtype):
-    quick, fp64, svd = (streams.low_rank(20, 30, 3, noise) for noise in (0.5, 1e-3, 0.0))
-    with rehearsal.rehearsed(folder, order):
+def test_a_layer_that_changes_before_it_is_measured_keeps_its_rate_and_says_so(gpu_folder, order, dtype):
+    quick, fp64, svd = (low_rank(20, 30, 3, noise) for noise in (0.5, 1e-3, 0.0))
+    with rehearsal.rehearsed(gpu_folder, order):
         parameters = [Parameter(w.cuda()) for w in (quick, fp64.to(dtype), svd.to(dtype))]
 
         def end_an_epoch(change):
@@ -121,37 +114,31 @@ def test_a_layer_that_changes_before_it_is_measured_keeps_its_rate_and_says_so(f
         assert all(skipped[1:])
 
 
-@pytest.mark.parametrize("without", streams.WITHOUT)
-def test_no_wait_is_there_in_vain(folder, without):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "tests" / "streams.py", folder, without]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode != 0, "every order of streams gave the right bits"
-    assert "Error:" not in done.stderr, done.stderr
-
-
-def rehearse(folder, order, *arguments):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        "OMP_NUM_THREADS": "1",
-        "RMSGD_REHEARSAL": f"{folder}:{order}",
-        "RMSGD_TEST_BACKENDS": "cuda",
-    }
-    command = [sys.executable, "-m", "pytest", "-p", "rehearsal", "-m", "gpu", "tests/test_gpu.py", "-rfE"]
+def run(command, **environment):
+    """A Python process that can import what the tests do."""
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     return subprocess.run(
-        [*command, "-p", "no:cacheprovider", *arguments],
+        [sys.executable, *command],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         check=False,
     )
 
 
+@pytest.mark.parametrize("without", streams.WITHOUT)
+def test_no_wait_is_there_in_vain(gpu_folder, without):
+    done = run(["tests/streams.py", gpu_folder, without])
+    assert done.returncode != 0, "every order of streams gave the right bits"
+    assert "Error:" not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize(
     "order", ["random", *(pytest.param(o, marks=pytest.mark.slow) for o in ORDERS if o != "random")]
 )
-def test_the_tests_for_gpus_pass_in_rehearsal(folder, order):
-    done = rehearse(folder, order)
+def test_the_tests_for_gpus_pass_in_rehearsal(gpu_folder, order):
+    pytest_ = ["-m", "pytest", "-p", "rehearsal", "-p", "no:cacheprovider", "-m", "gpu", "-rfE"]
+    where = {"RMSGD_REHEARSAL": f"{gpu_folder}:{order}", "RMSGD_TEST_BACKENDS": "cuda"}
+    done = run([*pytest_, "tests/test_gpu.py"], **where)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from bench import measure, models, peers
 from bench.gpu.clocks import device_seconds, host_seconds, interleaved
 from bench.measure import median, ratio
+from bench.speed_epoch_end import stages
 from bench.weights import make_trained_like
+from rmsgd import backends
+from rmsgd.layers import unfoldings
 
 Row = dict[str, Any]
 
@@ -43,9 +46,7 @@ def reason(error: BaseException) -> str:
 
 def backend_name() -> str:
     """Which way to the kernels is measured."""
-    from rmsgd.backends import backend_for
-
-    return backend_for(torch.device("cuda")).name
+    return backends.backend_for(torch.device("cuda")).name
 
 
 # -- the step ----------------------------------------------------------------------------------------
@@ -157,16 +158,6 @@ def seconds_of_host(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def stages(model: nn.Module) -> dict[str, int]:
-    """How many matrices each stage of the accuracy guard decided."""
-    from bench.speed_epoch_end import STAGES, spectra
-    from rmsgd.backends import backend_for
-    from rmsgd.backends.base import STAGE
-
-    taken = backend_for(torch.device("cuda")).measure(spectra(model))[:, STAGE].tolist()
-    return {name: taken.count(stage) for stage, name in enumerate(STAGES)}
-
-
 def release_seconds(model: nn.Module) -> float:
     """Of an epoch end of rmsgd 1.0.2: it waits for the host, so the clock is the host's.
 
@@ -198,12 +189,9 @@ def eigenvalues() -> Iterator[Row]:
 
 def eigenvalues_of(n: int) -> Row:
     """Wall seconds of every routine that is there, in turn; why the others are not."""
-    from rmsgd.backends import backend_for
-    from rmsgd.layers import unfoldings
-
     weights = torch.randn(MATRICES, n, 2 * n, device="cuda")
     matrices = [(w, u) for w in weights for u in unfoldings(w.shape)]
-    backend = backend_for(torch.device("cuda"))
+    backend = backends.backend_for(torch.device("cuda"))
     cases: dict[str, Callable[[], object]] = {"ours": lambda: backend.measure(matrices)}
     cases["ours"]()
     absent, longest = {}, 0.0

@@ -72,17 +72,24 @@ __device__ __forceinline__ void take_fingerprint(const SpectrumArguments& argume
   if (team.rank() == 0) atomicAdd(&arguments.state[item.matrix].fingerprint, sum);
 }
 
+__device__ __forceinline__ double* row_of(const SpectrumArguments& arguments, int number) {
+  return arguments.table + (long long)arguments.row[number] * METRICS_FIELDS;
+}
+
+// The row of a matrix that has no metrics.
+__device__ __forceinline__ void write_unmeasured(double* row, MetricsStatus status, Stage stage) {
+  write_metrics(row, {0, NAN, NAN, NAN, NAN}, status, stage);
+  row[RANK] = NAN;
+}
+
 // Whether the weights are what they were on the caller's stream. If not, the row says so.
 template <class Team>
 __device__ __forceinline__ bool are_unchanged(Team& team, const SpectrumArguments& arguments, int number,
-                                              double* row, Stage stage) {
+                                              Stage stage) {
   const CudaMatrix& matrix = arguments.matrix[number];
   const unsigned long long now = team.sum(fingerprint(team, matrix, 0, matrix.L, 0, matrix.M));
   if (now == arguments.state[number].fingerprint) return true;
-  if (team.rank() == 0) {
-    write_metrics(row, {0, NAN, NAN, NAN, NAN}, CHANGED, stage);
-    row[RANK] = NAN;
-  }
+  if (team.rank() == 0) write_unmeasured(row_of(arguments, number), CHANGED, stage);
   return false;
 }
 
@@ -158,15 +165,14 @@ __device__ __forceinline__ void measure_block(const SpectrumArguments& arguments
   BlockTeam team;
   const TridiagonalSpectrum spectrum = tridiagonal_spectrum(team, diagonal, diagonal + matrix.stride, L, M,
                                                             state.trace, shared_memory() + TEAM_SHARED);
-  double* const row = arguments.table + (long long)arguments.row[number] * METRICS_FIELDS;
-  if (sizeof(T) == 8 && !are_unchanged(team, arguments, number, row, STAGE_FP64)) {
+  if (sizeof(T) == 8 && !are_unchanged(team, arguments, number, STAGE_FP64)) {
     if (team.rank() == 0) state.stage = STAGE_DONE;
     return;
   }
   // EVBMF is fp64 along one chain: a warp does it as fast as a block, and where fp64 is slow faster.
   if (threadIdx.x >= WARP) return;
   WarpTeam warp;
-  const bool decided = measure_spectrum<T>(warp, spectrum, L, M, state.exponent, row);
+  const bool decided = measure_spectrum<T>(warp, spectrum, L, M, state.exponent, row_of(arguments, number));
   if (warp.rank() == 0) state.stage = decided ? STAGE_DONE : next_stage<T>();
 }
 
@@ -178,7 +184,7 @@ __device__ __forceinline__ double element_of(const CudaMatrix& matrix, long long
 __device__ __forceinline__ void svd_matrix(GridTeam& team, const SpectrumArguments& arguments, int number) {
   const CudaMatrix& matrix = arguments.matrix[number];
   const int L = matrix.L;
-  double* const row = arguments.table + (long long)arguments.row[number] * METRICS_FIELDS;
+  double* const row = row_of(arguments, number);
   double* const gamma = arguments.svd_scratch + singular_values_scratch(L);
   int* const counts = reinterpret_cast<int*>(gamma + L);
 
@@ -191,11 +197,11 @@ __device__ __forceinline__ void svd_matrix(GridTeam& team, const SpectrumArgumen
   bad = team.max(bad);
   largest = team.max(largest);
   if (bad > 0.0 || largest == 0.0) {
-    if (are_unchanged(team, arguments, number, row, STAGE_SVD) && team.rank() == 0) {
-      const double zero = bad > 0.0 ? NAN : 0.0;
-      write_metrics(row, {0, zero, zero, bad > 0.0 ? NAN : 1.0, zero}, bad > 0.0 ? NOT_FINITE : MEASURED,
-                    STAGE_SVD);
-      if (bad > 0.0) row[RANK] = NAN;
+    if (!are_unchanged(team, arguments, number, STAGE_SVD) || team.rank() != 0) return;
+    if (bad > 0.0) {
+      write_unmeasured(row, NOT_FINITE, STAGE_SVD);
+    } else {
+      write_metrics(row, {0, 0.0, 0.0, 1.0, 0.0}, MEASURED, STAGE_SVD);
     }
     return;
   }
@@ -204,7 +210,7 @@ __device__ __forceinline__ void svd_matrix(GridTeam& team, const SpectrumArgumen
   const double half = ldexp(1.0, -exponent / 2), other = ldexp(1.0, -exponent - (-exponent / 2));
   const auto scaled = [&](long long column, int at) { return element_of(matrix, column, at) * half * other; };
   singular_values(team, scaled, L, matrix.M, gamma, arguments.svd_scratch, counts);
-  if (!are_unchanged(team, arguments, number, row, STAGE_SVD)) return;
+  if (!are_unchanged(team, arguments, number, STAGE_SVD)) return;
   const double zero = double(matrix.M) * 0x1p-52 * gamma[0];
   team.barrier();
   for (int h = team.rank(); h < L; h += team.size()) {

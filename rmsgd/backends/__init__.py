@@ -71,9 +71,9 @@ class Status:
     reason: str
 
 
-def statuses() -> list[Status]:
-    """Every backend's status, in order of preference."""
-    return [entry.status() for entry in ENTRIES]
+def statuses(*devices: str) -> list[Status]:
+    """Every backend's status, in order of preference; of these device types' only, if any are named."""
+    return [entry.status() for entry in ENTRIES if not devices or entry.device in devices]
 
 
 def backend_for(device: torch.device) -> Backend:
