@@ -14,6 +14,13 @@
 //   int  group_number()    which one that is, 0 <= group_number < groups
 //   int  groups()          how many there are
 //
+// It may be spread over blocks, which meet at some cost, while the members of one meet quickly and share
+// memory that is near:
+//
+//   block()                the team of this member's block
+//   int  block_number()    which one that is, 0 <= block_number < blocks
+//   int  blocks()          how many there are
+//
 // Every member calls every collective, in the same order; sum and max are barriers too. A loop over
 // data is written `for (int i = team.rank(); i < n; i += team.size())`. No header that CUDA compiles
 // includes a standard header when __CUDACC_RTC__ is defined.

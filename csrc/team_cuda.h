@@ -37,6 +37,21 @@ __device__ __forceinline__ T combine_warp(Operation operation, T x) {
   return x;
 }
 
+// A value of up to 8 bytes as bits, and back.
+template <class T>
+__device__ __forceinline__ unsigned long long bits_of(T x) {
+  unsigned long long bits = 0;
+  memcpy(&bits, &x, sizeof x);
+  return bits;
+}
+
+template <class T>
+__device__ __forceinline__ T of_bits(unsigned long long bits) {
+  T x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 class WarpTeam {
  public:
   __device__ __forceinline__ int rank() const { return int(threadIdx.x) % WARP; }
@@ -73,29 +88,43 @@ class BlockTeam {
     return combine(Max<T>(), x);
   }
 
-  // The warps' values pass through one of two rows in turn: whoever writes a row again has passed
-  // the barrier of the collective between, which nobody reaches before having read this row.
   template <class Operation, class T>
   __device__ __forceinline__ T combine(Operation operation, T x) {
     x = combine_warp(operation, x);
-    T* const row = reinterpret_cast<T*>(shared_memory() + turn_ * WARP * 8);
-    turn_ = 1 - turn_;
+    T* const row = next_row<T>();
     const int lane = int(threadIdx.x) % WARP;
     if (lane == 0) row[threadIdx.x / WARP] = x;
     __syncthreads();
     return combine_warp(operation, lane < int(blockDim.x) / WARP ? row[lane] : operation.neutral(row[0]));
   }
 
+  // The first member's value.
+  template <class T>
+  __device__ __forceinline__ T first(T x) {
+    T* const row = next_row<T>();
+    if (rank() == 0) *row = x;
+    __syncthreads();
+    return *row;
+  }
+
  private:
+  // Values pass through one of two rows in turn: whoever writes a row again has passed the barrier of
+  // the collective between, which nobody reaches before having read this row.
+  template <class T>
+  __device__ __forceinline__ T* next_row() {
+    turn_ = 1 - turn_;
+    return reinterpret_cast<T*>(shared_memory() + turn_ * WARP * 8);
+  }
+
   int turn_ = 0;
 };
 
-// Where the blocks of one team meet, in global memory, zero before the first barrier.
+// Where the blocks of one team meet, in global memory: zero at first, and of one launch only. A block comes
+// to the meetings in turn with a value, in two halves. Above each half stands the number of the meeting.
 struct Meeting {
-  unsigned arrived;
-  unsigned generation;
-  double values[2][WARP];
+  unsigned long long halves[2][2][WARP];
 };
+static_assert(sizeof(Meeting) == 1024, "_MEETING_BYTES of rmsgd/backends/cuda_spectra.py");
 
 // Up to 32 blocks. All of them must be resident at once: launch cooperatively.
 class GridTeam {
@@ -106,6 +135,8 @@ class GridTeam {
   __device__ __forceinline__ int rank() const { return block_number_ * block_.size() + block_.rank(); }
   __device__ __forceinline__ int size() const { return blocks_ * block_.size(); }
   __device__ __forceinline__ BlockTeam& block() { return block_; }
+  __device__ __forceinline__ int block_number() const { return block_number_; }
+  __device__ __forceinline__ int blocks() const { return blocks_; }
 
   // Neighbouring groups are warps of different blocks: a few groups at work have many multiprocessors.
   __device__ __forceinline__ WarpTeam group() const { return {}; }
@@ -114,24 +145,10 @@ class GridTeam {
     return block_.rank() / WARP * blocks_ + block_number_;
   }
 
-  __device__ __forceinline__ void barrier() const {
+  __device__ __forceinline__ void barrier() {
     block_.barrier();
     if (blocks_ == 1) return;
-    if (block_.rank() == 0) {
-      volatile unsigned* const generation = &meeting_->generation;
-      const unsigned now = *generation;
-      // Fences on both sides: before, so that the block's writes are seen; after, so that its reads
-      // do not come from a first-level cache that is older than the others' writes.
-      __threadfence();
-      if (atomicAdd(&meeting_->arrived, 1u) == unsigned(blocks_) - 1) {
-        meeting_->arrived = 0;
-        __threadfence();
-        *generation = now + 1;
-      } else {
-        while (*generation == now) __nanosleep(20);
-      }
-      __threadfence();
-    }
+    meet(Sum<int>(), 0);
     block_.barrier();
   }
 
@@ -146,23 +163,44 @@ class GridTeam {
   }
 
  private:
-  // As in a block, with rows in global memory.
   template <class Operation, class T>
   __device__ __forceinline__ T combine(Operation operation, T x) {
     x = block_.combine(operation, x);
-    if (blocks_ == 1) return x;
-    T* const row = reinterpret_cast<T*>(meeting_->values[turn_]);
-    turn_ = 1 - turn_;
-    if (block_.rank() == 0) row[block_number_] = x;
-    barrier();
-    const int lane = block_.rank() % WARP;
-    return combine_warp(operation, lane < blocks_ ? row[lane] : operation.neutral(row[0]));
+    return blocks_ == 1 ? x : block_.first(meet(operation, x));
+  }
+
+  // The blocks' meeting, when each block's own threads have met. Its first warp goes there, with one lane to
+  // look out for each block, and comes back with all values combined.
+  template <class Operation, class T>
+  __device__ __forceinline__ T meet(Operation operation, T x) {
+    ++met_;
+    if (block_.rank() >= WARP) return x;
+    const int lane = block_.rank();
+    // A block may have come to the next meeting already, but to none after it.
+    volatile unsigned long long* const low = meeting_->halves[met_ % 2][0];
+    volatile unsigned long long* const high = meeting_->halves[met_ % 2][1];
+    // Fences on both sides: before, so that the block's writes are seen; after, so that its reads
+    // do not come from a first-level cache that is older than the others' writes.
+    const unsigned long long tag = (unsigned long long)met_ << 32;
+    if (lane == 0) {
+      __threadfence();
+      const unsigned long long bits = bits_of(x);
+      low[block_number_] = tag | (bits & 0xffffffffu);
+      if (sizeof(T) > 4) high[block_number_] = tag | bits >> 32;
+    }
+    unsigned long long bits = tag, rest = tag;
+    if (lane < blocks_) {
+      while ((bits = low[lane]) < tag || (sizeof(T) > 4 && (rest = high[lane]) < tag)) __nanosleep(20);
+    }
+    __threadfence();
+    bits = (bits & 0xffffffffu) | rest << 32;
+    return combine_warp(operation, lane < blocks_ ? of_bits<T>(bits) : operation.neutral(x));
   }
 
   BlockTeam block_;
   int block_number_;
   int blocks_;
-  int turn_ = 0;
+  unsigned met_ = 0;
   Meeting* meeting_;
 };
 

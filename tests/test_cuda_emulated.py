@@ -179,7 +179,7 @@ def svd_launches(library, monkeypatch):
         def memory():
             head = arguments[0]
             table = ctypes.string_at(int(head["table"]), int(head["matrices"]) * FIELDS * 8)
-            meetings = int(head["matrices"] + 1) * cuda_spectra._MEETING_BYTES
+            meetings = (2 * int(head["matrices"]) + 1) * cuda_spectra._MEETING_BYTES
             return table, ctypes.string_at(int(head["meeting"]), meetings)
 
         if name != "rmsgd_svd":

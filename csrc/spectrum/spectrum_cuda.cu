@@ -121,10 +121,9 @@ __device__ __forceinline__ void tridiagonal_block(const SpectrumArguments& argum
   const CudaMatrix& matrix = arguments.matrix[mine.matrix];
   const int n = matrix.L, stride = matrix.stride;
   const int blocks = matrix.blocks[stage_of<T>()];
-  GridTeam team(mine.block, blocks, arguments.meeting + mine.matrix);
-  T* gram = reinterpret_cast<T*>(arguments.workspace + matrix.matrix);
+  GridTeam team(mine.block, blocks, arguments.meeting + stage_of<T>() * arguments.matrices + mine.matrix);
+  T* const gram = reinterpret_cast<T*>(arguments.workspace + matrix.matrix);
   T* const vectors = reinterpret_cast<T*>(arguments.workspace + matrix.vectors);
-  T* const diagonal = vectors + tridiagonal_vectors(stride);
 
   double trace = 0.0;
   for (int i = team.rank(); i < n; i += team.size()) trace += double(gram[(long long)i * stride + i]);
@@ -137,15 +136,24 @@ __device__ __forceinline__ void tridiagonal_block(const SpectrumArguments& argum
     return;
   }
 
-  // To a trace in [1, 2), in shared memory where there is room.
+  // What only this block needs goes to its shared memory as far as there is room.
+  T* const parts = reinterpret_cast<T*>(shared_memory() + TEAM_SHARED);
+  T* free = parts + tridiagonal_parts(stride, team.block().size());
+  const T* const end = reinterpret_cast<T*>(shared_memory() + arguments.shared_bytes);
+  const auto near = [&](T* far, int elements) {
+    if (blocks > 1 || end - free < elements) return far;
+    free += elements;
+    return free - elements;
+  };
+  T* const near_vectors = near(vectors, tridiagonal_vectors(stride));
+  T* const scaled = near(gram, n * stride);
+
+  // To a trace in [1, 2).
   const int exponent = -ilogb(trace);
   const T scale = T(ldexp(1.0, exponent));
-  T* const scaled = blocks == 1 && (long long)n * stride * int(sizeof(T)) <= arguments.shared_bytes
-                        ? reinterpret_cast<T*>(shared_memory() + TEAM_SHARED)
-                        : gram;
   for (int i = team.rank(); i < n * stride; i += team.size()) scaled[i] = gram[i] * scale;
   team.barrier();
-  tridiagonalise(team, scaled, n, stride, vectors, diagonal, diagonal + stride);
+  tridiagonalise(team, scaled, n, stride, near_vectors, parts, vectors + tridiagonal_vectors(stride));
   if (team.rank() == 0) {
     state.trace = ldexp(trace, exponent);
     state.exponent = exponent;
@@ -276,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 // for one. Which those are nobody changes meanwhile, so that all blocks go through the same ones.
 extern "C" __global__ void __launch_bounds__(512, 1)
     rmsgd_svd(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
-  rmsgd::GridTeam team(int(blockIdx.x), arguments.svd_blocks, arguments.meeting + arguments.matrices);
+  rmsgd::GridTeam team(int(blockIdx.x), arguments.svd_blocks, arguments.meeting + 2 * arguments.matrices);
   int waiting = 0;
   for (int number = team.block().rank(); number < arguments.matrices; number += team.block().size()) {
     waiting += arguments.state[number].stage == rmsgd::STAGE_SVD;

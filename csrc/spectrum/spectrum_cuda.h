@@ -44,12 +44,12 @@ struct SpectrumArguments {
   const TeamBlock* block;  // of this launch, one per block (tridiagonal)
   unsigned char* workspace;
   SpectrumState* state;  // (matrices)
-  Meeting* meeting;      // (matrices + 1), the last one of svd
+  Meeting* meeting;      // (2 matrices + 1): of the reductions in fp32 and in fp64, and of svd
   double* table;         // (matrices, METRICS_FIELDS)
   const int* row;        // (matrices) a matrix's row of the table
   double* svd_scratch;   // (singular_values_scratch + L) doubles, then counts; one matrix at a time
   int matrices;
-  int shared_bytes;  // that the tridiagonal reduction may keep a matrix in
+  int shared_bytes;  // of a block of the tridiagonal reduction
   int svd_blocks;
   int unused;
 };

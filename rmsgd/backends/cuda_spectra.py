@@ -28,7 +28,9 @@ _SPLIT_TILES = 64
 """Matrices of fewer tiles than this are split along their columns too."""
 _GRAM_THREADS, _TRIDIAGONAL_THREADS, _MEASURE_THREADS, _SVD_THREADS = 256, 512, 256, 512
 _TEAM_SHARED = 512
-_MEETING_BYTES = 8 + 2 * 32 * 8
+_MEETING_BYTES = 1024
+_VECTORS = 5
+"""Vectors of scratch for a reduction."""
 _MOST_SVD_BLOCKS = 32
 """All that a meeting has room for."""
 
@@ -94,7 +96,7 @@ def _workspace_parts(L: int, M: int) -> tuple[int, int, int]:
     """Bytes of one matrix: the Gram matrix in fp64, partial tiles, the reduction's vectors and result."""
     stride, splits = _padded(L), _splits(L, M)
     partial = _tiles(L) * splits * _TILE * _TILE * 4 if splits > 1 else 0
-    return L * stride * 8, partial, (4 + 32 + 2) * stride * 8
+    return L * stride * 8, partial, (_VECTORS + 2) * stride * 8
 
 
 def workspace_bytes(unfolding: Unfolding) -> int:
@@ -183,11 +185,13 @@ class SpectraPlan:
         )
 
     def _plan_reduction(self, kernel: str, itemsize: int) -> _Reduction:
-        # Matrices that have room in shared memory, two blocks to a multiprocessor, stay there.
+        # A reduction by one block keeps its vectors and its matrix in shared memory if there is room, two
+        # blocks to a multiprocessor.
         most, multiprocessor = self._kernels.shared_memory(self._index)
-        budget = min(most, multiprocessor // 2 - 1024) - _TEAM_SHARED
-        sizes = (L * _padded(L) * itemsize for L in self._rows)
-        shared = _TEAM_SHARED + max((size for size in sizes if size <= budget), default=0)
+        parts = _TEAM_SHARED + 4 * _TRIDIAGONAL_THREADS * itemsize
+        budget = min(most, multiprocessor // 2 - 1024) - parts
+        sizes = (rows * _padded(L) * itemsize for L in self._rows for rows in (_VECTORS, _VECTORS + L))
+        shared = parts + max((size for size in sizes if size <= budget), default=0)
         capacity = self._kernels.resident_blocks(kernel, self._index, _TRIDIAGONAL_THREADS, shared)
         return _Reduction(kernel, shared, choose_teams(self._rows, itemsize, max(1, capacity)))
 
@@ -221,8 +225,9 @@ class SpectraPlan:
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self._device)
         svd_bytes = svd_scratch_bytes(self._rows[0], self._svd_blocks * _SVD_THREADS)
         scratch = torch.empty(svd_bytes, dtype=torch.uint8, device=self._device)
+        meetings = 2 * self.count + 1  # of each matrix in either precision, and of the singular values
         with streams.on_caller():
-            meeting = torch.zeros((self.count + 1) * _MEETING_BYTES, dtype=torch.uint8, device=self._device)
+            meeting = torch.zeros(meetings * _MEETING_BYTES, dtype=torch.uint8, device=self._device)
             state = self._state.clone()
         arguments = np.zeros(1, _ARGUMENTS)
         head = arguments[0]
@@ -244,7 +249,7 @@ class SpectraPlan:
 
         def reduce_and_measure(double: int, stream: int) -> None:
             kernel, shared, teams = self._reductions[double]
-            head["shared_bytes"] = shared - _TEAM_SHARED
+            head["shared_bytes"] = shared
             before = sum(self._reductions[0].teams.blocks) if double else 0
             for first, blocks in teams.waves:
                 head["block"] = self._blocks.data_ptr() + (before + first) * _TEAM_BLOCK.itemsize

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 _MOST_BLOCKS = 16
 _ROWS_PER_BLOCK = 64
-"""Larger teams have threads without work: 512 a block, each with 4 columns of one of 32 parts of the rows."""
+"""Of larger teams a block would have less than 64 columns, whose rows are short pieces of memory."""
 
 # The estimate's figures are counted from the hardware's, not measured: csrc/spectrum/tridiagonal.h.
-_MEETINGS_PER_ROW = 3
-_MEETING_ALONE = 0.1e-6
-"""Seconds for the threads of one block to meet."""
+_ROW = 0.9e-6
+"""Seconds for what a row waits for within a block."""
+_MEETINGS_PER_ROW = 2
 _MEETING = 1.2e-6
 """Seconds for blocks to meet through global memory."""
 _BANDWIDTH = 100e9
@@ -55,9 +55,9 @@ def choose_teams(rows: Sequence[int], itemsize: int, capacity: int) -> Teams:
 
 
 def _seconds(rows: int, itemsize: int, blocks: int) -> float:
-    """For one matrix: meetings, and the traffic of rows^3 / 3 elements that are read and written."""
-    meeting = _MEETING_ALONE if blocks == 1 else _MEETING
-    return _MEETINGS_PER_ROW * rows * meeting + 2 * itemsize * rows**3 / 3 / (blocks * _BANDWIDTH)
+    """For one matrix: what its rows wait for, and the traffic of rows^3 / 3 elements read and written."""
+    row = _ROW if blocks == 1 else _ROW + _MEETINGS_PER_ROW * _MEETING
+    return rows * row + 2 * itemsize * rows**3 / 3 / (blocks * _BANDWIDTH)
 
 
 def _teams_of(rows: Sequence[int], itemsize: int, capacity: int, most: int) -> Teams:

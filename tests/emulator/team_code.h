@@ -47,6 +47,11 @@ class Member {
   int groups() const { return size_; }
   int group_number() const { return rank_; }
 
+  // All of them are one block.
+  Member& block() { return *this; }
+  int blocks() const { return 1; }
+  int block_number() const { return 0; }
+
   inline static int skip = -1;
 
  private:
@@ -67,8 +72,8 @@ struct Problem {
   int n;
   int stride;
   double trace;
-  std::vector<rmsgd::Pack<T, 4>> matrix, vectors;
-  std::vector<T> diagonal, off_diagonal;
+  std::vector<rmsgd::Pack<T, 4>> matrix, vectors, parts;
+  std::vector<T> tridiagonal;  // the diagonal and, from element `stride` on, the off-diagonal
   std::vector<double> scratch;
 
   // gram: (n, n), of a trace near 1.
@@ -78,8 +83,8 @@ struct Problem {
         trace(0.0),
         matrix(std::size_t(n) * stride / 4),
         vectors(rmsgd::tridiagonal_vectors(stride) / 4),
-        diagonal(n),
-        off_diagonal(n),
+        parts(rmsgd::tridiagonal_parts(stride, members) / 4),
+        tridiagonal(2 * stride),
         scratch(rmsgd::measure_scratch<T>(n, members) / 8 + 1) {
     for (int i = 0; i < n; ++i) {
       trace += gram[i * n + i];
@@ -89,15 +94,15 @@ struct Problem {
 
   template <class Team>
   void reduce(Team& team) {
-    rmsgd::tridiagonalise(team, matrix[0].value, n, stride, vectors[0].value, diagonal.data(),
-                          off_diagonal.data());
+    rmsgd::tridiagonalise(team, matrix[0].value, n, stride, vectors[0].value, parts[0].value,
+                          tridiagonal.data());
   }
 
   // Whether the values decide the row. They are all found, for the test to look at, `values` (n).
   template <class Team>
   bool measure(Team& team, double M, double* row) {
     const rmsgd::TridiagonalSpectrum spectrum =
-        rmsgd::tridiagonal_spectrum(team, diagonal.data(), off_diagonal.data(), n, M, trace,
+        rmsgd::tridiagonal_spectrum(team, tridiagonal.data(), &tridiagonal[stride], n, M, trace,
                                     reinterpret_cast<unsigned char*>(scratch.data()));
     return rmsgd::measure_spectrum<T>(team, spectrum, n, M, 0, row);
   }

@@ -38,8 +38,8 @@ int measure(const double* gram, int n, double M, int members, int order, double*
     if (team.rank() == 0) decided = mine;
   });
   for (int i = 0; i < n; ++i) {
-    tridiagonal[i] = problem.diagonal[i];
-    tridiagonal[n + i] = i + 1 < n ? problem.off_diagonal[i] : 0.0;
+    tridiagonal[i] = problem.tridiagonal[i];
+    tridiagonal[n + i] = i + 1 < n ? problem.tridiagonal[problem.stride + i] : 0.0;
   }
   return decided;
 }
