@@ -94,9 +94,8 @@ struct GramShared {
 
 // One tile over one part of the columns. Team: GRAM_THREADS members.
 template <class Element, class T, class Team>
-RMSGD_FN void gram_tile(Team& team, const CudaMatrix& matrix, const GramItem& item, int splits, T* gram,
-                        T* partial, GramShared<T>& shared) {
-  const Element* const weight = static_cast<const Element*>(matrix.weight);
+RMSGD_FN void gram_tile(Team& team, const CudaMatrix& matrix, const Element* weight, const GramItem& item,
+                        int splits, T* gram, T* partial, GramShared<T>& shared) {
   const int rank = team.rank();
   const int top = item.row_tile * GRAM_TILE, left = item.column_tile * GRAM_TILE;
   const int rows = matrix.L - top < GRAM_TILE ? matrix.L - top : GRAM_TILE;
@@ -127,13 +126,21 @@ RMSGD_FN void gram_tile(Team& team, const CudaMatrix& matrix, const GramItem& it
     T sum[4][4] = {};
     for (int step = 0; step < depth; step += GRAM_DEPTH) {
       team.barrier();  // the offsets are written, the last step's columns are read
+      // All loads before the first store, which waits for what it stores.
+      T to_left[LOADS], to_right[LOADS];
 #pragma unroll
       for (int load = 0; load < LOADS; ++load) {
         const int r = load_row + load * row_step, k = load_column + load * column_step;
         const bool inside = step + k < depth;
         const long long column = inside ? shared.column[step + k] : 0;
-        shared.left[k][r] = inside && r < rows ? T(widen(weight[shared.left_row[r] + column])) : T(0);
-        shared.right[k][r] = inside && r < columns ? T(widen(weight[shared.right_row[r] + column])) : T(0);
+        to_left[load] = inside && r < rows ? T(widen(weight[shared.left_row[r] + column])) : T(0);
+        to_right[load] = inside && r < columns ? T(widen(weight[shared.right_row[r] + column])) : T(0);
+      }
+#pragma unroll
+      for (int load = 0; load < LOADS; ++load) {
+        const int r = load_row + load * row_step, k = load_column + load * column_step;
+        shared.left[k][r] = to_left[load];
+        shared.right[k][r] = to_right[load];
       }
       team.barrier();
 #pragma unroll
@@ -163,12 +170,13 @@ RMSGD_FN void gram_tile(Team& team, const CudaMatrix& matrix, const GramItem& it
     }
     return;
   }
+  const int L = matrix.L, stride = matrix.stride;  // read before the stores, not after each of them
   for (int i = 0; i < 4; ++i) {
     for (int j = 0; j < 4; ++j) {
       const int row = top + y + i, column = left + x + j;
-      if (row >= matrix.L || column >= matrix.L) continue;
-      gram[(long long)row * matrix.stride + column] = total[i][j];
-      if (top != left) gram[(long long)column * matrix.stride + row] = total[i][j];
+      if (row >= L || column >= L) continue;
+      gram[(long long)row * stride + column] = total[i][j];
+      if (top != left) gram[(long long)column * stride + row] = total[i][j];
     }
   }
 }

@@ -21,26 +21,18 @@ __device__ __forceinline__ Stage next_stage() {
   return sizeof(T) == 4 ? STAGE_FP64 : STAGE_SVD;
 }
 
-template <class Element, class T>
-__device__ __forceinline__ void gram_typed(const SpectrumArguments& arguments, const CudaMatrix& matrix,
-                                           const GramItem& item) {
-  BlockTeam team;
-  GramShared<T>& shared = *reinterpret_cast<GramShared<T>*>(shared_memory() + TEAM_SHARED);
-  gram_tile<Element>(team, matrix, item, sizeof(T) == 4 ? matrix.splits : 1,
-                     reinterpret_cast<T*>(arguments.workspace + matrix.matrix),
-                     reinterpret_cast<T*>(arguments.workspace + matrix.partial), shared);
-}
-
-__device__ __forceinline__ double element_at(const CudaMatrix& matrix, long long offset) {
+// What `visit` returns for the weight, a pointer to elements of its own type.
+template <class Visit>
+__device__ __forceinline__ auto with_elements(const CudaMatrix& matrix, const Visit& visit) {
   switch (matrix.dtype) {
     case FLOAT32:
-      return double(static_cast<const float*>(matrix.weight)[offset]);
+      return visit(static_cast<const float*>(matrix.weight));
     case FLOAT64:
-      return static_cast<const double*>(matrix.weight)[offset];
+      return visit(static_cast<const double*>(matrix.weight));
     case FLOAT16:
-      return double(widen(static_cast<const Float16*>(matrix.weight)[offset]));
+      return visit(static_cast<const Float16*>(matrix.weight));
     default:
-      return double(widen(static_cast<const BFloat16*>(matrix.weight)[offset]));
+      return visit(static_cast<const BFloat16*>(matrix.weight));
   }
 }
 
@@ -48,17 +40,27 @@ __device__ __forceinline__ double element_at(const CudaMatrix& matrix, long long
 template <class Team>
 __device__ __forceinline__ unsigned long long fingerprint(const Team& team, const CudaMatrix& matrix, int top,
                                                           int bottom, long long begin, long long end) {
-  unsigned long long sum = 0;
-  for (long long column = begin + team.rank(); column < end; column += team.size()) {
-    const long long at = offset_of(matrix.large, unsigned(column));
-    for (int row = top; row < bottom; ++row) {
-      const unsigned long long mixed =
-          word_of_double(element_at(matrix, at + offset_of(matrix.small, unsigned(row)))) *
-          0x9e3779b97f4a7c15ull;
-      sum += mixed ^ mixed >> 32;
+  const int innermost = int(matrix.small.size[3]);
+  const long long step = matrix.small.stride[3];
+  return with_elements(matrix, [&](const auto* weight) {
+    unsigned long long sum = 0;
+    for (long long column = begin + team.rank(); column < end; column += team.size()) {
+      const auto* const at = weight + offset_of(matrix.large, unsigned(column));
+      // By runs of rows that are equally far apart: as a rule all of them.
+      for (int row = top, run; row < bottom; row += run) {
+        run = innermost - row % innermost;
+        if (run > bottom - row) run = bottom - row;
+        const auto* const from = at + offset_of(matrix.small, unsigned(row));
+#pragma unroll 8
+        for (int k = 0; k < run; ++k) {
+          const unsigned long long mixed =
+              word_of_double(double(widen(from[k * step]))) * 0x9e3779b97f4a7c15ull;
+          sum += mixed ^ mixed >> 32;
+        }
+      }
     }
-  }
-  return sum;
+    return sum;
+  });
 }
 
 // Adds that of a tile's rows, over one part of the columns, to the matrix's.
@@ -98,19 +100,16 @@ __device__ __forceinline__ void gram_block(const SpectrumArguments& arguments) {
   const GramItem item = arguments.item[blockIdx.x];
   if (arguments.state[item.matrix].stage != stage_of<T>()) return;
   const CudaMatrix& matrix = arguments.matrix[item.matrix];
-  switch (matrix.dtype) {
-    case FLOAT32:
-      gram_typed<float, T>(arguments, matrix, item);
-      break;
-    case FLOAT64:
-      if constexpr (sizeof(T) == 8) gram_typed<double, T>(arguments, matrix, item);
-      break;
-    case FLOAT16:
-      gram_typed<Float16, T>(arguments, matrix, item);
-      break;
-    default:
-      gram_typed<BFloat16, T>(arguments, matrix, item);
-  }
+  BlockTeam team;
+  GramShared<T>& shared = *reinterpret_cast<GramShared<T>*>(shared_memory() + TEAM_SHARED);
+  T* const gram = reinterpret_cast<T*>(arguments.workspace + matrix.matrix);
+  T* const partial = reinterpret_cast<T*>(arguments.workspace + matrix.partial);
+  with_elements(matrix, [&](const auto* weight) {
+    // Weights in fp64 begin in the stage of that precision.
+    if constexpr (sizeof(*weight) <= sizeof(T)) {
+      gram_tile(team, matrix, weight, item, sizeof(T) == 4 ? matrix.splits : 1, gram, partial, shared);
+    }
+  });
 }
 
 template <class T>
@@ -185,8 +184,8 @@ __device__ __forceinline__ void measure_block(const SpectrumArguments& arguments
 }
 
 __device__ __forceinline__ double element_of(const CudaMatrix& matrix, long long column, int row) {
-  return element_at(matrix,
-                    offset_of(matrix.small, unsigned(row)) + offset_of(matrix.large, unsigned(column)));
+  const long long at = offset_of(matrix.small, unsigned(row)) + offset_of(matrix.large, unsigned(column));
+  return with_elements(matrix, [&](const auto* weight) { return double(widen(weight[at])); });
 }
 
 __device__ __forceinline__ void svd_matrix(GridTeam& team, const SpectrumArguments& arguments, int number) {
