@@ -13,6 +13,7 @@ import rmsgd
 from rmsgd import ledger, reference
 from rmsgd.backends import cuda_spectra, cuda_teams
 from rmsgd.backends.base import (
+    CHANGED,
     CONDITION_NUMBER,
     FIELDS,
     MEASURED,
@@ -216,6 +217,27 @@ def test_no_more_blocks_find_singular_values_than_a_meeting_has_room_for(library
     table = emulated_backend(library, resident=500).measure(spectra(torch.eye(2, 3)))
     assert table[0, STATUS] == MEASURED
     assert svd_launches[0][0] == 32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_row_says_so_whichever_element_changed_before_it_was_read_again(library, monkeypatch, dtype):
+    # A deficient matrix is looked at again. Its 72 rows lie in two runs, which no tile of 64 rows ends with.
+    weight = torch.randn(2, 30, 6, 6).repeat(1, 3, 1, 1).to(dtype)
+    matrices = [(weight, unfoldings(weight.shape)[0])]
+    plain = EmulatedKernels.launch
+
+    def status_after(change):
+        def launch(kernels, name, *arguments):
+            if name == "rmsgd_gram_double":
+                change()
+            plain(kernels, name, *arguments)
+
+        monkeypatch.setattr(EmulatedKernels, "launch", launch)
+        return emulated_backend(library).measure(matrices)[0, STATUS]
+
+    assert status_after(lambda: None) == MEASURED
+    for element in (0, *torch.randint(weight.numel(), (2,)).tolist(), weight.numel() - 1):
+        assert status_after(weight.view(-1)[element].neg_) == CHANGED
 
 
 def test_a_small_workspace_means_more_batches_and_the_same_bits(backend, library):
