@@ -120,11 +120,31 @@ class BlockTeam {
 };
 
 // Where the blocks of one team meet, in global memory: zero at first, and of one launch only. A block comes
-// to the meetings in turn with a value, in two halves. Above each half stands the number of the meeting.
+// to the meetings in turn with a value, in two halves. Above the lower one stands the number of the meeting.
 struct Meeting {
   unsigned long long halves[2][2][WARP];
 };
 static_assert(sizeof(Meeting) == 1024, "_MEETING_BYTES of rmsgd/backends/cuda_spectra.py");
+
+// Who finds a word with `acquire` that was left with `release` sees all that the other thread had written or
+// seen before. A __threadfence() on either side would do it too, at the price of two heavier fences.
+__device__ __forceinline__ void release(unsigned long long* to, unsigned long long word) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.release.gpu.u64 [%0], %1;" : : "l"(to), "l"(word) : "memory");
+#else
+  __atomic_store_n(to, word, __ATOMIC_RELEASE);
+#endif
+}
+
+__device__ __forceinline__ unsigned long long acquire(const unsigned long long* from) {
+#ifdef __CUDA_ARCH__
+  unsigned long long word;
+  asm volatile("ld.acquire.gpu.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+  return word;
+#else
+  return __atomic_load_n(from, __ATOMIC_ACQUIRE);
+#endif
+}
 
 // Up to 32 blocks. All of them must be resident at once: launch cooperatively.
 class GridTeam {
@@ -177,23 +197,20 @@ class GridTeam {
     if (block_.rank() >= WARP) return x;
     const int lane = block_.rank();
     // A block may have come to the next meeting already, but to none after it.
-    volatile unsigned long long* const low = meeting_->halves[met_ % 2][0];
-    volatile unsigned long long* const high = meeting_->halves[met_ % 2][1];
-    // Fences on both sides: before, so that the block's writes are seen; after, so that its reads
-    // do not come from a first-level cache that is older than the others' writes.
+    unsigned long long* const low = meeting_->halves[met_ % 2][0];
+    unsigned long long* const high = meeting_->halves[met_ % 2][1];
     const unsigned long long tag = (unsigned long long)met_ << 32;
     if (lane == 0) {
-      __threadfence();
       const unsigned long long bits = bits_of(x);
-      low[block_number_] = tag | (bits & 0xffffffffu);
-      if (sizeof(T) > 4) high[block_number_] = tag | bits >> 32;
+      if (sizeof(T) > 4) high[block_number_] = bits >> 32;
+      release(&low[block_number_], tag | (bits & 0xffffffffu));
     }
-    unsigned long long bits = tag, rest = tag;
+    unsigned long long bits = 0;
     if (lane < blocks_) {
-      while ((bits = low[lane]) < tag || (sizeof(T) > 4 && (rest = high[lane]) < tag)) __nanosleep(20);
+      while ((bits = acquire(&low[lane])) < tag) __nanosleep(20);
+      bits &= 0xffffffffu;
+      if (sizeof(T) > 4) bits |= high[lane] << 32;
     }
-    __threadfence();
-    bits = (bits & 0xffffffffu) | rest << 32;
     return combine_warp(operation, lane < blocks_ ? of_bits<T>(bits) : operation.neutral(x));
   }
 

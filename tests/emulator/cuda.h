@@ -46,7 +46,6 @@ inline void __syncthreads() {
   emulator::grid->fibers->wait(emulator::grid->blocks[emulator::thread() / emulator::grid->threads]);
 }
 inline void __syncwarp() { emulator::grid->fibers->wait(emulator::warp().meeting); }
-inline void __threadfence() {}
 inline void __nanosleep(unsigned) { emulator::grid->fibers->yield(); }
 
 template <class T>
