@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,8 @@ def build_emulated_module(folder: Path) -> Path:
     target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     flags = ["-O2", "-fPIC", "-shared", '-DRMSGD_CUDA_ARCHITECTURES="75"', *include]
+    if sys.platform == "linux":
+        flags.append("-Wl,-Bsymbolic")  # the emulator's runtime, not that of a torch built for CUDA
     sources = [EMULATOR / "kernels.cpp", EMULATOR / "runtime.cpp", ROOT / "csrc" / "bind_cuda.cpp"]
     compile_cpp(sources, target, *flags)
     return target

@@ -21,7 +21,8 @@ __device__ __forceinline__ Stage next_stage() {
   return sizeof(T) == 4 ? STAGE_FP64 : STAGE_SVD;
 }
 
-// What `visit` returns for the weight, a pointer to elements of its own type.
+// What `visit` returns for the weight, a pointer to elements of its own type. It is an object and not a
+// lambda, because NVRTC 13.0 takes one with a parameter of type auto for code of the host.
 template <class Visit>
 __device__ __forceinline__ auto with_elements(const CudaMatrix& matrix, const Visit& visit) {
   switch (matrix.dtype) {
@@ -37,20 +38,24 @@ __device__ __forceinline__ auto with_elements(const CudaMatrix& matrix, const Vi
 }
 
 // One member's part of a sum that changes with any element of rows [top, bottom) and columns [begin, end).
-template <class Team>
-__device__ __forceinline__ unsigned long long fingerprint(const Team& team, const CudaMatrix& matrix, int top,
-                                                          int bottom, long long begin, long long end) {
-  const int innermost = int(matrix.small.size[3]);
-  const long long step = matrix.small.stride[3];
-  return with_elements(matrix, [&](const auto* weight) {
+struct Fingerprint {
+  const CudaMatrix& matrix;
+  int top, bottom;
+  long long begin, end;
+  int rank, members;
+
+  template <class Element>
+  __device__ __forceinline__ unsigned long long operator()(const Element* weight) const {
+    const int innermost = int(matrix.small.size[3]);
+    const long long step = matrix.small.stride[3];
     unsigned long long sum = 0;
-    for (long long column = begin + team.rank(); column < end; column += team.size()) {
-      const auto* const at = weight + offset_of(matrix.large, unsigned(column));
+    for (long long column = begin + rank; column < end; column += members) {
+      const Element* const at = weight + offset_of(matrix.large, unsigned(column));
       // By runs of rows that are equally far apart: as a rule all of them.
       for (int row = top, run; row < bottom; row += run) {
         run = innermost - row % innermost;
         if (run > bottom - row) run = bottom - row;
-        const auto* const from = at + offset_of(matrix.small, unsigned(row));
+        const Element* const from = at + offset_of(matrix.small, unsigned(row));
 #pragma unroll 8
         for (int k = 0; k < run; ++k) {
           const unsigned long long mixed =
@@ -60,7 +65,14 @@ __device__ __forceinline__ unsigned long long fingerprint(const Team& team, cons
       }
     }
     return sum;
-  });
+  }
+};
+
+template <class Team>
+__device__ __forceinline__ unsigned long long fingerprint(Team& team, const CudaMatrix& matrix, int top,
+                                                          int bottom, long long begin, long long end) {
+  return team.sum(
+      with_elements(matrix, Fingerprint{matrix, top, bottom, begin, end, team.rank(), team.size()}));
 }
 
 // Adds that of a tile's rows, over one part of the columns, to the matrix's.
@@ -70,7 +82,7 @@ __device__ __forceinline__ void take_fingerprint(const SpectrumArguments& argume
   const int top = item.row_tile * GRAM_TILE;
   const int bottom = top + GRAM_TILE < matrix.L ? top + GRAM_TILE : matrix.L;
   const ColumnPart part = column_part(matrix, matrix.splits, item.split);
-  const unsigned long long sum = team.sum(fingerprint(team, matrix, top, bottom, part.begin, part.end));
+  const unsigned long long sum = fingerprint(team, matrix, top, bottom, part.begin, part.end);
   if (team.rank() == 0) atomicAdd(&arguments.state[item.matrix].fingerprint, sum);
 }
 
@@ -89,27 +101,38 @@ template <class Team>
 __device__ __forceinline__ bool are_unchanged(Team& team, const SpectrumArguments& arguments, int number,
                                               Stage stage) {
   const CudaMatrix& matrix = arguments.matrix[number];
-  const unsigned long long now = team.sum(fingerprint(team, matrix, 0, matrix.L, 0, matrix.M));
+  const unsigned long long now = fingerprint(team, matrix, 0, matrix.L, 0, matrix.M);
   if (now == arguments.state[number].fingerprint) return true;
   if (team.rank() == 0) write_unmeasured(row_of(arguments, number), CHANGED, stage);
   return false;
 }
 
 template <class T>
+struct GramTile {
+  const CudaMatrix& matrix;
+  T* gram;
+  T* partial;
+  GramShared<T>& shared;
+  GramItem item;
+
+  template <class Element>
+  __device__ __forceinline__ void operator()(const Element* weight) const {
+    // Weights in fp64 begin in the stage of that precision.
+    if constexpr (sizeof(Element) <= sizeof(T)) {
+      BlockTeam team;
+      gram_tile(team, matrix, weight, item, sizeof(T) == 4 ? matrix.splits : 1, gram, partial, shared);
+    }
+  }
+};
+
+template <class T>
 __device__ __forceinline__ void gram_block(const SpectrumArguments& arguments) {
   const GramItem item = arguments.item[blockIdx.x];
   if (arguments.state[item.matrix].stage != stage_of<T>()) return;
   const CudaMatrix& matrix = arguments.matrix[item.matrix];
-  BlockTeam team;
-  GramShared<T>& shared = *reinterpret_cast<GramShared<T>*>(shared_memory() + TEAM_SHARED);
-  T* const gram = reinterpret_cast<T*>(arguments.workspace + matrix.matrix);
-  T* const partial = reinterpret_cast<T*>(arguments.workspace + matrix.partial);
-  with_elements(matrix, [&](const auto* weight) {
-    // Weights in fp64 begin in the stage of that precision.
-    if constexpr (sizeof(*weight) <= sizeof(T)) {
-      gram_tile(team, matrix, weight, item, sizeof(T) == 4 ? matrix.splits : 1, gram, partial, shared);
-    }
-  });
+  with_elements(matrix, GramTile<T>{matrix, reinterpret_cast<T*>(arguments.workspace + matrix.matrix),
+                                    reinterpret_cast<T*>(arguments.workspace + matrix.partial),
+                                    *reinterpret_cast<GramShared<T>*>(shared_memory() + TEAM_SHARED), item});
 }
 
 template <class T>
@@ -183,9 +206,18 @@ __device__ __forceinline__ void measure_block(const SpectrumArguments& arguments
   if (warp.rank() == 0) state.stage = decided ? STAGE_DONE : next_stage<T>();
 }
 
+struct ElementAt {
+  long long offset;
+
+  template <class Element>
+  __device__ __forceinline__ double operator()(const Element* weight) const {
+    return double(widen(weight[offset]));
+  }
+};
+
 __device__ __forceinline__ double element_of(const CudaMatrix& matrix, long long column, int row) {
-  const long long at = offset_of(matrix.small, unsigned(row)) + offset_of(matrix.large, unsigned(column));
-  return with_elements(matrix, [&](const auto* weight) { return double(widen(weight[at])); });
+  const long long row_offset = offset_of(matrix.small, unsigned(row));
+  return with_elements(matrix, ElementAt{row_offset + offset_of(matrix.large, unsigned(column))});
 }
 
 __device__ __forceinline__ void svd_matrix(GridTeam& team, const SpectrumArguments& arguments, int number) {
