@@ -8,7 +8,7 @@ of torch.library costs more than the whole step of a small network.
 
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from weakref import WeakMethod
 
 import torch
@@ -33,10 +33,15 @@ def register_step(step: Step) -> int:
 
 # A replayed CUDA graph would repeat the learning rates and flags of the step that it recorded.
 _UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # torch 2.8 and later
+_TAGS: dict[str, Any] = {} if _UNSAFE is None else {"tags": (_UNSAFE,)}  # torch 2.6 takes none
 
 
 @torch.library.custom_op(
-    "rmsgd::step", mutates_args=("parameters",), tags=() if _UNSAFE is None else (_UNSAFE,)
+    "rmsgd::step",
+    mutates_args=("parameters",),
+    # What torch infers from the annotations; torch 2.6 cannot.
+    schema="(SymInt number, SymInt[] indices, Tensor(a2!)[] parameters, Tensor[] gradients) -> ()",
+    **_TAGS,
 )
 def _step(number: int, indices: list[int], parameters: list[Tensor], gradients: list[Tensor]) -> None:
     step = _STEPS[number]()
