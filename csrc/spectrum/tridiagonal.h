@@ -118,21 +118,19 @@ RMSGD_FN void tridiagonalise(Team& team, T* matrix, int n, int stride, T* vector
       T* const at = matrix + column;
       for (int row = j + 1 + part; row < n; row += AHEAD * depth) {
         Wide a[AHEAD];
-        Reflected<T> here[AHEAD];
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
-          if (row + k * depth >= n) continue;
-          a[k].load(at + (row + k * depth) * stride, true);
-          here[k] = rows[row + k * depth];
+          if (row + k * depth < n) a[k].load(at + (row + k * depth) * stride, true);
         }
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
           const int r = row + k * depth;
           if (r >= n) continue;
-          const T scale = r == j + 1 ? T(1) : here[k].next * factor;
+          const Reflected<T> here = rows[r];
+          const T scale = r == j + 1 ? T(1) : here.next * factor;
 #pragma unroll
           for (int c = 0; c < WIDE; ++c) {
-            a[k].value[c] -= here[k].v * w.value[c] + here[k].w * v.value[c];
+            a[k].value[c] -= here.v * w.value[c] + here.w * v.value[c];
             sum.value[c] += a[k].value[c] * scale;
           }
           a[k].store(at + r * stride, true);
