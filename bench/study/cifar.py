@@ -159,7 +159,7 @@ def _binary(content: bytes, form: Form, name: str) -> Images:
 # What the pickles of arrays name, by the module names of old and new NumPy.
 ARRAYS = {
     **{
-        (module, "_reconstruct"): np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+        (module, "_reconstruct"): np.empty(0).__reduce__()[0]
         for module in ("numpy.core.multiarray", "numpy._core.multiarray")
     },
     ("numpy", "ndarray"): np.ndarray,

@@ -104,7 +104,7 @@ def _storage(content: bytes) -> Any:
 _ALLOWED = {
     **ARRAYS,
     **{
-        (module, "scalar"): np._core.multiarray.scalar  # type: ignore[attr-defined]
+        (module, "scalar"): np.float64(0).__reduce__()[0]
         for module in ("numpy.core.multiarray", "numpy._core.multiarray")
     },
     ("collections", "OrderedDict"): OrderedDict,
