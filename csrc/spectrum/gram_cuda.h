@@ -126,7 +126,7 @@ RMSGD_FN void gram_tile(Team& team, const CudaMatrix& matrix, const Element* wei
     T sum[4][4] = {};
     for (int step = 0; step < depth; step += GRAM_DEPTH) {
       team.barrier();  // the offsets are written, the last step's columns are read
-      // All loads before the first store, which waits for what it stores.
+      // All loads before the first store: a store between them would wait for the one before it.
       T to_left[LOADS], to_right[LOADS];
 #pragma unroll
       for (int load = 0; load < LOADS; ++load) {
