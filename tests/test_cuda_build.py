@@ -52,7 +52,7 @@ def nvrtc_library():
     """The runtime compiler of NVIDIA's wheel, which needs no GPU."""
     spec = importlib.util.find_spec("nvidia")
     for folder in spec.submodule_search_locations if spec is not None else ():
-        for path in Path(folder).glob("**/libnvrtc.so.*"):
+        for path in sorted(Path(folder).glob("**/libnvrtc.so.*")):
             for part in path.parent.glob("libnvrtc-builtins.so.*"):  # it would not look beside itself
                 ctypes.CDLL(str(part))
             return ctypes.CDLL(str(path))
