@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstddef>
+#include <algorithm>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -20,41 +20,51 @@ class Layouts {
  public:
   Layouts(const py::type& tensor_type, std::vector<py::object> tensors)
       : table_(dlpack::exchange_table(reinterpret_cast<PyTypeObject*>(tensor_type.ptr()))),
-        tensors_(std::move(tensors)),
-        known_(tensors_.size()) {
+        tensors_(std::move(tensors)) {
     if (table_ == nullptr) throw py::value_error("tensor_type: has no DLPack exchange table");
-    for (std::size_t k = 0; k < tensors_.size(); ++k) {
-      if (!py::isinstance(tensors_[k], tensor_type)) throw py::type_error("tensors: expected tensors");
-      if (!read(k, known_[k])) throw py::value_error("tensors: one has no memory of its own");
+    for (const py::object& tensor : tensors_) {
+      if (!py::isinstance(tensor, tensor_type)) throw py::type_error("tensors: expected tensors");
+      const bool has_memory = read(tensor, [&](std::int64_t number) {
+        known_.push_back(number);
+        return true;
+      });
+      if (!has_memory) throw py::value_error("tensors: one has no memory of its own");
     }
   }
 
   bool hold() const {
-    std::vector<std::int64_t> now;  // outside the loop for its memory
-    for (std::size_t k = 0; k < tensors_.size(); ++k) {
-      if (!read(k, now) || now != known_[k]) return false;
+    const std::int64_t* known = known_.data();
+    for (const py::object& tensor : tensors_) {
+      if (!read(tensor, [&](std::int64_t number) { return number == *known++; })) return false;
     }
     return true;
   }
 
  private:
-  // Address, device, dtype, sizes and strides of tensor k as plain numbers; false where it has none.
-  bool read(std::size_t k, std::vector<std::int64_t>& layout) const {
+  // Shows `next` a tensor's address, device, dtype, rank, sizes and strides, one after the other; false where
+  // it has none, or where `next` says so.
+  template <class Next>
+  bool read(const py::object& tensor, const Next& next) const {
     dlpack::Tensor t;
-    if (table_->view(tensors_[k].ptr(), &t) != 0) {
+    if (table_->view(tensor.ptr(), &t) != 0) {
       PyErr_Clear();
       return false;
     }
-    layout.assign({reinterpret_cast<std::int64_t>(dlpack::data(t)), t.device_type, t.device_index,
-                   t.type_code, t.type_bits});
-    layout.insert(layout.end(), t.shape, t.shape + t.ndim);
-    layout.insert(layout.end(), t.strides, t.strides + t.ndim);
+    for (const std::int64_t number :
+         {reinterpret_cast<std::int64_t>(dlpack::data(t)), std::int64_t(t.device_type),
+          std::int64_t(t.device_index), std::int64_t(t.type_code), std::int64_t(t.type_bits),
+          std::int64_t(t.ndim)}) {
+      if (!next(number)) return false;
+    }
+    for (const std::int64_t* numbers : {t.shape, t.strides}) {
+      if (!std::all_of(numbers, numbers + t.ndim, next)) return false;
+    }
     return true;
   }
 
   const dlpack::ExchangeTable* table_;
   std::vector<py::object> tensors_;
-  std::vector<std::vector<std::int64_t>> known_;
+  std::vector<std::int64_t> known_;  // of all of them
 };
 
 }  // namespace

@@ -76,7 +76,7 @@ class Ledger:
         self._build_rates(groups)
         shared = process_group is not None or (self._spread and self._spectra)
         self._sharing = SharedMeasurement(self._spectra, process_group) if shared else None
-        self._layouts = Layouts(self._parameters)
+        self._layouts = Layouts([*self._parameters, *(b for b in self._buffers if b is not None)])
         self._probing = self._probing_now(groups)
 
     def _build_step(self, groups: Sequence[Mapping[str, Any]]) -> None:

@@ -73,6 +73,23 @@ def test_weights_in_other_memory_go_on_with_their_past(backend, change):
     assert optimizer.learning_rates() == pytest.approx(alone.learning_rates(), rel=1e-6)
 
 
+def data_moved(velocity):  # as scripts do that bring an optimizer to another device
+    velocity.data = velocity.data.clone()
+
+
+@pytest.mark.parametrize("change", [data_moved, torch.Tensor.share_memory_])
+def test_past_gradients_in_other_memory_are_gone_on_with(backend, change):
+    model, optimizer = trained()
+    other, alone = trained()
+    for state in optimizer.state.values():
+        change(state["velocity"])
+    steps(model, optimizer)
+    steps(other, alone)
+    assert_equal(model, other)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(optimizer.state[p]["velocity"], alone.state[q]["velocity"])
+
+
 def test_weights_of_another_type_keep_rates_and_velocities(backend):
     model, optimizer = trained()
     rates = optimizer.learning_rates()
