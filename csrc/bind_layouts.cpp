@@ -18,12 +18,12 @@ namespace {
 
 class Layouts {
  public:
-  Layouts(const py::type& tensor_type, std::vector<py::object> tensors)
-      : table_(dlpack::exchange_table(reinterpret_cast<PyTypeObject*>(tensor_type.ptr()))),
-        tensors_(std::move(tensors)) {
+  Layouts(py::type tensor_type, const py::list& tensors)
+      : type_(std::move(tensor_type)),
+        table_(dlpack::exchange_table(reinterpret_cast<PyTypeObject*>(type_.ptr()))) {
     if (table_ == nullptr) throw py::value_error("tensor_type: has no DLPack exchange table");
-    for (const py::object& tensor : tensors_) {
-      if (!py::isinstance(tensor, tensor_type)) throw py::type_error("tensors: expected tensors");
+    for (const py::handle tensor : tensors) {
+      if (!py::isinstance(tensor, type_)) throw py::type_error("tensors: expected tensors");
       const bool has_memory = read(tensor, [&](std::int64_t number) {
         known_.push_back(number);
         return true;
@@ -32,20 +32,24 @@ class Layouts {
     }
   }
 
-  bool hold() const {
-    const std::int64_t* known = known_.data();
-    for (const py::object& tensor : tensors_) {
-      if (!read(tensor, [&](std::int64_t number) { return number == *known++; })) return false;
+  // Given the tensors again: to own them would keep alive, for want of a garbage collector's help, what they
+  // refer to.
+  bool hold(const py::list& tensors) const {
+    const std::int64_t *known = known_.data(), *const end = known + known_.size();
+    for (const py::handle tensor : tensors) {
+      if (!read(tensor, [&](std::int64_t number) { return known != end && number == *known++; }))
+        return false;
     }
-    return true;
+    return known == end;
   }
 
  private:
   // Shows `next` a tensor's address, device, dtype, rank, sizes and strides, one after the other; false where
   // it has none, or where `next` says so.
   template <class Next>
-  bool read(const py::object& tensor, const Next& next) const {
+  bool read(py::handle tensor, const Next& next) const {
     dlpack::Tensor t;
+    if (!PyObject_TypeCheck(tensor.ptr(), reinterpret_cast<PyTypeObject*>(type_.ptr()))) return false;
     if (table_->view(tensor.ptr(), &t) != 0) {
       PyErr_Clear();
       return false;
@@ -62,8 +66,8 @@ class Layouts {
     return true;
   }
 
+  py::type type_;
   const dlpack::ExchangeTable* table_;
-  std::vector<py::object> tensors_;
   std::vector<std::int64_t> known_;  // of all of them
 };
 
@@ -71,8 +75,8 @@ class Layouts {
 
 void bind_layouts(py::module_& m) {
   py::class_<Layouts>(m, "Layouts")
-      .def(py::init<py::type, std::vector<py::object>>(), "tensor_type"_a, "tensors"_a)
-      .def("hold", &Layouts::hold);
+      .def(py::init<py::type, const py::list&>(), "tensor_type"_a, "tensors"_a)
+      .def("hold", &Layouts::hold, "tensors"_a);
 }
 
 }  // namespace rmsgd

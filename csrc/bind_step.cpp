@@ -150,6 +150,8 @@ bool take_gradient(const dlpack::ExchangeTable& table, PyObject* parameter, PyOb
   const bool fits = dlpack::on_cpu(g) && dlpack::same_layout(w, g) &&
                     (gradient_dtype == tensor.dtype || (half && gradient_dtype == Dtype::float32));
   if (!as_planned || !fits || !dlpack::is_aligned(g)) return false;
+  // Torch's lazy minus sign: only a view of one element can have it in the parameter's layout.
+  if (tensor.numel == 1 && py::bool_(py::handle(gradient).attr("is_neg")())) return false;
   if (plan.writes(dlpack::data(g), tensor.numel * size_of(*gradient_dtype))) return false;
   tensor.gradient = dlpack::data(g);
   tensor.gradient_dtype = *gradient_dtype;

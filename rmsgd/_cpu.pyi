@@ -116,16 +116,16 @@ class Layouts:
     """What some tensors are now: address, device, dtype, sizes and strides.
 
     Read without a Python operation per tensor, by the C exchange table of DLPack that torch >= 2.10
-    publishes on its tensor type. Keeps the tensors alive.
+    publishes on its tensor type. The tensors are not kept: ``hold`` is given them again.
 
     Raises:
         ValueError: the type has no such table, or a tensor has no memory of its own.
         TypeError: something among them is no tensor.
     """
 
-    def __init__(self, tensor_type: type[Tensor], tensors: Sequence[Tensor]) -> None: ...
-    def hold(self) -> bool:
-        """Whether all of them still are."""
+    def __init__(self, tensor_type: type[Tensor], tensors: list[Tensor]) -> None: ...
+    def hold(self, tensors: list[Tensor]) -> bool:
+        """Whether these are all what those were."""
 
 def measure(matrices: Sequence[_Matrix], threads: int = 1) -> NDArray[np.float64]:
     """Singular values, EVBMF and metrics of matrices; the GIL is released meanwhile.

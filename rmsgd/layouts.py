@@ -21,18 +21,18 @@ class Layouts:
     """Address, dtype, sizes and strides of some tensors; of DTensors, of this rank's part."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tensors
+        self._tensors = list(tensors)
         self._compiled: _cpu.Layouts | None = None
         if _cpu is not None and not any(map(is_dtensor, tensors)):
             with suppress(ValueError):  # an older torch, or a tensor without memory
-                self._compiled = _cpu.Layouts(Tensor, tensors)
+                self._compiled = _cpu.Layouts(Tensor, self._tensors)
         if self._compiled is None:
             self._known = self._now()
 
     def hold(self) -> bool:
         """Whether nothing has changed."""
         if self._compiled is not None:
-            return self._compiled.hold()
+            return self._compiled.hold(self._tensors)
         return self._known == self._now()
 
     def _now(self) -> list[tuple[int, torch.dtype, torch.Size, tuple[int, ...]]]:

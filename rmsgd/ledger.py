@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from operator import is_
 from typing import Any
 
@@ -18,11 +18,13 @@ from torch import Tensor
 
 from rmsgd.backends import backend_for
 from rmsgd.backends.base import (
+    NUCLEAR,
     STABLE_RANK,
     RateGroup,
     RateTables,
     StepGroup,
     StepTables,
+    buffer_dtype,
     is_aligned,
     same_layout,
 )
@@ -89,8 +91,9 @@ class Ledger:
         ]
         rates = [state["rate"] for state in self._states]
         fresh = [state["fresh"] for state in self._states]
-        self._eta = torch.tensor(rates, dtype=torch.float64, device=self.device)
-        self._fresh = torch.tensor(fresh, dtype=torch.bool, device=self.device)
+        place = torch.device("cpu") if self._backend.on_host else self.device
+        self._eta = torch.tensor(rates, dtype=torch.float64, device=place)
+        self._fresh = torch.tensor(fresh, dtype=torch.bool, device=place)
         self._stepped, self._copies = _dense([local(p) for p in self._parameters])
         self._empty = [i for i, p in enumerate(self._stepped) if p.numel() == 0]
         _check_apart(self._stepped, [m.name for m in self.members])
@@ -103,10 +106,12 @@ class Ledger:
         self._probed = [i for i, m in enumerate(self.members) if is_probed(m.parameter, groups[m.group])]
         self._spectra: list[tuple[Tensor, Unfolding]] = []
         begin, weight = [0], []
+        column: list[int] = []
         for i in self._probed:
             p, group = self._parameters[i], groups[self.members[i].group]
             self._spectra += [(p, u) for u in unfoldings(p.shape)]
             weight += measurement_weights(p.shape, group["rule"])
+            column += [STABLE_RANK if group["rule"] == "paper" else NUCLEAR] * (len(weight) - len(column))
             begin.append(len(self._spectra))
 
         layer_of = {i: layer for layer, i in enumerate(self._probed)}
@@ -125,8 +130,11 @@ class Ledger:
                 leaders.append(-2 if latest_of_all is None else latest_of_all)
 
         def tensor(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=self.device)
+            return torch.tensor(values, dtype=dtype, device=self._eta.device)
 
+        # Of the metrics table, what s is made of, by runs of rows: a tensor of it would have to be kept from
+        # whoever gets its memory while another stream works.
+        self._measures = [(run, len(list(rows))) for run, rows in groupby(column)]
         self._tables = RateTables(
             parameter=tensor(self._probed, torch.int32),
             group=tensor([self.members[i].group for i in self._probed], torch.int32),
@@ -169,6 +177,12 @@ class Ledger:
         """See ``backends.base.Stepper``."""
         return self._stepper.scaling(grad_scale, found_inf)
 
+    def check_gradients(self) -> None:
+        """Raise RuntimeError for a gradient that no step can be taken along."""
+        for member in self.members:
+            if member.parameter.grad is not None:
+                _check_gradient(member.parameter.grad, member.name)
+
     def step(self, groups: Sequence[StepGroup], grad_scale: float) -> None:
         """One step along the parameters' gradients."""
         if not self._copies and not self._spread:
@@ -202,13 +216,15 @@ class Ledger:
     def _measure(self) -> Tensor:
         if self._sharing is None:
             return self._backend.measure(self._spectra)
-        return self._sharing(self._backend.measure)
+        return self._sharing(self._backend.measure).to(self._eta.device)
 
     def _fill_in(self, metrics: Tensor) -> None:
         """Give the layers that have no s yet the one measured, NaN where a weight is not finite."""
         if not self._probed:
             return
-        rows = metrics[:, STABLE_RANK] * self._tables.weight
+        runs = metrics.split([count for _, count in self._measures])  # type: ignore[no-untyped-call]
+        of_rule = [rows[:, column] for rows, (column, _) in zip(runs, self._measures, strict=True)]
+        rows = torch.cat(of_rule) * self._tables.weight
         sizes = self._tables.spectrum_begin.diff()
         layers = torch.repeat_interleave(
             torch.arange(len(sizes), device=rows.device), sizes, output_size=len(rows)
@@ -235,7 +251,7 @@ class Ledger:
 
     def _description(self, groups: Sequence[RateGroup]) -> list[str]:
         """What all ranks have to hold alike, a line for each layer. Rates only where no wait is needed."""
-        eta = self._eta.tolist() if self.device.type == "cpu" else [math.nan] * len(self.members)
+        eta = self._eta.tolist() if self._backend.on_host else [math.nan] * len(self.members)
         return [
             f"{m.name} {tuple(m.parameter.shape)} {m.parameter.dtype} rate {eta[i]} {groups[m.group]}"
             for i, m in ((i, self.members[i]) for i in self._probed)
@@ -283,14 +299,20 @@ def _check_apart(parameters: Sequence[Tensor], names: Sequence[str]) -> None:
             )
 
 
-def _usable(grad: Tensor, p: Tensor, name: str) -> Tensor:
-    """A gradient of the parameter's type and layout."""
+def _check_gradient(grad: Tensor, name: str) -> None:
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"RMSGD does not support sparse gradients, and {name} has one ({grad.layout}); "
             "use a dense gradient (sparse=False in an embedding)"
         )
-    return same_layout(grad.to(p.dtype), p)
+
+
+def _usable(grad: Tensor, p: Tensor, name: str) -> Tensor:
+    """A gradient as steppers take it. It may have been scaled: half precision might not hold it then."""
+    _check_gradient(grad, name)
+    if grad.dtype != p.dtype:
+        grad = grad.to(buffer_dtype(p))
+    return same_layout(grad.resolve_neg(), p)
 
 
 def _mark_written(parameters: Sequence[Tensor], without: Sequence[int]) -> None:

@@ -20,11 +20,12 @@ from rmsgd.options import (
     check_parameter,
     multiplier,
     parameter_name,
+    parameter_names,
     rate_group,
     refuse,
     step_group,
 )
-from rmsgd.state import check_shape, complete, follow
+from rmsgd.state import State, check_shape, complete, follow
 
 
 class RMSGD(Optimizer):
@@ -71,7 +72,8 @@ class RMSGD(Optimizer):
         initial_rank: "zero" takes s(0) = 0, right for random weights. "measure" takes it from the
             weights before the first step: for pretrained ones, whose rates "zero" would throw up by
             s(1) in one epoch.
-        process_group: for replicated parameters; every rank then calls ``epoch_step``.
+        process_group: for replicated parameters; every rank then calls ``epoch_step``, and the first ``step``
+            under ``initial_rank="measure"``.
 
     Raises:
         ValueError: an option is out of its range; the message names it and its value.
@@ -180,11 +182,13 @@ class RMSGD(Optimizer):
         for ledger in self._ledgers or ():
             ledger.write_back()
 
+    @torch.inference_mode(False)  # its tables outlive the mode of whoever happens to call first
     def _open_ledgers(self) -> None:
         members: dict[Tensor, Member] = {}
-        for g, group in enumerate(self.param_groups):
-            for index, p in enumerate(group["params"]):
-                name = parameter_name(group, g, index)
+        for g, (group, names) in enumerate(
+            zip(self.param_groups, parameter_names(self.param_groups), strict=True)
+        ):
+            for p, name in zip(group["params"], names, strict=True):
                 members.setdefault(p, Member(p, g, len(members), name, "param_names" in group))
         for p, member in members.items():
             check_shape(p, self.state[p], member.name)
@@ -309,7 +313,11 @@ class RMSGD(Optimizer):
     def _step(self) -> None:
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        for ledger in self._current_ledgers():
+        ledgers = self._current_ledgers()
+        if len(ledgers) > 1:  # one device's gradients are looked at before any of them is used
+            for ledger in ledgers:
+                ledger.check_gradients()
+        for ledger in ledgers:
             scale = ledger.scaling(grad_scale, found_inf)
             if scale is not None:
                 ledger.measure_first()
@@ -331,17 +339,12 @@ class RMSGD(Optimizer):
             self._write_back()
             self._open_ledgers()
             ledgers = self._current_ledgers()
-        heads = [self.state[group["params"][0]] if group["params"] else None for group in self.param_groups]
-        groups = [
-            rate_group(group, *(1, 1.0) if head is None else (head["epoch"], head["decay"]))
-            for group, head in zip(self.param_groups, heads, strict=True)
-        ]
+        clocks = [_clock([self.state[p] for p in group["params"]]) for group in self.param_groups]
+        groups = [rate_group(group, *clock) for group, clock in zip(self.param_groups, clocks, strict=True)]
         self._measured = [ledger.epoch_step(groups) for ledger in ledgers]
-        for group, moved in zip(self.param_groups, groups, strict=True):
+        for group, moved, (epoch, decay) in zip(self.param_groups, groups, clocks, strict=True):
             for p in group["params"]:
-                state = self.state[p]
-                state["epoch"] += 1
-                state["decay"] *= moved.decay
+                self.state[p].update(epoch=epoch + 1, decay=decay * moved.decay)
         asked_for = any(group["probe"] for group in self.param_groups)
         if asked_for and not any(measurement.names for measurement in self._measured):
             warnings.warn(_NOTHING_TO_MEASURE, stacklevel=3)
@@ -360,14 +363,17 @@ class RMSGD(Optimizer):
     # -- what to look at -------------------------------------------------------------------------
 
     def learning_rates(self) -> dict[str, float]:
-        """The rate now applied to every parameter, by its name (or "group.index"), in order."""
+        """The rate now applied to every parameter, by its name (or "group.index"), in order.
+
+        Where groups have names in common, as of two models, every name follows its group's number and a dot.
+        """
         rates: dict[Tensor, float] = {}
         for ledger in self._current_ledgers():
             rates.update(zip((m.parameter for m in ledger.members), ledger.rates(), strict=True))
         return {
-            parameter_name(group, g, index): rates[p] * multiplier(group)
-            for g, group in enumerate(self.param_groups)
-            for index, p in enumerate(group["params"])
+            name: rates[p] * multiplier(group)
+            for group, names in zip(self.param_groups, parameter_names(self.param_groups), strict=True)
+            for p, name in zip(group["params"], names, strict=True)
         }
 
     def report(self) -> Report:
@@ -386,6 +392,14 @@ _NOTHING_TO_MEASURE = (
     "no layer is measured, so every learning rate stays as it is: RMSGD measures convolutions and, unless "
     "linear=False, matrices. FullyShardedDataParallel flattens them: use torch.distributed.fsdp.fully_shard"
 )
+
+
+def _clock(states: Sequence[State]) -> tuple[int, float]:
+    """A group's epoch ends so far and its product of gammas; who joined it later has seen less of them."""
+    if not states:
+        return 1, 1.0
+    oldest = max(states, key=lambda state: state["epoch"])
+    return oldest["epoch"], oldest["decay"]
 
 
 def _kinds(groups: list[dict[str, Any]]) -> list[tuple[int, bool, str]]:

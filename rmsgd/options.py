@@ -1,7 +1,7 @@
 """The options of a parameter group: their checks, and what the kernels make of them."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -109,7 +109,10 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def check_parameter(p: Tensor, name: str) -> None:
-    """Raise TypeError for a parameter that is not a dense floating-point tensor of a known type."""
+    """Raise TypeError for a parameter that is not a dense floating-point tensor of a known type.
+
+    Nor may it be a view that reads its memory in another way, element for element.
+    """
     if p.is_complex():
         raise TypeError(f"parameter {name} is complex ({p.dtype}); RMSGD needs real parameters")
     if p.dtype not in SUPPORTED_DTYPES:
@@ -117,12 +120,26 @@ def check_parameter(p: Tensor, name: str) -> None:
         raise TypeError(f"parameter {name} has dtype {p.dtype}; RMSGD knows {known}")
     if p.layout != torch.strided:
         raise TypeError(f"parameter {name} has layout {p.layout}; RMSGD needs dense parameters")
+    if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
+        raise TypeError(f"parameter {name} is expanded: elements of it share memory; use expand(...).clone()")
+    if p.is_neg():
+        raise TypeError(f"parameter {name} is the negative of other memory; use resolve_neg()")
 
 
 def parameter_name(group: Mapping[str, Any], g: int, index: int) -> str:
     """What a parameter is called: its name if the optimizer was given names, else "group.index"."""
-    names = group.get("param_names")
-    return str(names[index]) if names else f"{g}.{index}"
+    names = group.get("param_names") or ()
+    return str(names[index]) if index < len(names) else f"{g}.{index}"
+
+
+def parameter_names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """What the parameters of all groups are called: a name is of one group only."""
+    names = [
+        [parameter_name(group, g, i) for i in range(len(group["params"]))] for g, group in enumerate(groups)
+    ]
+    if sum(map(len, map(set, names))) == len({name for own in names for name in own}):
+        return names
+    return [[f"{g}.{name}" for name in own] for g, own in enumerate(names)]
 
 
 def multiplier(group: Mapping[str, Any]) -> float:

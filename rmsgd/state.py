@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rmsgd.backends.base import buffer_dtype
 from rmsgd.options import multiplier
 
 State = dict[str, Any]
@@ -28,11 +29,6 @@ BUFFERS = ("velocity", "momentum_buffer")
 def buffer_key(group: Mapping[str, Any]) -> str:
     """What a group's state calls its memory of past gradients."""
     return "velocity" if group["rule"] == "paper" else "momentum_buffer"
-
-
-def buffer_dtype(p: Tensor) -> torch.dtype:
-    """The type of a parameter's memory."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
 def _buffer_like(p: Tensor) -> Tensor:

@@ -64,13 +64,13 @@ def same(found: Any, expected: Any) -> bool:
 
 @contextmanager
 def _aside_at_once(streams: Streams) -> Iterator[None]:
-    streams._caller = torch.cuda.current_stream(streams._device)
+    streams._here.caller = torch.cuda.current_stream(streams._device)
     try:
         with torch.cuda.stream(streams._side):
             yield
     finally:
         streams._done.record(streams._side)
-        streams._caller = None
+        streams._here.caller = None
 
 
 WITHOUT = {

@@ -335,22 +335,26 @@ def test_layouts_refuses_what_is_no_tensor(kind, tensors):
     for tensor_type in (kind, torch.Tensor, int):
         if tensor_type is torch.Tensor and isinstance(tensors, list) and all(map(torch.is_tensor, tensors)):
             continue
-        if isinstance(tensors, bytes | str) and not tensors:
-            continue  # empty sequences of nothing
         with pytest.raises(REFUSALS):
             _cpu.Layouts(tensor_type, tensors)
+    layouts = _cpu.Layouts(torch.Tensor, [torch.zeros(2)])
+    if isinstance(tensors, list):
+        assert not layouts.hold(tensors)
+    else:
+        with pytest.raises(TypeError):
+            layouts.hold(tensors)
 
 
 def test_layouts_that_a_tensor_leaves_hold_no_more():
     tensors = [torch.zeros(3, 4), torch.zeros(())]
     layouts = _cpu.Layouts(torch.Tensor, tensors)
-    assert layouts.hold()
-    tensors.clear()  # it has its own list
-    assert layouts.hold()
+    assert layouts.hold(tensors)
+    assert not layouts.hold(tensors[:1])
+    assert not layouts.hold([*tensors, tensors[0]])
     kept = nn.Parameter(torch.zeros(3, 4))
     layouts = _cpu.Layouts(torch.Tensor, [kept])
     kept.data = kept.data.t()
-    assert not layouts.hold()
+    assert not layouts.hold([kept])
 
 
 # -- spectra -------------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
 """Parameters and state that change between steps are followed, or refused by name."""
 
+import gc
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
 
 import rmsgd
 
@@ -187,6 +190,120 @@ def test_gradients_may_be_float32_beside_half_precision_weights(backend, dtype):
     torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("gaps", [False, True])
+def test_a_scaled_gradient_that_half_precision_cannot_hold_is_unscaled_first(backend, gaps):
+    p = Parameter(torch.ones(4, 6, dtype=torch.float16)[:, :: 1 + gaps])
+    if not hasattr(p, "grad_dtype"):
+        pytest.skip("this torch ties a gradient's type to its parameter's")
+    p.grad_dtype = torch.float32
+    p.grad = torch.full(p.shape, 2.0**16)
+    optimizer = rmsgd.RMSGD([p], lr=1.0)
+    optimizer.grad_scale = torch.tensor(2.0**17)
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.full_like(p, 0.5))
+
+
+def test_a_gradient_with_a_sign_still_to_be_applied_is_descended_along(backend):
+    w = Parameter(torch.zeros(1))
+    (torch.complex(torch.ones(1), w).conj() * torch.tensor([1 + 2j])).real.sum().backward()
+    assert w.grad.is_neg()
+    assert w.grad.item() == 2.0
+    rmsgd.RMSGD([w], lr=1.0).step()
+    assert w.item() == -2.0
+
+
+def test_looking_at_rates_in_inference_mode_changes_nothing(backend):
+    model = network()
+    optimizer = rmsgd.RMSGD(model.named_parameters(), initial_rank="measure")
+    with torch.inference_mode():
+        optimizer.learning_rates()
+    steps(model, optimizer)
+    optimizer.epoch_step()
+    with torch.inference_mode():
+        assert len(optimizer.learning_rates()) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("rule", ["paper", "release", "published"])
+def test_a_layer_that_thaws_begins_at_the_rank_it_is_found_with(rule):
+    model = nn.Sequential(nn.Linear(60, 40), nn.Linear(40, 30))
+    with torch.no_grad():
+        for layer in model:  # a low-rank part that stands out of the noise
+            layer.weight.copy_(0.01 * torch.randn_like(layer.weight))
+            layer.weight[0] += 1.0
+    model[1].weight.requires_grad_(False)
+    optimizer = rmsgd.RMSGD(model.named_parameters(), initial_rank="measure", beta=0.9, rule=rule)
+    optimizer.epoch_step()
+    optimizer.epoch_step()
+    model[1].weight.requires_grad_(True)
+    before = optimizer.learning_rates()["1.weight"]
+    optimizer.epoch_step()  # its weight has not changed: the rate decays, and no more
+    assert optimizer.learning_rates()["1.weight"] == pytest.approx(0.9 * before)
+
+
+@pytest.mark.parametrize("rule", ["paper", "release"])
+def test_a_parameter_in_anothers_place_does_not_set_back_its_groups_clock(rule):
+    def rates(replace):
+        torch.manual_seed(0)
+        p, q = Parameter(torch.randn(8, 12)), Parameter(torch.randn(8, 12))
+        optimizer = rmsgd.RMSGD([p, q], beta=0.9, rule=rule, step_size=1, gamma=0.5)
+        for epoch in range(6):
+            with torch.no_grad():
+                q[0] += 1.0
+            if replace and epoch == 3:
+                optimizer.param_groups[0]["params"][0] = Parameter(torch.randn(8, 12))
+            optimizer.epoch_step()
+        return optimizer.learning_rates()["0.1"]
+
+    assert rates(replace=True) == rates(replace=False)
+
+
+def test_two_models_parameters_of_the_same_names_are_told_apart_by_group():
+    models = [nn.Linear(3, 2), nn.Linear(3, 2)]
+    optimizer = rmsgd.RMSGD([{"params": model.named_parameters()} for model in models])
+    assert list(optimizer.learning_rates()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    optimizer.epoch_step()
+    assert [layer.name for layer in optimizer.report().layers] == ["0.weight", "1.weight"]
+
+
+def test_where_new_tensors_are_made_does_not_matter(backend):
+    (_, optimizer), (_, alone) = trained(), trained()
+    with torch.device("meta"):
+        optimizer.epoch_step()
+    alone.epoch_step()
+    assert optimizer.learning_rates() == alone.learning_rates()
+
+
+def test_an_optimizer_that_its_parameter_refers_to_is_collected():
+    p = Parameter(torch.ones(3))
+    p.optimizer = rmsgd.RMSGD([p])
+    p.grad = torch.ones(3)
+    p.optimizer.step()
+    gone = weakref.ref(p)
+    del p
+    gc.collect()
+    assert gone() is None
+
+
+class NoFloat64(TorchFunctionMode):
+    """The meta device as one without float64, as Apple's is."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.is_meta and result.dtype == torch.float64:
+            raise TypeError("this device has no float64")
+        return result
+
+
+def test_a_device_without_float64_is_stepped_on():
+    p = Parameter(torch.randn(8, 8, device="meta"))
+    optimizer = rmsgd.RMSGD([p])
+    p.grad = torch.randn(8, 8, device="meta")
+    with NoFloat64():
+        optimizer.step()
+        assert optimizer.learning_rates() == {"0.0": 0.03}
+    assert optimizer.state_dict()["state"][0]["fresh"] is False
+
+
 def test_the_same_parameter_twice_is_stepped_once():
     p = Parameter(torch.ones(3))
     with pytest.warns(UserWarning, match="duplicate parameters"):
@@ -254,6 +371,23 @@ def test_a_sparse_gradient_is_named_and_nothing_changes(backend):
     assert all(state["fresh"] for state in optimizer.state_dict()["state"].values())
 
 
+def test_a_sparse_gradient_on_one_device_stops_the_step_on_all():
+    here, there = Parameter(torch.ones(2)), Parameter(torch.ones(2, device="meta"))
+    optimizer = rmsgd.RMSGD([here, there])
+    here.grad = torch.ones(2)
+    there.grad = torch.sparse_coo_tensor(size=(2,), device="meta")
+    with pytest.raises(RuntimeError, match="sparse gradients"):
+        optimizer.step()
+    assert torch.equal(here.detach(), torch.ones(2))
+
+
+def test_a_group_with_a_parameter_that_is_not_there_yet_is_refused_and_forgotten():
+    optimizer = rmsgd.RMSGD([torch.ones(2)])
+    with pytest.raises((RuntimeError, ValueError), match="uninitialized parameter"):
+        optimizer.add_param_group({"params": list(nn.LazyLinear(3).parameters())})
+    optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("p", "message"),
     [
@@ -261,6 +395,8 @@ def test_a_sparse_gradient_is_named_and_nothing_changes(backend):
         (torch.ones(2, 2, dtype=torch.int64), r"parameter 0\.1 has dtype torch.int64; RMSGD knows float32"),
         (torch.ones(2, 2, dtype=torch.float8_e4m3fn), r"parameter 0\.1 has dtype torch.float8_e4m3fn"),
         (torch.ones(2, 2).to_sparse(), r"parameter 0\.1 has layout torch.sparse_coo"),
+        (torch.ones(2, 1).expand(2, 2), r"parameter 0\.1 is expanded"),
+        (torch.zeros(2, dtype=torch.complex64).conj().imag, r"parameter 0\.1 is the negative"),
     ],
 )
 def test_parameters_of_other_kinds_are_refused_by_name(p, message):

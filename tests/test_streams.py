@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import rehearsal
@@ -14,6 +15,29 @@ from pretended_streams import ORDERS
 from torch.nn import Parameter
 
 import rmsgd
+from rmsgd.backends.streams import Streams
+
+# -- streams themselves ------------------------------------------------------------------------------
+
+
+def test_each_thread_has_a_caller_of_its_own(gpu_folder):
+    with rehearsal.rehearsed(gpu_folder):
+        beside, met, seen = Streams(torch.device("cuda", 0)), threading.Barrier(2), {}
+
+        def epoch_end(name):
+            mine = torch.cuda.Stream()
+            with torch.cuda.stream(mine), beside.aside():
+                met.wait()
+                seen[name] = beside.caller() == mine.cuda_stream
+                met.wait()
+
+        threads = [threading.Thread(target=epoch_end, args=(name,)) for name in "ab"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert seen == {"a": True, "b": True}
+
 
 # -- the pretended GPU -------------------------------------------------------------------------------
 

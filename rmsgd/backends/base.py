@@ -65,7 +65,10 @@ class Stepper(Protocol):
     def step(
         self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], grad_scale: float = 1.0
     ) -> None:
-        """One momentum step, in place; gradients of the parameters' dtypes and strides, never written."""
+        """One momentum step, in place; gradients are never written.
+
+        They have the parameters' strides, and their dtypes or, beside half precision, float32.
+        """
 
     def step_parameters(self, groups: Sequence[StepGroup], grad_scale: float = 1.0) -> list[int] | None:
         """The same along the parameters' own ``grad``, read without a Python operation for each.
@@ -122,8 +125,10 @@ class RateTables:
     follower_lr: Tensor  # (followers,) float64
 
 
-class OnCallersStream:
-    """Of backends that work where they are called: nothing runs aside."""
+class OnHost:
+    """Of backends that the host drives: nothing runs aside."""
+
+    on_host = True
 
     def aside(self, device: torch.device) -> AbstractContextManager[None]:
         """See ``Backend``."""
@@ -139,6 +144,8 @@ class Backend(Protocol):
     name: str
     description: str
     """What runs, for ``rmsgd doctor``."""
+    on_host: bool
+    """Whether rates and metrics are in the host's memory, and not on the parameters' device."""
 
     def stepper(self, tables: StepTables) -> Stepper:
         """A stepper for these parameters."""
@@ -150,7 +157,7 @@ class Backend(Protocol):
         """Before results of work done aside are read: make the caller's stream wait for them."""
 
     def measure(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> Tensor:
-        """The metrics table (matrices, FIELDS), float64, on the matrices' device.
+        """The metrics table (matrices, FIELDS), float64, on the matrices' device or the host.
 
         A matrix with a NaN or an Inf has STATUS ``NOT_FINITE`` and NaN in every metric; so has one of
         STATUS ``CHANGED``, which was written to while it was measured beside the caller's stream.
@@ -161,6 +168,24 @@ class Backend(Protocol):
 
     def update_rates(self, tables: RateTables, groups: Sequence[RateGroup], metrics: Tensor) -> None:
         """Move the learning rates: one epoch end."""
+
+
+def buffer_dtype(p: Tensor) -> torch.dtype:
+    """The type of a parameter's buffer, and of the arithmetic that updates it."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def unscaled(
+    gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], scale: float | Tensor
+) -> list[Tensor | None] | None:
+    """Gradients over their scale, divided before they are rounded to the parameters' dtypes.
+
+    None where they have those dtypes already, and kernels may divide.
+    """
+    pairs = list(zip(gradients, parameters, strict=True))
+    if all(grad is None or grad.dtype == p.dtype for grad, p in pairs):
+        return None
+    return [None if grad is None else (grad.to(buffer_dtype(p)) / scale).to(p.dtype) for grad, p in pairs]
 
 
 def is_aligned(tensor: Tensor) -> bool:

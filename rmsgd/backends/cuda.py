@@ -71,6 +71,8 @@ class CudaBackend:
     Only matrices of more than 1024 rows are measured by torch's own routine, which does.
     """
 
+    on_host = False
+
     def __init__(
         self,
         name: str,

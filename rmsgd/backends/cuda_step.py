@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rmsgd.backends.base import StepGroup, StepTables
+from rmsgd.backends.base import StepGroup, StepTables, unscaled
 from rmsgd.backends.kernels import DTYPES, Kernels, upload
 from rmsgd.backends.streams import Streams
 
@@ -133,6 +133,9 @@ class CudaStepper:
         scale, found_inf = self._grad_scale, self._found_inf
         if grad_scale != 1.0:
             scale = torch.full((1,), grad_scale, dtype=torch.float32, device=self._device)
+        divided = unscaled(gradients, self._parameters, 1.0 if scale is None else scale.reshape(()))
+        if divided is not None:
+            gradients, scale = divided, None
         self._streams.join()  # the rates may still be on their way
         pointers = [0 if g is None else g.data_ptr() for g in gradients]
         hyper = [_hyper(group) for group in groups]
@@ -156,7 +159,10 @@ class CudaStepper:
         gradients = [p.grad for p in self._parameters]
         for p, grad in zip(self._parameters, gradients, strict=True):
             if grad is not None and (
-                grad.dtype is not p.dtype or grad.stride() != p.stride() or grad.layout is not torch.strided
+                grad.dtype is not p.dtype
+                or grad.layout is not torch.strided
+                or grad.stride() != p.stride()
+                or grad.is_neg()
             ):
                 return None
         self.step(gradients, groups, grad_scale)

@@ -16,12 +16,13 @@ from rmsgd.backends.base import (
     STATUS,
     BackendUnavailable,
     HostStepper,
-    OnCallersStream,
+    OnHost,
     RateGroup,
     RateTables,
     StepGroup,
     StepTables,
     is_aligned,
+    unscaled,
 )
 from rmsgd.layers import Unfolding, as_matrix
 
@@ -59,6 +60,9 @@ class NativeStepper(HostStepper):
         self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], grad_scale: float = 1.0
     ) -> None:
         """See ``base.Stepper``."""
+        divided = unscaled(gradients, self._parameters, grad_scale)
+        if divided is not None:
+            gradients, grad_scale = divided, 1.0
         usable = [g if g is None or self._is_usable(g) else g.clone() for g in gradients]
         pointers = [0 if g is None else g.data_ptr() for g in usable]
         self._plan.step(pointers, groups, grad_scale, torch.get_num_threads())
@@ -76,7 +80,7 @@ class NativeStepper(HostStepper):
         return without
 
 
-class NativeBackend(OnCallersStream):
+class NativeBackend(OnHost):
     """The fused step, the batched spectra with EVBMF, and the rules, as compiled code."""
 
     name = "native"

@@ -16,7 +16,7 @@ from rmsgd.backends.base import (
     NUCLEAR,
     STABLE_RANK,
     STATUS,
-    OnCallersStream,
+    OnHost,
     RateGroup,
     RateTables,
     StepGroup,
@@ -47,7 +47,7 @@ def _flat(tensor: Tensor) -> Tensor:
     return torch.as_strided(tensor, (tensor.numel(),), (1,))
 
 
-class NumpyBackend(OnCallersStream):
+class NumpyBackend(OnHost):
     """The reference's functions: ``measure`` for EVBMF with metrics, ``update`` for the step."""
 
     def __init__(
@@ -68,7 +68,7 @@ class NumpyBackend(OnCallersStream):
 
     def measure(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> Tensor:
         """See ``base.Backend``: a float64 SVD of every matrix."""
-        table = torch.full((len(matrices), FIELDS), math.nan, dtype=torch.float64)
+        table = torch.full((len(matrices), FIELDS), math.nan, dtype=torch.float64, device="cpu")
         for row, (weight, unfolding) in zip(table, matrices, strict=True):
             matrix = as_matrix(weight.detach(), unfolding).double().numpy()
             if not np.isfinite(matrix).all():
@@ -81,7 +81,7 @@ class NumpyBackend(OnCallersStream):
     def measure_spectrum(self, gamma: Tensor, M: int) -> Tensor:
         """See ``base.Backend``."""
         row = self._measure(gamma.numpy(), len(gamma), M)
-        return torch.tensor([*row, MEASURED, 2.0], dtype=torch.float64)
+        return torch.tensor([*row, MEASURED, 2.0], dtype=torch.float64, device="cpu")
 
     def update_rates(self, tables: RateTables, groups: Sequence[RateGroup], metrics: Tensor) -> None:
         """See ``base.Backend``."""

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-from rmsgd.backends.base import HostStepper, StepGroup, StepTables
+from rmsgd.backends.base import HostStepper, StepGroup, StepTables, buffer_dtype
 
 Update = Callable[[Tensor, Tensor, Tensor, float, StepGroup, bool], tuple[Tensor, Tensor]]
 """``(w, grad, v, eta, hyper, fresh)`` to the new ``(w, v)``: ``reference.momentum_update`` on tensors.
@@ -31,8 +30,7 @@ class OneByOneStepper(HostStepper):
             if grad is None or p.numel() == 0:
                 continue
             hyper = groups[t.groups[i]]
-            wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-            w, g = p.detach().to(wide), grad.to(wide)
+            w, g = p.detach().to(buffer_dtype(p)), grad.to(buffer_dtype(p))
             if grad_scale != 1.0:
                 g = g / grad_scale
             v = w if buffer is None else buffer

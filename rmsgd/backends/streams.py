@@ -1,10 +1,17 @@
 """Where the work of an epoch end runs on a GPU: a stream beside the caller's, which steps wait for."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+
+class _Thread(threading.local):
+    """What every thread has for itself."""
+
+    caller: torch.cuda.Stream | None = None
 
 
 class Streams:
@@ -13,7 +20,7 @@ class Streams:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._caller: torch.cuda.Stream | None = None
+        self._here = _Thread()
         # External: a captured wait is for whatever was recorded last when the graph is replayed. It
         # needs to have been recorded once.
         self._done = _external_event()
@@ -25,35 +32,35 @@ class Streams:
 
     def caller(self) -> int:
         """The stream of whoever called ``epoch_step``: the current one, except within ``aside``."""
-        return self.current() if self._caller is None else self._caller.cuda_stream
+        return self.current() if self._here.caller is None else self._here.caller.cuda_stream
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Within it, torch's stream is the one beside the caller's."""
-        self._caller = torch.cuda.current_stream(self._device)
-        self._caller.wait_event(self._done)  # its memory may still be in use there
+        self._here.caller = torch.cuda.current_stream(self._device)
+        self._here.caller.wait_event(self._done)  # its memory may still be in use there
         try:
             with torch.cuda.stream(self._side):
                 yield
         finally:
             self._done.record(self._side)
-            self._caller = None
+            self._here.caller = None
 
     @contextmanager
     def on_caller(self) -> Iterator[None]:
         """Within it, torch's stream is the caller's."""
-        with torch.cuda.stream(self._caller or torch.cuda.current_stream(self._device)):
+        with torch.cuda.stream(self._here.caller or torch.cuda.current_stream(self._device)):
             yield
 
     def settle(self) -> None:
         """Make the caller's stream wait for the current one, as when memory is used again."""
-        if self._caller is not None:
-            self._caller.wait_stream(self._side)
+        if self._here.caller is not None:
+            self._here.caller.wait_stream(self._side)
 
     def fork(self) -> None:
         """Make the current stream wait for what the caller's has been given so far."""
-        if self._caller is not None:
-            self._side.wait_stream(self._caller)
+        if self._here.caller is not None:
+            self._side.wait_stream(self._here.caller)
 
     def join(self) -> None:
         """Make the current stream wait for all that was done aside; when captured, at every replay."""

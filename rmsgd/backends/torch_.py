@@ -12,7 +12,7 @@ from rmsgd.backends.base import (
     MEASURED,
     NOT_FINITE,
     STATUS,
-    OnCallersStream,
+    OnHost,
     RateGroup,
     RateTables,
     StepGroup,
@@ -42,7 +42,7 @@ def _update(
     )
 
 
-class TorchBackend(OnCallersStream):
+class TorchBackend(OnHost):
     """Singular values by ``torch.linalg`` in float64, everything after them by the reference."""
 
     name = "torch"
@@ -54,7 +54,7 @@ class TorchBackend(OnCallersStream):
 
     def measure(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> Tensor:
         """See ``base.Backend``."""
-        table = torch.full((len(matrices), FIELDS), math.nan, dtype=torch.float64)
+        table = torch.full((len(matrices), FIELDS), math.nan, dtype=torch.float64, device="cpu")
         for row, (weight, unfolding) in zip(table, matrices, strict=True):
             matrix = as_matrix(weight.detach(), unfolding)
             if matrix.device.type == "mps":  # knows no float64
@@ -66,19 +66,16 @@ class TorchBackend(OnCallersStream):
                 continue
             gamma = singular_values(matrix, largest)
             row.copy_(self.measure_spectrum(gamma, unfolding.M))
-        return table.to(matrices[0][0].device) if matrices and matrices[0][0].device.type != "mps" else table
+        return table
 
     def measure_spectrum(self, gamma: Tensor, M: int) -> Tensor:
         """See ``base.Backend``."""
         row = reference.measure_singular_values(gamma.cpu().numpy(), len(gamma), M)
-        return torch.tensor([*row, MEASURED, 2.0], dtype=torch.float64)
+        return torch.tensor([*row, MEASURED, 2.0], dtype=torch.float64, device="cpu")
 
     def update_rates(self, tables: RateTables, groups: Sequence[RateGroup], metrics: Tensor) -> None:
-        """See ``base.Backend``; computed on the host."""
-        host = RateTables(*(tensor.cpu() for tensor in vars(tables).values()))
-        update_rates(host, groups, metrics.cpu())
-        for ours, theirs in zip(vars(tables).values(), vars(host).values(), strict=True):
-            ours.copy_(theirs)
+        """See ``base.Backend``."""
+        update_rates(tables, groups, metrics)
 
 
 def singular_values(matrix: Tensor, largest: float) -> Tensor:
