@@ -215,12 +215,29 @@ def test_ctrl_c_prints_what_is_done_so_far(capsys, checkpoint, monkeypatch):
     assert "interrupted" in err
 
 
+# `python -m rmsgd`, which leaves a file where it has measured something.
+SAYS_WHEN_IT_MEASURES = """
+import pathlib, runpy, sys
+from rmsgd.probing import Probing
+measure, marker = Probing._measure, pathlib.Path(sys.argv.pop(1))
+def measure_and_say_so(self, batch):
+    measure(self, batch)
+    marker.touch()
+Probing._measure = measure_and_say_so
+runpy.run_module("rmsgd", run_name="__main__")
+"""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to send")
 def test_ctrl_c_stops_the_command(tmp_path):
+    marker = tmp_path / "measured"
     weight = torch.randn(1500, 1500)
     save_file({f"{i}.weight": weight + i for i in range(200)}, tmp_path / "large.safetensors")
     process = subprocess.Popen(
-        [sys.executable, "-m", "rmsgd", "probe", str(tmp_path / "large.safetensors"), "--json"],
+        [
+            *(sys.executable, "-c", SAYS_WHEN_IT_MEASURES, str(marker)),
+            *("probe", str(tmp_path / "large.safetensors"), "--json"),
+        ],
         env={**os.environ, "RMSGD_BACKEND": "reference"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -228,7 +245,8 @@ def test_ctrl_c_stops_the_command(tmp_path):
         # A test run in the background of a shell ignores the signal, and its children would too.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    time.sleep(8)
+    while not marker.exists() and process.poll() is None:
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
