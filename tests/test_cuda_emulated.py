@@ -391,6 +391,19 @@ def test_an_overflow_on_the_device_skips_the_step_and_initialises_nothing(backen
         assert torch.equal(stepper._fresh_items.bool(), before.fresh[stepper_items(stepper, tables)])
 
 
+def test_scaled_gradients_that_half_precision_cannot_hold_are_unscaled_first(backend):
+    tables, gradients = make_tables(torch.float16)
+    expected = copy_of(tables)
+    groups = [StepGroup(1.0, 0.9, 0.0, 0.01, False, False, True)] * 2
+    scaled = [g if g is None else g.float() * 2.0**20 for g in gradients]
+    stepper = backend.stepper(tables)
+    stepper.scaling(torch.tensor([2.0**20]), torch.tensor([0.0]))
+    stepper.step(scaled, groups)
+    ORACLE.stepper(expected).step(gradients, groups)
+    for ours, theirs in zip(tables.parameters, expected.parameters, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def stepper_items(stepper, tables):
     counts = [-(-p.numel() // 2048) for p in tables.parameters]
     return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))

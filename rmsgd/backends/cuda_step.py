@@ -127,15 +127,26 @@ class CudaStepper:
         self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], grad_scale: float = 1.0
     ) -> None:
         """See ``base.Stepper``. Raises ValueError for a gradient whose buffer is missing."""
+        scale = self._scale(grad_scale)
+        divided = unscaled(gradients, self._parameters, 1.0 if scale is None else scale.reshape(()))
+        if divided is None:
+            self._step(gradients, groups, scale)
+        else:
+            self._step(divided, groups, None)
+
+    def _scale(self, grad_scale: float) -> Tensor | None:
+        if grad_scale == 1.0:
+            return self._grad_scale
+        return torch.full((1,), grad_scale, dtype=torch.float32, device=self._device)
+
+    def _step(
+        self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], scale: Tensor | None
+    ) -> None:
+        """Along gradients of the parameters' dtypes."""
         for i in self._bufferless:
             if gradients[i] is not None and groups[self._tables.groups[i]].momentum != 0.0:
                 raise ValueError(f"parameter {i} has no buffer, but the momentum of its group is not 0")
-        scale, found_inf = self._grad_scale, self._found_inf
-        if grad_scale != 1.0:
-            scale = torch.full((1,), grad_scale, dtype=torch.float32, device=self._device)
-        divided = unscaled(gradients, self._parameters, 1.0 if scale is None else scale.reshape(()))
-        if divided is not None:
-            gradients, scale = divided, None
+        found_inf = self._found_inf
         self._streams.join()  # the rates may still be on their way
         pointers = [0 if g is None else g.data_ptr() for g in gradients]
         hyper = [_hyper(group) for group in groups]
@@ -165,7 +176,7 @@ class CudaStepper:
                 or grad.is_neg()
             ):
                 return None
-        self.step(gradients, groups, grad_scale)
+        self._step(gradients, groups, self._scale(grad_scale))
         return [i for i, grad in enumerate(gradients) if grad is None]
 
 
