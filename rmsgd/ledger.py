@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, pairwise
+from itertools import groupby
 from operator import is_
 from typing import Any
 
@@ -96,7 +96,7 @@ class Ledger:
         self._fresh = torch.tensor(fresh, dtype=torch.bool, device=place)
         self._stepped, self._copies = _dense([local(p) for p in self._parameters])
         self._empty = [i for i, p in enumerate(self._stepped) if p.numel() == 0]
-        _check_apart(self._stepped, [m.name for m in self.members])
+        _check_apart([local(p) for p in self._parameters], [m.name for m in self.members])
         buffers = [None if buffer is None else local(buffer) for buffer in self._buffers]
         self._stepper = self._backend.stepper(
             StepTables(self._stepped, buffers, [m.group for m in self.members], self._eta, self._fresh)
@@ -287,16 +287,35 @@ def _dense(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tenso
 
 def _check_apart(parameters: Sequence[Tensor], names: Sequence[str]) -> None:
     """Refuse parameters that share memory: they are stepped at the same time."""
-    extents = sorted(
-        (p.data_ptr(), p.data_ptr() + p.nbytes, i) for i, p in enumerate(parameters) if p.numel()
-    )
-    for (_, end, first), (begin, _, second) in pairwise(extents):
-        if begin < end:
-            first, second = sorted((first, second))
-            raise RuntimeError(
-                f"{names[first]} and {names[second]} share memory: give RMSGD one of them, or tie the "
-                "modules by one Parameter (a.weight = b.weight)"
-            )
+    extents = sorted((*_extent(p), i) for i, p in enumerate(parameters) if p.numel() and not p.is_meta)
+    reaching: list[tuple[int, int]] = []  # of those seen, (end, index) where they may reach the next one
+    for begin, end, i in extents:
+        reaching = [other for other in reaching if other[0] > begin]
+        for _, other in reaching:
+            if _overlap(parameters[other], parameters[i]):
+                first, second = sorted((other, i))
+                raise RuntimeError(
+                    f"{names[first]} and {names[second]} share memory: give RMSGD one of them, or tie the "
+                    "modules by one Parameter (a.weight = b.weight)"
+                )
+        reaching.append((end, i))
+
+
+def _extent(p: Tensor) -> tuple[int, int]:
+    """The addresses that a tensor with elements lies between."""
+    last = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+    return p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size()
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have a byte in common; the columns of one matrix, for one, need not."""
+    (begin, end), (other_begin, other_end) = _extent(a), _extent(b)
+    first = min(begin, other_begin)
+    touched = torch.zeros(max(end, other_end) - first, dtype=torch.uint8, device="cpu")
+    for t in (a, b):
+        strides = [stride * t.element_size() for stride in t.stride()]
+        touched.as_strided((*t.shape, t.element_size()), (*strides, 1), t.data_ptr() - first).add_(1)
+    return bool(touched.max() > 1)
 
 
 def _check_gradient(grad: Tensor, name: str) -> None:

@@ -242,19 +242,38 @@ def test_a_misaligned_parameter_is_stepped_and_measured():
     assert torch.equal(straight, crooked)
 
 
-def test_parameters_that_share_memory_are_refused_by_name():
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (lambda whole: whole[:6], lambda whole: whole[5:]),
+        (lambda whole: whole[:, :3], lambda whole: whole[:, 2:]),
+        (lambda whole: whole, lambda whole: whole[9, 3:]),
+        (lambda whole: whole[:, 1:], lambda whole: whole.view(torch.float64)[:, 1:]),
+    ],
+    ids=["rows", "columns", "the last element", "types"],
+)
+def test_parameters_that_share_memory_are_refused_by_name(a, b):
     whole = torch.zeros(10, 4)
-    named = [("a.weight", nn.Parameter(whole[:6])), ("b.weight", nn.Parameter(whole[5:]))]
+    named = [("a.weight", nn.Parameter(a(whole))), ("b.weight", nn.Parameter(b(whole)))]
     optimizer = rmsgd.RMSGD(named)
-    named[0][1].grad = torch.ones(6, 4)
+    named[0][1].grad = torch.ones_like(named[0][1])
     with pytest.raises(RuntimeError, match=r"a\.weight and b\.weight share memory"):
         optimizer.step()
     assert not whole.any()
 
 
-def test_neighbours_in_one_allocation_do_not_share_memory():
+@pytest.mark.parametrize(
+    "split",
+    [
+        lambda whole: (whole[:6], whole[6:]),
+        lambda whole: (whole[:, ::2], whole[:, 1::2]),
+        lambda whole: (whole[:, :3], whole[:, 3:]),
+    ],
+    ids=["rows", "every second column", "columns"],
+)
+def test_neighbours_in_one_allocation_do_not_share_memory(split):
     whole = torch.zeros(10, 4)
-    parts = [nn.Parameter(whole[:6]), nn.Parameter(whole[6:])]
+    parts = [nn.Parameter(part) for part in split(whole)]
     optimizer = rmsgd.RMSGD(parts, lr=1.0, momentum=0.0)
     for p in parts:
         p.grad = torch.ones_like(p)
