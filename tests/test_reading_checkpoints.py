@@ -21,6 +21,15 @@ def weights():
     return {f"layers.{i}.weight": torch.randn(6, 8) for i in (0, 2, 10)}
 
 
+def adam():
+    """The state dict of an optimizer that has taken a step."""
+    parameter = nn.Parameter(torch.randn(4, 4))
+    optimizer = torch.optim.Adam([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
 def names(report):
     return [layer.name for layer in report.layers]
 
@@ -65,12 +74,8 @@ def test_files_and_memory_give_the_same_report(tmp_path):
 
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "module"])
 def test_the_state_dict_inside_a_training_checkpoint_is_found(tmp_path, key):
-    parameter = nn.Parameter(torch.randn(4, 4))
-    optimizer = torch.optim.Adam([parameter])
-    parameter.sum().backward()
-    optimizer.step()
     torch.save(
-        {key: weights(), "epoch": 3, "optimizer": optimizer.state_dict(), "ema": {"w": torch.randn(4, 4)}},
+        {key: weights(), "epoch": 3, "optimizer": adam(), "ema": {"w": torch.randn(4, 4)}},
         tmp_path / "last.ckpt",
     )
     assert names(rmsgd.probe(tmp_path / "last.ckpt")) == list(weights())
@@ -83,6 +88,12 @@ def test_several_networks_are_kept_apart_and_optimizers_left_out():
         "optimizer": {"state": {0: {"exp_avg": torch.randn(4, 4)}}, "param_groups": []},
     }
     assert list(find_weights(tree)) == ["generator.w", "critic.w"]
+
+
+def test_an_optimizers_file_holds_no_weights(tmp_path):
+    torch.save(adam(), tmp_path / "optimizer.pt")
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt: no weights in it"):
+        rmsgd.probe(tmp_path / "optimizer.pt")
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
@@ -156,6 +167,22 @@ def test_a_folder_of_several_checkpoints_is_not_one_model(tmp_path):
         torch.save(weights(), tmp_path / f"epoch_{epoch}.pt")
     report = rmsgd.probe(tmp_path)
     assert "not shards of one model" in report.errors[0]
+
+
+def test_a_trainers_folder_is_its_models_layers_and_no_error(tmp_path):
+    beside = {
+        "optimizer.pt": adam(),
+        "scheduler.pt": {"base_lrs": [0.1], "last_epoch": 3},
+        "scaler.pt": {"scale": 65536.0, "growth_factor": 2.0},
+        "rng_state_0.pth": {"numpy": np.random.get_state(), "cpu": torch.get_rng_state()},
+        "rng_state_1.pth": {"numpy": np.random.get_state(), "cpu": torch.get_rng_state()},
+        "training_args.bin": Malicious(tmp_path / "executed"),
+    }
+    for name, content in {"pytorch_model.bin": weights(), **beside}.items():
+        torch.save(content, tmp_path / name)
+    report = rmsgd.probe(tmp_path)
+    assert names(report) == list(weights())
+    assert report.errors == ()
 
 
 # -- bad input -----------------------------------------------------------------------------------

@@ -18,6 +18,9 @@ from rmsgd.inspection.stored import Source, StoredTensor, find_weights, stored_t
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
+SETTINGS = "training_args.bin"
+"""What a Hugging Face Trainer calls its pickled settings: code, beside the weights of every checkpoint."""
+
 RESIDENT_BYTES = 64 << 20
 """Read from mapped files before they are let go: until then, what was read counts as resident."""
 
@@ -30,8 +33,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Source:
     """The tensors of a safetensors file, a torch file, or a folder of shards.
 
     Formats are told by content, not by suffix. Of a folder, the shards that an index names
-    ("*.index.json") are taken, else all its safetensors files, else all its torch files. Torch files
-    hold their order; safetensors files do not, and are put in natural order (layer 2 before 10).
+    ("*.index.json") are taken, else all its safetensors files, else all its torch files but a Trainer's
+    settings. Torch files hold their order; safetensors files do not, and are put in natural order (layer
+    2 before 10).
 
     What cannot be read of a folder is among the source's errors, and the rest is still there.
 
@@ -91,6 +95,8 @@ def _join(files: Sequence[_File], errors: list[str]) -> Source:
     for file in files:
         for stored in file.tensors():
             if stored.name in origin:
+                if len(stored.shape) < 2:
+                    continue  # no layer: a random state, which every process of a training has saved
                 errors.append(
                     f"{file.path}: has {stored.name} again, after {origin[stored.name].name}: "
                     "these are not shards of one model"
@@ -114,7 +120,7 @@ def _of_folder(folder: Path) -> tuple[list[Path], list[str]]:
     except OSError as error:
         raise CheckpointError(f"{folder}: {error.strerror}") from None
     files = [p for p in entries if p.suffix == ".safetensors"]
-    files = files or [p for p in entries if p.suffix in TORCH_SUFFIXES]
+    files = files or [p for p in entries if p.suffix in TORCH_SUFFIXES and p.name != SETTINGS]
     if not files:
         suffixes = ", ".join((".safetensors", *TORCH_SUFFIXES))
         raise CheckpointError(f"{folder}: no checkpoint in this folder (none of {suffixes})")

@@ -84,8 +84,8 @@ def find_weights(tree: Mapping[Any, Any]) -> dict[str, Any]:
     """The tensors and arrays of a state dict, or of the state dict inside a training checkpoint.
 
     A mapping under one of ``WRAPPERS`` is the state dict: its keys stay as they are and all beside
-    it is left alone. Otherwise every tensor is taken, those of inner mappings under "outer.inner";
-    an optimizer's state (a mapping with "param_groups") is passed over.
+    it is left alone. Otherwise every tensor is taken, those of inner mappings under "outer.inner".
+    An optimizer's state dict (a mapping with "state" and "param_groups") holds none.
     """
     for key in WRAPPERS:
         if isinstance(tree.get(key), Mapping) and (weights := find_weights(tree[key])):
@@ -94,8 +94,10 @@ def find_weights(tree: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _flatten(tree: Mapping[Any, Any], prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
+    if "state" in tree and "param_groups" in tree:
+        return
     for key, value in tree.items():
         if isinstance(value, Tensor | np.ndarray):
             yield f"{prefix}{key}", value
-        elif isinstance(value, Mapping) and "param_groups" not in value and depth:
+        elif isinstance(value, Mapping) and depth:
             yield from _flatten(value, f"{prefix}{key}.", depth - 1)
