@@ -53,7 +53,7 @@ def probe(
     Raises:
         TypeError: ``source`` is none of these.
         CheckpointError: nothing could be read, or there is no weight in it (a ValueError).
-        ValueError: the device is not available, or RMSGD_BACKEND does not run there.
+        ValueError: the device is not available, RMSGD_BACKEND does not run there, or a mapping holds itself.
     """
     probing = Probing(source, filter=filter, device=device)
     probing.run(progress)

@@ -237,6 +237,21 @@ def test_a_source_without_weights_is_a_value_error():
         rmsgd.probe(nn.ReLU())
 
 
+def test_a_mapping_that_holds_itself_is_a_value_error():
+    source = {"w": torch.randn(4, 4)}
+    source["model"] = source
+    with pytest.raises(ValueError, match="holds itself"):
+        rmsgd.probe(source)
+
+
+def test_weights_nested_without_end_are_not_found():
+    source = {"w": torch.randn(4, 4)}
+    for _ in range(2000):
+        source = {"model": source}
+    with pytest.raises(ValueError, match="no weights"):
+        rmsgd.probe(source)
+
+
 def test_an_unknown_device_is_a_value_error():
     with pytest.raises(ValueError, match="device 'abacus' is not available"):
         rmsgd.probe({"w": torch.randn(4, 4)}, device="abacus")

@@ -193,6 +193,12 @@ def cut(path, save):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def holding_itself(key):
+    content = {"w": torch.randn(4, 4)}
+    content[key] = {"inner": content}
+    return content
+
+
 BAD = {
     "truncated.pt": lambda path: cut(path, torch.save),
     "truncated.safetensors": lambda path: cut(path, save_file),
@@ -207,6 +213,9 @@ BAD = {
     "biases.pt": lambda path: torch.save({"bias": torch.zeros(4)}, path),
     "settings.pt": lambda path: torch.save({"lr": 0.1}, path),
     "number.pt": lambda path: torch.save(3, path),
+    "holds itself as the model.pt": lambda path: torch.save(holding_itself("model"), path),
+    "holds itself as another.pt": lambda path: torch.save(holding_itself("other"), path),
+    "deep.index.json": lambda path: path.write_text("[" * 100_000),
     "arrays.npz": lambda path: np.savez(path, w=np.zeros((3, 3))),
 }
 

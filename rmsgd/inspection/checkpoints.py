@@ -144,7 +144,7 @@ def _of_index(index: Path) -> tuple[list[Path], list[str]]:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except OSError as error:
         raise CheckpointError(f"{index}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f'{index}: not an index of shards: no "weight_map" in it') from None
     files, errors = [], []
     for name in sorted(map(str, names), key=natural_order):
@@ -274,7 +274,8 @@ class _TorchFile:
                     content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
             if isinstance(content, Tensor):
                 content = {"tensor": content}
-            self._weights = find_weights(content) if isinstance(content, Mapping) else {}
+            with _reading(self.path, "not a state dict"):
+                self._weights = find_weights(content) if isinstance(content, Mapping) else {}
         return self._weights
 
     def tensors(self) -> Sequence[StoredTensor]:

@@ -17,6 +17,7 @@ def open_source(source: nn.Module | Mapping[str, Any] | str | os.PathLike[str]) 
     Raises:
         TypeError: it is none of these.
         CheckpointError: see ``open_checkpoint``.
+        ValueError: a mapping holds itself.
     """
     if isinstance(source, nn.Module):
         return Source(tuple(_of_module(source)))

@@ -80,24 +80,39 @@ def as_tensor(value: Tensor | NDArray[Any]) -> Tensor:
         raise NotMeasurableError(f"an array of {value.dtype}, which torch does not know") from None
 
 
-def find_weights(tree: Mapping[Any, Any]) -> dict[str, Any]:
+def find_weights(tree: Mapping[Any, Any], outer: tuple[Mapping[Any, Any], ...] = ()) -> dict[str, Any]:
     """The tensors and arrays of a state dict, or of the state dict inside a training checkpoint.
 
     A mapping under one of ``WRAPPERS`` is the state dict: its keys stay as they are and all beside
     it is left alone. Otherwise every tensor is taken, those of inner mappings under "outer.inner".
-    An optimizer's state dict (a mapping with "state" and "param_groups") holds none.
+    An optimizer's state dict (a mapping with "state" and "param_groups") holds none, and neither does
+    what lies deeper than ``_DEEPEST``. ``outer`` are the mappings around this one.
+
+    Raises:
+        ValueError: a mapping holds itself.
     """
-    for key in WRAPPERS:
-        if isinstance(tree.get(key), Mapping) and (weights := find_weights(tree[key])):
+    inside = _enter(tree, outer)
+    for key in WRAPPERS if len(outer) < _DEEPEST else ():
+        if isinstance(tree.get(key), Mapping) and (weights := find_weights(tree[key], inside)):
             return weights
-    return dict(_flatten(tree, "", _DEEPEST))
+    return dict(_flatten(tree, "", ()))
 
 
-def _flatten(tree: Mapping[Any, Any], prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
+def _flatten(
+    tree: Mapping[Any, Any], prefix: str, outer: tuple[Mapping[Any, Any], ...]
+) -> Iterator[tuple[str, Any]]:
+    inside = _enter(tree, outer)
     if "state" in tree and "param_groups" in tree:
         return
     for key, value in tree.items():
         if isinstance(value, Tensor | np.ndarray):
             yield f"{prefix}{key}", value
-        elif isinstance(value, Mapping) and depth:
-            yield from _flatten(value, f"{prefix}{key}.", depth - 1)
+        elif isinstance(value, Mapping) and len(outer) < _DEEPEST:
+            yield from _flatten(value, f"{prefix}{key}.", inside)
+
+
+def _enter(tree: Mapping[Any, Any], outer: tuple[Mapping[Any, Any], ...]) -> tuple[Mapping[Any, Any], ...]:
+    """``tree`` put behind the mappings it lies in; ValueError where it is one of them."""
+    if any(tree is mapping for mapping in outer):
+        raise ValueError("a mapping holds itself")
+    return (*outer, tree)
