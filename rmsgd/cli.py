@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from rmsgd._version import __version__
 from rmsgd.backends.base import BackendUnavailable
-from rmsgd.inspection.checkpoints import TORCH_SUFFIXES
+from rmsgd.inspection.checkpoints import TORCH_SUFFIXES, CheckpointError, checkpoint_files
 from rmsgd.inspection.comparison import Comparison
 from rmsgd.inspection.series import Series, in_order_of_training
 from rmsgd.inspection.tables import comparison_table, printable, report_table, series_table
@@ -131,7 +132,7 @@ def _check_usage(options: argparse.Namespace, parser: argparse.ArgumentParser) -
         if find_spec(needs) is None:
             parser.error(f"--{option} needs {needs}: pip install 'rmsgd-kernels[plot]'")
         path = Path(target)
-        if path.suffix in (".safetensors", *TORCH_SUFFIXES) or target in options.paths:
+        if _is_checkpoint(target, options.paths):
             parser.error(f"--{option} {target} would overwrite a checkpoint")
         if path.is_dir() or not path.absolute().parent.is_dir():
             parser.error(f"--{option} {target} is not a file in an existing folder")
@@ -139,6 +140,18 @@ def _check_usage(options: argparse.Namespace, parser: argparse.ArgumentParser) -
         usable_device(options.device or "cpu")
     except (ValueError, BackendUnavailable) as error:
         parser.error(str(error))
+
+
+def _is_checkpoint(target: str, paths: Sequence[str]) -> bool:
+    """Whether a file is one of those that the paths are read from, by whatever name, or is named like one."""
+    suffixes = (".safetensors", *TORCH_SUFFIXES, ".index.json")
+    if any(name.lower().endswith(suffixes) for name in (target, os.path.realpath(target))):
+        return True
+    files: list[Path] = []
+    for path in paths:
+        with suppress(CheckpointError):  # said when the path is read
+            files += checkpoint_files(path)[0]
+    return os.path.exists(target) and any(os.path.exists(f) and os.path.samefile(target, f) for f in files)
 
 
 def _measure(paths: Sequence[str], options: argparse.Namespace) -> tuple[list[Report], int]:

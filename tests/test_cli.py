@@ -178,10 +178,33 @@ def test_skipped_layers_are_no_failure(capsys, tmp_path):
 def test_bad_usage_is_found_before_anything_is_measured(capsys, checkpoint, tmp_path, monkeypatch):
     assert "two paths" in bad_usage(capsys, "--compare", checkpoint)
     assert "existing folder" in bad_usage(capsys, checkpoint, "--plot", tmp_path / "no" / "out.png")
-    assert "overwrite a checkpoint" in bad_usage(capsys, checkpoint, "--csv", tmp_path / "other.pt")
     assert "not available" in bad_usage(capsys, checkpoint, "--device", "abacus")
     monkeypatch.setenv("RMSGD_BACKEND", "abacus")
     assert "RMSGD_BACKEND=abacus is unknown" in bad_usage(capsys, checkpoint)
+
+
+@pytest.mark.parametrize("name", ["other.pt", "OTHER.PT", "other.safetensors.index.json", "blob"])
+def test_a_name_of_a_checkpoint_is_not_written_to(capsys, checkpoint, tmp_path, name):
+    (tmp_path / "other.pt").symlink_to(tmp_path / "blob")
+    (tmp_path / "blob").symlink_to(tmp_path / "another.pt")
+    assert "overwrite a checkpoint" in bad_usage(capsys, checkpoint, "--csv", tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["model", "../here/model", "symlink", "hardlink"])
+@pytest.mark.parametrize("probed", ["model", "", "model.safetensors.index.json"])
+def test_what_is_read_is_not_written_to_by_any_name(capsys, tmp_path, name, probed):
+    here = tmp_path / "here"
+    here.mkdir()
+    save_file({"w": torch.randn(4, 6)}, here / "model")
+    (here / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model"}}')
+    (here / "symlink").symlink_to(here / "model")
+    (here / "hardlink").hardlink_to(here / "model")
+    assert "overwrite a checkpoint" in bad_usage(capsys, here / probed, "--csv", f"{here}/{name}")
+
+
+def test_a_report_in_the_folder_of_the_checkpoint_is_written_again(capsys, checkpoint, tmp_path):
+    for _ in range(2):
+        assert run(capsys, tmp_path, "--csv", tmp_path / "report.csv")[0] == 0
 
 
 @pytest.mark.parametrize(("option", "module"), [("--plot", "matplotlib"), ("--html", "jinja2")])

@@ -42,19 +42,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Source:
     Raises:
         CheckpointError: there is nothing at that path, or nothing that can be read.
     """
-    text = os.fspath(path)
-    if "://" in text or text.startswith("\\\\"):
-        raise CheckpointError(f"{text}: not a path on this machine; download the file first")
-    here = Path(text).expanduser()
-    if here.name.endswith(".index.json"):
-        files, errors = _of_index(here)
-    elif here.is_dir():
-        files, errors = _of_folder(here)
-    elif here.exists():
-        files, errors = [here], []
-    else:
-        raise CheckpointError(f"{here}: no such file or folder")
-
+    files, errors = checkpoint_files(path)
     opened: list[_File] = []
     for file in files:
         try:
@@ -64,6 +52,25 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Source:
     if errors and not opened:
         raise CheckpointError("\n".join(errors))
     return _join(opened, errors)
+
+
+def checkpoint_files(path: str | os.PathLike[str]) -> tuple[list[Path], list[str]]:
+    """The files that ``open_checkpoint`` reads, and which of them are missing, a line each.
+
+    Raises:
+        CheckpointError: there is nothing at that path, or nothing that could be read.
+    """
+    text = os.fspath(path)
+    if "://" in text or text.startswith("\\\\"):
+        raise CheckpointError(f"{text}: not a path on this machine; download the file first")
+    here = Path(text).expanduser()
+    if here.name.endswith(".index.json"):
+        return _of_index(here)
+    if here.is_dir():
+        return _of_folder(here)
+    if here.exists():
+        return [here], []
+    raise CheckpointError(f"{here}: no such file or folder")
 
 
 class _File(Protocol):
