@@ -125,11 +125,11 @@ def _check_usage(options: argparse.Namespace, parser: argparse.ArgumentParser) -
         parser.error(f"--html takes one checkpoint, got {len(options.paths)}; --plot draws a series")
     if options.json and options.csv == "-":
         parser.error("--json and --csv both write to stdout: give --csv a FILE")
-    for option, needs in (("plot", "matplotlib"), ("html", "jinja2"), ("csv", "csv")):
+    for option, needs in (("plot", "matplotlib"), ("html", "jinja2"), ("csv", None)):
         target = getattr(options, option)
         if target in (None, "-"):
             continue
-        if find_spec(needs) is None:
+        if needs and find_spec(needs) is None:
             parser.error(f"--{option} needs {needs}: pip install 'rmsgd-kernels[plot]'")
         path = Path(target)
         if _is_checkpoint(target, options.paths):

@@ -215,6 +215,11 @@ def test_a_missing_extra_is_named(capsys, checkpoint, tmp_path, monkeypatch, opt
     assert "rmsgd-kernels[plot]" in message
 
 
+def test_csv_needs_no_extra(capsys, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert run(capsys, checkpoint, "--csv", tmp_path / "out.csv")[0] == 0
+
+
 def test_a_file_that_cannot_be_written_is_a_failure_after_the_table(capsys, checkpoint, tmp_path):
     code, out, err = run(capsys, checkpoint, "--plot", tmp_path / "out.nonsense")
     assert code == 2
