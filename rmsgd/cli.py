@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -29,13 +30,21 @@ OK, FAILED, INTERRUPTED = 0, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; argparse exits by itself, with 2, on bad usage."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, TextIOWrapper):  # a layer's name may have letters that its encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return int(options.run(options))
+        try:
+            options = _parser().parse_args(arguments)
+            return int(options.run(options))
+        finally:
+            print(end="", flush=True)  # at exit it would be too late for what follows
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return OK
+    except OSError as error:  # a full disk
+        _complain(str(error))
+        _drop_stdout()
+        return FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -238,9 +247,15 @@ def _doctor(options: argparse.Namespace) -> int:
 # -- the terminal --------------------------------------------------------------------------------
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to ``main``: rich would exit with 1."""
+        raise BrokenPipeError
+
+
 def _console(stream: TextIO) -> Console:
     """Where output goes to a file or a pipe, lines are as long as they need to be."""
-    return Console(file=stream, width=None if stream.isatty() else 100_000, highlight=False)
+    return _Console(file=stream, width=None if stream.isatty() else 100_000, highlight=False)
 
 
 def _progress_bar() -> Progress:
@@ -254,6 +269,11 @@ def _progress_bar() -> Progress:
 
 def _advance(bar: Progress, task: TaskID, index: int, share: float) -> None:
     bar.update(task, completed=index + share)
+
+
+def _drop_stdout() -> None:
+    """Let Python write the rest of stdout's buffer to nowhere when it exits: it would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(line: str) -> None:

@@ -282,6 +282,52 @@ def test_ctrl_c_stops_the_command(tmp_path):
     assert "Traceback" not in err
 
 
+# -- stdout --------------------------------------------------------------------------------------
+
+
+def command(*arguments, stdout, **environment):
+    """Exit status, what was written to a pipe, and standard error of the command in a process of its own."""
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-m", "rmsgd", *arguments],
+        env={**buffered, **environment},
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["probe"], ["probe", "--json"], ["doctor", "--json"]])
+def test_a_reader_that_has_left_is_no_failure(checkpoint, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        code, _, err = command(*arguments, *[checkpoint] * ("probe" in arguments), stdout=writer)
+    finally:
+        os.close(writer)
+    assert code == 0
+    assert "Error" not in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_full_disk_is_one_line_and_exit_code_2(checkpoint, form):
+    with open("/dev/full", "w") as full:
+        code, _, err = command("probe", checkpoint, *form, stdout=full)
+    assert code == 2
+    assert err == "rmsgd: [Errno 28] No space left on device\n"
+
+
+def test_what_stdout_cannot_encode_is_escaped(tmp_path):
+    paths = [str(tmp_path / f"epoch_{epoch}.pt") for epoch in (1, 2)]
+    for path in paths:
+        torch.save({"größe": torch.randn(4, 6)}, path)
+    code, out, _ = command("probe", *paths, stdout=subprocess.PIPE, PYTHONIOENCODING="ascii")
+    assert code == 0
+    assert "gr\\xf6\\xdfe" in out
+
+
 # -- doctor --------------------------------------------------------------------------------------
 
 
