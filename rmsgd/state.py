@@ -9,6 +9,9 @@
     epoch                         how many epoch ends there have been
     decay                         product of the gammas that zeta has been multiplied by
     ready                         whether the release's ``not_ready`` list has let go of the layer
+
+While the optimizer runs, rate, fresh, stable_rank and ready are kept where the kernels read and write them
+(``rmsgd.ledger``); ``state_dict()``, pickling and copying bring them here first.
 """
 
 import math
