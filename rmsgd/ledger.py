@@ -147,10 +147,10 @@ class Ledger:
             leader=tensor(leaders, torch.int32),
             follower_lr=tensor([groups[self.members[i].group]["lr0"] for i in followers], torch.float64),
         )
+        lacking = [i for i in self._probed if math.isnan(self._states[i]["stable_rank"])]
+        self._lacks_ranks = bool(lacking)
         self._first_measurement_due = any(
-            groups[self.members[i].group]["initial_rank"] == "measure"
-            and math.isnan(self._states[i]["stable_rank"])
-            for i in self._probed
+            groups[self.members[i].group]["initial_rank"] == "measure" for i in lacking
         )
 
     # -- whether it still holds ------------------------------------------------------------------
@@ -220,8 +220,6 @@ class Ledger:
 
     def _fill_in(self, metrics: Tensor) -> None:
         """Give the layers that have no s yet the one measured, NaN where a weight is not finite."""
-        if not self._probed:
-            return
         runs = metrics.split([count for _, count in self._measures])  # type: ignore[no-untyped-call]
         of_rule = [rows[:, column] for rows, (column, _) in zip(runs, self._measures, strict=True)]
         rows = torch.cat(of_rule) * self._tables.weight
@@ -239,7 +237,8 @@ class Ledger:
             self._sharing.check_agreement(self._description(groups), self.device)
         with self._backend.aside(self.device):
             metrics = self._measure()
-            self._fill_in(metrics)
+            if self._lacks_ranks:
+                self._fill_in(metrics)
             self._backend.update_rates(self._tables, groups, metrics)
         return Measurement(
             [self.members[i].position for i in self._probed],
