@@ -102,17 +102,30 @@ class SoleUse {
   StepPlan& plan_;
 };
 
+// Whether kernels take gradients of this type beside such weights.
+bool goes_with(Dtype gradient, Dtype weight) {
+  const bool half = weight == Dtype::float16 || weight == Dtype::bfloat16;
+  return gradient == weight || (half && gradient == Dtype::float32);
+}
+
 void step(StepPlan& plan, const std::vector<Pointer>& gradients, const std::vector<GroupTuple>& groups,
-          double grad_scale, std::int64_t threads) {
+          double grad_scale, std::int64_t threads, const std::optional<std::vector<std::string>>& dtypes) {
   auto& tensors = plan.tensors();
   expect_length("gradients", gradients.size(), tensors.size());
+  if (dtypes) expect_length("dtypes", dtypes->size(), tensors.size());
   const int used = checked_threads(threads);
   const auto step_groups = checked_groups(plan, groups, grad_scale);
+  std::vector<Dtype> gradient_dtypes(tensors.size());
   for (std::size_t k = 0; k < tensors.size(); ++k) {
+    const Dtype dtype = gradient_dtypes[k] = dtypes ? dtype_of((*dtypes)[k]) : tensors[k].dtype;
+    if (!goes_with(dtype, tensors[k].dtype)) {
+      throw py::value_error("dtypes: " + std::to_string(k) + " is " + (*dtypes)[k] +
+                            ", neither the parameter's nor float32 beside half precision");
+    }
     if (gradients[k] == 0) continue;
-    check_memory("gradients", gradients[k], tensors[k].dtype, tensors[k].numel);
+    check_memory("gradients", gradients[k], dtype, tensors[k].numel);
     const auto memory = reinterpret_cast<const void*>(gradients[k]);
-    if (plan.writes(memory, tensors[k].numel * size_of(tensors[k].dtype))) {
+    if (plan.writes(memory, tensors[k].numel * size_of(dtype))) {
       throw py::value_error("gradients: " + std::to_string(k) +
                             " shares memory with a parameter or a buffer");
     }
@@ -120,7 +133,7 @@ void step(StepPlan& plan, const std::vector<Pointer>& gradients, const std::vect
   const SoleUse sole(plan);
   for (std::size_t k = 0; k < tensors.size(); ++k) {
     tensors[k].gradient = reinterpret_cast<const void*>(gradients[k]);
-    tensors[k].gradient_dtype = tensors[k].dtype;
+    tensors[k].gradient_dtype = gradient_dtypes[k];
   }
   without_gil([&] { plan.step(step_groups, grad_scale, used); });
 }
@@ -144,11 +157,10 @@ bool take_gradient(const dlpack::ExchangeTable& table, PyObject* parameter, PyOb
     return false;
   }
   const auto gradient_dtype = dtype_of(g);
-  const bool half = tensor.dtype == Dtype::float16 || tensor.dtype == Dtype::bfloat16;
   const bool as_planned = dlpack::data(w) == tensor.weight && dlpack::numel(w) == tensor.numel &&
                           dtype_of(w) == tensor.dtype && dlpack::is_dense(w);
-  const bool fits = dlpack::on_cpu(g) && dlpack::same_layout(w, g) &&
-                    (gradient_dtype == tensor.dtype || (half && gradient_dtype == Dtype::float32));
+  const bool fits = dlpack::on_cpu(g) && dlpack::same_layout(w, g) && gradient_dtype &&
+                    goes_with(*gradient_dtype, tensor.dtype);
   if (!as_planned || !fits || !dlpack::is_aligned(g)) return false;
   // Torch's lazy minus sign: only a view of one element can have it in the parameter's layout.
   if (tensor.numel == 1 && py::bool_(py::handle(gradient).attr("is_neg")())) return false;
@@ -201,7 +213,8 @@ void bind_step(py::module_& m) {
       .def(py::init(&make_plan), "parameters"_a, "buffers"_a, "dtypes"_a, "numels"_a, "groups"_a,
            "eta_indices"_a, "eta"_a.noconvert(), "fresh"_a.noconvert(), py::keep_alive<1, 8>(),
            py::keep_alive<1, 9>())
-      .def("step", &step, "gradients"_a, "groups"_a, "grad_scale"_a = 1.0, "threads"_a = 1)
+      .def("step", &step, "gradients"_a, "groups"_a, "grad_scale"_a = 1.0, "threads"_a = 1,
+           "dtypes"_a = py::none())
       .def("step_tensors", &step_tensors, "tensor_type"_a, "parameters"_a, "groups"_a, "grad_scale"_a = 1.0,
            "threads"_a = 1);
 }

@@ -47,7 +47,12 @@ class StepPlan:
         fresh: NDArray[np.bool_],
     ) -> None: ...
     def step(
-        self, gradients: Sequence[int], groups: Sequence[_Group], grad_scale: float = 1.0, threads: int = 1
+        self,
+        gradients: Sequence[int],
+        groups: Sequence[_Group],
+        grad_scale: float = 1.0,
+        threads: int = 1,
+        dtypes: Sequence[str] | None = None,
     ) -> None:
         """Take one step; the GIL is released meanwhile.
 
@@ -59,16 +64,17 @@ class StepPlan:
         otherwise:   b <- momentum b + (1 - dampening) g;  w -= rate b, or Nesterov rate (g + momentum b)
 
         Args:
-            gradients: data pointers, in the parameters' dtypes; 0 where there is none this time:
-                that parameter, its buffer and its flag stay as they are.
+            gradients: data pointers; 0 where there is none this time: that parameter, its buffer and its
+                flag stay as they are.
             groups: the hyper-parameters now.
             grad_scale: what the gradients are divided by; they are not written.
             threads: how many to use; the result does not depend on it.
+            dtypes: the gradients': their parameters', as by default, or float32 beside half precision.
 
         Raises:
-            ValueError: a length, `grad_scale` or `threads` is wrong, a gradient is misaligned or shares
-                memory with a parameter or a buffer, or a parameter with momentum and a gradient has no
-                buffer. Nothing has been written then.
+            ValueError: a length, a dtype, `grad_scale` or `threads` is wrong, a gradient is misaligned or
+                shares memory with a parameter or a buffer, or a parameter with momentum and a gradient has
+                no buffer. Nothing has been written then.
             IndexError: `groups` is too short.
             RuntimeError: another thread is taking a step.
         """

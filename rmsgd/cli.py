@@ -273,7 +273,8 @@ def _advance(bar: Progress, task: TaskID, index: int, share: float) -> None:
 
 def _drop_stdout() -> None:
     """Let Python write the rest of stdout's buffer to nowhere when it exits: it would fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(OSError):  # one without a file descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(line: str) -> None:

@@ -1,6 +1,6 @@
 """Whether parameters are still where and what they were when something was made for their memory.
 
-Asked at every step, so the compiled core answers where it can: 160 tensors cost Python 60 us.
+Asked at every step, so the compiled core answers where it can: 160 tensors cost Python 60 us and it 10.
 """
 
 from collections.abc import Sequence

@@ -29,7 +29,7 @@ from rmsgd.backends.base import (
     same_layout,
 )
 from rmsgd.distributed import SharedMeasurement, is_dtensor, local, local_gradient
-from rmsgd.layers import Unfolding, is_probed, leader_of, measurement_weights, unfoldings
+from rmsgd.layers import Unfolding, extent, is_probed, leader_of, measurement_weights, unfoldings
 from rmsgd.layouts import Layouts
 from rmsgd.measurement import Measurement
 from rmsgd.state import State, buffer_key
@@ -216,7 +216,8 @@ class Ledger:
     def _measure(self) -> Tensor:
         if self._sharing is None:
             return self._backend.measure(self._spectra)
-        return self._sharing(self._backend.measure).to(self._eta.device)
+        # Ranks exchange what lies on the parameters' device.
+        return self._sharing(lambda mine: self._backend.measure(mine).to(self.device)).to(self._eta.device)
 
     def _fill_in(self, metrics: Tensor) -> None:
         """Give the layers that have no s yet the one measured, NaN where a weight is not finite."""
@@ -230,6 +231,8 @@ class Ledger:
         measured = torch.zeros(len(sizes), dtype=rows.dtype, device=rows.device).index_add_(0, layers, rows)
         known = self._tables.stable_rank
         known.copy_(torch.where(known.isnan(), measured, known))
+        if self._backend.on_host:
+            self._lacks_ranks = bool(known.isnan().any())
 
     def epoch_step(self, groups: Sequence[RateGroup]) -> Measurement:
         """Measure every layer and move the rates."""
@@ -286,35 +289,37 @@ def _dense(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tenso
 
 def _check_apart(parameters: Sequence[Tensor], names: Sequence[str]) -> None:
     """Refuse parameters that share memory: they are stepped at the same time."""
-    extents = sorted((*_extent(p), i) for i, p in enumerate(parameters) if p.numel() and not p.is_meta)
-    reaching: list[tuple[int, int]] = []  # of those seen, (end, index) where they may reach the next one
-    for begin, end, i in extents:
-        reaching = [other for other in reaching if other[0] > begin]
-        for _, other in reaching:
-            if _overlap(parameters[other], parameters[i]):
-                first, second = sorted((other, i))
-                raise RuntimeError(
-                    f"{names[first]} and {names[second]} share memory: give RMSGD one of them, or tie the "
-                    "modules by one Parameter (a.weight = b.weight)"
-                )
-        reaching.append((end, i))
+    extents = [(*extent(p), i) for i, p in enumerate(parameters) if p.numel() and not p.is_meta]
+    clusters: list[list[int]] = []  # of those whose extents meet
+    reach = 0
+    for begin, end, i in sorted(extents):
+        if begin >= reach:
+            clusters.append([])
+        clusters[-1].append(i)
+        reach = max(reach, end)
+    for cluster in clusters:
+        pair = _first_to_share([parameters[i] for i in cluster]) if len(cluster) > 1 else None
+        if pair is not None:
+            first, second = (names[i] for i in sorted(cluster[k] for k in pair))
+            raise RuntimeError(
+                f"{first} and {second} share memory: give RMSGD one of them, or tie the "
+                "modules by one Parameter (a.weight = b.weight)"
+            )
 
 
-def _extent(p: Tensor) -> tuple[int, int]:
-    """The addresses that a tensor with elements lies between."""
-    last = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
-    return p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size()
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have a byte in common; the columns of one matrix, for one, need not."""
-    (begin, end), (other_begin, other_end) = _extent(a), _extent(b)
-    first = min(begin, other_begin)
-    touched = torch.zeros(max(end, other_end) - first, dtype=torch.uint8, device="cpu")
-    for t in (a, b):
-        strides = [stride * t.element_size() for stride in t.stride()]
-        touched.as_strided((*t.shape, t.element_size()), (*strides, 1), t.data_ptr() - first).add_(1)
-    return bool(touched.max() > 1)
+def _first_to_share(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+    """Two of these that have a byte in common; the columns of one matrix, for one, need not."""
+    first = min(t.data_ptr() for t in tensors)
+    unit = math.gcd(*(n for t in tensors for n in (t.data_ptr() - first, t.element_size())))
+    owner = torch.zeros((max(extent(t)[1] for t in tensors) - first) // unit, dtype=torch.int32, device="cpu")
+    for k, t in enumerate(tensors):
+        of_element = t.element_size() // unit
+        strides = [stride * of_element for stride in t.stride()]
+        mine = owner.as_strided((*t.shape, of_element), (*strides, 1), (t.data_ptr() - first) // unit)
+        if mine.any():
+            return int(mine.max()) - 1, k
+        mine.fill_(k + 1)
+    return None
 
 
 def _check_gradient(grad: Tensor, name: str) -> None:

@@ -183,6 +183,7 @@ class RMSGD(Optimizer):
             ledger.write_back()
 
     @torch.inference_mode(False)  # its tables outlive the mode of whoever happens to call first
+    @torch.no_grad()  # which leaving that mode would switch off
     def _open_ledgers(self) -> None:
         members: dict[Tensor, Member] = {}
         for g, (group, names) in enumerate(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rmsgd.backends.base import RateGroup, StepGroup
-from rmsgd.layers import SUPPORTED_DTYPES
+from rmsgd.layers import SUPPORTED_DTYPES, extent
 from rmsgd.reference import RULES
 
 INITIAL_RANKS = ("zero", "measure")
@@ -120,8 +120,9 @@ def check_parameter(p: Tensor, name: str) -> None:
         raise TypeError(f"parameter {name} has dtype {p.dtype}; RMSGD knows {known}")
     if p.layout != torch.strided:
         raise TypeError(f"parameter {name} has layout {p.layout}; RMSGD needs dense parameters")
-    if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
-        raise TypeError(f"parameter {name} is expanded: elements of it share memory; use expand(...).clone()")
+    begin, end = extent(p)
+    if p.nbytes > end - begin:
+        raise TypeError(f"elements of parameter {name} share memory, as after expand(); use clone()")
     if p.is_neg():
         raise TypeError(f"parameter {name} is the negative of other memory; use resolve_neg()")
 

@@ -3,6 +3,9 @@
 Every function called through ``job.run`` runs on all ranks.
 """
 
+import gc
+import os
+import weakref
 from copy import deepcopy
 
 import pytest
@@ -227,6 +230,23 @@ def train_fsdp(mesh_shape, options):
             if t % 3 == 2:
                 optimizer.epoch_step()
     return optimizer.learning_rates(), whole(model), counting.count, empty
+
+
+def leave_sharded_parameters():
+    os.environ["RMSGD_BACKEND"] = "torch"  # whose stepper holds nothing but the tensors themselves
+    model = sharded(init_device_mesh("cpu", (dist.get_world_size(),)))
+    step(model, rmsgd.RMSGD(model.named_parameters()), 0)
+    p = next(model.parameters())
+    p.optimizer = rmsgd.RMSGD([p])
+    p.optimizer.step()
+    gone = weakref.ref(p.optimizer)
+    del p, model
+    gc.collect()
+    return gone() is None
+
+
+def test_an_optimizer_of_sharded_parameters_that_refer_to_it_is_collected(job):
+    assert all(job.run(leave_sharded_parameters))
 
 
 @pytest.mark.parametrize("options", [{}, {"rule": "release", "nesterov": True}])

@@ -156,8 +156,11 @@ def test_a_step_writes_its_parameters_and_buffers_and_nothing_else(made, data):
     except REFUSALS:
         return
     assert not overlap(extents(arguments))
+    threads = data.draw(st.sampled_from([1, 2, 5, 0, -1, 2**31, 2**62]))
+    named = st.sampled_from(["float32", "float32", "float16", "float64", "int8"])
+    dtypes = data.draw(st.one_of(st.none(), st.lists(named, max_size=len(gradients) + 1)))
     try:
-        plan.step(gradients, groups, scale, data.draw(st.sampled_from([1, 2, 5, 0, -1, 2**31, 2**62])))
+        plan.step(gradients, groups, scale, threads, dtypes)
     except REFUSALS:
         assert arena.untouched_outside([])
     assert arena.untouched_outside(extents(arguments))

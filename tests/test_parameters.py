@@ -191,6 +191,20 @@ def test_gradients_may_be_float32_beside_half_precision_weights(backend, dtype):
 
 
 @pytest.mark.parametrize("gaps", [False, True])
+def test_tiny_gradients_are_not_rounded_before_they_are_unscaled(backend, gaps):
+    p, q = (Parameter(torch.zeros(4, 6, dtype=torch.float16)[:, :: 1 + g]) for g in (gaps, 0))
+    if not hasattr(p, "grad_dtype"):
+        pytest.skip("this torch ties a gradient's type to its parameter's")
+    p.grad_dtype = torch.float32
+    p.grad, q.grad = torch.full(p.shape, 2.0**-10), torch.full_like(q, 2.0**-10)
+    optimizer = rmsgd.RMSGD([p, q], lr=2.0**10)
+    optimizer.grad_scale = torch.tensor(2.0**16)
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.full_like(p, -(2.0**-16)))
+    assert torch.equal(q.detach(), torch.full_like(q, -(2.0**-16)))
+
+
+@pytest.mark.parametrize("gaps", [False, True])
 def test_a_scaled_gradient_that_half_precision_cannot_hold_is_unscaled_first(backend, gaps):
     p = Parameter(torch.ones(4, 6, dtype=torch.float16)[:, :: 1 + gaps])
     if not hasattr(p, "grad_dtype"):
@@ -203,9 +217,10 @@ def test_a_scaled_gradient_that_half_precision_cannot_hold_is_unscaled_first(bac
     assert torch.equal(p.detach(), torch.full_like(p, 0.5))
 
 
-def test_a_gradient_with_a_sign_still_to_be_applied_is_descended_along(backend):
-    w = Parameter(torch.zeros(1))
-    (torch.complex(torch.ones(1), w).conj() * torch.tensor([1 + 2j])).real.sum().backward()
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_gradient_with_a_sign_still_to_be_applied_is_descended_along(backend, shape):
+    w = Parameter(torch.zeros(shape))
+    (torch.complex(torch.ones(shape), w).conj() * torch.tensor([1 + 2j])).real.sum().backward()
     assert w.grad.is_neg()
     assert w.grad.item() == 2.0
     rmsgd.RMSGD([w], lr=1.0).step()
@@ -295,12 +310,13 @@ class NoFloat64(TorchFunctionMode):
 
 
 def test_a_device_without_float64_is_stepped_on():
-    p = Parameter(torch.randn(8, 8, device="meta"))
-    optimizer = rmsgd.RMSGD([p])
-    p.grad = torch.randn(8, 8, device="meta")
+    weights = [Parameter(torch.randn(8, 8, device="meta")) for _ in range(2)]
+    optimizer = rmsgd.RMSGD(weights)
+    for p in weights:
+        p.grad = torch.randn(8, 8, device="meta")
     with NoFloat64():
         optimizer.step()
-        assert optimizer.learning_rates() == {"0.0": 0.03}
+        assert optimizer.learning_rates() == {"0.0": 0.03, "0.1": 0.03}
     assert optimizer.state_dict()["state"][0]["fresh"] is False
 
 
@@ -395,7 +411,8 @@ def test_a_group_with_a_parameter_that_is_not_there_yet_is_refused_and_forgotten
         (torch.ones(2, 2, dtype=torch.int64), r"parameter 0\.1 has dtype torch.int64; RMSGD knows float32"),
         (torch.ones(2, 2, dtype=torch.float8_e4m3fn), r"parameter 0\.1 has dtype torch.float8_e4m3fn"),
         (torch.ones(2, 2).to_sparse(), r"parameter 0\.1 has layout torch.sparse_coo"),
-        (torch.ones(2, 1).expand(2, 2), r"parameter 0\.1 is expanded"),
+        (torch.ones(2, 1).expand(2, 2), r"elements of parameter 0\.1 share memory"),
+        (torch.ones(5).unfold(0, 3, 1), r"elements of parameter 0\.1 share memory"),
         (torch.zeros(2, dtype=torch.complex64).conj().imag, r"parameter 0\.1 is the negative"),
     ],
 )

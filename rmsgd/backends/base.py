@@ -175,19 +175,6 @@ def buffer_dtype(p: Tensor) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
-def unscaled(
-    gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], scale: float | Tensor
-) -> list[Tensor | None] | None:
-    """Gradients over their scale, divided before they are rounded to the parameters' dtypes.
-
-    None where they have those dtypes already, and kernels may divide.
-    """
-    pairs = list(zip(gradients, parameters, strict=True))
-    if all(grad is None or grad.dtype == p.dtype for grad, p in pairs):
-        return None
-    return [None if grad is None else (grad.to(buffer_dtype(p)) / scale).to(p.dtype) for grad, p in pairs]
-
-
 def is_aligned(tensor: Tensor) -> bool:
     """Whether its address is a multiple of its element's size, as kernels take it."""
     return tensor.data_ptr() % tensor.element_size() == 0

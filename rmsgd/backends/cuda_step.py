@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rmsgd.backends.base import StepGroup, StepTables, unscaled
+from rmsgd.backends.base import StepGroup, StepTables
 from rmsgd.backends.kernels import DTYPES, Kernels, upload
 from rmsgd.backends.streams import Streams
 
@@ -19,6 +19,9 @@ THREADS = 256
 WARP = 32
 ITEM = 2048
 NESTEROV, MAXIMIZE, VELOCITY = 1, 2, 4
+
+_HALF_SCALE = 256.0
+"""At which float16 holds gradients of up to 256, and down to 2e-10."""
 
 _GROUP = np.dtype(
     [
@@ -128,16 +131,26 @@ class CudaStepper:
     ) -> None:
         """See ``base.Stepper``. Raises ValueError for a gradient whose buffer is missing."""
         scale = self._scale(grad_scale)
-        divided = unscaled(gradients, self._parameters, 1.0 if scale is None else scale.reshape(()))
-        if divided is None:
+        pairs = list(zip(gradients, self._parameters, strict=True))
+        wide = [g is not None and g.dtype != p.dtype for g, p in pairs]
+        if not any(wide):
             self._step(gradients, groups, scale)
-        else:
-            self._step(divided, groups, None)
+            return
+        # The kernel reads gradients of their parameters' dtypes. Half precision may not hold a float32
+        # gradient at the scale that it has: these are stepped along by themselves, at another one.
+        by = _HALF_SCALE if scale is None else _HALF_SCALE / scale.reshape(())
+        self._step([None if w else g for (g, _), w in zip(pairs, wide, strict=True)], groups, scale)
+        rounded = [
+            (g * by).to(p.dtype) if w and g is not None else None
+            for (g, p), w in zip(pairs, wide, strict=True)
+        ]
+        self._step(rounded, groups, self._full(_HALF_SCALE))
 
     def _scale(self, grad_scale: float) -> Tensor | None:
-        if grad_scale == 1.0:
-            return self._grad_scale
-        return torch.full((1,), grad_scale, dtype=torch.float32, device=self._device)
+        return self._grad_scale if grad_scale == 1.0 else self._full(grad_scale)
+
+    def _full(self, scale: float) -> Tensor:
+        return torch.full((1,), scale, dtype=torch.float32, device=self._device)
 
     def _step(
         self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], scale: Tensor | None

@@ -22,7 +22,6 @@ from rmsgd.backends.base import (
     StepGroup,
     StepTables,
     is_aligned,
-    unscaled,
 )
 from rmsgd.layers import Unfolding, as_matrix
 
@@ -60,12 +59,12 @@ class NativeStepper(HostStepper):
         self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], grad_scale: float = 1.0
     ) -> None:
         """See ``base.Stepper``."""
-        divided = unscaled(gradients, self._parameters, grad_scale)
-        if divided is not None:
-            gradients, grad_scale = divided, 1.0
         usable = [g if g is None or self._is_usable(g) else g.clone() for g in gradients]
         pointers = [0 if g is None else g.data_ptr() for g in usable]
-        self._plan.step(pointers, groups, grad_scale, torch.get_num_threads())
+        dtypes = [
+            _DTYPES[p.dtype if g is None else g.dtype] for g, p in zip(usable, self._parameters, strict=True)
+        ]
+        self._plan.step(pointers, groups, grad_scale, torch.get_num_threads(), dtypes)
 
     def _is_usable(self, gradient: Tensor) -> bool:
         """Whether the gradient is aligned, and in none of the memory that the step writes."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from rmsgd.backends.base import HostStepper, StepGroup, StepTables, buffer_dtype
@@ -25,6 +26,10 @@ class OneByOneStepper(HostStepper):
     ) -> None:
         """See ``base.Stepper``."""
         t = self._tables
+        if any(p.is_cuda for p in t.parameters[:1]) and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph would repeat today's rates: plain torch operations read them here"
+            )
         eta, fresh = t.eta.tolist(), t.fresh.tolist()
         for i, (p, grad, buffer) in enumerate(zip(t.parameters, gradients, t.buffers, strict=True)):
             if grad is None or p.numel() == 0:
