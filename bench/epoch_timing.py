@@ -136,7 +136,7 @@ class Case:
         torch.manual_seed(0)
         network = models.build(settings.model, work.classes, work.channels, settings.width)
         self._network = network.to(self._device)
-        self._optimizer = peers.make(name, self._network.named_parameters())
+        self._optimizer = peers.make(name, self._network.named_parameters(), steps=work.steps)
         self._batches = cycle(work.batches)
 
     def warm_up(self) -> float:

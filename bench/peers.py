@@ -180,12 +180,19 @@ def peer(name: str) -> Peer:
     return look_up("optimizer", name, PEERS)
 
 
-def make(name: str, named_parameters: Iterable[tuple[str, Parameter]], **overrides: Any) -> Optimizer:
+def make(
+    name: str,
+    named_parameters: Iterable[tuple[str, Parameter]],
+    *,
+    steps: int | None = None,
+    **overrides: Any,
+) -> Optimizer:
     """Makes the optimizer called `name` for `module.named_parameters()`.
 
     Args:
         name: a key of `PEERS`.
         named_parameters: (name, parameter) pairs; those that need no gradient are left out.
+        steps: in an epoch, which SLS's step recovers by; None leaves the authors' number.
         overrides: settings that replace or extend the authors'.
 
     Raises:
@@ -195,7 +202,8 @@ def make(name: str, named_parameters: Iterable[tuple[str, Parameter]], **overrid
     """
     known = peer(name)
     trained = [(key, parameter) for key, parameter in named_parameters if parameter.requires_grad]
-    return known.create(trained, **{**known.settings, **overrides})
+    by_epoch = {"batches_per_epoch": steps} if name == "sls" and steps is not None else {}
+    return known.create(trained, **{**known.settings, **by_epoch, **overrides})
 
 
 def load_rmsgd_1_0_2() -> ModuleType:

@@ -119,10 +119,13 @@ class Run:
         channels = dataset.sample[0] if len(dataset.sample) == 3 else None
         network = models.build(settings.model, dataset.classes, channels, settings.width)
         self._network = network.to(self._device)
-        self._optimizer = peers.make(
-            optimizer_name, self._network.named_parameters(), **settings.overrides.get(optimizer_name, {})
-        )
         self._batches = data.Batches(dataset.train, settings.batch, seed)
+        self._optimizer = peers.make(
+            optimizer_name,
+            self._network.named_parameters(),
+            steps=len(self._batches),
+            **settings.overrides.get(optimizer_name, {}),
+        )
         self._schedule = None
         if self._peer.scheduled:
             # The paper's StepLR, 25 epochs of 250, in proportion to this run.

@@ -451,6 +451,27 @@ def test_bytes_are_normalised_by_the_training_sets_channels():
     torch.testing.assert_close(images.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("size", [(1001, 750), (750, 1001), (2049, 1536)])
+def test_any_crop_of_a_jpeg_of_any_size_is_decoded(tmp_path, size):
+    path = tmp_path / "image.jpg"
+    Image.new("RGB", size, (200, 100, 50)).save(path)
+    images = streaming.Images([(path, 3)] * 150, (32, 32), range(150))
+    for index in range(len(images)):
+        pixels, target = images[index]
+        assert pixels.shape == (3, 32, 32)
+        assert target == 3
+        assert abs(int(pixels[0].float().mean()) - 200) < 4
+
+
+def test_a_pass_over_images_leaves_torchs_random_numbers_alone(tmp_path):
+    path = tmp_path / "image.png"
+    Image.new("RGB", (40, 30)).save(path)
+    source = streaming.Streamed([(path, 0)] * 8, [(path, 0)], 1, (8, 8), torch.device("cpu"))
+    before = torch.get_rng_state()
+    assert len(list(source.epoch(4, seed=0, epoch=0, skip=0))) == 2
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_held_out_fifth_is_always_the_same_and_is_not_trained_on():
     source = source_of()
     held = [targets for _, targets in source.with_holdout().test()]

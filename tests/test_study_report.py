@@ -82,6 +82,15 @@ def test_pairs_that_do_not_differ_have_no_difference():
     assert paired([1, 2], [1, 2]) == (0.0, 0.0, 0.0, 1.0)
 
 
+def test_pairs_that_all_differ_by_one_image_show_no_significance():
+    a = 100 * np.array([350, 351, 352]) / 360
+    found = paired(a, a - 100 / 360)
+    assert found.mean == pytest.approx(100 / 360)
+    assert found.p == 1.0
+    assert np.isnan(found.low)
+    assert np.isnan(found.high)
+
+
 def test_one_pair_says_nothing():
     with pytest.raises(ValueError, match="two pairs"):
         paired([1.0], [2.0])

@@ -132,7 +132,9 @@ def courses(stem: Path, records: Sequence[Record]) -> list[Path]:
     swept = {r.config.network for r in ablation if r.config.settings}
     ablation = [record for record in ablation if record.config.network in swept]
     compared = [
-        record for record in records if not record.config.settings and record.config.network not in swept
+        record
+        for record in records
+        if dict(record.config.settings).keys() <= {"lr"} and record.config.network not in swept
     ]
     written = []
     if compared:

@@ -1,6 +1,7 @@
 """Figure 2 (b): the metrics of NATS-Bench's networks against the accuracies that its authors measured."""
 
 import csv
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import rmsgd
+from bench import atomic
 from bench.study import nats
 from bench.study.figures import blank, plain, save
 from bench.study.statistics import correlation
@@ -45,10 +47,13 @@ def measure(
     done = {int(row["index"]) for row in rows}
     table.parent.mkdir(parents=True, exist_ok=True)
     # Written anew: a row that was cut when the process was stopped is not in `rows`.
-    with table.open("w", newline="", encoding="utf-8") as file:
+    kept = io.StringIO()
+    writer = csv.DictWriter(kept, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic.write(table, kept.getvalue().encode())
+    with table.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
         for count, path in enumerate(files, 1):
             if int(path.name.split(".")[0]) not in done:
                 mine = [_row(trained) for trained in nats.read(path, dataset)]

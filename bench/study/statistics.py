@@ -33,6 +33,9 @@ class Correlation(NamedTuple):
 def paired(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Difference:
     """a minus b, pair by pair: Student's t of the differences.
 
+    Differences that are all the same, as of accuracies over few images, show no spread to judge them by: p is
+    1, and the interval is not known (NaN) unless they are 0.
+
     Raises:
         ValueError: the two differ in length, or there are fewer than two pairs.
 
@@ -41,9 +44,10 @@ def paired(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Difference:
     if above.shape != below.shape or above.size < 2:
         raise ValueError(f"at least two pairs are needed, got {above.size} and {below.size} values")
     differences = above - below
-    if np.ptp(differences) == 0:
-        same = float(differences[0])
-        return Difference(same, same, same, 1.0 if same == 0 else 0.0)
+    if np.ptp(differences) <= 1e-9 * np.abs([above, below]).max():
+        same = float(differences.mean())
+        unknown = 0.0 if same == 0 else float("nan")
+        return Difference(same, unknown, unknown, 1.0)
     found = stats.ttest_1samp(differences, 0.0)
     interval = found.confidence_interval(confidence)
     return Difference(

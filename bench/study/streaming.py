@@ -108,6 +108,8 @@ class Streamed:
             # A handful of images is decoded sooner than a process starts.
             num_workers=workers if len(items) >= 4096 else 0,
             pin_memory=cuda,
+            # Else every pass draws from torch's own generator, and a resumed run has one pass more.
+            generator=torch.Generator(),
         )
         for images, targets in loader:
             on_device = images.to(self._device, non_blocking=True)
@@ -144,15 +146,19 @@ class Images(Dataset[tuple[Tensor, int]]):
                     box, mirrored = centre(image.size, width / height), False
                 else:
                     box, mirrored = crop(image.size, np.random.default_rng(self._seeds[index]))
-                full = image.width
+                full = image.size
                 # JPEGs are decoded no larger than the crop needs.
                 image.draft(
                     "RGB",
-                    (int(width * full / (box[2] - box[0])), int(height * image.height / (box[3] - box[1]))),
+                    (int(width * full[0] / (box[2] - box[0])), int(height * full[1] / (box[3] - box[1]))),
                 )
-                left, top, right, bottom = (edge * image.width / full for edge in box)
+                # Each side is rounded up by itself.
+                across, down = (now / before for now, before in zip(image.size, full, strict=True))
+                right, bottom = min(box[2] * across, image.width), min(box[3] * down, image.height)
                 resized = image.convert("RGB").resize(
-                    (width, height), Image.Resampling.BILINEAR, box=(left, top, right, bottom)
+                    (width, height),
+                    Image.Resampling.BILINEAR,
+                    box=(box[0] * across, box[1] * down, right, bottom),
                 )
         except (OSError, UnidentifiedImageError) as error:
             raise DatasetError(f"{path} is not an image that can be read: {error}") from error
