@@ -1,6 +1,5 @@
 // rmsgd._cpu.Layouts: whether tensors are still where and what they were, in one call.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdint>

@@ -111,7 +111,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 def check_parameter(p: Tensor, name: str) -> None:
     """Raise TypeError for a parameter that is not a dense floating-point tensor of a known type.
 
-    Nor may it be a view that reads its memory in another way, element for element.
+    Nor may its elements share memory with each other, or be the negative of what their memory holds.
     """
     if p.is_complex():
         raise TypeError(f"parameter {name} is complex ({p.dtype}); RMSGD needs real parameters")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import rmsgd
-from bench.study.records import Record, by_label, finished
+from bench.study.records import Record, by_label, finished, is_plain
 from bench.study.statistics import correlation
 from rmsgd.inspection.series import Series, in_order_of_training
 from rmsgd.plots import DPI, PALETTE, bands_over_time, require_matplotlib
@@ -131,11 +131,7 @@ def courses(stem: Path, records: Sequence[Record]) -> list[Path]:
     ]
     swept = {r.config.network for r in ablation if r.config.settings}
     ablation = [record for record in ablation if record.config.network in swept]
-    compared = [
-        record
-        for record in records
-        if dict(record.config.settings).keys() <= {"lr"} and record.config.network not in swept
-    ]
+    compared = [r for r in records if is_plain(r) and r.config.network not in swept]
     written = []
     if compared:
         figure = blank(11.0, 6.4)

@@ -96,6 +96,11 @@ def finished(records: Sequence[Record]) -> list[Record]:
     return [record for record in records if not record.diverged]
 
 
+def is_plain(record: Record) -> bool:
+    """Whether nothing but the learning rate was set."""
+    return dict(record.config.settings).keys() <= {"lr"}
+
+
 def by_label(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Seeds of the same optimizer and settings together, in the order given."""
     groups: dict[str, list[Record]] = {}

@@ -11,7 +11,7 @@ from bench.study import published
 from bench.study.config import RunConfig
 from bench.study.experiments import EXPERIMENTS, experiment
 from bench.study.published import Value
-from bench.study.records import Record, by_label, finished
+from bench.study.records import Record, by_label, finished, is_plain
 from bench.study.statistics import correlation, holm, in_deviations, paired
 
 METRICS = {"Q": "Q", "stable_rank": "stable rank", "condition_number": "condition number"}
@@ -156,7 +156,7 @@ def comparisons(records: Sequence[Record], reference: str = "rmsgd") -> list[dic
     found = []
     for cell in dict.fromkeys(_cell(record) for record in records):
         mine = [record for record in finished(records) if _cell(record) == cell]
-        own = {r.config.label for r in mine if r.config.optimizer == reference and _plain(r)}
+        own = {r.config.label for r in mine if r.config.optimizer == reference and is_plain(r)}
         if len(own) != 1:
             continue
         groups = {
@@ -178,11 +178,6 @@ def comparisons(records: Sequence[Record], reference: str = "rmsgd") -> list[dic
 
 def _cell(record: Record) -> tuple[str, str, int]:
     return record.config.dataset, record.config.network, record.config.batch
-
-
-def _plain(record: Record) -> bool:
-    """Whether nothing but the learning rate was set."""
-    return dict(record.config.settings).keys() <= {"lr"}
 
 
 def readme_rows(content: dict[str, Any]) -> list[dict[str, Any]]:

@@ -338,9 +338,10 @@ class Run:
 
 def make_optimizer(config: RunConfig, network: nn.Module, batches: int) -> torch.optim.Optimizer:
     """The run's optimizer; ValueError for a setting that it does not have or refuses."""
-    settings = dict(config.settings)
     try:
-        return peers.make(config.optimizer, network.named_parameters(), steps=batches, **settings)
+        return peers.make(
+            config.optimizer, network.named_parameters(), steps=batches, **dict(config.settings)
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config.optimizer}: {error}") from error
 
