@@ -13,6 +13,7 @@ from bench.data import Split
 from bench.study import datasets
 from bench.study.config import RunConfig
 from bench.study.run import Run
+from bench.study.runner import Place, Runner
 from bench.study.source import Augmentation, InMemory
 
 TINY = RunConfig("resnet14-digits", "digits", "rmsgd", batch=64, epochs=2, width=0.5, keep_weights=True)
@@ -78,3 +79,23 @@ def start(config: RunConfig, folder: Path, where: str = "", count: int = 0):
     process.start()
     started.wait(60)
     return process
+
+
+def _measure_budget(settings: dict, out: str, together, found) -> None:
+    torch.set_num_threads(1)
+    runner = Runner(Place(Path(out)))
+    together.wait(60)
+    found.put(runner.budget(RunConfig.from_dict(settings)))
+
+
+def budgets(config: RunConfig, out: Path, count: int) -> list[float]:
+    """What so many processes that ask at the same moment are told is the budget of a run."""
+    together, found = _context.Barrier(count), _context.Queue()
+    arguments = (config.to_dict(), str(out), together, found)
+    processes = [_context.Process(target=_measure_budget, args=arguments) for _ in range(count)]
+    for process in processes:
+        process.start()
+    told = [found.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+    return told

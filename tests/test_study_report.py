@@ -24,7 +24,9 @@ from rmsgd.metrics import write_csv
 CELL = RunConfig("resnet18", "cifar10", "sgd", budget=True)
 
 
-def write_run(out, config, accuracy, *, train=1.0, quality=0.5, epochs=None, diverged=False, layers=3):
+def write_run(
+    out, config, accuracy, *, train=1.0, quality=0.5, epochs=None, diverged=False, layers=3, budget=None
+):
     """The folder of a run that ended so."""
     folder = config.folder(out)
     folder.mkdir(parents=True)
@@ -56,7 +58,7 @@ def write_run(out, config, accuracy, *, train=1.0, quality=0.5, epochs=None, div
     )
     measure.write_json(folder / "environment.json", measure.machine())
     status = "diverged" if diverged else "complete"
-    (folder / "result.json").write_text(json.dumps({"status": status}))
+    (folder / "result.json").write_text(json.dumps({"status": status, "budget_seconds": budget}))
 
 
 def seeds(out, config, accuracies, **options):
@@ -183,6 +185,20 @@ def test_a_tuned_rate_is_no_other_optimizer_and_several_rates_are_not_compared(t
     assert (entry["reference"], entry["other"]) == ("rmsgd (lr 0.1)", "rmsgd (beta 0.9, lr 0.1)")
     configs += seeds(tmp_path, replace(tuned, settings=()), [0.9, 0.91])
     assert report.comparisons(read(tmp_path, configs)) == []
+
+
+@pytest.mark.parametrize(("second", "compared"), [(100.0, 1), (130.0, 0)])
+def test_runs_with_different_budgets_are_marked_and_not_compared(second, compared, tmp_path):
+    configs = seeds(tmp_path, replace(CELL, optimizer="rmsgd"), [0.95, 0.96], budget=100.0)
+    configs += seeds(tmp_path, CELL, [0.94, 0.96], budget=second)
+    records = read(tmp_path, configs)
+    rows = list(report.rows("table1a", records))
+    told = report.accuracy_table("table1a", rows).caption
+    assert len(report.comparisons(records)) == compared
+    assert ["Not comparable, for different budgets: resnet18 on cifar10 (100.0, 130.0 s)" in told] == [
+        not compared
+    ]
+    assert [row["deviations"] is not None for row in rows] == [bool(compared)] * 2
 
 
 def test_one_seed_is_not_compared(tmp_path):

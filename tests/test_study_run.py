@@ -11,7 +11,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from study_jobs import STEPS, TINY, make, start, weights
+from study_jobs import STEPS, TINY, budgets, make, start, weights
 
 from bench import atomic
 from bench.__main__ import main
@@ -327,12 +327,17 @@ def test_the_budget_is_the_time_of_sgd_measured_once(tmp_path):
     runner = Runner(Place(tmp_path))
     config = tiny(budget=True, epochs=100, batch=512)
     budget = runner.budget(config)
-    (file,) = (tmp_path / "budgets").iterdir()
+    (file,) = (tmp_path / "budgets").glob("*.json")
     content = json.loads(file.read_text())
     assert len(content["timed"]) == 3
     assert budget == pytest.approx(100 * np.median(content["timed"]))
     assert runner.budget(config) == budget
     assert runner.budget(dataclasses.replace(config, optimizer="sam", seed=3)) == budget
+
+
+def test_processes_that_share_a_folder_share_a_budget(tmp_path):
+    first, second = budgets(tiny(budget=True, epochs=100, batch=512), tmp_path, 2)
+    assert first == second
 
 
 def test_a_run_in_budget_mode_counts_training_and_epoch_ends_alone(tmp_path):

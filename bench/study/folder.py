@@ -1,4 +1,4 @@
-"""A run's folder: what has become of the run, and a lock that lets one process train it."""
+"""A run's folder: what has become of the run, and a lock that lets one process write there."""
 
 import fcntl
 import json
@@ -21,14 +21,23 @@ def status(folder: Path) -> str:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process alone; the lock goes with the process, however that ends."""
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Holds the folder for this process alone; the lock goes with the process, however that ends.
+
+    Args:
+        folder: to hold; it is there.
+        wait: until another process lets go of it.
+
+    Raises:
+        BusyError: another process holds it, and this one does not wait.
+
+    """
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise BusyError(f"another process is training {folder}") from None
+            raise BusyError(f"another process is at {folder}") from None
         yield
     finally:
         os.close(handle)

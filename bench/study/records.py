@@ -26,6 +26,7 @@ class Record:
         folder: where it is kept.
         diverged: its loss stopped being a number.
         epochs: one dictionary per epoch, the columns of `epochs.csv`.
+        budget: seconds that it could train for; None where only epochs counted.
 
     """
 
@@ -33,6 +34,7 @@ class Record:
     folder: Path
     diverged: bool
     epochs: tuple[dict[str, float], ...]
+    budget: float | None = None
 
     @property
     def final(self) -> dict[str, float]:
@@ -84,10 +86,11 @@ def read(out: Path, configs: Iterable[RunConfig]) -> list[Record]:
         path = folder / "result.json"
         if not path.exists():
             continue
-        status = json.loads(path.read_text(encoding="utf-8"))["status"]
+        result = json.loads(path.read_text(encoding="utf-8"))
         with (folder / "epochs.csv").open(newline="", encoding="utf-8") as file:
             epochs = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-        records.append(Record(config, folder, status == "diverged", tuple(epochs)))
+        diverged = result["status"] == "diverged"
+        records.append(Record(config, folder, diverged, tuple(epochs), result.get("budget_seconds")))
     return records
 
 

@@ -45,13 +45,23 @@ def cells(records: Sequence[Record]) -> dict[tuple[str, str, str], list[Record]]
 
 
 def rows(name: str, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
-    """One row per cell and reported epoch: measured, published and their difference."""
+    """One row per cell and reported epoch: measured, published and their difference.
+
+    Where runs of the same network, data set and batch size had budgets of their own, "budgets" has more than
+    one, and there is no difference.
+    """
+    shared = budgets(records)
     for (dataset, network, label), mine in cells(records).items():
         config, good = mine[0].config, finished(mine)
+        seconds = shared[_cell(mine[0])]
         paper = counterpart(name, config)
-        comparable = paper is not None and all(
-            getattr(paper, field) == getattr(config, field)
-            for field in ("dataset", "network", "epochs", "batch", "width", "cutout", "augment")
+        comparable = (
+            len(seconds) < 2
+            and paper is not None
+            and all(
+                getattr(paper, field) == getattr(config, field)
+                for field in ("dataset", "network", "epochs", "batch", "width", "cutout", "augment")
+            )
         )
         for epoch in (experiment(name).epochs if comparable else ()) or (0,):
             final = [record.epochs[epoch - 1] if epoch else record.final for record in good]
@@ -73,10 +83,19 @@ def rows(name: str, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
                 "Q": mean([values["Q"] for values in final]),
                 "epochs": mean([len(record.epochs) for record in good]),
                 "seconds_per_epoch": mean([record.seconds[-1] / len(record.epochs) for record in good]),
+                "budgets": seconds,
                 "published": None if value is None else value._asdict(),
                 "published_dataset": None if paper is None else paper.dataset,
                 "deviations": in_deviations(*measured, *value) if comparable and value else None,
             }
+
+
+def budgets(records: Sequence[Record]) -> dict[tuple[str, str, int], list[float]]:
+    """(data set, network, batch size) to the different budgets of its runs, in seconds."""
+    found: dict[tuple[str, str, int], set[float]] = {}
+    for record in records:
+        found.setdefault(_cell(record), set()).update({record.budget} - {None})
+    return {cell: sorted(seconds) for cell, seconds in found.items()}
 
 
 def mean(values: Sequence[float] | np.ndarray) -> float:
@@ -125,10 +144,17 @@ def accuracy_table(name: str, entries: Sequence[dict[str, Any]]) -> Table:
     if other := theirs - {entry["dataset"] for entry in entries}:
         places = ", ".join(sorted(other))
         notes.append(f"Published numbers are of {places}: other data, so no difference is given.")
+    if unequal := dict.fromkeys(_budgets_of(entry) for entry in entries if len(entry["budgets"]) > 1):
+        notes.append(f"Not comparable, for different budgets: {', '.join(unequal)}.")
     if order := order_agreement(entries):
         notes.append("Order of the optimizers, measured against published: " + "; ".join(order) + ".")
     table.caption = " ".join(notes)
     return table
+
+
+def _budgets_of(entry: dict[str, Any]) -> str:
+    seconds = ", ".join(f"{budget:.1f}" for budget in entry["budgets"])
+    return f"{entry['network']} on {entry['dataset']} ({seconds} s)"
 
 
 def order_agreement(entries: Sequence[dict[str, Any]]) -> list[str]:
@@ -138,7 +164,9 @@ def order_agreement(entries: Sequence[dict[str, Any]]) -> list[str]:
         pairs = [
             (entry["measured"]["mean"], entry["published"]["mean"])
             for entry in entries
-            if (entry["network"], entry["dataset"]) == cell and entry["published"]
+            if (entry["network"], entry["dataset"]) == cell
+            and entry["published"]
+            and len(entry["budgets"]) < 2
         ]
         found = correlation(*zip(*pairs, strict=True)) if pairs else None
         if found is not None:
@@ -151,13 +179,15 @@ def comparisons(records: Sequence[Record], reference: str = "rmsgd") -> list[dic
 
     One entry per data set, network and other optimizer or setting with at least two seeds in common:
     difference in per cent with its 95 % interval, and the p value of a paired t test, alone and corrected
-    (Holm) for the comparisons of that cell. A cell where the reference ran with several rates has none.
+    (Holm) for the comparisons of that cell. A cell where the reference ran with several rates has none, nor
+    has one whose runs had different budgets.
     """
     found = []
+    shared = budgets(records)
     for cell in dict.fromkeys(_cell(record) for record in records):
         mine = [record for record in finished(records) if _cell(record) == cell]
         own = {r.config.label for r in mine if r.config.optimizer == reference and is_plain(r)}
-        if len(own) != 1:
+        if len(own) != 1 or len(shared[cell]) > 1:
             continue
         groups = {
             label: {record.config.seed: 100 * record.final["test_accuracy"] for record in group}

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch
 from bench import measure
 from bench.study import datasets
 from bench.study.config import RunConfig
-from bench.study.folder import BusyError, status
+from bench.study.folder import BusyError, locked, status
 from bench.study.run import Run, Told, make_optimizer
 from bench.study.source import Source
 
@@ -89,27 +90,37 @@ class Runner:
         return self._sources[key]
 
     def budget(self, config: RunConfig, tell: Told = lambda text, share: None) -> float:
-        """Seconds that SGD needs for `config.epochs` epochs of the same cell, measured here, once.
+        """Seconds that SGD needs for `config.epochs` epochs of the same cell.
 
+        They are measured once: of the processes that share the folder, one measures and the others wait.
         Seconds are those of training and epoch ends; evaluation and checkpoints are not the optimizer's.
         """
         cell = replace(config, optimizer="sgd", settings=(), seed=0, budget=False, keep_weights=False)
         name = "-".join(cell.folder(Path()).parts)
         path = self._place.out / "budgets" / f"{name}.json"
         if not path.exists():
-            with tempfile.TemporaryDirectory() as folder:
-                short = replace(cell, epochs=BUDGET_EPOCHS)
-                run = Run(short, self.source(config), Path(folder), self._place.device)
-                run.train(lambda text, share: tell("timing SGD", 0.0))
-                timed = run.epoch_seconds()[1:]
-            content = {
-                "seconds_per_epoch": float(np.median(timed)),
-                "timed": timed,
-                "cell": cell.to_dict(),
-                "machine": measure.machine(),
-            }
-            measure.write_json(path, content)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tell("timing SGD", 0.0)
+            # One at a time: the runs of a cell share one budget, and what is timed is not slowed by another.
+            with locked(path.parent, wait=True):
+                if not path.exists():
+                    measure.write_json(path, self._timed(cell, tell))
         return json.loads(path.read_text(encoding="utf-8"))["seconds_per_epoch"] * config.epochs
+
+    def _timed(self, cell: RunConfig, tell: Told) -> dict[str, Any]:
+        """The seconds of an epoch of `cell`, and what they were measured with."""
+        with tempfile.TemporaryDirectory() as folder:
+            short = replace(cell, epochs=BUDGET_EPOCHS)
+            run = Run(short, self.source(cell), Path(folder), self._place.device)
+            run.train(lambda text, share: tell("timing SGD", 0.0))
+        seconds = run.epoch_seconds()
+        timed = seconds[1:] or seconds  # it may have diverged in the first
+        return {
+            "seconds_per_epoch": float(np.median(timed)),
+            "timed": timed,
+            "cell": cell.to_dict(),
+            "machine": measure.machine(),
+        }
 
 
 def train_all(
