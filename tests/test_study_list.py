@@ -82,6 +82,12 @@ def test_a_sweep_leaves_the_optimizers_own_value_as_it_is():
     assert betas == {(), *((("beta", value),) for value in (0.8, 0.9, 0.95, 0.99))}
 
 
+def test_an_optimizer_that_searches_its_rate_is_no_part_of_a_sweep_of_rates():
+    runs = experiment("fig2").runs()
+    count = {name: sum(run.optimizer == name for run in runs) for name in ("sgd", "sls")}
+    assert count == {"sgd": 4 * 8, "sls": 8}
+
+
 @pytest.mark.parametrize("name", IDS)
 def test_the_small_preset_keeps_every_column_and_needs_no_data(name):
     known, preset = experiment(name), small(experiment(name))

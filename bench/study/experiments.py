@@ -18,10 +18,19 @@ SMALL_EPOCHS = 3
 # How much smaller the preset's batches are than the paper's, for the study of batch sizes.
 SMALL_BATCH_FACTOR = 8
 
+# Whose step is searched on every batch: `lr` is where the first search begins, and no rate.
+SEARCHED = ("sls",)
 RMSGD = ("rmsgd", "rmsgd-published")
 TABLE_1A = ("adabelief", "adabound", "adagrad", "adam", "adamp", "sls", "sam", "sgd", "sgdp", *RMSGD)
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 CIFAR = ("cifar10", "cifar100")
+
+
+def scaled_rate(optimizer: str, factor: float) -> float | None:
+    """An optimizer's own rate times `factor`, to six digits; None where it searches its rate itself."""
+    if optimizer in SEARCHED:
+        return None
+    return float(f"{factor * peers.peer(optimizer).settings['lr']:.6g}")
 
 
 @dataclass(frozen=True)
@@ -31,8 +40,8 @@ class Grid:
     Attributes:
         networks, datasets, optimizers: names.
         common: fields of `RunConfig` that all share.
-        sweep: the quantity: "batch", "lr" (values are factors on each optimizer's own rate) or a
-            setting of the optimizers; None for no sweep.
+        sweep: the quantity: "batch", "lr" (values are factors on each optimizer's own rate; one that
+            searches its rate runs once) or a setting of the optimizers; None for no sweep.
         values: of the quantity.
 
     """
@@ -57,13 +66,10 @@ class Grid:
             return replace(run, batch=int(value))
         assert self.sweep is not None
         own = peers.peer(run.optimizer).settings.get(self.sweep)
-        if self.sweep == "lr" and own is None:
+        new = scaled_rate(run.optimizer, value) if self.sweep == "lr" else value
+        if new in (None, own):
             return run
-        if self.sweep == "lr":
-            value = float(f"{value * own:.6g}")
-        if value == own:
-            return run
-        return replace(run, settings=sorted_settings({**dict(run.settings), self.sweep: value}))
+        return replace(run, settings=sorted_settings({**dict(run.settings), self.sweep: new}))
 
 
 @dataclass(frozen=True)

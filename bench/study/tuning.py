@@ -12,6 +12,7 @@ from rich.table import Table
 
 from bench import measure, peers
 from bench.study.config import RunConfig, sorted_settings
+from bench.study.experiments import scaled_rate
 from bench.study.records import Record, finished
 
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -21,19 +22,14 @@ FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 def grid(configs: Sequence[RunConfig], factors: Sequence[float] = FACTORS) -> list[RunConfig]:
     """The runs of the search: each of `configs`, which set no rate, with every rate, on a held-out part.
 
-    An optimizer that finds its rate itself (SLS) has nothing to search.
+    An optimizer that searches its rate itself (SLS) has nothing to search.
     """
     return [
-        replace(config, holdout=True, settings=sorted_settings({**dict(config.settings), "lr": rate}))
+        replace(config, holdout=True, settings=sorted_settings({**dict(config.settings), "lr": lr}))
         for config in configs
-        if config.optimizer != "sls"
-        for rate in (rounded(factor * peers.peer(config.optimizer).settings["lr"]) for factor in factors)
+        for lr in (scaled_rate(config.optimizer, factor) for factor in factors)
+        if lr is not None
     ]
-
-
-def rounded(rate: float) -> float:
-    """A rate as people write it: six digits."""
-    return float(f"{rate:.6g}")
 
 
 def best(records: Sequence[Record], factors: Sequence[float] = FACTORS) -> dict[str, dict[str, Any]]:
@@ -46,16 +42,15 @@ def best(records: Sequence[Record], factors: Sequence[float] = FACTORS) -> dict[
     for name in dict.fromkeys(record.config.optimizer for record in records):
         mine = [record for record in records if record.config.optimizer == name]
         accuracy = {}
-        for rate in sorted({dict(record.config.settings)["lr"] for record in mine}):
-            seeds = [record for record in mine if dict(record.config.settings)["lr"] == rate]
+        for lr in sorted({dict(record.config.settings)["lr"] for record in mine}):
+            seeds = [record for record in mine if dict(record.config.settings)["lr"] == lr]
             if len(finished(seeds)) == len(seeds):
-                accuracy[rate] = 100 * float(np.mean([seed.final["test_accuracy"] for seed in seeds]))
+                accuracy[lr] = 100 * float(np.mean([seed.final["test_accuracy"] for seed in seeds]))
         if accuracy:
-            rate = max(accuracy, key=lambda rate: accuracy[rate])
-            own = peers.peer(name).settings["lr"]
+            chosen = max(accuracy, key=lambda lr: accuracy[lr])
             found[name] = {
-                "lr": rate,
-                "at_the_edge": rate in (rounded(min(factors) * own), rounded(max(factors) * own)),
+                "lr": chosen,
+                "at_the_edge": chosen in (scaled_rate(name, min(factors)), scaled_rate(name, max(factors))),
                 "accuracy": accuracy,
             }
     return found
