@@ -160,6 +160,32 @@ def test_bad_arguments_are_answered_in_one_line(arguments, message, capsys, tmp_
     assert message in " ".join(err.split())
 
 
+def test_experiments_without_the_cell_are_named_and_the_others_go_on(capsys, tmp_path):
+    place = ("--preset", "small", "--network", "resnet18", "--optimizers", "sgd", "--out", str(tmp_path))
+    status, _, err = run_command(capsys, "run", "table3", "fig1a", "table1a", *place, "--epochs", "1")
+    assert status == 0
+    assert "no such cell in table3, fig1a" in err
+    assert "1 complete" in err
+    status, out, err = run_command(capsys, "report", "all", *place, "--epochs", "1")
+    assert status == 0
+    assert "table1a" in out
+    assert "no such cell in table2, table3" in err
+
+
+def test_a_cell_that_no_experiment_has_is_an_error(capsys, tmp_path):
+    place = ("--network", "senet18", "--optimizers", "sls", "--out", str(tmp_path))
+    for ids in (("all",), ("table1a", "table1b")):
+        status, _, err = run_command(capsys, "run", *ids, *place)
+        assert status == 2
+        assert "none of table1a, table1b" in err
+
+
+def test_settings_are_for_an_optimizer_of_any_of_the_experiments(capsys, tmp_path):
+    place = ("--out", str(tmp_path), "--set", "adagrad.lr=1", "--preset", "small")
+    _, _, err = run_command(capsys, "report", "all", *place)
+    assert "has no ended run" in " ".join(err.split())
+
+
 def test_a_small_cell_runs_to_its_end_and_again_in_no_time(capsys, tmp_path):
     arguments = ("run", "table1a", "--preset", "small", "--network", "resnet18", "--optimizers", "sgd")
     for _ in range(2):

@@ -7,7 +7,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,13 @@ from rich.progress import (
 from bench import arguments, measure, readme
 from bench.peers import PeerUnavailableError
 from bench.study import listing, nats_study, report, tuning
-from bench.study.config import RunConfig, sorted_settings
-from bench.study.experiments import EXPERIMENTS, Grid, check_names, experiment, small
+from bench.study.config import RunConfig
+from bench.study.experiments import EXPERIMENTS, experiment
 from bench.study.figures import draw
 from bench.study.nats import LAYOUT as NATS_LAYOUT
 from bench.study.records import Record, read
 from bench.study.runner import Place, Runner, train_all
+from bench.study.selection import by_experiment, named
 
 OUT = Path(".out/study")
 PROGRESS = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -176,7 +176,8 @@ def _list(options: argparse.Namespace, console: Console) -> int:
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
-    configs = selected(options)
+    configs = [config for mine in _selected(options, console).values() for config in mine]
+    configs = list(dict.fromkeys(configs))
     place = prepare(options)
     with arguments.torch_threads(_threads(options)):
         counts = train_with_progress(Runner(place), configs, console)
@@ -191,7 +192,9 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
         options.network = options.network or ("resnet18",)
         options.dataset = options.dataset or (None if options.preset else ("cifar10",))
     options.seeds = options.seeds or 1
-    chosen = [config for config in selected(options) if not config.settings]
+    chosen = [
+        config for mine in _selected(options, console).values() for config in mine if not config.settings
+    ]
     place = prepare(options)
     configs = tuning.grid(chosen, options.factors)
     with arguments.torch_threads(_threads(options)):
@@ -259,9 +262,9 @@ def _report(options: argparse.Namespace, console: Console) -> int:
     content: dict[str, Any] = {}
     figures: list[Path] = []
     machine: dict[str, Any] = {}
-    names = list(EXPERIMENTS) if "all" in options.ids else options.ids
-    for name in names:
-        records = read(options.out, selected(argparse.Namespace(**{**vars(options), "ids": [name]})))
+    chosen = _selected(options, console)
+    for name, configs in chosen.items():
+        records = read(options.out, configs)
         if not records:
             continue
         machine = machine or records[0].machine
@@ -275,7 +278,7 @@ def _report(options: argparse.Namespace, console: Console) -> int:
             out.print(report.correlation_table(together))
         figures += _drawn(name, records, options.out / "figures", console)
     if not content:
-        raise ValueError(f"{options.out} has no ended run of {', '.join(names)} as the arguments say")
+        raise ValueError(f"{options.out} has no ended run of {', '.join(chosen)} as the arguments say")
     if options.json:
         whole = {"schema": SCHEMA, "machine": machine, "experiments": content}
         measure.write_json(options.json, whole)
@@ -284,6 +287,14 @@ def _report(options: argparse.Namespace, console: Console) -> int:
         readme.rewrite(options.readme, table)
     console.print("wrote " + ", ".join(map(str, figures)), soft_wrap=True)
     return 0
+
+
+def _selected(options: argparse.Namespace, console: Console) -> dict[str, list[RunConfig]]:
+    """The runs that the arguments name, by experiment; a word about experiments that have none."""
+    chosen = by_experiment(options)
+    if without := [name for name in named(options) if name not in chosen]:
+        console.print(f"no such cell in {', '.join(without)}", soft_wrap=True)
+    return chosen
 
 
 def prepare(options: argparse.Namespace) -> Place:
@@ -301,58 +312,6 @@ def prepare(options: argparse.Namespace) -> Place:
 def _threads(options: argparse.Namespace) -> int:
     # Batches of digits are so small that a second thread costs as much as it brings.
     return options.threads or (1 if options.preset else torch.get_num_threads())
-
-
-def selected(options: argparse.Namespace) -> list[RunConfig]:
-    """The runs that the arguments name, each once.
-
-    Raises:
-        ValueError: an experiment, network, data set or optimizer that is not known, or not in any of them.
-
-    """
-    ids = list(EXPERIMENTS) if "all" in options.ids else options.ids
-    check_names(options.network or (), options.dataset or (), options.optimizers or ())
-    seeds = range(options.seeds or (1 if options.preset else 5))
-    configs = []
-    for name in ids:
-        wanted = experiment(name)
-        if options.preset:
-            wanted = small(wanted, options.all)
-        grids = [_narrow(grid, options) for grid in wanted.grids]
-        mine = list(replace(wanted, grids=tuple(grids)).runs(tuple(seeds)))
-        if not mine:
-            cells = {(grid.networks, grid.datasets, grid.optimizers) for grid in wanted.grids}
-            known = "; ".join(" x ".join(", ".join(part) for part in cell) for cell in cells)
-            raise ValueError(f"{name} has no such cell. It has {known}")
-        configs += mine
-    changed = arguments.overrides(options.set)
-    if unused := set(changed) - {config.optimizer for config in configs}:
-        raise ValueError(f"settings for {', '.join(sorted(unused))}, which is not among the optimizers")
-    fixed = {key: value for key in ("epochs", "batch") if (value := getattr(options, key)) is not None}
-    if options.mode:
-        fixed["budget"] = options.mode == "budget"
-    rates = tuning.read(options.rates) if options.rates else {}
-    whole = (
-        replace(
-            config,
-            settings=sorted_settings({**dict(config.settings), **changed.get(config.optimizer, {})}),
-            **fixed,
-        )
-        for config in configs
-    )
-    return list(dict.fromkeys(tuning.with_rates(config, rates) for config in whole))
-
-
-def _narrow(grid: Grid, options: argparse.Namespace) -> Grid:
-    def kept(names: tuple[str, ...], wanted: tuple[str, ...] | None) -> tuple[str, ...]:
-        return names if wanted is None else tuple(name for name in wanted if name in names)
-
-    return replace(
-        grid,
-        networks=kept(grid.networks, options.network),
-        datasets=kept(grid.datasets, options.dataset),
-        optimizers=kept(grid.optimizers, options.optimizers),
-    )
 
 
 def train_with_progress(runner: Runner, configs: Sequence[RunConfig], console: Console) -> dict[str, int]:

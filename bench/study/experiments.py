@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from bench import models, peers
+from bench import peers
 from bench.names import look_up
 from bench.study.config import RunConfig, sorted_settings
 
@@ -210,15 +210,3 @@ def small(given: Experiment, every: bool = False) -> Experiment:
             )
         )
     return Experiment(given.title, tuple(grids))
-
-
-def check_names(networks: Sequence[str], datasets: Sequence[str], optimizers: Sequence[str]) -> None:
-    """Raises ValueError for a name that nothing has."""
-    from bench.study.datasets import DATASETS
-
-    for name in networks:
-        models.architecture(name)
-    for name in datasets:
-        look_up("data set", name, DATASETS)
-    for name in optimizers:
-        peers.peer(name)
