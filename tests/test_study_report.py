@@ -359,6 +359,38 @@ def test_tune_trains_the_grid_and_keeps_the_best(tmp_path, capsys):
     assert tuning.read(tmp_path / "rates.json")["sgd"] in (0.0001, 0.1)
 
 
+def test_tune_searches_the_rate_of_an_optimizer_whose_other_settings_are_changed(tmp_path, capsys):
+    arguments = [
+        "study",
+        "tune",
+        "digits",
+        "--optimizers",
+        "rmsgd,sgd,sls",
+        "--epochs",
+        "1",
+        "--batch",
+        "512",
+    ]
+    changed = ["--set", "sgd.momentum=0", "--factors", "1", "--out", str(tmp_path)]
+    assert main([*arguments, *changed]) == 0
+    assert tuning.read(tmp_path / "rates.json").keys() == {"rmsgd", "sgd"}
+    runs = [json.loads(path.read_text()) for path in tmp_path.rglob("config.json")]
+    assert sorted((run["optimizer"], run["settings"]) for run in runs) == [
+        ("rmsgd", {"lr": 0.03}),
+        ("sgd", {"lr": 0.1, "momentum": 0}),
+    ]
+    assert "sls: searches its rate itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--optimizers", "sls"], "no optimizer is left to tune"), (["--set", "sgd.lr=1"], "tune searches lr")],
+)
+def test_tune_says_what_it_cannot_search(arguments, message, tmp_path, capsys):
+    assert main(["study", "tune", "digits", *arguments, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_factors_that_are_no_factors_are_refused(capsys):
     with pytest.raises(SystemExit):
         main(["study", "tune", "digits", "--factors", "0,1"])

@@ -25,7 +25,7 @@ from bench import arguments, measure, readme
 from bench.peers import PeerUnavailableError
 from bench.study import listing, nats_study, report, tuning
 from bench.study.config import RunConfig
-from bench.study.experiments import EXPERIMENTS, experiment
+from bench.study.experiments import EXPERIMENTS, SEARCHED, experiment
 from bench.study.figures import draw
 from bench.study.nats import LAYOUT as NATS_LAYOUT
 from bench.study.records import Record, read
@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="train what experiments need; done runs are skipped", epilog=known)
     run.add_argument("ids", nargs="+", metavar="ID", help="experiments, or all")
     _selection(run)
+    _rates(run)
     _place(run)
     run.set_defaults(act=_run, parser=run)
 
@@ -104,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X,Y,...",
         help=f"of each optimizer's own rate (default: {','.join(map(str, tuning.FACTORS))})",
     )
-    tune.set_defaults(act=_tune, parser=tune)
+    tune.set_defaults(act=_tune, parser=tune, rates=None)
 
     nats = commands.add_parser("nats", help="figure 2 (b): Q of NATS-Bench's networks")
     nats.add_argument("folder", type=Path, metavar="DIR", help=NATS_LAYOUT)
@@ -118,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     tell.add_argument("ids", nargs="*", default=["all"], metavar="ID", help="experiments (default: all)")
     _selection(tell)
+    _rates(tell)
     _place(tell)
     tell.add_argument("--json", type=Path, metavar="FILE", help="also write what is printed, as JSON")
     tell.add_argument("--readme", type=Path, metavar="FILE", help="rewrite the table of digits in this file")
@@ -140,8 +142,11 @@ def _selection(parser: argparse.ArgumentParser) -> None:
         choices=("budget", "epochs"),
         help="stop after SGD's time, or after epochs",
     )
-    add("--rates", type=Path, metavar="FILE", help="learning rates that `study tune` found")
     arguments.add_settings(parser)
+
+
+def _rates(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rates", type=Path, metavar="FILE", help="learning rates that `study tune` found")
 
 
 def _place(parser: argparse.ArgumentParser) -> None:
@@ -192,11 +197,16 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
         options.network = options.network or ("resnet18",)
         options.dataset = options.dataset or (None if options.preset else ("cifar10",))
     options.seeds = options.seeds or 1
-    chosen = [
-        config for mine in _selected(options, console).values() for config in mine if not config.settings
-    ]
+    if any(key == "lr" for _, key, _ in options.set):
+        raise ValueError("tune searches lr: --set is for other settings, --factors for the rates to try")
+    chosen = [config for mine in _selected(options, console, sweeps=False).values() for config in mine]
+    configs = tuning.grid(list(dict.fromkeys(chosen)), options.factors)
+    names = dict.fromkeys(config.optimizer for config in chosen)
+    if unsearched := [name for name in names if name in SEARCHED]:
+        console.print(f"{', '.join(unsearched)}: searches its rate itself, so there is none to tune")
+    if not configs:
+        raise ValueError("no optimizer is left to tune")
     place = prepare(options)
-    configs = tuning.grid(chosen, options.factors)
     with arguments.torch_threads(_threads(options)):
         counts = train_with_progress(Runner(place), configs, console)
     if "busy" in counts:
@@ -216,7 +226,11 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     tuning.write(path, found, configs[0], together)
     drawn = _drawn("fig2", records, options.out / "figures-tuning", console)
     console.print("wrote " + ", ".join(map(str, [path, *drawn])), soft_wrap=True)
-    console.print(f"Next: python -m bench study run {' '.join(options.ids)} --rates {path}", soft_wrap=True)
+    console.print(
+        f"Next: python -m bench study run {' '.join(options.ids)} --rates {path}, and where the data is and "
+        "what else narrows it as here",
+        soft_wrap=True,
+    )
     return 0
 
 
@@ -289,9 +303,11 @@ def _report(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _selected(options: argparse.Namespace, console: Console) -> dict[str, list[RunConfig]]:
+def _selected(
+    options: argparse.Namespace, console: Console, sweeps: bool = True
+) -> dict[str, list[RunConfig]]:
     """The runs that the arguments name, by experiment; a word about experiments that have none."""
-    chosen = by_experiment(options)
+    chosen = by_experiment(options, sweeps)
     if without := [name for name in named(options) if name not in chosen]:
         console.print(f"no such cell in {', '.join(without)}", soft_wrap=True)
     return chosen

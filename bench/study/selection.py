@@ -17,8 +17,12 @@ def named(options: argparse.Namespace) -> list[str]:
     return list(EXPERIMENTS) if "all" in options.ids else list(dict.fromkeys(options.ids))
 
 
-def by_experiment(options: argparse.Namespace) -> dict[str, list[RunConfig]]:
+def by_experiment(options: argparse.Namespace, sweeps: bool = True) -> dict[str, list[RunConfig]]:
     """The runs that the arguments name, by experiment, without experiments that have none.
+
+    Args:
+        options: of the command.
+        sweeps: also the runs that differ from their optimizer's own settings before `--set` changes any.
 
     Raises:
         ValueError: an experiment, network, data set or optimizer that is not known, or none that has such a
@@ -31,11 +35,13 @@ def by_experiment(options: argparse.Namespace) -> dict[str, list[RunConfig]]:
     if options.preset:
         known = {name: small(entry, options.all) for name, entry in known.items()}
     chosen = {name: _narrow(entry, options).runs(tuple(seeds)) for name, entry in known.items()}
-    chosen = {name: configs for name, configs in chosen.items() if configs}
+    if not sweeps:
+        chosen = {name: [run for run in runs if not run.settings] for name, runs in chosen.items()}
+    chosen = {name: runs for name, runs in chosen.items() if runs}
     if not chosen:
         raise ValueError(_no_cell(known))
     changed = arguments.overrides(options.set)
-    if unused := set(changed) - {config.optimizer for configs in chosen.values() for config in configs}:
+    if unused := set(changed) - {config.optimizer for runs in chosen.values() for config in runs}:
         raise ValueError(f"settings for {', '.join(sorted(unused))}, which is not among the optimizers")
     fixed = {key: value for key in ("epochs", "batch") if (value := getattr(options, key)) is not None}
     if options.mode:
@@ -46,7 +52,7 @@ def by_experiment(options: argparse.Namespace) -> dict[str, list[RunConfig]]:
         settings = {**dict(config.settings), **changed.get(config.optimizer, {})}
         return tuning.with_rates(replace(config, settings=sorted_settings(settings), **fixed), rates)
 
-    return {name: list(dict.fromkeys(map(as_said, configs))) for name, configs in chosen.items()}
+    return {name: list(dict.fromkeys(map(as_said, runs))) for name, runs in chosen.items()}
 
 
 def _no_cell(known: dict[str, Experiment]) -> str:
