@@ -231,16 +231,41 @@ def test_a_run_whose_disk_was_full_goes_on_identically(tmp_path, undisturbed):
     assert identical(weights(undisturbed), weights(tmp_path))
 
 
-def test_the_command_says_what_to_do_about_a_full_disk(tmp_path, monkeypatch, capsys):
-    def full(path, content):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+COMMAND = ["study", "run", "table1a", "--preset", "small", "--network", "resnet18", "--epochs", "1"]
 
-    monkeypatch.setattr(atomic, "save", full)
-    arguments = ["study", "run", "table1a", "--preset", "small", "--network", "resnet18", "--epochs", "1"]
-    assert main([*arguments, "--optimizers", "sgd", "--out", str(tmp_path)]) == 1
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"No space left on device: {tmp_path}" in said
-    assert "give the same command again" in said
+
+def said_when_a_checkpoint_fails(error, out, monkeypatch, capsys):
+    def failing(path, content):
+        raise error
+
+    monkeypatch.setattr(atomic, "save", failing)
+    assert main([*COMMAND, "--optimizers", "sgd", "--out", str(out)]) == 1
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_the_command_says_what_to_do_about_a_full_disk(number, tmp_path, monkeypatch, capsys):
+    full = OSError(number, os.strerror(number))
+    said = said_when_a_checkpoint_fails(full, tmp_path, monkeypatch, capsys)
+    assert f"{os.strerror(number)}: {tmp_path}" in said
+    assert "make room and give the same command again" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "checkpoint.pt"),
+            "Permission denied: checkpoint.pt",
+        ),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (OSError("the file server is gone"), "the file server is gone"),
+    ],
+)
+def test_what_else_goes_wrong_with_a_file_is_said_as_it_is(error, message, tmp_path, monkeypatch, capsys):
+    said = said_when_a_checkpoint_fails(error, tmp_path, monkeypatch, capsys)
+    assert message in said
+    assert "make room" not in said
 
 
 # --- What is recorded
@@ -353,6 +378,13 @@ def test_a_run_in_budget_mode_counts_training_and_epoch_ends_alone(tmp_path):
 
 
 # --- Bad input
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "soon"])
+def test_an_interval_of_checkpoints_that_is_none_is_refused(seconds, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*COMMAND, "--optimizers", "sgd", "--out", str(tmp_path), "--checkpoint-every", seconds])
+    assert f"expected seconds, 0 or more, got '{seconds}'" in capsys.readouterr().err
 
 
 def test_a_setting_that_the_optimizer_does_not_have_is_named(tmp_path):

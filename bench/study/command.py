@@ -1,6 +1,7 @@
 """`python -m bench study`: arguments, progress, and what to do when something is wrong."""
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -56,16 +57,21 @@ def main(given: Sequence[str]) -> int:
         console.print(f"{options.parser.prog}: {error}", soft_wrap=True, markup=False, highlight=False)
         return 2
     except OSError as error:
-        console.print(
-            f"{error.strerror or error}: {error.filename or options.out}. The last checkpoint is intact: "
-            "make room and give the same command again.",
-            soft_wrap=True,
-            markup=False,
-        )
+        console.print(_failed(error, options.out), soft_wrap=True, markup=False)
         return 1
     except KeyboardInterrupt:
         console.print("interrupted: the same command goes on from the last checkpoint")
         return 130
+
+
+def _failed(error: OSError, out: Path) -> str:
+    """What went wrong with a file, and what to do about a disk that is full."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"{error.strerror}: {error.filename or out}. The last checkpoint is intact: make room and give "
+            "the same command again."
+        )
+    return f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -157,10 +163,11 @@ def _place(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=arguments.positive, help="threads on the CPU (default: preset small 1, else all)")
     add(
         "--checkpoint-every",
-        type=float,
+        type=_seconds,
         default=300.0,
         metavar="SECONDS",
-        help="between checkpoints inside an epoch; there is one at each epoch end (default: %(default)g)",
+        help="between checkpoints inside an epoch, 0: after every step; there is one at each epoch end "
+        "(default: %(default)g)",
     )
     add("--deterministic", action="store_true", help="on a GPU: slower, and a resumed run is bit-identical")
 
@@ -267,6 +274,16 @@ def _numbers(text: str) -> tuple[float, ...]:
     if not numbers or not all(0 < number < math.inf for number in numbers):
         raise argparse.ArgumentTypeError(f"expected positive numbers like 0.1,1,10, got {text!r}")
     return numbers
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 0:
+        raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, got {text!r}")
+    return seconds
 
 
 def _report(options: argparse.Namespace, console: Console) -> int:
