@@ -406,6 +406,14 @@ def test_the_study_on_digits_is_no_part_of_the_paper():
     assert {} in settings
 
 
+def test_an_optimizer_that_diverged_at_every_rate_is_named_and_the_others_are_tuned(tmp_path, capsys):
+    arguments = ["study", "tune", "digits", "--optimizers", "sgd,rmsgd", "--epochs", "1", "--batch", "512"]
+    changed = ["--set", "sgd.weight_decay=1e30", "--factors", "1", "--out", str(tmp_path)]
+    assert main([*arguments, *changed]) == 1
+    assert "diverged in every run: sgd" in capsys.readouterr().err
+    assert tuning.read(tmp_path / "rates.json").keys() == {"rmsgd"}
+
+
 def test_no_rate_is_chosen_while_another_process_is_at_the_grid(tmp_path, capsys):
     arguments = ["study", "tune", "digits", "--optimizers", "sgd", "--epochs", "1", "--batch", "512"]
     config = RunConfig("resnet14-digits", "digits", "sgd", epochs=1, batch=512, width=0.5)

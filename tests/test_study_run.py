@@ -268,6 +268,30 @@ def test_what_else_goes_wrong_with_a_file_is_said_as_it_is(error, message, tmp_p
     assert "make room" not in said
 
 
+# --- What the exit status says
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "message"),
+    [
+        ({}, 0, "4 complete"),
+        ({("sgd", 0): "diverged"}, 0, "1 diverged"),
+        ({("sgd", 0): "diverged", ("sgd", 1): "diverged"}, 1, "diverged in every run: sgd"),
+        ({("adam", 1): "busy"}, 1, "another process is at 1 of these runs"),
+        ({("sgd", 0): "diverged", ("sgd", 1): "busy"}, 1, "another process is at 1 of these runs"),
+    ],
+)
+def test_the_status_is_0_when_all_ended_and_every_optimizer_has_a_good_run(
+    ends, status, message, tmp_path, monkeypatch, capsys
+):
+    def train(self, config, tell):
+        return ends.get((config.optimizer, config.seed), "complete")
+
+    monkeypatch.setattr(Runner, "train", train)
+    assert main([*COMMAND, "--optimizers", "sgd,adam", "--seeds", "2", "--out", str(tmp_path)]) == status
+    assert message in capsys.readouterr().err
+
+
 # --- What is recorded
 
 
@@ -296,11 +320,11 @@ def test_a_run_that_diverges_stops_is_recorded_and_the_others_go_on(tmp_path):
     place = Place(tmp_path)
     wild = tiny(optimizer="sgd", batch=512, settings=sorted_settings({"lr": 1e30}))
     ended = []
-    counts = train_all(
+    ends = train_all(
         Runner(place), [wild, tiny(optimizer="sgd", batch=512)], ended=lambda config, how: ended.append(how)
     )
     assert ended == ["diverged", "complete"]
-    assert counts == {"diverged": 1, "complete": 1}
+    assert list(ends.values()) == ["diverged", "complete"]
     result = json.loads((wild.folder(tmp_path) / "result.json").read_text())
     assert result["status"] == "diverged"
     assert result["epochs"] == 1

@@ -7,7 +7,8 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,9 @@ def main(given: Sequence[str]) -> int:
     """Runs the command.
 
     Returns:
-        0; 1 when every run of an optimizer diverged, or a run could not be kept; 130 when interrupted.
-        Bad arguments exit with 2.
+        0 when all runs have ended, of every optimizer at least one that did not diverge; 1 when an optimizer
+        diverged in all of its runs, another process is at one, or a file could not be read or written; 130
+        when interrupted. Bad arguments exit with 2.
 
     """
     parser = _parser()
@@ -192,11 +194,21 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     configs = list(dict.fromkeys(configs))
     place = prepare(options)
     with arguments.torch_threads(_threads(options)):
-        counts = train_with_progress(Runner(place), configs, console)
-    said = ", ".join(f"{count} {how}" for how, count in counts.items())
+        ends = train_with_progress(Runner(place), configs, console)
+    said = ", ".join(f"{count} {how}" for how, count in Counter(ends.values()).items())
     again = shlex.join(["report", *options.given[1:]])
     console.print(f"{said}; in {options.out}. Next: python -m bench study {again}", soft_wrap=True)
-    return 1 if set(counts) == {"diverged"} else 0
+    return _status(ends, console)
+
+
+def _status(ends: Mapping[RunConfig, str], console: Console) -> int:
+    """The exit status after runs that ended so, and a word about what is missing."""
+    if busy := sum(how == "busy" for how in ends.values()):
+        console.print(f"another process is at {busy} of these runs: the same command takes what it leaves")
+    good = {config.optimizer for config, how in ends.items() if how != "diverged"}
+    if lost := [name for name in dict.fromkeys(config.optimizer for config in ends) if name not in good]:
+        console.print(f"diverged in every run: {', '.join(lost)}", soft_wrap=True)
+    return 1 if busy or lost else 0
 
 
 def _tune(options: argparse.Namespace, console: Console) -> int:
@@ -215,12 +227,11 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
         raise ValueError("no optimizer is left to tune")
     place = prepare(options)
     with arguments.torch_threads(_threads(options)):
-        counts = train_with_progress(Runner(place), configs, console)
-    if "busy" in counts:
-        console.print(
-            f"another process is at {counts['busy']} of these runs: no rate is chosen before it ends"
-        )
-        return 1
+        ends = train_with_progress(Runner(place), configs, console)
+    status = _status(ends, console)
+    if "busy" in ends.values():
+        console.print("no rate is chosen before they have ended")
+        return status
     records = read(options.out, configs)
     found = tuning.best(records, options.factors)
     out = Console()
@@ -238,7 +249,7 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
         "what else narrows it as here",
         soft_wrap=True,
     )
-    return 0
+    return status
 
 
 def _drawn(name: str, records: Sequence[Record], folder: Path, console: Console) -> list[Path]:
@@ -347,7 +358,9 @@ def _threads(options: argparse.Namespace) -> int:
     return options.threads or (1 if options.preset else torch.get_num_threads())
 
 
-def train_with_progress(runner: Runner, configs: Sequence[RunConfig], console: Console) -> dict[str, int]:
+def train_with_progress(
+    runner: Runner, configs: Sequence[RunConfig], console: Console
+) -> dict[RunConfig, str]:
     """Trains the runs under a bar for all and a line for each that ends otherwise than well."""
     columns = (*PROGRESS, TextColumn("{task.completed:.1f}/{task.total:.0f} runs"))
     with Progress(*columns, console=console) as progress:

@@ -128,13 +128,12 @@ def train_all(
     configs: Sequence[RunConfig],
     tell: Callable[[RunConfig, str, float], object] = lambda config, text, share: None,
     ended: Callable[[RunConfig, str], object] = lambda config, how: None,
-) -> dict[str, int]:
-    """Trains all runs and returns how many ended in which way."""
+) -> dict[RunConfig, str]:
+    """Trains all runs and returns how each ended, as `Runner.train` says it."""
     for config in dict.fromkeys(replace(config, network="", dataset="", seed=0) for config in configs):
         make_optimizer(config, torch.nn.Linear(2, 2), 1)  # a wrong setting, before hours of others
-    counts: dict[str, int] = {}
+    ends: dict[RunConfig, str] = {}
     for config in configs:
-        how = runner.train(config, lambda text, share, config=config: tell(config, text, share))
-        counts[how] = counts.get(how, 0) + 1
-        ended(config, how)
-    return counts
+        ends[config] = runner.train(config, lambda text, share, config=config: tell(config, text, share))
+        ended(config, ends[config])
+    return ends
