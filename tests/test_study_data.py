@@ -258,7 +258,11 @@ def test_adp_has_several_labels_an_image(tmp_path):
     [
         ({"rows": ("1,0,2", "0,0,1", "1,1,0", "0,1,0")}, "labels must be 0 or 1"),
         ({"rows": ("1,0,a", "0,0,1", "1,1,0", "0,1,0")}, "could not convert"),
-        ({"test": (4,)}, "names row 4 of 4"),
+        ({"rows": ("1,0", "0,0,1", "1,1,0", "0,1,0")}, "Flat.csv, line 2: 4 values are expected"),
+        ({"rows": ("1,0,1", "0,0,1,1", "1,1,0", "0,1,0")}, "Flat.csv, line 3: 4 values are expected"),
+        ({"rows": ()}, "Flat.csv has no row"),
+        ({"test": (4,)}, "names row 4, and the table has 0 to 3"),
+        ({"test": (-1, 2)}, "names row -1, and the table has 0 to 3"),
         ({"test": (0.5,)}, "must hold row numbers"),
     ],
 )
@@ -266,6 +270,42 @@ def test_a_wrong_table_or_split_of_adp_is_refused(changes, message, tmp_path):
     write_adp(tmp_path, **changes)
     with pytest.raises(DatasetError, match=message):
         datasets.load("adp", tmp_path, "resnet18", CPU)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", b"PK\x03\x04", b"0,1,2\n"])
+def test_a_split_that_is_no_array_is_named(content, tmp_path):
+    write_adp(tmp_path)
+    (tmp_path / "splits" / "test.npy").write_bytes(content)
+    with pytest.raises(DatasetError, match=r"test\.npy is no plain array of numbers: .*Expected for adp"):
+        datasets.load("adp", tmp_path, "resnet18", CPU)
+
+
+def test_an_archive_of_arrays_is_no_split(tmp_path):
+    write_adp(tmp_path)
+    with (tmp_path / "splits" / "test.npy").open("wb") as file:
+        np.savez(file, rows=np.array([3]))
+    with pytest.raises(DatasetError, match=r"test\.npy is no plain array of numbers"):
+        datasets.load("adp", tmp_path, "resnet18", CPU)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has no column Image Name"),
+        ("Image Name,Majority Vote Label,Partition\nM\xfc.png,HP,train\n".encode("latin-1"), "UTF-8"),
+        (
+            b'Image Name,Majority Vote Label,Partition\n"' + b"a" * 200_000,
+            "no table of comma-separated values",
+        ),
+        (b"Image Name,Majority Vote Label,Partition\na.png,HP\n", "line 2: 3 values are expected"),
+        (b"Image Name,Majority Vote Label,Partition\na.png,HP,valid\n", "a partition is 'valid'"),
+    ],
+)
+def test_a_damaged_table_of_mhist_is_named(content, message, tmp_path):
+    write_mhist(tmp_path)
+    (tmp_path / "annotations.csv").write_bytes(content)
+    with pytest.raises(DatasetError, match=rf"annotations\.csv.*{message}.*Expected for mhist"):
+        datasets.load("mhist", tmp_path, "resnet18", CPU)
 
 
 def test_a_split_that_is_a_pickle_is_not_opened(tmp_path):

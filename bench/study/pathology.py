@@ -34,6 +34,10 @@ def mhist(folder: Path, size: tuple[int, int]) -> Images:
 
     """
     rows = _table(folder / "annotations.csv", ("Image Name", "Majority Vote Label", "Partition"))
+    if unknown := {row["Partition"] for row in rows} - {"train", "test"}:
+        raise DatasetError(
+            f"{folder / 'annotations.csv'}: a partition is {min(unknown)!r}, not train or test"
+        )
     parts = []
     for split in ("train", "test"):
         mine = [row for row in rows if row["Partition"] == split]
@@ -72,10 +76,24 @@ def adp(folder: Path, size: tuple[int, int]) -> Images:
 def _table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     if not path.is_file():
         raise DatasetError(f"{path} is missing")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    if missing := [name for name in columns if not rows or name not in rows[0]]:
-        raise DatasetError(f"{path} has no column {', '.join(missing)}")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            names = reader.fieldnames or ()
+            if missing := [name for name in columns if name not in names]:
+                raise DatasetError(f"{path} has no column {', '.join(missing)}")
+            rows = []
+            for row in reader:
+                # What is too much is under None, and what is missing is None.
+                if None in row or None in row.values():
+                    raise DatasetError(f"{path}, line {reader.line_num}: {len(names)} values are expected")
+                rows.append(row)
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is no text in UTF-8: {error}") from error
+    except csv.Error as error:
+        raise DatasetError(f"{path} is no table of comma-separated values: {error}") from error
+    if not rows:
+        raise DatasetError(f"{path} has no row")
     return rows
 
 
@@ -83,13 +101,16 @@ def _rows(path: Path, count: int) -> list[int]:
     if not path.is_file():
         raise DatasetError(f"{path} is missing")
     try:
-        chosen = np.load(path, allow_pickle=False)
-    except ValueError as error:
+        with path.open("rb") as file:
+            # Reads this one format alone: `np.load` also opens archives.
+            chosen = np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, EOFError) as error:
         raise DatasetError(f"{path} is no plain array of numbers: {error}") from error
     if chosen.ndim != 1 or chosen.size == 0 or not np.issubdtype(chosen.dtype, np.integer):
         raise DatasetError(f"{path} must hold row numbers, got {chosen.dtype} of shape {chosen.shape}")
     if chosen.min() < 0 or chosen.max() >= count:
-        raise DatasetError(f"{path} names row {chosen.max()} of {count}")
+        wrong = chosen.min() if chosen.min() < 0 else chosen.max()
+        raise DatasetError(f"{path} names row {wrong}, and the table has 0 to {count - 1}")
     return chosen.tolist()
 
 
