@@ -155,13 +155,43 @@ def test_table_2_reports_after_150_and_250_epochs(tmp_path):
     assert (first["published"]["mean"], second["published"]["mean"]) == (61.41, 63.43)
 
 
-@pytest.mark.parametrize("change", [{"width": 0.5}, {"epochs": 3}, {"batch": 64}, {"dataset": "digits"}])
-def test_what_is_not_the_papers_cell_gets_no_difference(change, tmp_path):
+OTHER = [
+    {"width": 0.5},
+    {"epochs": 3},
+    {"batch": 64},
+    {"dataset": "digits"},
+    {"budget": False},
+    {"cutout": True},
+    {"settings": (("momentum", 0.5),)},
+]
+
+
+@pytest.mark.parametrize("change", OTHER, ids=lambda change: next(iter(change)))
+def test_what_is_not_the_papers_cell_gets_no_difference_and_says_why(change, tmp_path):
     config = replace(CELL, **change)
     write_run(tmp_path, config, 0.9, epochs=3)
     (row,) = report.rows("table1a", read(tmp_path, [config]))
     assert row["deviations"] is None
     assert row["published"]["mean"] == 95.32
+    assert row["differs"] == list(change)
+    said = "other data" if "dataset" in change else f"where the paper has another {next(iter(change))}"
+    assert said in report.accuracy_table("table1a", [row]).caption
+
+
+def test_a_tuned_rate_is_compared_with_the_papers_tuned_rate(tmp_path):
+    config = replace(CELL, settings=(("lr", 0.03),))
+    write_run(tmp_path, config, 0.9)
+    (row,) = report.rows("table1a", read(tmp_path, [config]))
+    assert row["deviations"] is not None
+
+
+def test_epochs_that_a_run_did_not_reach_are_not_reported(tmp_path):
+    configs = [RunConfig("mobilenetv2-imagenet", "imagenet", name, budget=True) for name in ("sam", "sgd")]
+    for config, epochs in zip(configs, (130, 200), strict=True):
+        write_run(tmp_path, config, 0.65, epochs=epochs)
+    rows = list(report.rows("table2", read(tmp_path, configs)))
+    assert [(row["optimizer"], row["epoch"]) for row in rows] == [("sam", None), ("sgd", 150)]
+    assert [row["deviations"] for row in rows] == [None, None]
 
 
 def test_differences_to_rmsgd_are_tested_seed_by_seed(tmp_path):

@@ -1,6 +1,7 @@
 """`study report`: what was measured against what was published, and what can be concluded."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,17 @@ def counterpart(name: str, config: RunConfig) -> RunConfig | None:
     return None
 
 
+def different(config: RunConfig, paper: RunConfig) -> list[str]:
+    """Fields of a run that are not the paper's. The learning rate may be: it is tuned."""
+    pairs = {
+        field.name: tuple(getattr(run, field.name) for run in (config, paper))
+        for field in fields(RunConfig)
+        if field.name not in ("optimizer", "seed", "keep_weights")
+    }
+    pairs["settings"] = tuple(dict(settings) | {"lr": None} for settings in pairs["settings"])
+    return [name for name, (here, there) in pairs.items() if here != there]
+
+
 def cells(records: Sequence[Record]) -> dict[tuple[str, str, str], list[Record]]:
     """(data set, network, label) to the runs with their seeds; the label has the batch size if it varies."""
     groups: dict[tuple[str, str, str], list[Record]] = {}
@@ -47,6 +59,7 @@ def cells(records: Sequence[Record]) -> dict[tuple[str, str, str], list[Record]]
 def rows(name: str, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
     """One row per cell and reported epoch: measured, published and their difference.
 
+    There is no difference where the runs are not the paper's: "differs" has the names of what is another.
     Where runs of the same network, data set and batch size had budgets of their own, "budgets" has more than
     one, and there is no difference.
     """
@@ -55,15 +68,10 @@ def rows(name: str, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
         config, good = mine[0].config, finished(mine)
         seconds = shared[_cell(mine[0])]
         paper = counterpart(name, config)
-        comparable = (
-            len(seconds) < 2
-            and paper is not None
-            and all(
-                getattr(paper, field) == getattr(config, field)
-                for field in ("dataset", "network", "epochs", "batch", "width", "cutout", "augment")
-            )
-        )
-        for epoch in (experiment(name).epochs if comparable else ()) or (0,):
+        differs = [] if paper is None else different(config, paper)
+        comparable = paper is not None and not differs and len(seconds) < 2
+        reached = min((len(record.epochs) for record in good), default=0)
+        for epoch in [epoch for epoch in experiment(name).epochs if epoch <= reached] or (0,):
             final = [record.epochs[epoch - 1] if epoch else record.final for record in good]
             accuracy = 100 * np.array([values["test_accuracy"] for values in final])
             value = None
@@ -84,6 +92,7 @@ def rows(name: str, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
                 "epochs": mean([len(record.epochs) for record in good]),
                 "seconds_per_epoch": mean([record.seconds[-1] / len(record.epochs) for record in good]),
                 "budgets": seconds,
+                "differs": differs,
                 "published": None if value is None else value._asdict(),
                 "published_dataset": None if paper is None else paper.dataset,
                 "deviations": in_deviations(*measured, *value) if comparable and value else None,
@@ -144,6 +153,9 @@ def accuracy_table(name: str, entries: Sequence[dict[str, Any]]) -> Table:
     if other := theirs - {entry["dataset"] for entry in entries}:
         places = ", ".join(sorted(other))
         notes.append(f"Published numbers are of {places}: other data, so no difference is given.")
+    own = [entry for entry in entries if entry["published"] and "dataset" not in entry["differs"]]
+    if changed := dict.fromkeys(name for entry in own for name in entry["differs"]):
+        notes.append(f"No difference is given where the paper has another {', '.join(changed)}.")
     if unequal := dict.fromkeys(_budgets_of(entry) for entry in entries if len(entry["budgets"]) > 1):
         notes.append(f"Not comparable, for different budgets: {', '.join(unequal)}.")
     if order := order_agreement(entries):
