@@ -217,6 +217,34 @@ def test_a_tuned_rate_is_no_other_optimizer_and_several_rates_are_not_compared(t
     assert report.comparisons(read(tmp_path, configs)) == []
 
 
+def test_seeds_that_make_no_pair_are_named_with_what_became_of_them(tmp_path, capsys):
+    ours = seeds(tmp_path, replace(CELL, optimizer="rmsgd"), [0.96, 0.95, 0.97, 0.96])
+    sgd = seeds(tmp_path, CELL, [0.94, 0.95])
+    lost = replace(CELL, seed=2)
+    write_run(tmp_path, lost, math.nan, diverged=True, epochs=3)
+    adam = [replace(CELL, optimizer="adam", seed=seed) for seed in range(4)]
+    for config in adam:
+        write_run(tmp_path, config, 0.9, diverged=config.seed > 0)
+    first, second = report.comparisons(read(tmp_path, [*ours, *sgd, lost, *adam]))
+    assert first["seeds"] == 2
+    assert first["left_out"] == [
+        {"seed": 2, "optimizer": "sgd", "why": "diverged"},
+        {"seed": 3, "optimizer": "sgd", "why": "not ended"},
+    ]
+    assert first["p_corrected"] == first["p"]
+    assert second["seeds"] == 1
+    assert math.isnan(second["p_corrected"])
+    assert [entry["seed"] for entry in second["left_out"]] == [1, 2, 3]
+    assert main(["study", "report", "table1a", "--out", str(tmp_path)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "sgd 2 of 4" in said
+    assert (
+        "Seeds left out of resnet18, cifar10: adam 1, 2, 3 (diverged); sgd 2 (diverged); sgd 3 (not" in said
+    )
+    assert "adam, 3 of 4" in said
+    assert "adam 1 of 4 - -" in said
+
+
 @pytest.mark.parametrize(("second", "compared"), [(100.0, 1), (130.0, 0)])
 def test_runs_with_different_budgets_are_marked_and_not_compared(second, compared, tmp_path):
     configs = seeds(tmp_path, replace(CELL, optimizer="rmsgd"), [0.95, 0.96], budget=100.0)

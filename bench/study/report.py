@@ -1,6 +1,7 @@
 """`study report`: what was measured against what was published, and what can be concluded."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -13,8 +14,9 @@ from bench.study.config import RunConfig
 from bench.study.experiments import EXPERIMENTS, experiment
 from bench.study.published import Value
 from bench.study.records import Record, by_label, finished, is_plain
-from bench.study.statistics import correlation, holm, in_deviations, paired
+from bench.study.statistics import Difference, correlation, holm, in_deviations, paired
 
+UNKNOWN = Difference(math.nan, math.nan, math.nan, math.nan)
 METRICS = {"Q": "Q", "stable_rank": "stable rank", "condition_number": "condition number"}
 
 
@@ -133,11 +135,11 @@ def accuracy_table(name: str, entries: Sequence[dict[str, Any]]) -> Table:
         if cell != before:
             table.add_section()
             table.add_row(f"[bold]{cell}[/bold]")
-        lost = f" ({entry['diverged']} of {entry['seeds']} diverged)" if entry["diverged"] else ""
+        lost = f", {entry['diverged']} of {entry['seeds']} diverged" if entry["diverged"] else ""
         good = entry["diverged"] < entry["seeds"]
         cells = [
-            entry["optimizer"] + (f", epoch {entry['epoch']}" if entry["epoch"] else ""),
-            (str(Value(**entry["measured"])) if good else "-") + lost,
+            entry["optimizer"] + (f", epoch {entry['epoch']}" if entry["epoch"] else "") + lost,
+            str(Value(**entry["measured"])) if good else "-",
             f"{entry['gap']:.2f}",
             f"{entry['Q']:.3f}",
             f"{entry['epochs']:.4g}",
@@ -189,33 +191,57 @@ def order_agreement(entries: Sequence[dict[str, Any]]) -> list[str]:
 def comparisons(records: Sequence[Record], reference: str = "rmsgd") -> list[dict[str, Any]]:
     """The reference optimizer's test accuracy against every other's, seed by seed.
 
-    One entry per data set, network and other optimizer or setting with at least two seeds in common:
-    difference in per cent with its 95 % interval, and the p value of a paired t test, alone and corrected
-    (Holm) for the comparisons of that cell. A cell where the reference ran with several rates has none, nor
-    has one whose runs had different budgets.
+    One entry per data set, network and other optimizer or setting: how many seeds ended well with both
+    ("seeds"), those that did not and why ("left_out"), the difference in per cent with its 95 % interval, and
+    the p value of a paired t test, alone and corrected (Holm) for the comparisons of that cell. Fewer than
+    two pairs show nothing: their numbers are NaN, and where no seed was left out there is no entry. A cell
+    where the reference ran with several rates has none, nor has one whose runs had different budgets.
     """
     found = []
     shared = budgets(records)
     for cell in dict.fromkeys(_cell(record) for record in records):
-        mine = [record for record in finished(records) if _cell(record) == cell]
-        own = {r.config.label for r in mine if r.config.optimizer == reference and is_plain(r)}
+        groups = by_label([record for record in records if _cell(record) == cell])
+        own = [label for label, runs in groups.items() if _is_own(runs[0], reference)]
         if len(own) != 1 or len(shared[cell]) > 1:
             continue
-        groups = {
-            label: {record.config.seed: 100 * record.final["test_accuracy"] for record in group}
-            for label, group in by_label(mine).items()
-        }
-        ours = groups.pop(name := own.pop())
+        ours = groups.pop(own[0])
         entries = []
         for label, theirs in groups.items():
-            seeds = sorted(ours.keys() & theirs.keys())
-            if len(seeds) > 1:
-                difference = paired([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
-                entry = {"dataset": cell[0], "network": cell[1], "reference": name, "other": label}
-                entries.append({**entry, "seeds": len(seeds), **difference._asdict()})
-        for entry, corrected in zip(entries, holm([entry["p"] for entry in entries]), strict=True):
-            found.append({**entry, "p_corrected": corrected})
+            good = [_accuracies(runs) for runs in (ours, theirs)]
+            pairs = sorted(good[0].keys() & good[1].keys())
+            left_out = _left_out({own[0]: ours, label: theirs})
+            if len(pairs) > 1 or left_out:
+                difference = (
+                    paired(*([mine[seed] for seed in pairs] for mine in good)) if pairs[1:] else UNKNOWN
+                )
+                entry = {"dataset": cell[0], "network": cell[1], "reference": own[0], "other": label}
+                entries.append({**entry, "seeds": len(pairs), "left_out": left_out, **difference._asdict()})
+        tested = [entry["p"] for entry in entries if entry["seeds"] > 1]
+        corrected = iter(holm(tested))
+        found += [
+            {**entry, "p_corrected": next(corrected) if entry["seeds"] > 1 else math.nan} for entry in entries
+        ]
     return found
+
+
+def _is_own(record: Record, reference: str) -> bool:
+    return record.config.optimizer == reference and is_plain(record)
+
+
+def _accuracies(records: Sequence[Record]) -> dict[int, float]:
+    """Seed to test accuracy in per cent, of the runs that did not diverge."""
+    return {record.config.seed: 100 * record.final["test_accuracy"] for record in finished(records)}
+
+
+def _left_out(groups: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
+    """The seeds of either group that make no pair: which run is missing, and why."""
+    ends = {label: {run.config.seed: run.diverged for run in runs} for label, runs in groups.items()}
+    return [
+        {"seed": seed, "optimizer": label, "why": "diverged" if mine.get(seed) else "not ended"}
+        for seed in sorted(set().union(*ends.values()))
+        for label, mine in ends.items()
+        if mine.get(seed, True)
+    ]
 
 
 def _cell(record: Record) -> tuple[str, str, int]:
@@ -224,7 +250,7 @@ def _cell(record: Record) -> tuple[str, str, int]:
 
 def readme_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
     """A row per optimizer, at its tuned rate: its accuracy, and RMSGD's difference to it."""
-    differences = {entry["other"]: entry for entry in content.get("comparisons", ())}
+    differences = {entry["other"]: entry for entry in content.get("comparisons", ()) if entry["seeds"] > 1}
     return [
         {**cell, "difference": differences.get(cell["optimizer"])}
         for cell in content["cells"]
@@ -236,13 +262,18 @@ def comparison_table(entries: Sequence[dict[str, Any]]) -> Table:
     """Whether the differences are real."""
     table = Table(
         title=f"test accuracy of {entries[0]['reference']} minus another's (%)",
-        caption="Paired by seed: mean, 95 % interval, p of Student's t; corrected (Holm) per cell.",
+        caption=" ".join(
+            [
+                "Paired by seed: mean, 95 % interval, p of Student's t; corrected (Holm) per cell.",
+                *_seeds_left_out(entries),
+            ]
+        ),
         box=SIMPLE_HEAD,
         show_edge=False,
         collapse_padding=True,
     )
     table.add_column("other", overflow="fold")
-    for column in ("seeds", "difference", "95 % interval", "p", "p corrected"):
+    for column in ("pairs", "difference", "95 % interval", "p", "p corrected"):
         table.add_column(column, justify="right", no_wrap=True)
     before = None
     for entry in entries:
@@ -250,15 +281,33 @@ def comparison_table(entries: Sequence[dict[str, Any]]) -> Table:
             table.add_section()
             table.add_row(f"[bold]{', '.join(cell)}[/bold]")
             before = cell
+        known = entry["seeds"] > 1
         table.add_row(
             entry["other"],
-            str(entry["seeds"]),
-            f"{entry['mean']:+.2f}",
-            f"{entry['low']:+.2f} to {entry['high']:+.2f}",
-            f"{entry['p']:.2g}",
-            f"{entry['p_corrected']:.2g}",
+            f"{entry['seeds']} of {entry['seeds'] + len({run['seed'] for run in entry['left_out']})}",
+            f"{entry['mean']:+.2f}" if known else "-",
+            f"{entry['low']:+.2f} to {entry['high']:+.2f}" if known else "-",
+            f"{entry['p']:.2g}" if known else "-",
+            f"{entry['p_corrected']:.2g}" if known else "-",
         )
     return table
+
+
+def _seeds_left_out(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence per cell about the seeds that make no pair, each run once."""
+    cells: dict[str, dict[tuple[str, str], list[str]]] = {}
+    for entry in entries:
+        for run in entry["left_out"]:
+            lost = cells.setdefault(f"{entry['network']}, {entry['dataset']}", {})
+            seeds = lost.setdefault((run["optimizer"], run["why"]), [])
+            if str(run["seed"]) not in seeds:
+                seeds.append(str(run["seed"]))
+    return [
+        f"Seeds left out of {cell}: "
+        + "; ".join(f"{name} {', '.join(seeds)} ({why})" for (name, why), seeds in lost.items())
+        + "."
+        for cell, lost in cells.items()
+    ]
 
 
 def correlations(records: Sequence[Record]) -> list[dict[str, Any]]:
