@@ -10,7 +10,7 @@ import torch
 
 from bench import atomic
 from bench.data import Split
-from bench.study import datasets
+from bench.study import datasets, nats, nats_study
 from bench.study.config import RunConfig
 from bench.study.run import Run
 from bench.study.runner import Place, Runner
@@ -99,3 +99,18 @@ def budgets(config: RunConfig, out: Path, count: int) -> list[float]:
     for process in processes:
         process.join(60)
     return told
+
+
+def _measure_nats(folder: str, table: str, last: int) -> None:
+    torch.set_num_threads(1)
+    read = nats.read
+    nats.read = lambda path, *rest: die() if int(path.name.split(".")[0]) == last else read(path, *rest)
+    nats_study.measure(Path(folder), Path(table), "cifar10")
+
+
+def killed_measuring(folder: Path, table: Path, last: int) -> int | None:
+    """Measures NATS-Bench's networks in a process that is killed when it comes to `last`; its exit code."""
+    process = _context.Process(target=_measure_nats, args=(str(folder), str(table), last))
+    process.start()
+    process.join(60)
+    return process.exitcode

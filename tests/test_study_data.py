@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pickle
+import signal
 import tarfile
 from collections import OrderedDict
 from dataclasses import replace
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from study_jobs import killed_measuring
 
 from bench.__main__ import main
 from bench.data import Split
-from bench.study import cifar, datasets, nats, streaming, unpickle
+from bench.study import cifar, datasets, nats, nats_study, streaming, unpickle
 from bench.study.augment import crop_and_flip, cutout
 from bench.study.source import Augmentation, DatasetError, InMemory, mix
 
@@ -451,6 +453,21 @@ def test_nats_networks_are_measured_correlated_and_drawn_and_a_second_call_goes_
     assert len(table.read_text().splitlines()) == 1 + 4 * 2
     assert "ROCC" in capsys.readouterr().out
     assert (out / "nats-cifar10.png").stat().st_size > 5000
+
+
+def test_a_nats_study_that_is_killed_keeps_its_rows_and_goes_on(tmp_path):
+    for index in range(4):
+        write_nats(tmp_path, index, 50.0 + index)
+    table, whole = tmp_path / "table.csv", tmp_path / "whole.csv"
+    nats_study.measure(tmp_path, whole, "cifar10")
+    assert killed_measuring(tmp_path, table, 2) == -signal.SIGKILL
+    kept = table.read_text()
+    assert kept == "".join(whole.read_text().splitlines(keepends=True)[: 1 + 2 * 2])
+    # Killed before anything new was measured: nothing is lost.
+    assert killed_measuring(tmp_path, table, 1) == -signal.SIGKILL
+    assert table.read_text() == kept
+    assert nats_study.measure(tmp_path, table, "cifar10") == nats_study.measure(tmp_path, whole, "cifar10")
+    assert table.read_text() == whole.read_text()
 
 
 def test_a_truncated_nats_file_and_an_empty_folder_are_errors(tmp_path):

@@ -1,7 +1,6 @@
 """Figure 2 (b): the metrics of NATS-Bench's networks against the accuracies that its authors measured."""
 
 import csv
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,22 +45,25 @@ def measure(
     rows = _read(table)
     done = {int(row["index"]) for row in rows}
     table.parent.mkdir(parents=True, exist_ok=True)
-    # Written anew: a row that was cut when the process was stopped is not in `rows`.
-    kept = io.StringIO()
-    writer = csv.DictWriter(kept, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic.write(table, kept.getvalue().encode())
-    with table.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        for count, path in enumerate(files, 1):
-            if int(path.name.split(".")[0]) not in done:
-                mine = [_row(trained) for trained in nats.read(path, dataset)]
-                rows += mine
-                writer.writerows(mine)
-                file.flush()
-            tell(count, len(files))
+    rewritten = False
+    for count, path in enumerate(files, 1):
+        if int(path.name.split(".")[0]) not in done:
+            mine = [_row(trained) for trained in nats.read(path, dataset)]
+            rows += mine
+            if rewritten:
+                with table.open("a", encoding="utf-8") as file:
+                    file.write(_lines(mine))
+            else:
+                # Anew, without what `_read` left out; until there is something new, nothing is taken away.
+                atomic.write(table, (",".join(COLUMNS) + "\n" + _lines(rows)).encode())
+                rewritten = True
+        tell(count, len(files))
     return rows
+
+
+def _lines(rows: Sequence[dict[str, float]]) -> str:
+    """Rows as lines of the table."""
+    return "".join(",".join(str(row[name]) for name in COLUMNS) + "\n" for row in rows)
 
 
 def _row(trained: nats.Trained) -> dict[str, float]:
