@@ -306,6 +306,16 @@ def test_every_experiment_is_drawn(name, tmp_path):
         assert path.stat().st_size > 5000
 
 
+def test_figure_3_shows_both_parts_of_tuned_runs(tmp_path):
+    configs = [
+        tuning.with_rates(config, {"rmsgd": 0.01, "sgd": 0.3}) for config in small(EXPERIMENTS["fig3"]).runs()
+    ]
+    for config in configs:
+        write_run(tmp_path, config, 0.9)
+    files = draw("fig3", read(tmp_path, configs), tmp_path / "figures")
+    assert [path.name for path in files] == ["fig3.png", "fig3-beta.png"]
+
+
 def test_the_low_rank_of_kept_weights_is_drawn(tmp_path):
     (config,) = small(EXPERIMENTS["fig1a"]).runs()
     write_run(tmp_path, config, 0.9)

@@ -124,13 +124,10 @@ def scatter(stem: Path, records: Sequence[Record]) -> list[Path]:
 
 def courses(stem: Path, records: Sequence[Record]) -> list[Path]:
     """Figure 3: stable rank, condition, Q and rates over the epochs; test accuracy by beta."""
-    ablation = [
-        record
-        for record in records
-        if dict(record.config.settings).keys() <= {"beta"} and record.config.optimizer == "rmsgd"
-    ]
-    swept = {r.config.network for r in ablation if r.config.settings}
-    ablation = [record for record in ablation if record.config.network in swept]
+    ours = [record for record in records if record.config.optimizer == "rmsgd"]
+    ours = [record for record in ours if dict(record.config.settings).keys() <= {"beta", "lr"}]
+    swept = {record.config.network for record in ours if "beta" in dict(record.config.settings)}
+    ablation = [record for record in ours if record.config.network in swept]
     compared = [r for r in records if is_plain(r) and r.config.network not in swept]
     written = []
     if compared:
