@@ -5,7 +5,11 @@ import math
 import pytest
 import torch
 
+from bench import epoch_timing, training
 from bench.sls import SLS, TRIALS
+from bench.study import datasets
+from bench.study.config import RunConfig
+from bench.study.run import Run
 
 
 def quadratic(curvature, start, **settings):
@@ -42,6 +46,25 @@ def test_a_step_grows_by_gamma_in_one_epoch_at_most():
     for _ in range(100):
         step()
     assert optimizer.param_groups[0]["lr"] == 10.0
+
+
+def growth_in_an_epoch(optimizer, steps):
+    return optimizer.param_groups[0]["growth"] ** steps
+
+
+def test_in_every_benchmark_an_epoch_is_as_many_steps_as_it_has_batches(tmp_path):
+    settings = training.Settings(optimizers=("sls",), seeds=(0,), batch=100, width=0.25)
+    ((trained,),) = training.prepare(settings)
+    assert growth_in_an_epoch(trained._optimizer, len(trained._batches)) == pytest.approx(2)
+    timed = epoch_timing.Settings("resnet14-digits", "digits", ("sls",), 100, 1, "cpu", 0.25, 1)
+    work = epoch_timing.workload(timed)
+    assert growth_in_an_epoch(epoch_timing.Case(timed, work, "sls")._optimizer, work.steps) == pytest.approx(
+        2
+    )
+    config = RunConfig("resnet14-digits", "digits", "sls", batch=100, width=0.25)
+    source = datasets.load(config.dataset, None, config.network, torch.device("cpu"))
+    studied = Run(config, source, tmp_path, torch.device("cpu"))
+    assert growth_in_an_epoch(studied._optimizer, source.batches(config.batch)) == pytest.approx(2)
 
 
 def test_every_step_keeps_the_armijo_condition():
