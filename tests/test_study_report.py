@@ -11,7 +11,7 @@ from scipy import stats
 
 from bench import measure, models
 from bench.__main__ import main
-from bench.study import report, tuning
+from bench.study import figures, report, tuning
 from bench.study.config import RunConfig, sorted_settings
 from bench.study.experiments import EXPERIMENTS, experiment, small
 from bench.study.figures import draw
@@ -316,6 +316,18 @@ def test_figure_3_shows_both_parts_of_tuned_runs(tmp_path):
     assert [path.name for path in files] == ["fig3.png", "fig3-beta.png"]
 
 
+def test_every_batch_size_is_on_the_axis_where_an_optimizer_lacks_one(tmp_path, monkeypatch):
+    sizes = {"sgd": (128, 256, 512), "rmsgd": (128, 256)}
+    configs = [replace(CELL, optimizer=name, batch=size) for name in sizes for size in sizes[name]]
+    for config in configs:
+        write_run(tmp_path, config, 0.9, epochs=2)
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure) or path)
+    draw("fig4", read(tmp_path, configs), tmp_path / "figures")
+    (axes,) = drawn[-1].axes
+    assert list(axes.get_xticks()) == [128, 256, 512]
+
+
 def test_the_low_rank_of_kept_weights_is_drawn(tmp_path):
     (config,) = small(EXPERIMENTS["fig1a"]).runs()
     write_run(tmp_path, config, 0.9)
@@ -411,6 +423,21 @@ def test_the_readmes_table_is_written_from_the_runs(tmp_path, capsys):
     assert "+0.00 [+0.00, +0.00] | 1 |" in text
     assert text.startswith("before")
     assert "old" not in text
+
+
+def test_the_readmes_table_needs_the_runs_on_digits(tmp_path, capsys):
+    write_run(tmp_path, CELL, 0.95)
+    arguments = [
+        "study",
+        "report",
+        "table1a",
+        "--out",
+        str(tmp_path),
+        "--readme",
+        str(tmp_path / "README.md"),
+    ]
+    assert main(arguments) == 2
+    assert "report digits" in capsys.readouterr().err
 
 
 def test_report_of_nothing_says_where_it_looked(tmp_path, capsys):

@@ -27,7 +27,7 @@ from bench import arguments, measure, readme
 from bench.peers import PeerUnavailableError
 from bench.study import listing, nats_study, report, tuning
 from bench.study.config import RunConfig
-from bench.study.experiments import EXPERIMENTS, SEARCHED, experiment
+from bench.study.experiments import EXPERIMENTS, OWN, SEARCHED, experiment
 from bench.study.figures import draw
 from bench.study.nats import LAYOUT as NATS_LAYOUT
 from bench.study.records import Record, read
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         description="The paper's tables and figures: what was published, runs that repeat it, comparison.",
     )
     commands = parser.add_subparsers(metavar="ACTION", required=True)
-    known = f"Experiments: {', '.join(EXPERIMENTS)}."
+    known = f"Experiments: {', '.join(EXPERIMENTS | OWN)}."
 
     show = commands.add_parser("list", help="experiments and published numbers", epilog=known)
     show.add_argument("ids", nargs="*", metavar="ID", help="experiments to show in full, or notes")
@@ -245,8 +245,8 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     drawn = _drawn("fig2", records, options.out / "figures-tuning", console)
     console.print("wrote " + ", ".join(map(str, [path, *drawn])), soft_wrap=True)
     console.print(
-        f"Next: python -m bench study run {' '.join(options.ids)} --rates {path}, and where the data is and "
-        "what else narrows it as here",
+        f"Next: python -m bench study run {' '.join(options.ids)} --rates {path}, with the --data, "
+        "--preset and filters of this search",
         soft_wrap=True,
     )
     return status
@@ -302,7 +302,7 @@ def _report(options: argparse.Namespace, console: Console) -> int:
         options.seeds = SEEDS_LOOKED_FOR
     out = Console()
     content: dict[str, Any] = {}
-    figures: list[Path] = []
+    written: list[Path] = []
     machine: dict[str, Any] = {}
     chosen = _selected(options, console)
     for name, configs in chosen.items():
@@ -318,16 +318,23 @@ def _report(options: argparse.Namespace, console: Console) -> int:
         if name == "fig2" and (together := report.correlations(records)):
             entries["correlations"] = together
             out.print(report.correlation_table(together))
-        figures += _drawn(name, records, options.out / "figures", console)
+        written += _drawn(name, records, options.out / "figures", console)
     if not content:
-        raise ValueError(f"{options.out} has no ended run of {', '.join(chosen)} as the arguments say")
+        raise ValueError(
+            f"{options.out} has no ended run of {', '.join(chosen)} as the arguments say: give those of run"
+        )
     if options.json:
         whole = {"schema": SCHEMA, "machine": machine, "experiments": content}
         measure.write_json(options.json, whole)
-    if options.readme and "digits" in content:
+        written.append(options.json)
+    if options.readme:
+        if "digits" not in content:
+            raise ValueError("--readme is for the table of digits: report digits")
         table = {"machine": machine, "study": report.readme_rows(content["digits"])}
         readme.rewrite(options.readme, table)
-    console.print("wrote " + ", ".join(map(str, figures)), soft_wrap=True)
+        written.append(options.readme)
+    if written:
+        console.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
     return 0
 
 

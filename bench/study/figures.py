@@ -285,7 +285,7 @@ def _batch_sizes(path: Path, records: Sequence[Record]) -> Path:
     figure = blank(7.2, 4.2)
     axes = figure.subplots()
     for label, mine in by_label(records).items():
-        sizes = sorted({record.config.batch for record in mine})
+        sizes = _sizes(mine)
         values = [
             100 * np.mean([r.final["test_accuracy"] for r in mine if r.config.batch == size])
             for size in sizes
@@ -293,13 +293,17 @@ def _batch_sizes(path: Path, records: Sequence[Record]) -> Path:
         colour, marker = _style_of(mine[0].config.optimizer)
         axes.plot(sizes, values, color=colour, marker=marker, label=label)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, labels=[str(size) for size in sizes])
+    axes.set_xticks(_sizes(records), labels=map(str, _sizes(records)))
     axes.minorticks_off()
     plain(axes, "batch size", "test accuracy (%)")
     axes.legend(frameon=False)
     first = records[0].config
     axes.set_title(f"{first.network}, {first.dataset}: accuracy by batch size", fontsize=10)
     return save(figure, path)
+
+
+def _sizes(records: Sequence[Record]) -> list[int]:
+    return sorted({record.config.batch for record in records})
 
 
 def _mean(curves: Sequence[np.ndarray]) -> np.ndarray:
