@@ -15,6 +15,7 @@ from study_jobs import STEPS, TINY, budgets, make, start, weights
 
 from bench import atomic
 from bench.__main__ import main
+from bench.study import runner
 from bench.study.config import RunConfig, sorted_settings
 from bench.study.folder import BusyError, locked, status
 from bench.study.run import Run, kept_epochs
@@ -382,6 +383,14 @@ def test_the_budget_is_the_time_of_sgd_measured_once(tmp_path):
     assert budget == pytest.approx(100 * np.median(content["timed"]))
     assert runner.budget(config) == budget
     assert runner.budget(dataclasses.replace(config, optimizer="sam", seed=3)) == budget
+
+
+def test_a_budget_of_another_device_is_refused(tmp_path, monkeypatch):
+    config = tiny(budget=True, epochs=100, batch=512)
+    Runner(Place(tmp_path)).budget(config)
+    monkeypatch.setattr(runner, "device_name", lambda device: "a faster one")
+    with pytest.raises(ValueError, match=r"1 threads, and this is a faster one: .*another folder \(--out\)"):
+        Runner(Place(tmp_path)).budget(config)
 
 
 def test_processes_that_share_a_folder_share_a_budget(tmp_path):

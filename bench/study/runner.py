@@ -94,6 +94,10 @@ class Runner:
 
         They are measured once: of the processes that share the folder, one measures and the others wait.
         Seconds are those of training and epoch ends; evaluation and checkpoints are not the optimizer's.
+
+        Raises:
+            ValueError: they were measured on another device, or with another number of threads.
+
         """
         cell = replace(config, optimizer="sgd", settings=(), seed=0, budget=False, keep_weights=False)
         name = "-".join(cell.folder(Path()).parts)
@@ -105,7 +109,14 @@ class Runner:
             with locked(path.parent, wait=True):
                 if not path.exists():
                     measure.write_json(path, self._timed(cell, tell))
-        return json.loads(path.read_text(encoding="utf-8"))["seconds_per_epoch"] * config.epochs
+        found = json.loads(path.read_text(encoding="utf-8"))
+        here = device_name(self._place.device)
+        if found.get("device", here) != here:
+            raise ValueError(
+                f"{path} was measured on {found['device']}, and this is {here}: epochs take other times. "
+                "Keep these runs in another folder (--out)"
+            )
+        return found["seconds_per_epoch"] * config.epochs
 
     def _timed(self, cell: RunConfig, tell: Told) -> dict[str, Any]:
         """The seconds of an epoch of `cell`, and what they were measured with."""
@@ -119,8 +130,17 @@ class Runner:
             "seconds_per_epoch": float(np.median(timed)),
             "timed": timed,
             "cell": cell.to_dict(),
+            "device": device_name(self._place.device),
             "machine": measure.machine(),
         }
+
+
+def device_name(device: torch.device) -> str:
+    """What computes, as far as it decides how long that takes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    machine = measure.machine()
+    return f"{machine['cpu']}, {machine['threads']} threads"
 
 
 def train_all(
