@@ -21,6 +21,7 @@ from bench.__main__ import main
 from bench.data import Split
 from bench.study import cifar, datasets, nats, nats_study, streaming, unpickle
 from bench.study.augment import crop_and_flip, cutout
+from bench.study.folder import locked
 from bench.study.source import Augmentation, DatasetError, InMemory, mix
 
 CPU = torch.device("cpu")
@@ -468,6 +469,34 @@ def test_a_nats_study_that_is_killed_keeps_its_rows_and_goes_on(tmp_path):
     assert table.read_text() == kept
     assert nats_study.measure(tmp_path, table, "cifar10") == nats_study.measure(tmp_path, whole, "cifar10")
     assert table.read_text() == whole.read_text()
+
+
+def test_a_table_that_ends_anywhere_in_a_row_is_gone_on_with(tmp_path):
+    for index in range(2):
+        write_nats(tmp_path, index, 50.0 + index)
+    table = tmp_path / "table.csv"
+    nats_study.measure(tmp_path, table, "cifar10")
+    whole = table.read_text()
+    for end in range(len(whole.rstrip().rpartition("\n")[0]), len(whole)):
+        table.write_text(whole[:end])
+        nats_study.measure(tmp_path, table, "cifar10")
+        assert table.read_text() == whole
+
+
+def test_a_table_of_something_else_is_not_overwritten(tmp_path):
+    write_nats(tmp_path, 0, 50.0)
+    table = tmp_path / "table.csv"
+    table.write_text("index,colour\n1,red\n")
+    with pytest.raises(DatasetError, match=r"table\.csv is no table of `study nats`"):
+        nats_study.measure(tmp_path, table, "cifar10")
+    assert table.read_text() == "index,colour\n1,red\n"
+
+
+def test_two_processes_never_measure_into_one_folder(tmp_path, capsys):
+    write_nats(tmp_path, 0, 50.0)
+    with locked(tmp_path):
+        assert main(["study", "nats", str(tmp_path), "--out", str(tmp_path)]) == 1
+    assert "another process is at" in capsys.readouterr().err
 
 
 def test_a_truncated_nats_file_and_an_empty_folder_are_errors(tmp_path):

@@ -29,6 +29,7 @@ from bench.study import listing, nats_study, report, tuning
 from bench.study.config import RunConfig
 from bench.study.experiments import EXPERIMENTS, OWN, SEARCHED, experiment
 from bench.study.figures import draw
+from bench.study.folder import BusyError
 from bench.study.nats import LAYOUT as NATS_LAYOUT
 from bench.study.records import Record, read
 from bench.study.runner import Place, Runner, train_all
@@ -58,6 +59,9 @@ def main(given: Sequence[str]) -> int:
     except (ValueError, PeerUnavailableError) as error:
         console.print(f"{options.parser.prog}: {error}", soft_wrap=True, markup=False, highlight=False)
         return 2
+    except BusyError as error:
+        console.print(str(error), soft_wrap=True, markup=False)
+        return 1
     except OSError as error:
         console.print(_failed(error, options.out), soft_wrap=True, markup=False)
         return 1

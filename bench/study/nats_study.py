@@ -13,6 +13,8 @@ import rmsgd
 from bench import atomic
 from bench.study import nats
 from bench.study.figures import blank, plain, save
+from bench.study.folder import locked
+from bench.study.source import DatasetError
 from bench.study.statistics import correlation
 from rmsgd.plots import PALETTE
 
@@ -38,26 +40,28 @@ def measure(
         tell: called with how many are done, and of how many.
 
     Raises:
-        DatasetError: there is no architecture, or one that cannot be read.
+        DatasetError: there is no architecture, or one that cannot be read, or `table` is another one.
+        BusyError: another process measures into the same folder.
 
     """
     files = nats.files(folder)[:most]
-    rows = _read(table)
-    done = {int(row["index"]) for row in rows}
     table.parent.mkdir(parents=True, exist_ok=True)
-    rewritten = False
-    for count, path in enumerate(files, 1):
-        if int(path.name.split(".")[0]) not in done:
-            mine = [_row(trained) for trained in nats.read(path, dataset)]
-            rows += mine
-            if rewritten:
-                with table.open("a", encoding="utf-8") as file:
-                    file.write(_lines(mine))
-            else:
-                # Anew, without what `_read` left out; until there is something new, nothing is taken away.
-                atomic.write(table, (",".join(COLUMNS) + "\n" + _lines(rows)).encode())
-                rewritten = True
-        tell(count, len(files))
+    with locked(table.parent):
+        rows = _read(table)
+        done = {int(row["index"]) for row in rows}
+        rewritten = False
+        for count, path in enumerate(files, 1):
+            if int(path.name.split(".")[0]) not in done:
+                mine = [_row(trained) for trained in nats.read(path, dataset)]
+                rows += mine
+                if rewritten:
+                    with table.open("a", encoding="utf-8") as file:
+                        file.write(_lines(mine))
+                else:
+                    # Anew, without what `_read` left out; before there is something new, nothing is lost.
+                    atomic.write(table, (",".join(COLUMNS) + "\n" + _lines(rows)).encode())
+                    rewritten = True
+            tell(count, len(files))
     return rows
 
 
@@ -83,9 +87,12 @@ def _row(trained: nats.Trained) -> dict[str, float]:
 def _read(table: Path) -> list[dict[str, float]]:
     if not table.exists():
         return []
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]
-    found = [{name: float(value) for name, value in row.items()} for row in rows]
+    text = table.read_text(encoding="utf-8")
+    lines = text[: text.rfind("\n") + 1].splitlines()  # a line that was cut has no end
+    try:
+        found = [{name: float(row[name]) for name in COLUMNS} for row in csv.DictReader(lines)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DatasetError(f"{table} is no table of `study nats`: {type(error).__name__}: {error}") from error
     for row in found:
         row.update({name: int(row[name]) for name in ("index", "epochs", "seed")})
     # The last architecture may lack rows when the process was stopped: it is measured again.
