@@ -435,6 +435,18 @@ def test_a_key_that_no_run_has_is_refused():
         RunConfig.from_dict({"network": "a", "dataset": "b", "optimizer": "c", "speed": 1})
 
 
+def test_lists_among_settings_are_tuples_and_go_through_json(tmp_path):
+    run = tiny(optimizer="adam", settings=sorted_settings({"betas": [0.9, 0.99]}))
+    assert run == tiny(optimizer="adam", settings=sorted_settings({"betas": (0.9, 0.99)}))
+    assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+
+
+def test_a_setting_that_is_no_plain_value_is_refused(tmp_path, capsys):
+    arguments = [*COMMAND, "--optimizers", "adam", "--out", str(tmp_path), "--set", "adam.betas={1: 2}"]
+    assert main(arguments) == 2
+    assert "betas cannot be set to {1: 2}" in capsys.readouterr().err
+
+
 def test_equal_runs_share_a_folder_and_different_ones_do_not(tmp_path):
     folders = {
         config.folder(tmp_path)

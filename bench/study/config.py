@@ -69,5 +69,18 @@ class RunConfig:
 
 
 def sorted_settings(settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Settings in the order that makes equal ones equal."""
-    return tuple(sorted(settings.items()))
+    """Settings in the order that makes equal ones equal, lists as tuples.
+
+    Raises:
+        ValueError: a value is no number, text, or list of such.
+
+    """
+    return tuple(sorted((name, _frozen(name, value)) for name, value in settings.items()))
+
+
+def _frozen(name: str, value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(name, entry) for entry in value)
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    raise ValueError(f"{name} cannot be set to {value!r}: a number, text or a list is expected")
