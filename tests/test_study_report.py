@@ -440,6 +440,19 @@ def test_the_readmes_table_needs_the_runs_on_digits(tmp_path, capsys):
     assert "report digits" in capsys.readouterr().err
 
 
+def test_an_optimizer_that_always_diverged_has_no_figures(tmp_path, capsys):
+    write_run(tmp_path, CELL, math.nan, diverged=True, epochs=1)
+    assert main(["study", "report", "table1a", "--out", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert "diverged - - - -" in " ".join(captured.out.split())
+    assert "nan" not in captured.out
+    # Nor has one seed of a table without deviations a difference in deviations.
+    write_run(tmp_path, RunConfig("resnet50-imagenet", "imagenet", "sgd", batch=256), 0.76)
+    assert main(["study", "report", "table3", "--out", str(tmp_path)]) == 0
+    assert "nan" not in capsys.readouterr().out
+    assert "wrote" not in captured.err
+
+
 def test_report_of_nothing_says_where_it_looked(tmp_path, capsys):
     assert main(["study", "report", "table3", "--out", str(tmp_path)]) == 2
     assert f"{tmp_path} has no ended run of table3" in " ".join(capsys.readouterr().err.split())

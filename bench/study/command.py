@@ -33,7 +33,7 @@ from bench.study.folder import BusyError
 from bench.study.nats import LAYOUT as NATS_LAYOUT
 from bench.study.records import Record, read
 from bench.study.runner import Place, Runner, train_all
-from bench.study.selection import by_experiment, named
+from bench.study.selection import by_experiment, each_once, named
 
 OUT = Path(".out/study")
 PROGRESS = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="train what experiments need; done runs are skipped", epilog=known)
     run.add_argument("ids", nargs="+", metavar="ID", help="experiments, or all")
-    _selection(run)
+    _selection(run, "5; preset small: 1")
     _rates(run)
     _place(run)
     run.set_defaults(act=_run, parser=run)
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ID",
         help="whose cells to tune on (default: ResNet18 on CIFAR-10, as the paper)",
     )
-    _selection(tune)
+    _selection(tune, "1")
     _place(tune)
     tune.add_argument(
         "--factors",
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         "report", help="measured against published; figures; takes the arguments of run", epilog=known
     )
     tell.add_argument("ids", nargs="*", default=["all"], metavar="ID", help="experiments (default: all)")
-    _selection(tell)
+    _selection(tell, f"all that there are, up to {SEEDS_LOOKED_FOR}")
     _rates(tell)
     _place(tell)
     tell.add_argument("--json", type=Path, metavar="FILE", help="also write what is printed, as JSON")
@@ -139,12 +139,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _selection(parser: argparse.ArgumentParser) -> None:
+def _selection(parser: argparse.ArgumentParser, seeds: str) -> None:
     add = parser.add_argument
     add("--network", type=arguments.names, metavar="A,B,...", help="only these networks")
     add("--dataset", type=arguments.names, metavar="A,B,...", help="only these data sets")
     add("--optimizers", type=arguments.names, metavar="A,B,...", help="only these optimizers")
-    add("--seeds", type=arguments.positive, help="how many seeds, from 0 on (default: 5; preset small: 1)")
+    add("--seeds", type=arguments.positive, help=f"how many seeds, from 0 on (default: {seeds})")
     add("--preset", choices=("small",), help="digits, an eighth of the width, 3 epochs: minutes on two cores")
     add("--all", action="store_true", help="with --preset small: all networks, not two of each experiment")
     add("--epochs", type=arguments.positive, help="instead of the paper's")
@@ -194,8 +194,7 @@ def _list(options: argparse.Namespace, console: Console) -> int:
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
-    configs = [config for mine in _selected(options, console).values() for config in mine]
-    configs = list(dict.fromkeys(configs))
+    configs = each_once(_selected(options, console))
     place = prepare(options)
     with arguments.torch_threads(_threads(options)):
         ends = train_with_progress(Runner(place), configs, console)
@@ -222,8 +221,8 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     options.seeds = options.seeds or 1
     if any(key == "lr" for _, key, _ in options.set):
         raise ValueError("tune searches lr: --set is for other settings, --factors for the rates to try")
-    chosen = [config for mine in _selected(options, console, sweeps=False).values() for config in mine]
-    configs = tuning.grid(list(dict.fromkeys(chosen)), options.factors)
+    chosen = each_once(_selected(options, console, sweeps=False))
+    configs = tuning.grid(chosen, options.factors)
     names = dict.fromkeys(config.optimizer for config in chosen)
     if unsearched := [name for name in names if name in SEARCHED]:
         console.print(f"{', '.join(unsearched)}: searches its rate itself, so there is none to tune")

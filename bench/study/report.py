@@ -137,16 +137,20 @@ def accuracy_table(name: str, entries: Sequence[dict[str, Any]]) -> Table:
             table.add_row(f"[bold]{cell}[/bold]")
         lost = f", {entry['diverged']} of {entry['seeds']} diverged" if entry["diverged"] else ""
         good = entry["diverged"] < entry["seeds"]
-        cells = [
-            entry["optimizer"] + (f", epoch {entry['epoch']}" if entry["epoch"] else "") + lost,
-            str(Value(**entry["measured"])) if good else "-",
+        figures = (
+            str(Value(**entry["measured"])),
             f"{entry['gap']:.2f}",
             f"{entry['Q']:.3f}",
             f"{entry['epochs']:.4g}",
+        )
+        cells = [
+            entry["optimizer"] + (f", epoch {entry['epoch']}" if entry["epoch"] else "") + lost,
+            *(figures if good else "-" * len(figures)),
         ]
         if numbers:
             cells.append(str(Value(**entry["published"])) if entry["published"] else "-")
-            cells.append("-" if entry["deviations"] is None else f"{entry['deviations']:+.1f}")
+            known = entry["deviations"] is not None and not math.isnan(entry["deviations"])
+            cells.append(f"{entry['deviations']:+.1f}" if known else "-")
         table.add_row(*cells)
         before = cell
     seeds = max((entry["seeds"] for entry in entries), default=0)

@@ -1,7 +1,7 @@
 """Which runs the command's arguments mean."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from bench import arguments, models, peers
@@ -53,6 +53,11 @@ def by_experiment(options: argparse.Namespace, sweeps: bool = True) -> dict[str,
         return tuning.with_rates(replace(config, settings=sorted_settings(settings), **fixed), rates)
 
     return {name: list(dict.fromkeys(map(as_said, runs))) for name, runs in chosen.items()}
+
+
+def each_once(chosen: Mapping[str, Sequence[RunConfig]]) -> list[RunConfig]:
+    """The runs of all experiments; one that several need is there once."""
+    return list(dict.fromkeys(config for runs in chosen.values() for config in runs))
 
 
 def _no_cell(known: dict[str, Experiment]) -> str:
