@@ -391,14 +391,29 @@ def test_an_overflow_on_the_device_skips_the_step_and_initialises_nothing(backen
         assert torch.equal(stepper._fresh_items.bool(), before.fresh[stepper_items(stepper, tables)])
 
 
-def test_scaled_gradients_that_half_precision_cannot_hold_are_unscaled_first(backend):
+@pytest.mark.parametrize("momentum", MOMENTA, ids=str)
+@pytest.mark.parametrize("offsets", [(0, 0, 0), (1, 0, 0), (0, 1, 3), (3, 2, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_of_half_precision_take_float32_gradients_as_they_are(backend, dtype, offsets, momentum):
+    """Of 2^18, which float16 does not hold; 2^10 when unscaled."""
+    tables, gradients = make_tables(dtype, offsets)
+    _, single = make_tables(torch.float32, offsets)
+    mixed: list[torch.Tensor | None] = [
+        a if i % 3 == 1 else b * 2.0**18 for i, (a, b) in enumerate(zip(gradients, single, strict=True))
+    ]
+    factor, dampening, nesterov, velocity = momentum
+    group = StepGroup(1.0, factor, dampening, 0.01, nesterov, False, velocity)
+    assert_same_step(backend, tables, mixed, [group, group], grad_scale=256.0)
+
+
+def test_float32_gradients_of_half_precision_are_unscaled_before_they_are_rounded(backend):
     tables, gradients = make_tables(torch.float16)
     expected = copy_of(tables)
     groups = [StepGroup(1.0, 0.9, 0.0, 0.01, False, False, True)] * 2
-    scaled = [g if g is None else g.float() * 2.0**20 for g in gradients]
     stepper = backend.stepper(tables)
     stepper.scaling(torch.tensor([2.0**20]), torch.tensor([0.0]))
-    stepper.step(scaled, groups)
+    stepper.step([g.float() * 2.0**20 for g in gradients], groups)
+    assert backend._kernels.launched == ["rmsgd_step"]
     ORACLE.stepper(expected).step(gradients, groups)
     for ours, theirs in zip(tables.parameters, expected.parameters, strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -46,6 +46,7 @@ struct CudaStepItem {
 
 // A launch covers items [first_item, first_item + items) of tensors from first_tensor on. `payload`
 // holds the address of each of these tensors' gradient (0: none), then the groups from first_group on.
+// An odd address is that of a float32 gradient, a byte further on, of a weight of half precision.
 template <int words>
 struct StepArguments {
   const CudaStepItem* item;
@@ -66,11 +67,12 @@ constexpr int STEP_SMALL = 500;
 constexpr int STEP_LARGE = 4000;
 
 // `count` packs of 16 bytes of weights, one team's width apart, take the step.
-template <Memory memory, bool nesterov, int count, class T, class A>
-RMSGD_FN void step_packs(const Coefficients<A>& c, T* w, A* m, const T* g, int apart, bool fresh, bool m_fits,
+template <Memory memory, bool nesterov, int count, class T, class A, class G>
+RMSGD_FN void step_packs(const Coefficients<A>& c, T* w, A* m, const G* g, int apart, bool fresh, bool m_fits,
                          bool g_fits) {
   constexpr int PACK = 16 / int(sizeof(T));
-  Pack<T, PACK> weight[count], gradient[count];
+  Pack<T, PACK> weight[count];
+  Pack<G, PACK> gradient[count];
   Pack<A, PACK> past[count];
 #pragma unroll
   for (int k = 0; k < count; ++k) {
@@ -93,9 +95,9 @@ RMSGD_FN void step_packs(const Coefficients<A>& c, T* w, A* m, const T* g, int a
   }
 }
 
-// A warp's item: elements of type T, arithmetic type A.
-template <Memory memory, bool nesterov, class Team, class T, class A>
-RMSGD_FN void step_elements(Team& team, const Coefficients<A>& c, T* w, A* m, const T* g, int count,
+// A warp's item: elements of type T, arithmetic type A, gradients of type G.
+template <Memory memory, bool nesterov, class Team, class T, class A, class G>
+RMSGD_FN void step_elements(Team& team, const Coefficients<A>& c, T* w, A* m, const G* g, int count,
                             bool fresh) {
   constexpr int PACK = 16 / int(sizeof(T));
   constexpr int AHEAD = sizeof(T) == 2 ? 1 : 2;  // packs loaded before the first is used
@@ -113,7 +115,7 @@ RMSGD_FN void step_elements(Team& team, const Coefficients<A>& c, T* w, A* m, co
   const int misaligned = int((unsigned long long)w % 16 / sizeof(T));
   const int head = misaligned == 0 ? 0 : PACK - misaligned < count ? PACK - misaligned : count;
   for (int i = team.rank(); i < head; i += team.size()) one(i);
-  const bool m_fits = Pack<A, PACK>::fits(m + head), g_fits = Pack<T, PACK>::fits(g + head);
+  const bool m_fits = Pack<A, PACK>::fits(m + head), g_fits = Pack<G, PACK>::fits(g + head);
 
   const int end = head + (count - head) / PACK * PACK;
   const int apart = team.size() * PACK;
@@ -127,7 +129,7 @@ RMSGD_FN void step_elements(Team& team, const Coefficients<A>& c, T* w, A* m, co
   for (int k = end + team.rank(); k < count; k += team.size()) one(k);
 }
 
-template <class T, class A, class Team>
+template <class T, class A, class G, class Team>
 RMSGD_FN void step_typed(Team& team, const CudaStepGroup& group, double eta, double grad_scale,
                          const CudaStepTensor& tensor, const void* gradient, const CudaStepItem& item,
                          bool fresh) {
@@ -137,7 +139,7 @@ RMSGD_FN void step_typed(Team& team, const CudaStepGroup& group, double eta, dou
                                             group.weight_decay, group.flags & STEP_MAXIMIZE, velocity, fresh);
   T* const w = static_cast<T*>(tensor.weight) + item.begin;
   A* const m = static_cast<A*>(tensor.buffer) + item.begin;
-  const T* const g = static_cast<const T*>(gradient) + item.begin;
+  const G* const g = static_cast<const G*>(gradient) + item.begin;
   if (group.momentum == 0.0) {
     step_elements<Memory::none, false>(team, c, w, m, g, item.count, fresh);
   } else if (velocity) {
@@ -159,9 +161,10 @@ RMSGD_FN void step_item(Team& team, const StepArguments<words>& arguments, int n
   if (arguments.found_inf != nullptr && *arguments.found_inf != 0.0f) return;
   const CudaStepItem item = arguments.item[number];
   const CudaStepTensor tensor = arguments.tensor[item.tensor];
-  const void* const gradient =
-      reinterpret_cast<const void*>(arguments.payload[item.tensor - arguments.first_tensor]);
-  if (gradient == nullptr) return;
+  const unsigned long long address = arguments.payload[item.tensor - arguments.first_tensor];
+  if (address == 0) return;
+  const bool single = address % 2 != 0;
+  const void* const gradient = reinterpret_cast<const void*>(address - single);
   const CudaStepGroup& group = reinterpret_cast<const CudaStepGroup*>(
       arguments.payload + arguments.tensors)[tensor.group - arguments.first_group];
   const double eta = arguments.eta[tensor.eta];
@@ -169,16 +172,24 @@ RMSGD_FN void step_item(Team& team, const StepArguments<words>& arguments, int n
   const bool fresh = arguments.fresh_item[number] != 0;
   switch (tensor.dtype) {
     case 0:
-      step_typed<float, float>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
+      step_typed<float, float, float>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
       break;
     case 1:
-      step_typed<double, double>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
+      step_typed<double, double, double>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
       break;
     case 2:
-      step_typed<Float16, float>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
+      if (single) {
+        step_typed<Float16, float, float>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
+      } else {
+        step_typed<Float16, float, Float16>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
+      }
       break;
     default:
-      step_typed<BFloat16, float>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
+      if (single) {
+        step_typed<BFloat16, float, float>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
+      } else {
+        step_typed<BFloat16, float, BFloat16>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
+      }
   }
   team.barrier();  // all have read the flag
   if (fresh && group.momentum != 0.0 && team.rank() == 0) {

@@ -20,9 +20,6 @@ WARP = 32
 ITEM = 2048
 NESTEROV, MAXIMIZE, VELOCITY = 1, 2, 4
 
-_HALF_SCALE = 256.0
-"""At which float16 holds gradients of up to 256, and down to 2e-10."""
-
 _GROUP = np.dtype(
     [
         ("device_multiplier", "u8"),
@@ -130,38 +127,23 @@ class CudaStepper:
         self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], grad_scale: float = 1.0
     ) -> None:
         """See ``base.Stepper``. Raises ValueError for a gradient whose buffer is missing."""
-        scale = self._scale(grad_scale)
-        pairs = list(zip(gradients, self._parameters, strict=True))
-        wide = [g is not None and g.dtype != p.dtype for g, p in pairs]
-        if not any(wide):
-            self._step(gradients, groups, scale)
-            return
-        # The kernel reads gradients of their parameters' dtypes. Half precision may not hold a float32
-        # gradient at the scale that it has: these are stepped along by themselves, at another one.
-        by = _HALF_SCALE if scale is None else _HALF_SCALE / scale.reshape(())
-        self._step([None if w else g for (g, _), w in zip(pairs, wide, strict=True)], groups, scale)
-        rounded = [
-            (g * by).to(p.dtype) if w and g is not None else None
-            for (g, p), w in zip(pairs, wide, strict=True)
-        ]
-        self._step(rounded, groups, self._full(_HALF_SCALE))
-
-    def _scale(self, grad_scale: float) -> Tensor | None:
-        return self._grad_scale if grad_scale == 1.0 else self._full(grad_scale)
-
-    def _full(self, scale: float) -> Tensor:
-        return torch.full((1,), scale, dtype=torch.float32, device=self._device)
+        self._step(gradients, groups, grad_scale)
 
     def _step(
-        self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], scale: Tensor | None
+        self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], grad_scale: float
     ) -> None:
-        """Along gradients of the parameters' dtypes."""
         for i in self._bufferless:
             if gradients[i] is not None and groups[self._tables.groups[i]].momentum != 0.0:
                 raise ValueError(f"parameter {i} has no buffer, but the momentum of its group is not 0")
-        found_inf = self._found_inf
+        scale, found_inf = self._grad_scale, self._found_inf
+        if grad_scale != 1.0:
+            scale = torch.full((1,), grad_scale, dtype=torch.float32, device=self._device)
         self._streams.join()  # the rates may still be on their way
-        pointers = [0 if g is None else g.data_ptr() for g in gradients]
+        # Odd for a float32 gradient of a weight of half precision, which might not hold it.
+        pointers = [
+            0 if g is None else g.data_ptr() + (g.dtype != p.dtype)
+            for g, p in zip(gradients, self._parameters, strict=True)
+        ]
         hyper = [_hyper(group) for group in groups]
         for launch in self._launches:
             launch.payload[:] = pointers[launch.tensors]
@@ -189,7 +171,7 @@ class CudaStepper:
                 or grad.is_neg()
             ):
                 return None
-        self._step(gradients, groups, self._scale(grad_scale))
+        self._step(gradients, groups, grad_scale)
         return [i for i, grad in enumerate(gradients) if grad is None]
 
 
