@@ -30,6 +30,10 @@ OK, FAILED, INTERRUPTED = 0, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; argparse exits by itself, with 2, on bad usage."""
+    sys.stdout, sys.stderr = (
+        open(os.devnull, "w") if stream is None else stream  # noqa: SIM115 - closed by whoever started us
+        for stream in (sys.stdout, sys.stderr)
+    )
     if isinstance(sys.stdout, TextIOWrapper):  # a layer's name may have letters that its encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

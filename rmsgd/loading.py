@@ -53,8 +53,9 @@ def check_and_complete(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> d
     Options that the checkpoint's groups lack are taken from the optimizer's. Nothing is changed.
 
     Raises:
-        ValueError: the checkpoint is of rmsgd 1.0.2, or its parameters are not the optimizer's, or a
-            value in it is none that an optimizer writes; the message names what differs.
+        ValueError: the checkpoint is of rmsgd 1.0.2 or of another optimizer, or its parameters are not
+            the optimizer's, or a value in it is none that an optimizer writes; the message names what
+            differs.
     """
     check_form(state_dict)
     groups, saved = optimizer.param_groups, state_dict["param_groups"]
@@ -181,6 +182,12 @@ def _check_states(owners: Mapping[Any, tuple[Tensor, str]], states: Mapping[Any,
                 raise ValueError(f"{name} in the checkpoint: {kind} is on the meta device, without values")
         numbers = {kind: what for kind, (_, what) in _STATE.items() if kind in state}
         check_ranges(state, numbers, f"{name} in the checkpoint: ")
+        foreign = [k for k, v in state.items() if isinstance(v, Tensor) and k not in (*BUFFERS, *_STATE)]
+        if foreign:
+            raise ValueError(
+                f"{name} in the checkpoint has {_list(foreign)}: it is another optimizer's checkpoint, "
+                "neither RMSGD's nor torch.optim.SGD's"
+            )
         for kind in BUFFERS:
             buffer = state.get(kind)
             if buffer is not None and not _is_buffer(buffer):

@@ -221,9 +221,9 @@ class RMSGD(Optimizer):
         checkpoint's tensors are copied.
 
         Raises:
-            ValueError: the checkpoint is of rmsgd 1.0.2, or its parameters are not the optimizer's, or a
-                value in it is none that an optimizer writes; the message names what differs, and nothing
-                has been changed.
+            ValueError: the checkpoint is of rmsgd 1.0.2 or of another optimizer, or its parameters are not
+                the optimizer's, or a value in it is none that an optimizer writes; the message names what
+                differs, and nothing has been changed.
         """
         if not isinstance(state_dict, dict):  # what one holds is looked at after other hooks have
             check_form(state_dict)

@@ -305,6 +305,18 @@ def test_state_of_parameters_in_no_group_is_refused():
         ours.load_state_dict(state_dict)
 
 
+@pytest.mark.parametrize("other", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adadelta])
+def test_another_optimizers_state_is_refused(other):
+    model = network()
+    theirs = other(model.parameters())
+    step(model, theirs, 0)
+    ours = rmsgd.RMSGD(model.named_parameters())
+    before = state_of(ours)
+    with pytest.raises(ValueError, match=r"0.weight in the checkpoint has .*(exp_avg|square_avg).*another"):
+        ours.load_state_dict(theirs.state_dict())
+    unchanged(ours, before)
+
+
 def changed(state_dict, path, value):
     """A copy of a state dict with another value at one place."""
     state_dict = deepcopy(state_dict)

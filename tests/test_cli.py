@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -317,6 +318,13 @@ def test_a_full_disk_is_one_line_and_exit_code_2(checkpoint, form):
         code, _, err = command("probe", checkpoint, *form, stdout=full)
     assert code == 2
     assert err == "rmsgd: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("form", [[], ["--json"], ["--csv"]])
+def test_a_closed_stdout_is_no_failure(checkpoint, form):
+    line = shlex.join([sys.executable, "-m", "rmsgd", "probe", checkpoint, *form])
+    done = subprocess.run(f"{line} >&-", shell=True, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_stdout_cannot_encode_is_escaped(tmp_path):

@@ -14,7 +14,7 @@ from torch import nn
 
 import rmsgd
 from rmsgd.inspection.checkpoints import CheckpointError, natural_order, open_checkpoint
-from rmsgd.inspection.stored import find_weights
+from rmsgd.inspection.stored import WRAPPERS, find_weights
 
 
 def weights():
@@ -199,6 +199,14 @@ def holding_itself(key):
     return content
 
 
+def shared_tenfold(keys):
+    """Every level holds the next under all the keys: a small file, and 10^8 ways to its innermost mapping."""
+    inner = {"step": 1}
+    for _ in range(8):
+        inner = dict.fromkeys(keys, inner)
+    return inner
+
+
 BAD = {
     "truncated.pt": lambda path: cut(path, torch.save),
     "truncated.safetensors": lambda path: cut(path, save_file),
@@ -215,6 +223,8 @@ BAD = {
     "number.pt": lambda path: torch.save(3, path),
     "holds itself as the model.pt": lambda path: torch.save(holding_itself("model"), path),
     "holds itself as another.pt": lambda path: torch.save(holding_itself("other"), path),
+    "sharing its wrappers.pt": lambda path: torch.save(shared_tenfold(WRAPPERS), path),
+    "sharing others.pt": lambda path: torch.save(shared_tenfold("abcdefghij"), path),
     "deep.index.json": lambda path: path.write_text("[" * 100_000),
     "arrays.npz": lambda path: np.savez(path, w=np.zeros((3, 3))),
 }
@@ -241,6 +251,12 @@ def test_a_network_path_is_refused(path):
 def test_a_path_to_nothing_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         rmsgd.probe(tmp_path / "nothing.pt")
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "~nobody-of-this-name/model.pt"])
+def test_a_path_that_no_file_can_have_is_one_line(path):
+    with pytest.raises(CheckpointError, match=r"^[^\n]+$"):
+        rmsgd.probe(path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

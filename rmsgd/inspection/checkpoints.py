@@ -63,12 +63,16 @@ def checkpoint_files(path: str | os.PathLike[str]) -> tuple[list[Path], list[str
     text = os.fspath(path)
     if "://" in text or text.startswith("\\\\"):
         raise CheckpointError(f"{text}: not a path on this machine; download the file first")
-    here = Path(text).expanduser()
+    try:
+        here = Path(text).expanduser()
+        exists = here.exists()
+    except (OSError, RuntimeError) as error:  # too long a name, or nobody's home
+        raise CheckpointError(f"{text}: {getattr(error, 'strerror', None) or error}") from None
     if here.name.endswith(".index.json"):
         return _of_index(here)
     if here.is_dir():
         return _of_folder(here)
-    if here.exists():
+    if exists:
         return [here], []
     raise CheckpointError(f"{here}: no such file or folder")
 

@@ -14,6 +14,8 @@ WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", 
 """Keys under which training scripts put a state dict beside an optimizer's (Lightning: the first)."""
 
 _DEEPEST = 8
+_MOST = 1_000_000
+"""Entries looked at: a file of a few kilobytes may hold one mapping in another in another, ten times each."""
 
 
 class NotMeasurableError(Exception):
@@ -80,39 +82,52 @@ def as_tensor(value: Tensor | NDArray[Any]) -> Tensor:
         raise NotMeasurableError(f"an array of {value.dtype}, which torch does not know") from None
 
 
-def find_weights(tree: Mapping[Any, Any], outer: tuple[Mapping[Any, Any], ...] = ()) -> dict[str, Any]:
+def find_weights(tree: Mapping[Any, Any]) -> dict[str, Any]:
     """The tensors and arrays of a state dict, or of the state dict inside a training checkpoint.
 
     A mapping under one of ``WRAPPERS`` is the state dict: its keys stay as they are and all beside
     it is left alone. Otherwise every tensor is taken, those of inner mappings under "outer.inner".
     An optimizer's state dict (a mapping with "state" and "param_groups") holds none, and neither does
-    what lies deeper than ``_DEEPEST``. ``outer`` are the mappings around this one.
+    what lies deeper than ``_DEEPEST``.
 
     Raises:
-        ValueError: a mapping holds itself.
+        ValueError: a mapping holds itself, or mappings share others until there are millions of ways to one.
     """
-    inside = _enter(tree, outer)
-    for key in WRAPPERS if len(outer) < _DEEPEST else ():
-        if isinstance(tree.get(key), Mapping) and (weights := find_weights(tree[key], inside)):
-            return weights
-    return dict(_flatten(tree, "", ()))
+    return _Search().weights(tree)
 
 
-def _flatten(
-    tree: Mapping[Any, Any], prefix: str, outer: tuple[Mapping[Any, Any], ...]
-) -> Iterator[tuple[str, Any]]:
-    inside = _enter(tree, outer)
-    if "state" in tree and "param_groups" in tree:
-        return
-    for key, value in tree.items():
-        if isinstance(value, Tensor | np.ndarray):
-            yield f"{prefix}{key}", value
-        elif isinstance(value, Mapping) and len(outer) < _DEEPEST:
-            yield from _flatten(value, f"{prefix}{key}.", inside)
+class _Search:
+    """One look through mappings. Those a mapping lies in are its ``outer``."""
 
+    def __init__(self) -> None:
+        self._seen = 0
 
-def _enter(tree: Mapping[Any, Any], outer: tuple[Mapping[Any, Any], ...]) -> tuple[Mapping[Any, Any], ...]:
-    """``tree`` put behind the mappings it lies in; ValueError where it is one of them."""
-    if any(tree is mapping for mapping in outer):
-        raise ValueError("a mapping holds itself")
-    return (*outer, tree)
+    def weights(self, tree: Mapping[Any, Any], outer: tuple[Mapping[Any, Any], ...] = ()) -> dict[str, Any]:
+        inside = self._enter(tree, outer)
+        for key in WRAPPERS if len(outer) < _DEEPEST else ():
+            if isinstance(tree.get(key), Mapping) and (weights := self.weights(tree[key], inside)):
+                return weights
+        return dict(self._flatten(tree, "", ()))
+
+    def _flatten(
+        self, tree: Mapping[Any, Any], prefix: str, outer: tuple[Mapping[Any, Any], ...]
+    ) -> Iterator[tuple[str, Any]]:
+        inside = self._enter(tree, outer)
+        if "state" in tree and "param_groups" in tree:
+            return
+        for key, value in tree.items():
+            if isinstance(value, Tensor | np.ndarray):
+                yield f"{prefix}{key}", value
+            elif isinstance(value, Mapping) and len(outer) < _DEEPEST:
+                yield from self._flatten(value, f"{prefix}{key}.", inside)
+
+    def _enter(
+        self, tree: Mapping[Any, Any], outer: tuple[Mapping[Any, Any], ...]
+    ) -> tuple[Mapping[Any, Any], ...]:
+        """``tree`` put behind the mappings it lies in."""
+        if any(tree is mapping for mapping in outer):
+            raise ValueError("a mapping holds itself")
+        self._seen += len(tree) + 1
+        if self._seen > _MOST:
+            raise ValueError(f"more than {_MOST:,} entries in mappings inside each other")
+        return (*outer, tree)
