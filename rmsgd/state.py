@@ -76,12 +76,18 @@ def check_shape(p: Tensor, state: Mapping[str, Any], name: str) -> None:
 
 
 def follow(p: Tensor, state: State, group: Group) -> None:
-    """Keep a parameter's memory on its device and in its layout, also after ``model.to``."""
+    """Keep a parameter's memory on its device and in its layout, also after ``model.to``.
+
+    Memory made in inference mode, as by ``load_state_dict`` there, could not be written to after it.
+    """
     key = buffer_key(group)
     buffer = state.get(key)
     if buffer is None:
         return
+    as_it_was = (
+        buffer.device == p.device and buffer.dtype == buffer_dtype(p) and buffer.stride() == p.stride()
+    )
     if buffer.is_meta and not p.is_meta:
         state[key] = _buffer_like(p)
-    elif buffer.device != p.device or buffer.dtype != buffer_dtype(p) or buffer.stride() != p.stride():
+    elif not as_it_was or buffer.is_inference():
         state[key] = _buffer_like(p).copy_(buffer)

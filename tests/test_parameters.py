@@ -238,6 +238,33 @@ def test_looking_at_rates_in_inference_mode_changes_nothing(backend):
         assert len(optimizer.learning_rates()) == len(list(model.parameters()))
 
 
+def _made(model):
+    return rmsgd.RMSGD(model.parameters())
+
+
+def _loaded(model):
+    optimizer = _made(model)
+    optimizer.load_state_dict(optimizer.state_dict())
+    return optimizer
+
+
+def _grown(model):
+    optimizer = rmsgd.RMSGD(model[0].parameters())
+    optimizer.add_param_group({"params": list(model[1:].parameters())})
+    return optimizer
+
+
+@pytest.mark.parametrize("make", [_made, _loaded, _grown])
+def test_an_optimizer_made_in_inference_mode_steps_after_it(backend, make):
+    model = network()
+    with torch.inference_mode():
+        optimizer = make(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    steps(model, optimizer)
+    optimizer.epoch_step()
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
 @pytest.mark.parametrize("rule", ["paper", "release", "published"])
 def test_a_layer_that_thaws_begins_at_the_rank_it_is_found_with(rule):
     model = nn.Sequential(nn.Linear(60, 40), nn.Linear(40, 30))
