@@ -131,6 +131,7 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _to_copy(func, args[0], kwargs, wanted)
 
     device = on_device[0].device if wanted is None else torch.device("cuda", device_index(wanted))
+    _check_devices(name, args, kwargs)
     if "device" in kwargs:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     bare = tree_map(lambda a: a.inner if isinstance(a, DeviceTensor) else a, (args, kwargs))
@@ -156,6 +157,16 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if "device" in shape[1]:
         shape[1]["device"] = torch.device("meta")
     return _computed(func(*shape[0], **shape[1]), device, None if "empty" in name else compute)
+
+
+def _check_devices(name: str, args: Any, kwargs: dict[str, Any]) -> None:
+    """Raise torch's error for tensors of several devices; only numbers and indices may come from the host."""
+    tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+    if name in ("aten::index", "aten::index_put_"):
+        tensors = [t for t in tensors if t.device.type != "cpu"]
+    found = {t.device for t in tensors if t.ndim or t.device.type != "cpu"}
+    if len(found) > 1:
+        raise RuntimeError(f"{name}: Expected all tensors to be on the same device, got {found}")
 
 
 def _computed(like: Any, device: torch.device, compute: Callable[[], Any] | None) -> Any:
@@ -232,6 +243,7 @@ def pretended_gpu(order: str = "launched", seed: int = 0) -> Iterator[None]:
         "synchronize": QUEUES.synchronize,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
+        "is_current_stream_capturing": lambda: QUEUES.current_stream() in QUEUES.captured,
         "_lazy_init": lambda: None,
         "device_count": lambda: 2,
         "current_device": lambda: 0,

@@ -99,7 +99,51 @@ def test_the_host_must_not_wait_where_waiting_is_an_error(gpu_folder):
                 wait()
 
 
+def test_tensors_of_several_devices_do_not_meet(gpu_folder):
+    with rehearsal.rehearsed(gpu_folder):
+        here, there, beyond = torch.ones(3), torch.ones(3, device="cuda"), torch.ones(3, device="cuda:1")
+        for other in (here, beyond):
+            with pytest.raises(RuntimeError, match="same device"):
+                there.mul_(other)
+        assert (there * torch.tensor(2.0))[torch.tensor([0, 2])].tolist() == [2.0, 2.0]
+
+
 # -- rmsgd on it -------------------------------------------------------------------------------------
+
+
+def trained(device):
+    """Parameters and rates after two epochs of scaled gradients, the learning rate a tensor."""
+    torch.manual_seed(0)
+    weights = (low_rank(20, 30, 3, 0.1), torch.randn(20), torch.randn(8, 4, 3, 3), torch.randn(0, 5))
+    parameters = [Parameter(w.double().to(device)) for w in weights]
+    optimizer = rmsgd.RMSGD(parameters, lr=torch.tensor(0.03, device=device), initial_rank="measure")
+    optimizer.grad_scale = torch.tensor([4.0], device=device)
+    optimizer.found_inf = torch.tensor([0.0], device=device)
+    for _ in range(2):
+        for p in parameters:
+            p.grad = torch.randn(p.shape, dtype=p.dtype).to(device)
+        optimizer.step()
+        optimizer.epoch_step()
+    return [p.detach().cpu() for p in parameters], optimizer.learning_rates()
+
+
+def test_torch_operations_on_a_gpu_do_what_they_do_on_a_cpu(gpu_folder, monkeypatch):
+    monkeypatch.setenv("RMSGD_BACKEND", "torch")
+    parameters, rates = trained("cpu")
+    with rehearsal.rehearsed(gpu_folder):
+        on_gpu, rates_on_gpu = trained("cuda")
+    torch.testing.assert_close(on_gpu, parameters, rtol=0, atol=1e-14)
+    assert rates_on_gpu == pytest.approx(rates, rel=1e-14)
+
+
+def test_torch_operations_refuse_to_be_captured_in_a_graph(gpu_folder, monkeypatch):
+    monkeypatch.setenv("RMSGD_BACKEND", "torch")
+    with rehearsal.rehearsed(gpu_folder):
+        p = Parameter(torch.ones(4, 4, device="cuda"))
+        p.grad = torch.ones_like(p)
+        optimizer = rmsgd.RMSGD([p])
+        with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(RuntimeError, match="CUDA graph"):
+            optimizer.step()
 
 
 @pytest.fixture(scope="module")
