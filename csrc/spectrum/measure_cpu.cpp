@@ -3,12 +3,12 @@
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
-#include <limits>
 #include <memory>
 #include <new>
 #include <numeric>
 #include <vector>
 
+#include "../evbmf/needed.h"
 #include "../isa.h"
 #include "../parallel.h"
 #include "eigenvalues_cpu.h"
@@ -177,34 +177,17 @@ void find_largest(int rows, int count, double lower, const Interval& interval, W
 
 // ---- EVBMF ----
 
-struct Needed {
-  int count;       // values that the minimiser may need
-  double lower;    // they lie above this
-  double s_limit;  // no minimum has 1 / sigma^2 above this
-};
-
-// A value lambda = M c adds at least min(c s, 1 + alpha) to s dOmega/ds, so where the sum of these exceeds L,
-// Omega increases for good. With N(t) values above t, sum min(lambda, t) is the integral of N from 0 to t;
-// one Sturm count of a grid bounds it from below.
-Needed needed_values(int rows, double columns, double trace, const Interval& interval, Workspace& space) {
-  constexpr int GRID = 96;
-  constexpr double RATIO = 1.06;
-  const Needed all = {rows, 0.0, std::numeric_limits<double>::infinity()};
-  const double alpha = rows / columns;
-  double shifts[GRID];
-  int above[GRID];
-  shifts[GRID - 1] = (1.0 + alpha) * trace / rows;
-  for (int i = GRID - 2; i >= 0; --i) shifts[i] = shifts[i + 1] / RATIO;
-  RMSGD_DISPATCH(count_above)(space.diagonal, space.squares, rows, shifts, GRID, above);
-  double integral = 0.0, left = 0.0, limit = 0.0;
-  for (int i = 0; i < GRID; ++i) {
-    integral += (shifts[i] - left) * above[i];
-    left = shifts[i];
-    if (integral * (1.0 + alpha) > rows * 1.001 * shifts[i])
-      limit = 1.05 * columns * (1.0 + alpha) / shifts[i];
-  }
-  if (limit == 0.0) return all;
-  const double lower = columns * Threshold(rows, columns).x / limit;
+NeededValues needed_values(int rows, double columns, double trace, const Interval& interval,
+                           Workspace& space) {
+  const BoundGrid grid = {double(rows), columns, trace};
+  double shifts[BoundGrid::SIZE];
+  int counts[BoundGrid::SIZE];
+  shifts[0] = grid.first_shift();
+  for (int i = 1; i < BoundGrid::SIZE; ++i) shifts[i] = shifts[i - 1] * BoundGrid::RATIO;
+  RMSGD_DISPATCH(count_above)(space.diagonal, space.squares, rows, shifts, BoundGrid::SIZE, counts);
+  const double limit = grid.s_limit(counts);
+  if (limit == INFINITY) return all_values(rows);
+  const double lower = grid.lower(limit);
   if (lower >= interval.upper) return {0, lower, limit};
   int count;
   RMSGD_DISPATCH(count_above)(space.diagonal, space.squares, rows, &lower, 1, &count);
@@ -219,7 +202,7 @@ bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Worksp
   const double trace = std::ldexp(space.trace, exponent);
   const double unit = stage == Stage::gram_f32 ? 0x1p-24 : 0x1p-53;
   const Interval interval = prepare(rows, stage, space);
-  Needed needed = needed_values(rows, columns, trace, interval, space);
+  NeededValues needed = needed_values(rows, columns, trace, interval, space);
   double* const values = space.values;
   double rest = 0.0;
   for (;;) {
@@ -228,7 +211,7 @@ bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Worksp
     // The rest of the trace keeps enough digits only while it is not a small difference.
     rest = trace - std::accumulate(values, values + needed.count, 0.0);
     if (rest > 1e-4 * trace) break;
-    needed = {rows, 0.0, std::numeric_limits<double>::infinity()};
+    needed = all_values(rows);
     rest = 0.0;
   }
   space.lap(EIGENVALUES);

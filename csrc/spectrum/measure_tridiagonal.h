@@ -3,46 +3,25 @@
 #pragma once
 
 #include "../evbmf/metrics.h"
+#include "../evbmf/needed.h"
 #include "sturm.h"
 
 namespace rmsgd {
 
-// Which values the minimiser has to see.
-struct NeededValues {
-  int count;
-  double lower;    // they lie above this, all others at or below
-  double s_limit;  // no minimum has 1 / sigma^2 above this
-};
-
-// Shifts of the grid below.
-constexpr int BOUND_GRID = 96;
-
-// A value lambda = M c adds at least min(c s, 1 + alpha) to s dOmega/ds, so where the sum of these exceeds L,
-// Omega increases for good. With N(t) values above t, the sum of min(lambda, t) is the integral of N from 0
-// to t; counts on a grid bound it from below. counts: BOUND_GRID ints of scratch, shared.
+// counts: BoundGrid::SIZE ints of scratch, shared.
 template <class T, class Team>
 RMSGD_FN NeededValues needed_values(Team& team, const T* diagonal, const T* squares, int L, double M,
                                     double trace, double upper, int* counts) {
-  constexpr double RATIO = 1.06, SPAN = 253.5;  // 1.06^95
-  const double alpha = L / M, bottom = (1.0 + alpha) * trace / L / SPAN;
-  for (int i = team.rank(); i < BOUND_GRID; i += team.size()) {
-    double shift = bottom;
-    for (int k = 0; k < i; ++k) shift *= RATIO;
+  const BoundGrid grid = {double(L), M, trace};
+  for (int i = team.rank(); i < BoundGrid::SIZE; i += team.size()) {
+    double shift = grid.first_shift();
+    for (int k = 0; k < i; ++k) shift *= BoundGrid::RATIO;
     counts[i] = eigenvalues_above(diagonal, squares, L, T(shift));
   }
   team.barrier();
-  double limit = 0.0;
-  if (team.rank() == 0) {
-    double integral = 0.0, left = 0.0, shift = bottom;
-    for (int i = 0; i < BOUND_GRID; ++i, shift *= RATIO) {
-      integral += (shift - left) * counts[i];
-      left = shift;
-      if (integral * (1.0 + alpha) > L * 1.001 * shift) limit = 1.05 * M * (1.0 + alpha) / shift;
-    }
-  }
-  limit = team.sum(limit);
-  if (limit == 0.0) return {L, 0.0, INFINITY};
-  const double lower = M * Threshold(L, M).x / limit;
+  const double limit = team.sum(team.rank() == 0 ? grid.s_limit(counts) : 0.0);
+  if (limit == INFINITY) return all_values(L);
+  const double lower = grid.lower(limit);
   if (lower >= upper) return {0, lower, limit};
   return {eigenvalues_above(diagonal, squares, L, T(lower)), lower, limit};
 }
@@ -50,7 +29,7 @@ RMSGD_FN NeededValues needed_values(Team& team, const T* diagonal, const T* squa
 // Scratch of measure_tridiagonal for matrices of up to L rows and `members` members, in bytes.
 template <class T>
 RMSGD_FN int measure_scratch(int L, int members) {
-  const int counts = sturm_counts(L > BOUND_GRID ? L : BOUND_GRID, members);
+  const int counts = sturm_counts(L > BoundGrid::SIZE ? L : BoundGrid::SIZE, members);
   return (2 * L + 2) * int(sizeof(T)) + (2 * L + 2) * int(sizeof(T)) + (L + 2) * int(sizeof(double)) +
          (counts + 2) * int(sizeof(int));
 }
@@ -108,7 +87,7 @@ RMSGD_FN TridiagonalSpectrum tridiagonal_spectrum(Team& team, const T* diagonal_
     }
     // The rest of the trace has digits enough only while it is no small difference.
     if (rest > 1e-4 * trace) break;
-    needed = {L, 0.0, INFINITY};
+    needed = all_values(L);
   }
   const double largest = needed.count > 0 ? double(low[0]) : double(upper);
   // Values of an fp32 Gram matrix that are lost in rounding fail the guard; those of an fp64 one are
