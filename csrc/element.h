@@ -1,5 +1,5 @@
-// Elements of weights and gradients as CUDA kernels load and store them: converted one at a time, in
-// registers, 16 bytes of them per access.
+// Elements of weights and gradients: float16 and bfloat16 to float32 and back, which the arithmetic is in,
+// and how CUDA kernels load and store them, 16 bytes per access.
 #pragma once
 
 #include "team.h"
@@ -48,29 +48,28 @@ RMSGD_FN float widen(float x) { return x; }
 RMSGD_FN double widen(double x) { return x; }
 RMSGD_FN float widen(BFloat16 x) { return float_of_word(unsigned(x.bits) << 16); }
 
+// What CUDA does not do itself is without branches, so that loops over it are vectorised.
 RMSGD_FN float widen(Float16 x) {
 #ifdef __CUDA_ARCH__
   float wide;
   asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
   return wide;
 #else
-  // Exponent and fraction in place make 2^-112 of the number, subnormals included; an exponent of
-  // all ones stays all ones.
-  const unsigned magnitude = unsigned(x.bits & 0x7fff) << 13;
-  const float finite = float_of_word(magnitude) * 0x1p112f;
-  const float wide = magnitude >= 0x0f800000u ? float_of_word(0x7f800000u | magnitude) : finite;
-  return x.bits & 0x8000 ? -wide : wide;
+  const unsigned magnitude = (x.bits & 0x7fffu) << 13;
+  const unsigned finite = word_of_float(float_of_word(magnitude) * 0x1p112f);
+  const unsigned word = magnitude >= 0x7c00u << 13 ? magnitude | 0x7f800000u : finite;
+  return float_of_word(word | (x.bits & 0x8000u) << 16);
 #endif
 }
 
-// Rounds to nearest even; a NaN stays one.
+// Rounds to nearest even, from what is too large to infinity; a NaN stays one.
 RMSGD_FN void narrow(float x, float& to) { to = x; }
 RMSGD_FN void narrow(double x, double& to) { to = x; }
 
 RMSGD_FN void narrow(float x, BFloat16& to) {
   const unsigned word = word_of_float(x);
   const unsigned rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
-  to.bits = (unsigned short)((word & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : rounded);
+  to.bits = (unsigned short)((word & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
 RMSGD_FN void narrow(float x, Float16& to) {
@@ -78,17 +77,13 @@ RMSGD_FN void narrow(float x, Float16& to) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
 #else
   const unsigned word = word_of_float(x), magnitude = word & 0x7fffffffu;
-  unsigned bits;
-  if (magnitude > 0x7f800000u) {
-    bits = 0x7fff;
-  } else if (magnitude >= 0x477ff000u) {  // rounds to 2^16 or more
-    bits = 0x7c00;
-  } else if (magnitude < 0x38800000u) {  // subnormal: adding 1/2 leaves the rounded fraction below
-    bits = word_of_float(float_of_word(magnitude) + 0.5f) - 0x3f000000u;
-  } else {
-    bits = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  }
-  to.bits = (unsigned short)(bits | (word >> 16 & 0x8000u));
+  // 2^-14 and above: rebias the exponent and round. Below: adding 1/2 leaves the rounded
+  // significand of the subnormal in the low bits. From 2^16 on: infinity or NaN.
+  const unsigned normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const unsigned subnormal = word_of_float(float_of_word(magnitude) + 0.5f) - 0x3f000000u;
+  const unsigned special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const unsigned finite = magnitude < 0x38800000u ? subnormal : normal;
+  to.bits = (unsigned short)((magnitude >= 0x47800000u ? special : finite) | (word >> 16 & 0x8000u));
 #endif
 }
 
