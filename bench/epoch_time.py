@@ -31,6 +31,8 @@ def main(given: Sequence[str]) -> int:
     """
     parser = _parser()
     options = parser.parse_args(given)
+    if len(options.optimizers) > 1 and options.rounds < 2:
+        parser.error("--rounds: a comparison needs at least 2")
     console = Console(stderr=True)
     with arguments.torch_threads(options.threads or torch.get_num_threads()) as threads:
         settings = Settings(
@@ -83,7 +85,12 @@ def _parser() -> argparse.ArgumentParser:
         help="ratios are to sgd, or to the first without it (default: %(default)s)",
     )
     add("--batch", type=arguments.positive, default=128, help="mini-batch size (default: %(default)s)")
-    add("--rounds", type=arguments.positive, default=15, help="interleaved rounds (default: %(default)s)")
+    add(
+        "--rounds",
+        type=arguments.positive,
+        default=15,
+        help="interleaved rounds; intervals need 6 (default: %(default)s)",
+    )
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--threads", type=arguments.positive, help="threads on the CPU (default: all cores)")
     add("--width", type=float, default=1.0, help="factor on channel counts (default: %(default)s)")
@@ -117,7 +124,6 @@ def table(result: dict[str, Any]) -> Table:
         rows.add_column(heading, justify="right", no_wrap=True)
     for row in result["optimizers"]:
         is_reference = row["optimizer"] == reference
-        ratio = Interval(**row["ratio"])
         rows.add_row(
             row["optimizer"],
             f"{1e3 * row['forward_backward']['median']:.2f}",
@@ -125,7 +131,7 @@ def table(result: dict[str, Any]) -> Table:
             f"{1e3 * row['epoch_end']['median']:.1f}",
             f"{row['evaluation']['median']:.2f}",
             f"{row['epoch']['median']:.2f}",
-            "1" if is_reference else f"{ratio.median:.3f} [{ratio.low:.2f}, {ratio.high:.2f}]",
+            "1" if is_reference else Interval(**row["ratio"]).text(),
             "0" if is_reference else f"{row['added_percent']['median']:+.2f}",
         )
     return rows

@@ -14,8 +14,8 @@ The protocol, whole:
 5. The epoch is composed: steps of an epoch x (forward and backward + step) + epoch end. Evaluation
    stands apart: it is the same for all. Probing is part of an epoch only for the optimizer that
    needs it.
-6. Reported is the median over rounds with a 95 % bootstrap interval. Ratios are taken within a round
-   and then their median. "Added" is the optimizer's own time (steps and epoch end) beyond the
+6. Reported is the median over rounds with a 95 % interval, from six rounds on. Ratios are taken within a
+   round and then their median. "Added" is the optimizer's own time (steps and epoch end) beyond the
    reference's, in per cent of the reference's epoch: it leaves out the forward and backward pass,
    which is the same computation for every optimizer with one pass, and with it most of the noise.
 7. A clock around every round checks the parts: their sum has to be within 3 % of it.

@@ -2,7 +2,7 @@
 
 Cases that are to be compared are timed in turn, round by round, so that whatever else the machine
 does meets all of them alike. A comparison is the median over rounds of the paired ratio, with a
-bootstrap confidence interval. Absolute seconds are for the reader's orientation only.
+distribution-free confidence interval. Absolute seconds are for the reader's orientation only.
 """
 
 import gc
@@ -22,21 +22,28 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy import stats
 
 from bench import atomic
 
 Seconds = npt.NDArray[np.float64]
+CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """A median and its bootstrap confidence interval."""
+    """A median and its confidence interval; `low` and `high` are None where the samples are too few."""
 
     median: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     def __str__(self) -> str:
-        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return self.text()
+
+    def text(self, form: str = ".3f") -> str:
+        """`median [low, high]`, or `median [-]`, every number in this format."""
+        bounds = "-" if self.low is None else f"{self.low:{form}}, {self.high:{form}}"
+        return f"{self.median:{form}} [{bounds}]"
 
 
 def seconds_per_call(case: Callable[[], object], calls: int, synchronise: Callable[[], object]) -> float:
@@ -203,31 +210,35 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def median(samples: npt.ArrayLike, *, confidence: float = 0.95, resamples: int = 2000) -> Interval:
-    """Median of `samples`, shape (n,), with its percentile-bootstrap interval.
+def median(samples: npt.ArrayLike) -> Interval:
+    """Median of `samples`, shape (n,), with its distribution-free interval of `CONFIDENCE`.
 
-    The resampling is seeded: the same samples give the same interval.
+    Each sample lies below the true median with probability 1/2, whatever it is drawn from, so the number
+    that do is binomial. The interval reaches from the (k+1)-th smallest sample to the (k+1)-th largest, with
+    the largest k that leaves it out with a probability of 1 - CONFIDENCE at most; below six samples not even
+    the smallest and the largest do.
 
     Raises:
         ValueError: no samples, or not one-dimensional, or NaN among them.
 
     """
-    values = np.asarray(samples, dtype=np.float64)
+    values = np.sort(np.asarray(samples, dtype=np.float64))
     if values.ndim != 1 or values.size == 0 or np.isnan(values).any():
         raise ValueError(f"expected a non-empty vector without NaN, got shape {values.shape}")
-    draws = np.random.default_rng(0).integers(values.size, size=(resamples, values.size))
-    low, high = np.quantile(np.median(values[draws], axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(np.median(values)), float(low), float(high))
+    outside = 2 * stats.binom.cdf(np.arange(values.size), values.size, 0.5)
+    k = int(np.count_nonzero(outside <= 1 - CONFIDENCE)) - 1
+    centre = float(np.median(values))
+    return (
+        Interval(centre, None, None) if k < 0 else Interval(centre, float(values[k]), float(values[-1 - k]))
+    )
 
 
-def ratio(a: npt.ArrayLike, b: npt.ArrayLike, *, confidence: float = 0.95, resamples: int = 2000) -> Interval:
+def ratio(a: npt.ArrayLike, b: npt.ArrayLike) -> Interval:
     """How many times as long `a` took as `b`: median over rounds of a[i] / b[i], with its interval.
 
     Args:
         a: seconds per round, shape (rounds,).
         b: seconds of the reference in the same rounds, shape (rounds,).
-        confidence: probability mass of the interval.
-        resamples: number of bootstrap resamples of the rounds.
 
     Raises:
         ValueError: the two are not from the same number of rounds, or there is no round.
@@ -238,7 +249,7 @@ def ratio(a: npt.ArrayLike, b: npt.ArrayLike, *, confidence: float = 0.95, resam
         raise ValueError(
             f"a and b must come from the same rounds, got shapes {above.shape} and {below.shape}"
         )
-    return median(above / below, confidence=confidence, resamples=resamples)
+    return median(above / below)
 
 
 def machine() -> dict[str, Any]:

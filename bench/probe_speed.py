@@ -29,6 +29,7 @@ from torch import Tensor
 
 import rmsgd
 from bench import measure, models, readme
+from bench.arguments import positive
 from bench.weights import make_trained_like
 
 MODELS = ("resnet50", "vit-b16")
@@ -145,7 +146,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench probe-speed", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(".out/probe-speed"), help="folder for the JSON")
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    parser.add_argument("--rounds", type=positive, default=3, help="interleaved rounds (default 3)")
     parser.add_argument("--readme", type=Path, help="rewrite the table of this file")
     options = parser.parse_args(arguments)
     theirs = weightwatcher()

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.measure import Interval
+
 
 def rewrite(path: Path, result: dict[str, Any]) -> None:
     """Replace every marked table of `path` for which `result` has the figures.
@@ -144,13 +146,12 @@ def _study(rows: list[dict[str, Any]]) -> str:
 
 def epoch_cells(row: dict[str, Any]) -> list[str]:
     """The parts of an epoch, the epoch, and its ratio to the reference's with its interval."""
-    ratio = row["ratio"]
     return [
         f"{row['forward_backward']['median']:.2f}",
         f"{1e3 * row['step']['median']:.1f}",
         f"{1e3 * row['epoch_end']['median']:.0f}",
         f"{row['epoch']['median']:.0f}",
-        f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]",
+        Interval(**row["ratio"]).text(),
     ]
 
 
@@ -178,10 +179,10 @@ def split_headings(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def split_cells(row: dict[str, Any]) -> list[str]:
     """A row's figures: milliseconds as measured, then what the model gives, as shares of one rank's time."""
-    seconds, measured = row["seconds"], row["two_to_one"]
+    seconds = row["seconds"]
     return [
         f"{seconds['one rank'] * 1e3:.0f}",
-        f"{measured['median']:.2f} [{measured['low']:.2f}, {measured['high']:.2f}]",
+        Interval(**row["two_to_one"]).text(".2f"),
         " / ".join(f"{own * 1e3:.0f}" for own in seconds["own work"]),
         f"{seconds['exchange'] * 1e3:.2f}",
         " / ".join(f"{share:.2f}" for share in row["modelled_to_one"].values()),

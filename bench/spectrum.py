@@ -21,7 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from bench.arguments import integers
+from bench.arguments import integers, positive
 from bench.measure import Interleaved, machine, median, ratio, write_json
 from rmsgd import backends, plots
 from rmsgd.backends.native import PARTS, NativeBackend
@@ -138,11 +138,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path(".out/spectrum"), help="folder for JSON and plot")
     parser.add_argument("--sizes", type=integers, default=SIZES, help="comma-separated smaller sides")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
+    parser.add_argument("--rounds", type=positive, default=7, help="interleaved rounds (default 7)")
     options = parser.parse_args(arguments)
     dtypes = options.dtypes.split(",")
-    if options.rounds < 2:
-        parser.error("--rounds: an interval needs at least 2 rounds")
     if min(options.sizes) < 2:
         parser.error("--sizes: a spectrum needs at least 2 rows")
     if unknown := set(dtypes) - set(DTYPES):

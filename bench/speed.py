@@ -17,6 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench import readme, speed_epoch_end, speed_step
+from bench.arguments import positive
 from bench.measure import machine, write_json
 
 SECTIONS: dict[str, Callable[..., list[dict[str, Any]]]] = {
@@ -38,12 +39,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path(".out/speed"), help="folder for JSON and plot")
     parser.add_argument("--section", choices=sorted(SECTIONS), action="append", help="only this one")
     parser.add_argument("--models", help="comma-separated; default: all of the section")
-    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
+    parser.add_argument("--rounds", type=positive, default=15, help="interleaved rounds (default 15)")
     parser.add_argument("--quick", action="store_true", help="leave out rmsgd 1.0.2, which takes minutes")
     parser.add_argument("--readme", type=Path, help="rewrite the measured tables of this file")
     options = parser.parse_args(arguments)
-    if options.rounds < 2:
-        parser.error("--rounds: an interval needs at least 2 rounds")
 
     console = Console()
     models = options.models.split(",") if options.models else None

@@ -155,11 +155,8 @@ def table(settings: Settings, summary: dict[str, dict[str, Any]]) -> Table:
     for name, entry in summary.items():
         seconds = [_number(entry["seconds"][phase], ".3f") for phase in training.PHASES]
         ratio = entry["epoch_time_ratio"]
-        if name == reference:
-            relative = "1"
-        else:
-            relative = f"{ratio['median']:.3f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "-"
-        rows.add_row(name, _accuracy(entry), *seconds, relative)
+        relative = measure.Interval(**ratio).text() if ratio else "-"
+        rows.add_row(name, _accuracy(entry), *seconds, "1" if name == reference else relative)
     return rows
 
 

@@ -58,9 +58,8 @@ def test_the_epoch_is_its_steps_and_its_end(result):
     assert result["epoch"]["steps"] == 23  # 1437 digits by 64, the last batch begun
     assert result["epoch"]["evaluation_batches"] == 6
     row = rows(result)["rmsgd"]
-    low, high = row["epoch"]["low"], row["epoch"]["high"]
     parts = 23 * (row["forward_backward"]["median"] + row["step"]["median"]) + row["epoch_end"]["median"]
-    assert 0.8 * low < parts < 1.2 * high
+    assert parts == pytest.approx(row["epoch"]["median"], rel=0.3)
 
 
 def test_only_rmsgd_spends_time_at_the_end_of_an_epoch(result):
@@ -81,7 +80,7 @@ def test_momentum_is_the_state_of_sgd(result):
 
 def test_ratios_are_taken_within_a_round():
     work = Workload([(torch.zeros(1, 1), torch.zeros(1))], (torch.zeros(1), torch.zeros(1)), 10, 2, 10)
-    speeds = (1.0, 3.0, 9.0)  # the machine gets slower from round to round
+    speeds = (1.0, 3.0, 9.0, 27.0, 81.0, 243.0, 729.0)  # the machine gets slower from round to round
 
     def seconds(forward, step, end):
         parts = {"forward_backward": forward, "step": step, "epoch_end": end, "evaluation": 0.5}
@@ -97,7 +96,7 @@ def test_ratios_are_taken_within_a_round():
     assert by_name["rmsgd"]["added_percent"]["median"] == pytest.approx(100 * 0.5 / 11)
     assert by_name["sam"]["ratio"]["median"] == pytest.approx(21 / 11)
     assert by_name["sam"]["added_percent"]["median"] == pytest.approx(0)
-    assert by_name["sgd"]["evaluation"]["median"] == pytest.approx(2 * 0.5 * 3)
+    assert by_name["sgd"]["evaluation"]["median"] == pytest.approx(2 * 0.5 * 27)
 
 
 def test_the_command_leaves_json_csv_and_a_chart(capsys, tmp_path):
@@ -114,11 +113,12 @@ def test_the_command_leaves_json_csv_and_a_chart(capsys, tmp_path):
     assert result["machine"]["cpu"]
     assert result["reference"] == "sgd"
     assert "| sgd |" in page.read_text()
-    assert "| 1.000 [1.000, 1.000] |" in page.read_text()
+    assert "| 1.000 [-] |" in page.read_text()  # three rounds are too few for an interval
     with (tmp_path / "epoch-time-resnet14-digits-cpu.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["optimizer"] for line in lines] == ["rmsgd", "sgd"]
-    assert float(lines[0]["ratio_low"]) <= float(lines[0]["ratio_median"]) <= float(lines[0]["ratio_high"])
+    assert float(lines[0]["ratio_median"]) > 0
+    assert lines[0]["ratio_low"] == lines[0]["ratio_high"] == ""
     assert (tmp_path / "epoch-time-resnet14-digits-cpu.png").stat().st_size > 1000
 
 
@@ -142,6 +142,7 @@ def test_parts_that_do_not_add_up_are_status_1(capsys, tmp_path, monkeypatch, re
         (["--batch", "0"], "expected a whole number above 0"),
         (["--batch", "2000"], "batch must be between 1 and the 1437 training samples"),
         (["--rounds", "few"], "expected a whole number above 0"),
+        (["--rounds", "1"], "--rounds: a comparison needs at least 2"),
         (["--width", "-1"], "width must be positive"),
     ],
 )
