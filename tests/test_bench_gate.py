@@ -315,6 +315,27 @@ def test_a_baseline_that_says_nothing_here_is_status_2(tmp_path, capsys, changes
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    "lost", ["machine", "figures", "counts", "tolerance_elsewhere", "machine.isa", "figures.step.tolerance"]
+)
+def test_a_baseline_that_lacks_something_is_status_2_and_says_what(tmp_path, capsys, lost):
+    path = written(tmp_path / "baseline.json")
+    content = json.loads(path.read_text())
+    *places, key = lost.split(".")
+    entry = content
+    for place in places:
+        entry = entry[place]
+    del entry[key]
+    path.write_text(json.dumps(content))
+    assert main(["gate", "--baseline", str(path)]) == 2
+    assert f"has no {lost}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_default_baseline_is_the_checkouts_wherever_the_command_is_started(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command.BASELINE.is_file()
+
+
 def test_a_missing_baseline_is_status_2_and_says_how_to_get_one(tmp_path, capsys):
     assert main(["gate", "--baseline", str(tmp_path / "none.json"), "--json"]) == 2
     result = json.loads(capsys.readouterr().out)
@@ -328,6 +349,7 @@ def test_a_missing_baseline_is_status_2_and_says_how_to_get_one(tmp_path, capsys
         (["--seconds", "0"], "expected a number above 0"),
         (["--limit", "fast"], "expected a number above 0"),
         (["--update", "--against", "HEAD"], "exclude each other"),
+        (["--self-test", "1", "--target", "their:step"], "--self-test runs the gate as it is"),
         (["--target", "their_training"], "expected module:function, got 'their_training'"),
     ],
 )
@@ -341,6 +363,12 @@ def test_bad_arguments_are_status_2(flags, message, capsys):
 def test_an_unknown_revision_is_status_2(capsys):
     assert main(["gate", "--against", "no-such-revision"]) == 2
     assert "no-such-revision" in capsys.readouterr().err
+
+
+def test_another_revision_without_git_is_status_2(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["gate", "--against", "HEAD"]) == 2
+    assert "git is not installed" in capsys.readouterr().err
 
 
 # -- real cases --------------------------------------------------------------------------------------
@@ -482,6 +510,13 @@ def test_a_process_that_fails_says_why(tmp_path):
         Worker(tmp_path, 1)
 
 
+def test_a_checkout_is_timed_through_a_symbolic_link_too(their_project, tmp_path):
+    from bench.gate.processes import Worker
+
+    (tmp_path / "link").symlink_to(ROOT)
+    Worker(tmp_path / "link", 1, "their_training:training_step").close()
+
+
 @pytest.fixture
 def self_test(monkeypatch, tmp_path):
     """Runs the self-test with synthetic runs: a slowed step is caught, a slowed epoch end goes by."""
@@ -489,7 +524,7 @@ def self_test(monkeypatch, tmp_path):
     done = []
 
     def run_of_the_command(*flags, slowed):
-        done.append(slowed)
+        done.append((slowed, flags))
         return (1 if slowed.startswith("step") else 0), json.dumps({"reasons": []})
 
     monkeypatch.setattr(trial, "gate", run_of_the_command)
@@ -510,6 +545,13 @@ def test_the_self_test_knows_what_is_right(self_test, tmp_path):
     ]
     assert [run["right"] for run in record["runs"][:3]] == [True, True, False]
     assert "| step slowed | 2 | 0 | 2 | 0 |" in page.read_text()
+
+
+def test_the_self_test_passes_its_settings_on(self_test, tmp_path):
+    run, done = self_test
+    run("--self-test", "1", "--seconds", "7")
+    for _, flags in done:
+        assert " ".join(flags).endswith("--threads 1 --seconds 7.0 --json --no-counts")
 
 
 def test_an_interrupted_self_test_goes_on_where_it_ended(self_test, monkeypatch, tmp_path, capsys):

@@ -64,8 +64,8 @@ def load(path: Path, machine: Mapping[str, Any], threads: int) -> Baseline:
     """The baseline in `path`.
 
     Raises:
-        GateError: it is not there, is of another schema, or was taken with other instruction sets or
-            threads: its ratios say nothing about this run's.
+        GateError: it is not there, is of another schema or incomplete, or was taken with other instruction
+            sets or threads: its ratios say nothing about this run's.
 
     """
     advice = "; write one with --update"
@@ -78,6 +78,8 @@ def load(path: Path, machine: Mapping[str, Any], threads: int) -> Baseline:
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
         raise GateError(f"{path} has schema {schema!r}, this gate reads {SCHEMA!r}{advice}")
+    if missing := _missing(content):
+        raise GateError(f"{path} has no {missing}{advice}")
     found = Baseline(
         content["machine"], content["figures"], content["counts"], content["tolerance_elsewhere"]
     )
@@ -91,6 +93,22 @@ def load(path: Path, machine: Mapping[str, Any], threads: int) -> Baseline:
             f"{path} was taken with {found.machine['threads']} threads, this run has {threads} (--threads)"
         )
     return found
+
+
+def _missing(content: Mapping[str, Any]) -> str | None:
+    """The first entry that a baseline's JSON lacks."""
+    machine, figures = content.get("machine"), content.get("figures")
+    places = [
+        ("", content, ("machine", "figures", "counts", "tolerance_elsewhere")),
+        ("machine.", machine, ("isa", "threads")),
+    ]
+    if isinstance(figures, dict):
+        places += [(f"figures.{name}.", entry, ("ratio", "tolerance")) for name, entry in figures.items()]
+    for place, entry, keys in places:
+        for key in keys:
+            if not isinstance(entry, dict) or key not in entry:
+                return place + key
+    return None
 
 
 def save(path: Path, baseline: Baseline) -> None:

@@ -31,7 +31,7 @@ from rmsgd import backends
 
 SCHEMA = "rmsgd-bench-gate-run/1"
 PASSED, SLOWER, UNDECIDED = 0, 1, 2
-BASELINE = Path("bench/baseline.json")
+BASELINE = ROOT / "bench" / "baseline.json"
 LONGEST_S = 35.0
 AGAINST_S = 120.0  # a round times both sides with their controls, and has the noise of two processes
 LAUNCHES = 7
@@ -109,6 +109,8 @@ def main(given: Sequence[str]) -> int:
     options = parser.parse_args(given)
     if options.update and options.against:
         parser.error("--update and --against exclude each other: a revision is held against, not stored")
+    if options.self_test and (options.update or options.against or options.target):
+        parser.error("--self-test runs the gate as it is: without --update, --against and --target")
     options.seconds = options.seconds or (AGAINST_S if options.against else LONGEST_S)
     errors = Console(stderr=True)
     start = time.perf_counter()
@@ -148,7 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--baseline",
         type=Path,
-        help=f"what to judge against (default: {BASELINE}; with --target none, but --limit)",
+        help=f"what to judge against (default: the checkout's {BASELINE.relative_to(ROOT)}; with --target "
+        "none, but --limit)",
     )
     add("--update", action="store_true", help="measure the baseline anew and write it")
     add("--against", metavar="REV", help="judge against this revision, built and timed in turn with this one")
@@ -364,7 +367,8 @@ def self_test(options: argparse.Namespace, machine: Mapping[str, Any]) -> int:
     """Lets `trial` show what the gate catches, against a baseline that has to be there."""
     path = options.baseline or BASELINE
     baselines.load(path, machine, options.threads)
-    return trial.run(options.self_test, path, options.out, options.readme)
+    settings = trial.Settings(path, options.threads, options.seconds)
+    return trial.run(options.self_test, settings, options.out, options.readme)
 
 
 def show(report: Report, console: Console) -> None:

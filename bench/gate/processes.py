@@ -113,7 +113,12 @@ def built(revision: str) -> Iterator[Path]:
 
 
 def _run(command: list[str], folder: Path, environment: dict[str, str] | None = None) -> None:
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        raise GateError(f"{command[0]} is not installed") from None
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
         raise GateError(f"{' '.join(command[:3])} failed: {said[-1] if said else 'no reason given'}")

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,30 @@ def gate(*flags: str, slowed: str = "") -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def run(count: int, baseline: Path, out: Path, page: Path | None) -> int:
+@dataclass(frozen=True)
+class Settings:
+    """What every run of the command is given: baseline, threads, and the longest time to measure."""
+
+    baseline: Path
+    threads: int
+    seconds: float
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """As arguments."""
+        return (
+            *("--baseline", str(self.baseline)),
+            *("--threads", str(self.threads)),
+            *("--seconds", str(self.seconds)),
+        )
+
+
+def run(count: int, settings: Settings, out: Path, page: Path | None) -> int:
     """Runs each kind `count` times, in turn; 0 when every run was right and none took a minute.
 
     Every run is written to `gate-unfinished.json` as it ends, and after the last the file becomes
-    `gate.json`. What was left unfinished by the same code, baseline and machine goes on where it ended.
+    `gate.json`. What was left unfinished by the same code, settings, baseline and machine goes on
+    where it ended.
 
     Raises:
         GateError: a run ended in a way that the gate does not know.
@@ -72,11 +92,12 @@ def run(count: int, baseline: Path, out: Path, page: Path | None) -> int:
     console = Console()
     record: dict[str, Any] = {
         "schema": SCHEMA,
-        "machine": measure.machine() | {"threads": 1},
+        "machine": measure.machine() | {"threads": settings.threads},
         "neighbour": "one process that computes without a pause",
         "slow_down": SLOW_DOWN,
         "longest_s": LONGEST_S,
-        "baseline": json.loads(baseline.read_text(encoding="utf-8")),
+        "seconds": settings.seconds,
+        "baseline": json.loads(settings.baseline.read_text(encoding="utf-8")),
     }
     unfinished, finished = out / "gate-unfinished.json", out / "gate.json"
     runs = _left(unfinished, record)
@@ -85,7 +106,7 @@ def run(count: int, baseline: Path, out: Path, page: Path | None) -> int:
         console.print(f"going on after {len(runs)} of {len(todo)} runs, from {unfinished}")
     with busy_neighbour():
         for number, kind in todo[len(runs) :]:
-            runs.append(one(kind, baseline))
+            runs.append(one(kind, settings))
             record |= {"gate": summary(runs), "runs": runs}
             measure.write_json(unfinished, record)
             last = runs[-1]
@@ -108,12 +129,12 @@ def _left(unfinished: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
         return []
 
 
-def one(kind: str, baseline: Path) -> dict[str, Any]:
+def one(kind: str, settings: Settings) -> dict[str, Any]:
     """One run of this kind: exit status, whether it is right, seconds, and what the gate said."""
     slowed, right = KINDS[kind]
     load = os.getloadavg()[0]
     start = time.perf_counter()
-    status, text = gate("--baseline", str(baseline), "--json", "--no-counts", slowed=slowed)
+    status, text = gate(*settings.flags, "--json", "--no-counts", slowed=slowed)
     seconds = time.perf_counter() - start
     if status not in range(len(ENDS)):
         raise GateError(f"a run of the self-test ended with status {status}")

@@ -21,7 +21,7 @@ def import_from(folder: str) -> None:
     sys.path[0] = folder
     import rmsgd
 
-    if not str(rmsgd.__file__).startswith(str(Path(folder).resolve())):
+    if not Path(rmsgd.__file__).resolve().is_relative_to(Path(folder).resolve()):
         raise ImportError(f"{folder} holds no package rmsgd")
     sys.path[0] = ROOT
 
