@@ -5,6 +5,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from bench.errors import UnavailableError, UsageError, is_out_of_memory
+
 # Command to what it does. Its module has the same name, with underscores, and a function
 # `main(arguments: Sequence[str]) -> int`; it is imported only when it is asked for.
 COMMANDS = {
@@ -22,7 +24,13 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status; 2 for bad arguments."""
+    """Runs one command.
+
+    Returns:
+        Its exit status; 1 where memory does not suffice, 2 for what cannot be done here or be written, 130
+        when interrupted. Bad arguments exit with 2; any other error is a fault of the program and passes.
+
+    """
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Benchmarks and training runs of RMSGD. Every command has its own --help.",
@@ -32,7 +40,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices.add_parser(name, help=summary, add_help=False)
     given = list(sys.argv[1:] if arguments is None else arguments)
     chosen = parser.parse_args(given[:1]).command
-    return importlib.import_module(f"bench.{chosen.replace('-', '_')}").main(given[1:])
+    try:
+        return importlib.import_module(f"bench.{chosen.replace('-', '_')}").main(given[1:])
+    except (UsageError, UnavailableError) as error:
+        return _say(chosen, f"error: {error}", 2)
+    except OSError as error:
+        where = "" if error.filename is None else f": {error.filename}"
+        return _say(chosen, f"error: {error.strerror or error}{where}", 2)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _say(chosen, "error: out of memory: a smaller batch, width or network takes less", 1)
+    except KeyboardInterrupt:
+        return _say(chosen, "interrupted: nothing was written", 130)
+
+
+def _say(command: str, text: str, status: int) -> int:
+    """Prints a line on stderr; returns the status."""
+    print(f"python -m bench {command}: {text}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -2,13 +2,19 @@
 
 import argparse
 import ast
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from bench import folder, models, peers
+from bench.errors import UsageError
+from bench.names import look_up
+
+WIDEST = 100
+"""No machine holds a network of that many times its channels."""
 
 KNOWN = (
     f"Models: {', '.join(models.ARCHITECTURES)}.  Optimizers: {', '.join(peers.PEERS)}.  "
@@ -29,11 +35,44 @@ def integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"expected whole numbers like 0,1,2, got {text!r}") from None
 
 
+def some_of(kind: str, known: Mapping[str, object]) -> Callable[[str], tuple[str, ...]]:
+    """`A,B,...`, each a key of `known`, which holds things of this kind."""
+
+    def known_names(text: str) -> tuple[str, ...]:
+        try:
+            for name in names(text):
+                look_up(kind, name, known)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return names(text)
+
+    return known_names
+
+
 def positive(text: str) -> int:
     """A whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def width(text: str) -> float:
+    """A factor on channel counts."""
+    value = above_zero(text)
+    if value > WIDEST:
+        raise argparse.ArgumentTypeError(f"expected at most {WIDEST}, got {text!r}")
+    return value
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -70,20 +109,20 @@ def overrides(assignments: Sequence[tuple[str, str, Any]]) -> dict[str, dict[str
 
 
 def check_device(name: str) -> None:
-    """Raises ValueError when torch has no such device here."""
+    """Raises UsageError when torch has no such device here."""
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
+        raise UsageError(f"device {name!r} cannot be used here: {reason}") from error
 
 
 def check_unique(what: str, values: Sequence[object]) -> None:
-    """Raises ValueError when there is none, or one stands there twice."""
+    """Raises UsageError when there is none, or one stands there twice."""
     if not values:
-        raise ValueError(f"at least one {what} is needed")
+        raise UsageError(f"at least one {what} is needed")
     if len(set(values)) < len(values):
-        raise ValueError(f"every {what} may be given once, got {', '.join(map(str, values))}")
+        raise UsageError(f"every {what} may be given once, got {', '.join(map(str, values))}")
 
 
 @contextmanager

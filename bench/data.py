@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bench import folder
+from bench.errors import UnavailableError, UsageError
 from bench.models import architecture
 from bench.names import look_up
 
@@ -46,13 +47,13 @@ class Batches:
     the end of a pass is not used in that pass.
 
     Raises:
-        ValueError: the split holds less than one batch.
+        UsageError: the split holds less than one batch.
 
     """
 
     def __init__(self, split: Split, size: int, seed: int) -> None:
         if not 1 <= size <= len(split):
-            raise ValueError(f"batch must be between 1 and the {len(split)} training samples, got {size}")
+            raise UsageError(f"batch must be between 1 and the {len(split)} training samples, got {size}")
         self._split, self._size = split, size
         self._generator = torch.Generator(split.inputs.device).manual_seed(seed)
 
@@ -78,12 +79,12 @@ def load(name: str, model: str, device: str | torch.device = "cpu", samples: int
             it), or the most images that are read of each split of a folder.
 
     Raises:
-        ValueError: unknown name, a folder that is not what it claims, or samples that the model
+        UsageError: unknown name, a folder that is not what it claims, or samples that the model
             cannot read.
 
     """
     if samples is not None and samples < 4:
-        raise ValueError(f"samples must be at least 4, got {samples}")
+        raise UsageError(f"samples must be at least 4, got {samples}")
     device = torch.device(device)
     if name not in NAMES and Path(name).is_dir():
         dataset = _folder(name, model, device, samples)
@@ -92,7 +93,7 @@ def load(name: str, model: str, device: str | torch.device = "cpu", samples: int
         dataset = make(model, device, samples)
     known = architecture(model)
     if not known.accepts(dataset.sample):
-        raise ValueError(
+        raise UsageError(
             f"{model} reads samples of shape {known.sample}, {name} has {dataset.sample}: "
             "use --data synthetic or another model"
         )
@@ -109,8 +110,11 @@ def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
 
 def _digits(model: str, device: torch.device, samples: int | None) -> Dataset:
     """One fifth of every class is held out, always the same fifth."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise UnavailableError("the digits need scikit-learn: pip install -e '.[bench]'") from error
 
     pixels, labels = load_digits(return_X_y=True)
     parts = train_test_split(pixels, labels, test_size=0.2, stratify=labels, random_state=0)
@@ -122,7 +126,7 @@ def _digits(model: str, device: torch.device, samples: int | None) -> Dataset:
 def _folder(name: str, model: str, device: torch.device, samples: int | None) -> Dataset:
     known = architecture(model)
     if known.reads_tokens:
-        raise ValueError(f"{model} reads tokens, {name} is a folder of images")
+        raise UsageError(f"{model} reads tokens, {name} is a folder of images")
     train, test, classes = folder.read(Path(name), known.sample[1:], samples)
     return _dataset(name, _standardised(train[0], test[0]), (train[1], test[1]), classes, device)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bench import arguments, epoch_timing, measure, peers, readme
+from bench import arguments, atomic, epoch_timing, measure, output, readme
 from bench.epoch_timing import Settings
 from bench.measure import Interval
 from rmsgd import plots
@@ -25,14 +26,14 @@ def main(given: Sequence[str]) -> int:
     """Times, prints the table, writes JSON, CSV and a bar chart.
 
     Returns:
-        0, 1 when the parts do not add up or the memory does not suffice, 130 when interrupted. Bad
-        arguments exit with 2.
+        0, or 1 when the parts do not add up or the memory does not suffice.
 
     """
     parser = _parser()
     options = parser.parse_args(given)
     if len(options.optimizers) > 1 and options.rounds < 2:
         parser.error("--rounds: a comparison needs at least 2")
+    output.check(options.out, options.readme, ["epoch-time"])
     console = Console(stderr=True)
     with arguments.torch_threads(options.threads or torch.get_num_threads()) as threads:
         settings = Settings(
@@ -45,20 +46,15 @@ def main(given: Sequence[str]) -> int:
             options.width,
             threads,
         )
+        arguments.check_device(settings.device)
+        arguments.check_unique("optimizer", settings.optimizers)
         try:
-            arguments.check_device(settings.device)
-            arguments.check_unique("optimizer", settings.optimizers)
             with Progress(console=console) as progress:
                 task = progress.add_task("rounds", total=settings.rounds)
                 result = epoch_timing.run(settings, lambda done: progress.update(task, completed=done))
-        except (ValueError, peers.PeerUnavailableError) as error:
-            parser.error(str(error))
         except epoch_timing.DoesNotFitError as error:
             console.print(str(error), soft_wrap=True)
             return 1
-        except KeyboardInterrupt:
-            console.print("interrupted: nothing was written")
-            return 130
     Console().print(table(result))
     _write(options.out, result, console)
     if options.readme:
@@ -93,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--threads", type=arguments.positive, help="threads on the CPU (default: all cores)")
-    add("--width", type=float, default=1.0, help="factor on channel counts (default: %(default)s)")
+    add("--width", type=arguments.width, default=1.0, help="factor on channel counts (default: %(default)s)")
     add("--out", type=Path, default=Path(".out/epoch-time"), help="folder (default: %(default)s)")
     add("--readme", type=Path, help="rewrite the table of this file")
     return parser
@@ -142,12 +138,7 @@ def _write(out: Path, result: dict[str, Any], console: Console) -> None:
     written = [out / f"{stem}.json", out / f"{stem}.csv"]
     measure.write_json(written[0], result)
     write_csv(written[1], result["optimizers"])
-    chart = out / f"{stem}.png"
-    try:
-        bar_chart(chart, result)
-        written.append(chart)
-    except ModuleNotFoundError as error:
-        console.print(f"no chart: {error}", soft_wrap=True, markup=False)
+    written += output.figures(lambda: [bar_chart(out / f"{stem}.png", result)], console)
     console.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
 
 
@@ -162,13 +153,14 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             else:
                 line[key] = value
         flat.append(line)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(flat[0]))
-        writer.writeheader()
-        writer.writerows(flat)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(flat[0]))
+    writer.writeheader()
+    writer.writerows(flat)
+    atomic.write(path, text.getvalue().encode())
 
 
-def bar_chart(path: Path, result: dict[str, Any]) -> None:
+def bar_chart(path: Path, result: dict[str, Any]) -> Path:
     """Epochs as stacked bars: forward and backward, steps, epoch end; the ratio behind each."""
     rows, steps = result["optimizers"], result["epoch"]["steps"]
     config = result["config"]
@@ -184,6 +176,7 @@ def bar_chart(path: Path, result: dict[str, Any]) -> None:
         xlabel=f"time of one epoch of {steps} steps (s); at the bar's end: {result['reference']} = 1",
         title=f"{config['model']}, batch {config['batch']}, {config['data']}, {config['device']}",
     )
+    return path
 
 
 def _complaints(result: dict[str, Any], console: Console) -> int:

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from bench import data, folder, measure, models, peers
+from bench.errors import is_out_of_memory
 from bench.training import cross_entropy
 
 SCHEMA = "rmsgd-bench-epoch-time/1"
@@ -97,7 +98,7 @@ class Workload:
 
 
 def workload(settings: Settings) -> Workload:
-    """The data of `settings`; ValueError when model and data do not fit."""
+    """The data of `settings`; UsageError when model and data do not fit."""
     samples = None if settings.data == "digits" else POOL * settings.batch
     dataset = data.load(settings.data, settings.model, settings.device, samples)
     batches = list(islice(data.Batches(dataset.train, settings.batch, seed=0), POOL))
@@ -231,7 +232,7 @@ def run(settings: Settings, on_round: Callable[[int], object] = lambda done: Non
         on_round: called with the number of rounds done.
 
     Raises:
-        ValueError: settings that make no sense, or that model, data or optimizer refuse.
+        UsageError: settings that make no sense, or that model, data or optimizer refuse.
         DoesNotFitError: out of memory; the message says which batch would fit.
 
     """
@@ -307,11 +308,6 @@ def said_when_full(settings: Settings) -> Iterator[None]:
         f"out of memory on {settings.device} with {settings.model}, batch {settings.batch} and a network "
         f"for each of {names}: {advice}"
     )
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory, on a GPU or on the host."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 def largest_fitting_batch(settings: Settings) -> int:

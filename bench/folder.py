@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bench.errors import UsageError
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 LAYOUTS = (
     "data_batch_1.bin to data_batch_5.bin and test_batch.bin (CIFAR-10, binary version), "
@@ -30,11 +32,11 @@ def read(folder: Path, size: tuple[int, int], limit: int | None) -> tuple[Images
         limit: most images to read of each split; None reads all.
 
     Raises:
-        ValueError: the folder has none of the layouts, or its files are not what they claim.
+        UsageError: the folder has none of the layouts, or its files are not what they claim.
 
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
+        raise UsageError(f"{folder} is not a folder")
     names = {entry.name for entry in folder.iterdir()}
     if "test_batch.bin" in names:
         parts = [folder / f"data_batch_{index}.bin" for index in range(1, 6)]
@@ -48,10 +50,10 @@ def read(folder: Path, size: tuple[int, int], limit: int | None) -> tuple[Images
         test = _class_folders(held_out, labels, size, limit)
         classes = len(labels)
     else:
-        raise ValueError(f"{folder} holds no images that are known here: expected {LAYOUTS}")
+        raise UsageError(f"{folder} holds no images that are known here: expected {LAYOUTS}")
     for path, (_, targets) in (("training", train), ("test", test)):
         if targets.max() >= classes:
-            raise ValueError(f"{folder}: a {path} label is {targets.max()}, of {classes} classes")
+            raise UsageError(f"{folder}: a {path} label is {targets.max()}, of {classes} classes")
     return _first(train, limit), _first(test, limit), classes
 
 
@@ -77,7 +79,7 @@ def _cifar(files: list[Path], labels: int) -> Images:
     parts = []
     for path in files:
         if not path.is_file():
-            raise ValueError(f"{path} is missing")
+            raise UsageError(f"{path} is missing")
         parts.append(decode_cifar(np.fromfile(path, dtype=np.uint8), labels, str(path)))
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
@@ -86,12 +88,12 @@ def decode_cifar(content: npt.NDArray[np.uint8], labels: int, name: str) -> Imag
     """Records of `labels` label bytes, the last of which counts, and 3x32x32 pixels.
 
     Raises:
-        ValueError: the bytes of the file called `name` are not whole records, or there is none.
+        UsageError: the bytes of the file called `name` are not whole records, or there is none.
 
     """
     record = labels + PIXELS
     if content.size == 0 or content.size % record:
-        raise ValueError(f"{name} is no CIFAR file: {content.size} bytes are not records of {record}")
+        raise UsageError(f"{name} is no CIFAR file: {content.size} bytes are not records of {record}")
     records = content.reshape(-1, record)
     pixels = torch.from_numpy(records[:, labels:].reshape(-1, 3, 32, 32).copy())
     return pixels, torch.from_numpy(records[:, labels - 1].astype(np.int64))
@@ -106,11 +108,11 @@ def _class_folders(folder: Path, labels: list[str], size: tuple[int, int], limit
             with Image.open(path) as image:
                 resized = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BILINEAR)
         except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"{path} is not an image: {error}") from error
+            raise UsageError(f"{path} is not an image: {error}") from error
         pixels.append(torch.from_numpy(np.asarray(resized).transpose(2, 0, 1).copy()))
         targets.append(target)
     if not targets:
-        raise ValueError(f"{folder} holds no image in a folder named after a class of train/")
+        raise UsageError(f"{folder} holds no image in a folder named after a class of train/")
     return torch.stack(pixels), torch.tensor(targets)
 
 

@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Mapping
 from typing import TypeVar
 
+from bench.errors import UsageError
+
 Value = TypeVar("Value")
 
 
@@ -11,11 +13,11 @@ def look_up(kind: str, name: str, known: Mapping[str, Value]) -> Value:
     """`known[name]`.
 
     Raises:
-        ValueError: there is no such name; the message suggests the nearest and lists them all.
+        UsageError: there is no such name; the message suggests the nearest and lists them all.
 
     """
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+    raise UsageError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")

@@ -26,9 +26,10 @@ from rich.progress import track
 from rich.table import Table
 
 import rmsgd
-from bench import peers, readme
-from bench.measure import machine, write_json
-from bench.speed_epoch_end import network, spectra
+from bench import output, peers, readme
+from bench.measure import machine
+from bench.networks import network, networks
+from bench.speed_epoch_end import spectra
 from bench.weights import make_trained_like
 from rmsgd import reference
 from rmsgd.layers import as_matrix
@@ -123,17 +124,18 @@ def main(arguments: Sequence[str]) -> int:
     """Compares, prints the table, writes `noise-search.json`; 0."""
     parser = argparse.ArgumentParser(prog="python -m bench noise-search", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(".out/noise-search"), help="folder for the JSON")
-    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
+    parser.add_argument("--models", type=networks, default=MODELS, help="comma-separated")
     parser.add_argument("--readme", type=Path, help="rewrite the table of this file")
     options = parser.parse_args(arguments)
+    output.check(options.out, options.readme, ["noise-search"])
+    peers.load_rmsgd_1_0_2()
     rows = [
         compare(model, weights, f"{model}, {weights}")
-        for model in options.models.split(",")
+        for model in options.models
         for weights in ("initial", "trained-like")
     ]
     result = {"schema": 1, "machine": machine(), "noise-search": rows}
-    Console().print(table(rows))
-    write_json(options.out / "noise-search.json", result)
-    if options.readme:
-        readme.rewrite(options.readme, result)
+    console = Console()
+    console.print(table(rows))
+    output.finish(options.out / "noise-search.json", result, console, page=options.readme)
     return 0

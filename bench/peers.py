@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from bench.errors import UnavailableError, UsageError
 from bench.names import look_up
 
 CACHE = Path(__file__).parents[1] / ".out" / "peers"
@@ -37,7 +38,7 @@ Named = list[tuple[str, Parameter]]
 Create = Callable[..., Optimizer]
 
 
-class PeerUnavailableError(RuntimeError):
+class PeerUnavailableError(UnavailableError):
     """A peer's package is not installed and could not be fetched."""
 
 
@@ -176,7 +177,7 @@ PEERS: dict[str, Peer] = {
 
 
 def peer(name: str) -> Peer:
-    """The peer called `name`; ValueError with a suggestion when there is none."""
+    """The peer called `name`; UsageError with a suggestion when there is none."""
     return look_up("optimizer", name, PEERS)
 
 
@@ -196,14 +197,19 @@ def make(
         overrides: settings that replace or extend the authors'.
 
     Raises:
-        ValueError: unknown name, or a setting the optimizer refuses.
+        UsageError: unknown name, or a setting the optimizer refuses.
         PeerUnavailableError: its package is missing and cannot be fetched.
 
     """
     known = peer(name)
     trained = [(key, parameter) for key, parameter in named_parameters if parameter.requires_grad]
     by_epoch = {"batches_per_epoch": steps} if name == "sls" and steps is not None else {}
-    return known.create(trained, **{**known.settings, **by_epoch, **overrides})
+    try:
+        return known.create(trained, **{**known.settings, **by_epoch, **overrides})
+    except (TypeError, ValueError) as error:
+        if not overrides:
+            raise
+        raise UsageError(f"{name} refuses its settings: {error}") from error
 
 
 def load_rmsgd_1_0_2() -> ModuleType:

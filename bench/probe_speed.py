@@ -28,8 +28,9 @@ from rich.table import Table
 from torch import Tensor
 
 import rmsgd
-from bench import measure, models, readme
+from bench import measure, output, readme
 from bench.arguments import positive
+from bench.networks import network, networks
 from bench.weights import make_trained_like
 
 MODELS = ("resnet50", "vit-b16")
@@ -71,9 +72,9 @@ def _silence():  # type: ignore[no-untyped-def]
 def compare(name: str, rounds: int, theirs: Callable[[StateDict], Any] | None) -> dict[str, Any]:
     """One network: seconds of every case in interleaved rounds, and both tools' stable ranks."""
     torch.manual_seed(0)
-    network = models.build(name)
-    make_trained_like(network)
-    state = {key: value.detach() for key, value in network.state_dict().items()}
+    module = network(name)
+    make_trained_like(module)
+    state = {key: value.detach() for key, value in module.state_dict().items()}
     frames: list[Any] = []
     cases: dict[str, Callable[[], object]] = {
         "rmsgd": lambda: rmsgd.probe(state),
@@ -145,17 +146,16 @@ def main(arguments: Sequence[str]) -> int:
     """Compares, prints both tables, writes `probe-speed.json`; 0."""
     parser = argparse.ArgumentParser(prog="python -m bench probe-speed", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(".out/probe-speed"), help="folder for the JSON")
-    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
+    parser.add_argument("--models", type=networks, default=MODELS, help="comma-separated")
     parser.add_argument("--rounds", type=positive, default=3, help="interleaved rounds (default 3)")
     parser.add_argument("--readme", type=Path, help="rewrite the table of this file")
     options = parser.parse_args(arguments)
+    output.check(options.out, options.readme, ["probe-speed"])
     theirs = weightwatcher()
-    rows = [compare(name, options.rounds, theirs) for name in options.models.split(",")]
+    rows = [compare(name, options.rounds, theirs) for name in options.models]
     result = {"schema": 1, "machine": measure.machine(), "probe-speed": rows}
     console = Console()
     console.print(speed_table(rows))
     console.print(stable_rank_table(rows))
-    measure.write_json(options.out / "probe-speed.json", result)
-    if options.readme:
-        readme.rewrite(options.readme, result)
+    output.finish(options.out / "probe-speed.json", result, console, page=options.readme)
     return 0

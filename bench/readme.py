@@ -4,30 +4,47 @@ A table stands between `<!-- measured: NAME -->` and `<!-- /measured -->`.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import atomic
+from bench.errors import UsageError
 from bench.measure import Interval
 
 
 def rewrite(path: Path, result: dict[str, Any]) -> None:
-    """Replace every marked table of `path` for which `result` has the figures.
+    """Replace every marked table of `path` for which `result` has the figures; the file stays whole.
 
     Raises:
-        ValueError: the file has no mark of a table that this run measured.
+        UsageError: the file has no mark of a table that this run measured.
+
+    """
+    measured = [name for name in TABLES if name in result]
+    text = marked(path, measured)
+    for name in measured:
+        rows_to_text, mark = TABLES[name], _mark(name)
+        body = f"{_where(result['machine'], name)}\n\n{rows_to_text(result[name])}\n"
+        text = mark.sub(lambda m, body=body: m[1] + body + m[2], text)
+    atomic.write(path.resolve(), text.encode())
+
+
+def marked(path: Path, names: Iterable[str]) -> str:
+    """The text of `path`.
+
+    Raises:
+        UsageError: it has no mark of one of these tables.
 
     """
     text = path.read_text(encoding="utf-8")
-    for name, rows_to_text in TABLES.items():
-        if name not in result:
-            continue
-        mark = re.compile(rf"(<!-- measured: {name} -->\n).*?(<!-- /measured -->)", re.DOTALL)
-        if not mark.search(text):
-            raise ValueError(f"{path} has no line '<!-- measured: {name} -->' to write the table behind")
-        body = f"{_where(result['machine'], name)}\n\n{rows_to_text(result[name])}\n"
-        text = mark.sub(lambda m, body=body: m[1] + body + m[2], text)
-    path.write_text(text, encoding="utf-8")
+    for name in names:
+        if not _mark(name).search(text):
+            raise UsageError(f"{path} has no line '<!-- measured: {name} -->' to write the table behind")
+    return text
+
+
+def _mark(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(<!-- measured: {name} -->\n).*?(<!-- /measured -->)", re.DOTALL)
 
 
 HOW = {

@@ -21,8 +21,9 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from bench.arguments import integers, positive
-from bench.measure import Interleaved, machine, median, ratio, write_json
+from bench import output
+from bench.arguments import integers, positive, some_of
+from bench.measure import Interleaved, machine, median, ratio
 from rmsgd import backends, plots
 from rmsgd.backends.native import PARTS, NativeBackend
 from rmsgd.layers import unfoldings
@@ -137,14 +138,14 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench spectrum", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(".out/spectrum"), help="folder for JSON and plot")
     parser.add_argument("--sizes", type=integers, default=SIZES, help="comma-separated smaller sides")
-    parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"of {', '.join(DTYPES)}")
+    parser.add_argument(
+        "--dtypes", type=some_of("dtype", DTYPES), default=tuple(DTYPES), help=f"of {', '.join(DTYPES)}"
+    )
     parser.add_argument("--rounds", type=positive, default=7, help="interleaved rounds (default 7)")
     options = parser.parse_args(arguments)
-    dtypes = options.dtypes.split(",")
     if min(options.sizes) < 2:
         parser.error("--sizes: a spectrum needs at least 2 rows")
-    if unknown := set(dtypes) - set(DTYPES):
-        parser.error(f"--dtypes: {', '.join(sorted(unknown))} is none of {', '.join(DTYPES)}")
+    output.check(options.out)
     native = backends.backend_for(torch.device("cpu"))
     if not isinstance(native, NativeBackend):
         parser.error(f"it times the compiled core, but {native.name} runs here; `rmsgd doctor` says why")
@@ -153,14 +154,18 @@ def main(arguments: Sequence[str]) -> int:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         combinations = [
             (size, dtype)
-            for dtype in dtypes
+            for dtype in options.dtypes
             for size in options.sizes
             if dtype == "fp32" or size <= LARGEST_FP64
         ]
         for size, dtype in progress.track(combinations, description="spectra"):
             rows.append(compare(native, size, dtype, options.rounds))
-    Console().print(table(rows))
-    path = options.out / "spectrum-cpu.json"
-    write_json(path, {"schema": 1, "machine": machine(), "spectrum": rows})
-    Console().print(f"wrote {path}, {plot(rows, options.out / 'spectrum-cpu.png')}")
+    console = Console()
+    console.print(table(rows))
+    output.finish(
+        options.out / "spectrum-cpu.json",
+        {"schema": 1, "machine": machine(), "spectrum": rows},
+        console,
+        draw=lambda: [plot(rows, options.out / "spectrum-cpu.png")],
+    )
     return 0

@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bench import readme, speed_epoch_end, speed_step
+from bench import output, peers, speed_epoch_end, speed_step
 from bench.arguments import positive
-from bench.measure import machine, write_json
+from bench.measure import machine
+from bench.networks import networks
 
 SECTIONS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "step": speed_step.measure,
@@ -31,38 +32,36 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], Table]] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measures, prints the tables, writes `speed-cpu.json` and the plot; 0, or 2 for bad arguments."""
+    """Measures, prints the tables, writes `speed-cpu.json` and the plot; 0."""
     parser = argparse.ArgumentParser(
         prog="python -m bench speed",
         description="Time the step and the epoch end against torch's SGD and rmsgd 1.0.2.",
     )
     parser.add_argument("--out", type=Path, default=Path(".out/speed"), help="folder for JSON and plot")
     parser.add_argument("--section", choices=sorted(SECTIONS), action="append", help="only this one")
-    parser.add_argument("--models", help="comma-separated; default: all of the section")
+    parser.add_argument("--models", type=networks, help="comma-separated; default: all of the section")
     parser.add_argument("--rounds", type=positive, default=15, help="interleaved rounds (default 15)")
     parser.add_argument("--quick", action="store_true", help="leave out rmsgd 1.0.2, which takes minutes")
     parser.add_argument("--readme", type=Path, help="rewrite the measured tables of this file")
     options = parser.parse_args(arguments)
 
+    sections = options.section or SECTIONS
+    output.check(options.out, options.readme, sections)
+    if not options.quick:
+        peers.load_rmsgd_1_0_2()
+
     console = Console()
-    models = options.models.split(",") if options.models else None
     result: dict[str, Any] = {"schema": 1, "machine": machine()}
     torch.manual_seed(0)
-    for section in options.section or SECTIONS:
+    for section in sections:
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            try:
-                rows = SECTIONS[section](progress, models, options.rounds, quick=options.quick)
-            except ValueError as error:
-                parser.error(str(error))
+            rows = SECTIONS[section](progress, options.models, options.rounds, quick=options.quick)
         result[section] = rows
         console.print(TABLES[section](rows))
-    path = options.out / "speed-cpu.json"
-    write_json(path, result)
-    written = [str(path)]
-    if "epoch-end" in result:
-        written.append(str(speed_epoch_end.plot(result["epoch-end"], options.out / "epoch-end-cost.png")))
-    if options.readme:
-        readme.rewrite(options.readme, result)
-        written.append(str(options.readme))
-    console.print("wrote " + ", ".join(written))
+
+    def draw() -> list[Path]:
+        ends = result.get("epoch-end")
+        return [speed_epoch_end.plot(ends, options.out / "epoch-end-cost.png")] if ends else []
+
+    output.finish(options.out / "speed-cpu.json", result, console, page=options.readme, draw=draw)
     return 0

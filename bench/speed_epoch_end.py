@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import rmsgd
 from bench import peers, readme
 from bench.measure import Interleaved, median, ratio
-from bench.models import build
-from bench.weights import OneLinear, make_trained_like
+from bench.networks import network
+from bench.weights import make_trained_like
 from rmsgd import backends, plots
 from rmsgd.backends.base import STAGE
 from rmsgd.layers import Unfolding, as_matrix, unfoldings
@@ -24,11 +24,6 @@ MODELS = (*RESNETS, "mobilenetv2", "vit-b16", "linear-4096")
 WITHOUT_RELEASE = ("vit-b16", "linear-4096")  # minutes per call
 RELEASE_ROUNDS = 3
 STAGES = ("fp32 Gram", "fp64 Gram", "SVD")
-
-
-def network(name: str) -> nn.Module:
-    """A model of `bench.models`, or "linear-N"."""
-    return OneLinear(int(name.removeprefix("linear-"))) if name.startswith("linear-") else build(name)
 
 
 def spectra(model: nn.Module) -> list[tuple[Tensor, Unfolding]]:

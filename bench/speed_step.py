@@ -10,8 +10,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench import peers, readme
+from bench.errors import UnavailableError
 from bench.measure import interleave, median, ratio
-from bench.models import build
+from bench.networks import network
 
 MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenetv2", "vit-b16")
 PEERS = ("rmsgd", "sgd-fused", "sgd-foreach", "sgd-single", "sgd-per-layer")
@@ -24,7 +25,10 @@ def plain_loop(elements: int) -> Callable[[], object]:
 
     Compiled by numba, on as many threads as torch uses.
     """
-    import numba
+    try:
+        import numba
+    except ImportError as error:
+        raise UnavailableError("the plain loop needs numba: pip install -e '.[numba]'") from error
 
     @numba.njit(parallel=True, fastmath=True)
     def update(w, g, v):  # type: ignore[no-untyped-def]
@@ -41,9 +45,9 @@ def plain_loop(elements: int) -> Callable[[], object]:
 
 def case(name: str, model: str) -> Callable[[], object]:
     """The step of one optimizer for a network of its own, with gradients in place."""
-    network = build(model)
-    optimizer = peers.make(name, network.named_parameters(), lr=1e-6)
-    for p in network.parameters():
+    trained = network(model)
+    optimizer = peers.make(name, trained.named_parameters(), lr=1e-6)
+    for p in trained.parameters():
         p.grad = torch.randn_like(p)
     step: Callable[[], object] = optimizer.step
     return step
@@ -57,7 +61,7 @@ def measure(
     for model in progress.track(models or MODELS, description="step"):
         names = [*PEERS] if quick else [*PEERS, RELEASE]
         cases = {name: case(name, model) for name in names}
-        sizes = [p.numel() for p in build(model).parameters()]
+        sizes = [p.numel() for p in network(model).parameters()]
         cases[FLOOR] = plain_loop(sum(sizes))
         seconds = interleave(cases, rounds, min_seconds=0.02, warmup=2)
         rows.append(

@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bench import readme
-from bench.arguments import names, positive
-from bench.measure import Interleaved, interleave, machine, median, ratio, write_json
-from bench.speed_epoch_end import epoch_end, network, spectra
+from bench import output, readme
+from bench.arguments import positive
+from bench.measure import Interleaved, interleave, machine, median, ratio
+from bench.networks import network, networks
+from bench.speed_epoch_end import epoch_end, spectra
 from bench.weights import make_trained_like
 from rmsgd.backends import backend_for
 from rmsgd.backends.base import FIELDS
@@ -148,21 +149,17 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measures, prints the table, writes `split-cpu.json`; 0, or 2 for bad arguments."""
+    """Measures, prints the table, writes `split-cpu.json`; 0."""
     parser = argparse.ArgumentParser(
         prog="python -m bench split",
         description="Time the epoch end shared by two processes, and model 8, 64 and 512.",
     )
     parser.add_argument("--out", type=Path, default=Path(".out/split"), help="folder for the JSON")
-    parser.add_argument("--models", type=names, default=MODELS, help=f"default: {','.join(MODELS)}")
+    parser.add_argument("--models", type=networks, default=MODELS, help=f"default: {','.join(MODELS)}")
     parser.add_argument("--rounds", type=positive, default=15, help="interleaved rounds (default 15)")
     parser.add_argument("--readme", type=Path, help="rewrite the measured table of this file")
     options = parser.parse_args(arguments)
-    try:
-        for name in options.models:
-            network(name)
-    except ValueError as error:
-        parser.error(str(error))
+    output.check(options.out, options.readme, ["split"])
     rows = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for name in progress.track(options.models, description="two ranks"):
@@ -170,11 +167,5 @@ def main(arguments: Sequence[str]) -> int:
     result = {"schema": 1, "machine": machine() | {"threads": 1}, "split": rows}
     console = Console()
     console.print(table(rows))
-    path = options.out / "split-cpu.json"
-    write_json(path, result)
-    written = [str(path)]
-    if options.readme:
-        readme.rewrite(options.readme, result)
-        written.append(str(options.readme))
-    console.print("wrote " + ", ".join(written))
+    output.finish(options.out / "split-cpu.json", result, console, page=options.readme)
     return 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import speed_epoch_end, speed_step
+from bench.networks import network
 from bench.weights import make_trained_like
 from rmsgd import backends, evbmf
 
@@ -24,9 +25,9 @@ def _same_weights():
 @pytest.fixture
 def trained(request):
     """The network that the test's parameter `model` names, with weights as training leaves them."""
-    network = speed_epoch_end.network(request.getfixturevalue("model"))
-    make_trained_like(network)
-    return network
+    trained_like = network(request.getfixturevalue("model"))
+    make_trained_like(trained_like)
+    return trained_like
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -40,7 +41,7 @@ def test_step(benchmark, model, optimizer):
 def test_step_floor(benchmark, model):
     """One array with the network's parameters, a plain loop: no step is quicker."""
     benchmark.group = f"step, {model}"
-    parameters = speed_epoch_end.network(model).parameters()
+    parameters = network(model).parameters()
     benchmark(speed_step.plain_loop(sum(p.numel() for p in parameters)))
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bench import arguments, measure, peers, training
+from bench import arguments, measure, output, training
 from bench.training import Run, Settings
 from rmsgd import plots
 
@@ -26,11 +25,10 @@ def main(given: Sequence[str]) -> int:
 
     Returns:
         0 when every optimizer finished with at least one seed, 1 when one diverged with all of
-        them, 130 when interrupted. Bad arguments exit with 2.
+        them.
 
     """
-    parser = _parser()
-    options = parser.parse_args(given)
+    options = _parser().parse_args(given)
     settings = Settings(
         options.model,
         options.data,
@@ -43,18 +41,13 @@ def main(given: Sequence[str]) -> int:
         options.device,
         arguments.overrides(options.set),
     )
+    output.check(options.out)
     console = Console(stderr=True)
     # Batches of digits are so small that a second thread costs as much as it brings on idle cores,
     # and many times more on busy ones.
     threads = options.threads or (1 if options.data == "digits" else torch.get_num_threads())
     with arguments.torch_threads(threads):
-        try:
-            runs = _train(settings, console)
-        except (training.SettingsError, peers.PeerUnavailableError) as error:
-            parser.error(str(error))
-        except KeyboardInterrupt:
-            console.print("interrupted: nothing was written")
-            return 130
+        runs = _train(settings, console)
         _write(options.out, settings, runs, console)
     summary = training.summary(settings, runs)
     Console().print(table(settings, summary))
@@ -88,9 +81,24 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N,M,...",
         help="a run of every optimizer for each (default: %(default)s)",
     )
-    add("--epochs", type=int, default=DEFAULTS.epochs, help="passes over the data (default: %(default)s)")
-    add("--batch", type=int, default=DEFAULTS.batch, help="mini-batch size (default: %(default)s)")
-    add("--width", type=float, default=DEFAULTS.width, help="factor on channel counts (default: %(default)s)")
+    add(
+        "--epochs",
+        type=arguments.positive,
+        default=DEFAULTS.epochs,
+        help="passes over the data (default: %(default)s)",
+    )
+    add(
+        "--batch",
+        type=arguments.positive,
+        default=DEFAULTS.batch,
+        help="mini-batch size (default: %(default)s)",
+    )
+    add(
+        "--width",
+        type=arguments.width,
+        default=DEFAULTS.width,
+        help="factor on channel counts (default: %(default)s)",
+    )
     add(
         "--samples", type=int, help="synthetic training samples (default: 2048), or the most read of a folder"
     )
@@ -182,11 +190,7 @@ def _number(value: float | None, form: str) -> str:
 def _write(folder: Path, settings: Settings, runs: Sequence[Run], console: Console) -> None:
     path = folder / "result.json"
     measure.write_json(path, training.result(settings, runs))
-    written = [path]
-    try:
-        written += figures(folder, settings, runs)
-    except ModuleNotFoundError as error:
-        console.print(f"no figures: {error}", soft_wrap=True, markup=False)
+    written = [path, *output.figures(lambda: figures(folder, settings, runs), console)]
     console.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
 
 
@@ -242,7 +246,3 @@ def accuracy_over_time(runs: Sequence[Run], epochs: int) -> tuple[np.ndarray, np
         times[index, : len(run.epochs)] = np.cumsum([training.epoch_time(epoch) for epoch in run.epochs])
         accuracies[index, : len(run.epochs)] = [100 * epoch.test_accuracy for epoch in run.epochs]
     return times, accuracies
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -16,13 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import arguments, data, measure, models, peers
+from bench.errors import UsageError
 
 SCHEMA = "rmsgd-bench-train/1"
 PHASES = ("training", "epoch_end", "evaluation")
-
-
-class SettingsError(ValueError):
-    """Settings that make no sense, or that model, data or optimizer refuse."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +52,16 @@ class Settings:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raises ValueError, naming the field, for what is wrong before anything is built."""
+        """Raises UsageError, naming the field, for what is wrong before anything is built."""
         models.architecture(self.model)
         arguments.check_unique("optimizer", self.optimizers)
         arguments.check_unique("seed", self.seeds)
         for name in (*self.optimizers, *self.overrides):
             peers.peer(name)
         if unused := set(self.overrides) - set(self.optimizers):
-            raise ValueError(f"settings for {', '.join(sorted(unused))}, which is not among the optimizers")
-        for name in ("epochs", "batch", "width"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if any(seed < 0 for seed in self.seeds):
-            raise ValueError(f"seeds must not be negative, got {', '.join(map(str, self.seeds))}")
+            raise UsageError(f"settings for {', '.join(sorted(unused))}, which is not among the optimizers")
+        if not all(0 <= seed < 2**63 for seed in self.seeds):
+            raise UsageError(f"seeds must lie between 0 and 2^63, got {', '.join(map(str, self.seeds))}")
         arguments.check_device(self.device)
 
 
@@ -216,17 +210,12 @@ def prepare(settings: Settings) -> list[list[Run]]:
     """Builds every run, nothing trained yet: a list per seed, in the order of the optimizers.
 
     Raises:
-        SettingsError: settings that make no sense, or that model, data or optimizer refuse.
+        UsageError: settings that make no sense, or that model, data or optimizer refuse.
 
     """
-    try:
-        settings.check()
-        dataset = data.load(settings.data, settings.model, settings.device, settings.samples)
-        return [
-            [Run(settings, dataset, name, seed) for name in settings.optimizers] for seed in settings.seeds
-        ]
-    except (ValueError, TypeError) as error:
-        raise SettingsError(str(error)) from error
+    settings.check()
+    dataset = data.load(settings.data, settings.model, settings.device, settings.samples)
+    return [[Run(settings, dataset, name, seed) for name in settings.optimizers] for seed in settings.seeds]
 
 
 def train(settings: Settings, on_epoch: Callable[[Run], object] = lambda run: None) -> list[Run]:
@@ -241,7 +230,7 @@ def train(settings: Settings, on_epoch: Callable[[Run], object] = lambda run: No
         being a number ends there and says so; the others go on.
 
     Raises:
-        SettingsError: settings that make no sense, or that model, data or optimizer refuse.
+        UsageError: settings that make no sense, or that model, data or optimizer refuse.
 
     """
     seeds = prepare(settings)

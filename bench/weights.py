@@ -35,11 +35,3 @@ def make_trained_like(model: nn.Module, seed: int = 0) -> None:
 
 def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return torch.linalg.qr(torch.randn(rows, columns, generator=generator)).Q
-
-
-class OneLinear(nn.Module):
-    """A single large linear layer, as a network of its own."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(size, size, bias=False)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from commands import run_bench
 
 from bench import epoch_time, epoch_timing
 from bench.__main__ import main
@@ -36,10 +37,9 @@ def rows(result):
 
 
 def refusal(capsys, *flags):
-    with pytest.raises(SystemExit) as stop:
-        main(["epoch-time", *FLAGS, *flags])
-    assert stop.value.code == 2
-    return capsys.readouterr().err
+    status, _, err = run_bench(capsys, "epoch-time", *FLAGS, *flags)
+    assert status == 2
+    return err
 
 
 def test_the_parts_add_up_to_the_measured_whole(result):
@@ -143,7 +143,7 @@ def test_parts_that_do_not_add_up_are_status_1(capsys, tmp_path, monkeypatch, re
         (["--batch", "2000"], "batch must be between 1 and the 1437 training samples"),
         (["--rounds", "few"], "expected a whole number above 0"),
         (["--rounds", "1"], "--rounds: a comparison needs at least 2"),
-        (["--width", "-1"], "width must be positive"),
+        (["--width", "-1"], "expected a number above 0"),
     ],
 )
 def test_bad_arguments_are_status_2_and_say_what_was_expected(capsys, monkeypatch, request, flags, message):

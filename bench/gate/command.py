@@ -19,7 +19,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from scipy import stats
 
-from bench import arguments, measure
+from bench import arguments, measure, output
 from bench.gate import baseline as baselines
 from bench.gate import callgrind, trial
 from bench.gate.baseline import Baseline
@@ -113,6 +113,10 @@ def main(given: Sequence[str]) -> int:
         parser.error("--self-test runs the gate as it is: without --update, --against and --target")
     options.seconds = options.seconds or (AGAINST_S if options.against else LONGEST_S)
     errors = Console(stderr=True)
+    if options.self_test:
+        output.check(options.out, options.readme, ["gate"])
+    elif options.update:
+        output.check_file(options.baseline or BASELINE)
     start = time.perf_counter()
     report = Report(describe(options.threads))
     try:
@@ -164,13 +168,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--limit",
-        type=_above_zero,
+        type=arguments.above_zero,
         default=1.05,
         help="of --target over SGD without a baseline (default: %(default)s)",
     )
     add(
         "--seconds",
-        type=_above_zero,
+        type=arguments.above_zero,
         help=f"longest time to measure (default: {LONGEST_S:.0f}; with --against {AGAINST_S:.0f})",
     )
     add("--threads", type=arguments.positive, default=1, help="of both sides (default: %(default)s)")
@@ -191,16 +195,6 @@ def _module_and_function(text: str) -> str:
     if not all(text.partition(":")):
         raise argparse.ArgumentTypeError(f"expected module:function, got {text!r}")
     return text
-
-
-def _above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
 
 
 def describe(threads: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from bench import arguments, measure, peers
+from bench import arguments, measure, output, peers
 from bench.gpu import checks, measurements, processes, tables, targets
 from bench.gpu.budget import Need, share
 
@@ -141,6 +141,7 @@ def main(given: Sequence[str]) -> int:
             Console(stderr=True), "bench gpu: torch finds no CUDA device here, so there is nothing to measure"
         )
         return NO_GPU
+    output.check(options.out)
     console = Console()
     session = Session(options.out)
     result: dict[str, Any] = {"schema": SCHEMA, "machine": measure.machine()}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from bench.errors import UsageError
 from bench.models import efficientnet, gpt, mobilenet, resnet, resnext, senet, shufflenet, vit
 from bench.names import look_up
 
@@ -62,7 +63,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture(name: str) -> Architecture:
-    """The architecture called `name`; ValueError with a suggestion when there is none."""
+    """The architecture called `name`; UsageError with a suggestion when there is none."""
     return look_up("model", name, ARCHITECTURES)
 
 
@@ -78,7 +79,7 @@ def build(
         width: factor on every channel count, rounded to what the architecture can split.
 
     Raises:
-        ValueError: unknown name, or a count or width that is not positive.
+        UsageError: unknown name, or a count or width that is not positive.
 
     """
     known = architecture(name)
@@ -86,8 +87,8 @@ def build(
     if not known.reads_tokens:
         options["in_channels"] = known.sample[0] if in_channels is None else in_channels
     elif in_channels is not None:
-        raise ValueError(f"{name} reads tokens: in_channels must be left out, got {in_channels}")
+        raise UsageError(f"{name} reads tokens: in_channels must be left out, got {in_channels}")
     for option, value in options.items():
         if not value > 0:
-            raise ValueError(f"{option} must be positive, got {value}")
+            raise UsageError(f"{option} must be positive, got {value}")
     return known.create(**options)
