@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from bench import data, folder, measure, models, peers
-from bench.errors import is_out_of_memory
+from bench.errors import UsageError, is_out_of_memory
 from bench.training import cross_entropy
 
 SCHEMA = "rmsgd-bench-epoch-time/1"
@@ -100,17 +100,22 @@ class Workload:
 def workload(settings: Settings) -> Workload:
     """The data of `settings`; UsageError when model and data do not fit."""
     samples = None if settings.data == "digits" else POOL * settings.batch
+    if settings.data == "synthetic":
+        train, test = EPOCHS.get(models.architecture(settings.model).sample[-1], EPOCHS[32])
+        if settings.batch > train:
+            raise UsageError(
+                f"batch must be between 1 and the {train} training samples, got {settings.batch}"
+            )
     dataset = data.load(settings.data, settings.model, settings.device, samples)
     batches = list(islice(data.Batches(dataset.train, settings.batch, seed=0), POOL))
     count = min(settings.batch, len(dataset.test))
     held_out = (dataset.test.inputs[:count], dataset.test.targets[:count])
-    if settings.data == "synthetic":
-        train, test = EPOCHS.get(dataset.sample[-1], EPOCHS[32])
-    elif settings.data == "digits":
+    if settings.data == "digits":
         train, test = len(dataset.train), len(dataset.test)
-    else:
+    elif settings.data != "synthetic":
         train, test = folder.sizes(Path(settings.data))
-    steps, evaluations = math.ceil(train / settings.batch), math.ceil(test / count)
+    # As `data.Batches` makes them: what is left of the training set after the last whole batch is not used.
+    steps, evaluations = train // settings.batch, math.ceil(test / count)
     return Workload(batches, held_out, steps, evaluations, dataset.classes)
 
 

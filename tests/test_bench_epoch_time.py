@@ -7,7 +7,7 @@ import pytest
 import torch
 from commands import run_bench
 
-from bench import epoch_time, epoch_timing
+from bench import data, epoch_time, epoch_timing
 from bench.__main__ import main
 from bench.epoch_timing import Settings, Workload
 
@@ -36,6 +36,11 @@ def rows(result):
     return {row["optimizer"]: row for row in result["optimizers"]}
 
 
+def training_steps():
+    """Of an epoch of `bench train` with the same data and batch."""
+    return len(data.Batches(data.load(TINY.data, TINY.model).train, TINY.batch, seed=0))
+
+
 def refusal(capsys, *flags):
     status, _, err = run_bench(capsys, "epoch-time", *FLAGS, *flags)
     assert status == 2
@@ -55,10 +60,10 @@ def test_every_part_of_every_round_is_kept(result):
 
 
 def test_the_epoch_is_its_steps_and_its_end(result):
-    assert result["epoch"]["steps"] == 23  # 1437 digits by 64, the last batch begun
+    assert result["epoch"]["steps"] == 22 == training_steps()  # 1437 digits by 64, whole batches only
     assert result["epoch"]["evaluation_batches"] == 6
     row = rows(result)["rmsgd"]
-    parts = 23 * (row["forward_backward"]["median"] + row["step"]["median"]) + row["epoch_end"]["median"]
+    parts = 22 * (row["forward_backward"]["median"] + row["step"]["median"]) + row["epoch_end"]["median"]
     assert parts == pytest.approx(row["epoch"]["median"], rel=0.3)
 
 
@@ -141,6 +146,10 @@ def test_parts_that_do_not_add_up_are_status_1(capsys, tmp_path, monkeypatch, re
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["--batch", "0"], "expected a whole number above 0"),
         (["--batch", "2000"], "batch must be between 1 and the 1437 training samples"),
+        (
+            ["--data", "synthetic", "--batch", "50001"],
+            "batch must be between 1 and the 50000 training samples",
+        ),
         (["--rounds", "few"], "expected a whole number above 0"),
         (["--rounds", "1"], "--rounds: a comparison needs at least 2"),
         (["--width", "-1"], "expected a number above 0"),
