@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bench import output
 from bench.arguments import integers, positive, some_of
+from bench.costs import gram_multiplications
 from bench.measure import Interleaved, machine, median, ratio
 from rmsgd import backends, plots
 from rmsgd.backends.native import PARTS, NativeBackend
@@ -77,7 +78,7 @@ def compare(native: NativeBackend, size: int, dtype: str, rounds: int) -> dict[s
         "columns": ASPECT * size,
         "dtype": dtype,
         "matrices": count,
-        "L2M": size * size * ASPECT * size,
+        "L2M": gram_multiplications(unfolding),
         "seconds": {case: median(times).median / count for case, times in seconds.items()},
         "shares": shares,
         "evbmf_to_spectrum": shares["evbmf"] / (1.0 - shares["evbmf"]),

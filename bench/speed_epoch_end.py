@@ -1,4 +1,4 @@
-"""The epoch end of a whole network, against rmsgd 1.0.2 and against the products it cannot avoid."""
+"""The epoch end of a whole network, against rmsgd 1.0.2 and against whole Gram products."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import rmsgd
 from bench import peers, readme
+from bench.costs import gram_multiplications
 from bench.measure import Interleaved, median, ratio
 from bench.networks import network
 from bench.weights import make_trained_like
@@ -32,7 +33,11 @@ def spectra(model: nn.Module) -> list[tuple[Tensor, Unfolding]]:
 
 
 def gram_products(model: nn.Module) -> Callable[[], None]:
-    """`torch.mm` of every unfolding with its transpose: both modes, whole matrices, in fp32."""
+    """`torch.mm` of every unfolding with its transpose: both modes, whole matrices, in fp32.
+
+    A measure and no floor: a Gram matrix is symmetric, so half of each product is enough, and the modes of
+    a 1x1 convolution share one.
+    """
     matrices = []
     for p, u in spectra(model):
         matrix = as_matrix(p.detach(), u).contiguous()
@@ -84,7 +89,7 @@ def measure(
         row: dict[str, Any] = {
             "model": name,
             "spectra": len(spectra(trained)),
-            "sum_L2M": sum(u.L**2 * u.M for _, u in spectra(trained)),
+            "sum_L2M": sum(gram_multiplications(u) for _, u in spectra(trained)),
             "stages": stages(trained),
             "stages_initial": stages(initial),
             "seconds": {case: median(times).median for case, times in seconds.items()},

@@ -21,7 +21,7 @@ FLOOR = "plain loop"
 
 
 def plain_loop(elements: int) -> Callable[[], object]:
-    """The momentum update as a plain loop over one array: 20 bytes moved per element, no more.
+    """The momentum update as a plain loop over one array: `costs.STEP_BYTES` moved per element, no more.
 
     Compiled by numba, on as many threads as torch uses.
     """

@@ -52,8 +52,8 @@ def test_epoch_end(benchmark, model, trained):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_epoch_end_floor(benchmark, model, trained):
-    """The products of every unfolding with its transpose."""
+def test_gram_products(benchmark, model, trained):
+    """The whole products of every unfolding with its transpose: what the epoch end is held against."""
     benchmark.group = f"epoch end, {model}"
     benchmark(speed_epoch_end.gram_products(trained))
 

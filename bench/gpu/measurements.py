@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import measure, models, peers
+from bench.costs import STEP_BYTES
 from bench.gpu.clocks import device_seconds, host_seconds, interleaved
 from bench.measure import median, ratio
 from bench.speed_epoch_end import stages
@@ -34,7 +35,6 @@ RELEASE_NETWORKS = ("resnet18", "resnet50")
 EIGENVALUE_SIZES = (32, 64, 128, 256, 512, 768, 1024)
 MATRICES = 16
 COPIED_FLOATS = 2**28
-STEP_BYTES = 20  # per fp32 parameter: weight, gradient and velocity read, weight and velocity written
 ROUNDS = 7
 LONGEST_CASE_S = 1.0  # of all rounds of an eigenvalue routine
 
