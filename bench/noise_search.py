@@ -14,6 +14,7 @@ its free energy is above the lowest by more than rounding.
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def brent(c: Array, L: int, M: int) -> float:
 
 def release(matrix: torch.Tensor) -> float:
     """What rmsgd 1.0.2 finds: its EVBMF, with the variance caught as its search returns it."""
-    factorisation = __import__(f"{peers.load_rmsgd_1_0_2().__name__}.matrix_factorization", fromlist=["x"])
+    factorisation = import_module(f"{peers.load_rmsgd_1_0_2().__name__}.matrix_factorization")
     search = factorisation.minimize_scalar
     found: list[float] = []
 

@@ -349,6 +349,7 @@ def test_a_missing_baseline_is_status_2_and_says_how_to_get_one(tmp_path, capsys
         (["--seconds", "0"], "expected a number above 0"),
         (["--limit", "fast"], "expected a number above 0"),
         (["--update", "--against", "HEAD"], "exclude each other"),
+        (["--readme", "README.md"], "--readme: the table is that of --self-test N"),
         (["--self-test", "1", "--target", "their:step"], "--self-test runs the gate as it is"),
         (["--target", "their_training"], "expected module:function, got 'their_training'"),
     ],

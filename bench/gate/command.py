@@ -111,6 +111,8 @@ def main(given: Sequence[str]) -> int:
         parser.error("--update and --against exclude each other: a revision is held against, not stored")
     if options.self_test and (options.update or options.against or options.target):
         parser.error("--self-test runs the gate as it is: without --update, --against and --target")
+    if options.readme and not options.self_test:
+        parser.error("--readme: the table is that of --self-test N")
     options.seconds = options.seconds or (AGAINST_S if options.against else LONGEST_S)
     errors = Console(stderr=True)
     if options.self_test:
