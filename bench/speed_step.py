@@ -28,7 +28,7 @@ def plain_loop(elements: int) -> Callable[[], object]:
     try:
         import numba
     except ImportError as error:
-        raise UnavailableError("the plain loop needs numba: pip install -e '.[numba]'") from error
+        raise UnavailableError("the plain loop needs numba: pip install -e '.[bench]'") from error
 
     @numba.njit(parallel=True, fastmath=True)
     def update(w, g, v):  # type: ignore[no-untyped-def]

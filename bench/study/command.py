@@ -24,7 +24,7 @@ from rich.progress import (
 )
 
 from bench import arguments, measure, readme
-from bench.peers import PeerUnavailableError
+from bench.errors import UsageError
 from bench.study import listing, nats_study, report, tuning
 from bench.study.config import RunConfig
 from bench.study.experiments import EXPERIMENTS, OWN, SEARCHED, experiment
@@ -51,14 +51,10 @@ def main(given: Sequence[str]) -> int:
         when interrupted. Bad arguments exit with 2.
 
     """
-    parser = _parser()
-    options = parser.parse_args(given, argparse.Namespace(given=list(given)))
+    options = _parser().parse_args(given, argparse.Namespace(given=list(given)))
     console = Console(stderr=True)
     try:
         return options.act(options, console)
-    except (ValueError, PeerUnavailableError) as error:
-        console.print(f"{options.parser.prog}: {error}", soft_wrap=True, markup=False, highlight=False)
-        return 2
     except BusyError as error:
         console.print(str(error), soft_wrap=True, markup=False)
         return 1
@@ -91,14 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("list", help="experiments and published numbers", epilog=known)
     show.add_argument("ids", nargs="*", metavar="ID", help="experiments to show in full, or notes")
     show.add_argument("--json", action="store_true", help="everything, as JSON")
-    show.set_defaults(act=_list, parser=show, out=OUT)
+    show.set_defaults(act=_list, out=OUT)
 
     run = commands.add_parser("run", help="train what experiments need; done runs are skipped", epilog=known)
     run.add_argument("ids", nargs="+", metavar="ID", help="experiments, or all")
     _selection(run, "5; preset small: 1")
     _rates(run)
     _place(run)
-    run.set_defaults(act=_run, parser=run)
+    run.set_defaults(act=_run)
 
     tune = commands.add_parser("tune", help="search every optimizer's initial learning rate", epilog=known)
     tune.add_argument(
@@ -117,14 +113,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X,Y,...",
         help=f"of each optimizer's own rate (default: {','.join(map(str, tuning.FACTORS))})",
     )
-    tune.set_defaults(act=_tune, parser=tune, rates=None)
+    tune.set_defaults(act=_tune, rates=None)
 
     nats = commands.add_parser("nats", help="figure 2 (b): Q of NATS-Bench's networks")
     nats.add_argument("folder", type=Path, metavar="DIR", help=NATS_LAYOUT)
     nats.add_argument("--dataset", default="cifar10", choices=("cifar10", "cifar100", "ImageNet16-120"))
     nats.add_argument("--most", type=arguments.positive, help="architectures to measure (default: all)")
     nats.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="default: %(default)s")
-    nats.set_defaults(act=_nats, parser=nats)
+    nats.set_defaults(act=_nats)
 
     tell = commands.add_parser(
         "report", help="measured against published; figures; takes the arguments of run", epilog=known
@@ -135,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     _place(tell)
     tell.add_argument("--json", type=Path, metavar="FILE", help="also write what is printed, as JSON")
     tell.add_argument("--readme", type=Path, metavar="FILE", help="rewrite the table of digits in this file")
-    tell.set_defaults(act=_report, parser=tell)
+    tell.set_defaults(act=_report)
     return parser
 
 
@@ -220,14 +216,14 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
         options.dataset = options.dataset or (None if options.preset else ("cifar10",))
     options.seeds = options.seeds or 1
     if any(key == "lr" for _, key, _ in options.set):
-        raise ValueError("tune searches lr: --set is for other settings, --factors for the rates to try")
+        raise UsageError("tune searches lr: --set is for other settings, --factors for the rates to try")
     chosen = each_once(_selected(options, console, sweeps=False))
     configs = tuning.grid(chosen, options.factors)
     names = dict.fromkeys(config.optimizer for config in chosen)
     if unsearched := [name for name in names if name in SEARCHED]:
         console.print(f"{', '.join(unsearched)}: searches its rate itself, so there is none to tune")
     if not configs:
-        raise ValueError("no optimizer is left to tune")
+        raise UsageError("no optimizer is left to tune")
     place = prepare(options)
     with arguments.torch_threads(_threads(options)):
         ends = train_with_progress(Runner(place), configs, console)
@@ -323,7 +319,7 @@ def _report(options: argparse.Namespace, console: Console) -> int:
             out.print(report.correlation_table(together))
         written += _drawn(name, records, options.out / "figures", console)
     if not content:
-        raise ValueError(
+        raise UsageError(
             f"{options.out} has no ended run of {', '.join(chosen)} as the arguments say: give those of run"
         )
     if options.json:
@@ -332,7 +328,7 @@ def _report(options: argparse.Namespace, console: Console) -> int:
         written.append(options.json)
     if options.readme:
         if "digits" not in content:
-            raise ValueError("--readme is for the table of digits: report digits")
+            raise UsageError("--readme is for the table of digits: report digits")
         table = {"machine": machine, "study": report.readme_rows(content["digits"])}
         readme.rewrite(options.readme, table)
         written.append(options.readme)

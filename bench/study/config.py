@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from bench.errors import UsageError
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -62,9 +64,9 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "RunConfig":
-        """The inverse of `to_dict`; ValueError for keys that no run has."""
+        """The inverse of `to_dict`; UsageError for keys that no run has."""
         if unknown := set(content) - {field.name for field in fields(cls)}:
-            raise ValueError(f"no run has {', '.join(sorted(unknown))}")
+            raise UsageError(f"no run has {', '.join(sorted(unknown))}")
         return cls(**{**content, "settings": sorted_settings(content.get("settings", {}))})
 
 
@@ -72,7 +74,7 @@ def sorted_settings(settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """Settings in the order that makes equal ones equal, lists as tuples.
 
     Raises:
-        ValueError: a value is no number, text, or list of such.
+        UsageError: a value is no number, text, or list of such.
 
     """
     return tuple(sorted((name, _frozen(name, value)) for name, value in settings.items()))
@@ -83,4 +85,4 @@ def _frozen(name: str, value: Any) -> Any:
         return tuple(_frozen(name, entry) for entry in value)
     if isinstance(value, bool | int | float | str | None):
         return value
-    raise ValueError(f"{name} cannot be set to {value!r}: a number, text or a list is expected")
+    raise UsageError(f"{name} cannot be set to {value!r}: a number, text or a list is expected")

@@ -98,7 +98,7 @@ def load(name: str, folder: Path | None, network: str, device: torch.device) -> 
 
     Raises:
         DatasetError: the folder is missing or does not hold the data set; the layout is named.
-        ValueError: unknown name.
+        UsageError: unknown name.
 
     """
     kind = look_up("data set", name, DATASETS)

@@ -181,7 +181,7 @@ OWN: dict[str, Experiment] = {
 
 
 def experiment(name: str) -> Experiment:
-    """The experiment called `name`; ValueError with a suggestion and the list when there is none."""
+    """The experiment called `name`; UsageError with a suggestion and the list when there is none."""
     return look_up("experiment", name, EXPERIMENTS | OWN)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import rmsgd
 from bench import atomic, measure, models, peers
+from bench.errors import UsageError
 from bench.study import randomness
 from bench.study.config import RunConfig
 from bench.study.folder import locked, status
@@ -47,7 +48,7 @@ class Run:
         checkpoint_seconds: time between checkpoints within an epoch; there is one at each epoch end.
 
     Raises:
-        ValueError: the data does not suit the network, or a setting that the optimizer refuses.
+        UsageError: the data does not suit the network, or a setting that the optimizer refuses.
 
     """
 
@@ -81,7 +82,7 @@ class Run:
         torch.manual_seed(mix(config.seed))
         known = models.architecture(config.network)
         if not known.accepts(self._source.sample):
-            raise ValueError(
+            raise UsageError(
                 f"{config.network} reads {known.sample}, {config.dataset} has {self._source.sample}"
             )
         network = models.build(config.network, self._source.classes, self._source.sample[0], config.width)
@@ -296,7 +297,7 @@ class Run:
         path = self.folder / "checkpoint.pt"
         saved = torch.load(path, map_location=self._device, weights_only=True)
         if saved.get("format") != FORMAT or RunConfig.from_dict(saved["config"]) != self.config:
-            raise ValueError(f"{path} is of another run or version: remove {self.folder} to begin anew")
+            raise UsageError(f"{path} is of another run or version: remove {self.folder} to begin anew")
         self._network.load_state_dict(saved["model"])
         for optimizer, state in zip(self._optimizers(), saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -337,13 +338,13 @@ class Run:
 
 
 def make_optimizer(config: RunConfig, network: nn.Module, batches: int) -> torch.optim.Optimizer:
-    """The run's optimizer; ValueError for a setting that it does not have or refuses."""
+    """The run's optimizer; UsageError for a setting that it does not have or refuses."""
     try:
         return peers.make(
             config.optimizer, network.named_parameters(), steps=batches, **dict(config.settings)
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{config.optimizer}: {error}") from error
+        raise UsageError(f"{config.optimizer}: {error}") from error
 
 
 MEASURED = (

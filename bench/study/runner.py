@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from bench import measure
+from bench.errors import UsageError
 from bench.study import datasets
 from bench.study.config import RunConfig
 from bench.study.folder import BusyError, locked, status
@@ -55,7 +56,7 @@ class Runner:
 
         Raises:
             DatasetError: the data is not there, or not what it should be.
-            ValueError: a setting that data, network or optimizer refuse.
+            UsageError: a setting that data, network or optimizer refuse.
             OSError: a checkpoint could not be written. The one before is intact.
 
         """
@@ -96,7 +97,7 @@ class Runner:
         Seconds are those of training and epoch ends; evaluation and checkpoints are not the optimizer's.
 
         Raises:
-            ValueError: they were measured on another device, or with another number of threads.
+            UsageError: they were measured on another device, or with another number of threads.
 
         """
         cell = replace(config, optimizer="sgd", settings=(), seed=0, budget=False, keep_weights=False)
@@ -112,7 +113,7 @@ class Runner:
         found = json.loads(path.read_text(encoding="utf-8"))
         here = device_name(self._place.device)
         if found.get("device", here) != here:
-            raise ValueError(
+            raise UsageError(
                 f"{path} was measured on {found['device']}, and this is {here}: epochs take other times. "
                 "Keep these runs in another folder (--out)"
             )

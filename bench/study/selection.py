@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from bench import arguments, models, peers
+from bench.errors import UsageError
 from bench.names import look_up
 from bench.study import tuning
 from bench.study.config import RunConfig, sorted_settings
@@ -25,7 +26,7 @@ def by_experiment(options: argparse.Namespace, sweeps: bool = True) -> dict[str,
         sweeps: also the runs that differ from their optimizer's own settings before `--set` changes any.
 
     Raises:
-        ValueError: an experiment, network, data set or optimizer that is not known, or none that has such a
+        UsageError: an experiment, network, data set or optimizer that is not known, or none that has such a
             cell; settings for an optimizer that does not take part.
 
     """
@@ -39,10 +40,10 @@ def by_experiment(options: argparse.Namespace, sweeps: bool = True) -> dict[str,
         chosen = {name: [run for run in runs if not run.settings] for name, runs in chosen.items()}
     chosen = {name: runs for name, runs in chosen.items() if runs}
     if not chosen:
-        raise ValueError(_no_cell(known))
+        raise UsageError(_no_cell(known))
     changed = arguments.overrides(options.set)
     if unused := set(changed) - {config.optimizer for runs in chosen.values() for config in runs}:
-        raise ValueError(f"settings for {', '.join(sorted(unused))}, which is not among the optimizers")
+        raise UsageError(f"settings for {', '.join(sorted(unused))}, which is not among the optimizers")
     fixed = {key: value for key in ("epochs", "batch") if (value := getattr(options, key)) is not None}
     if options.mode:
         fixed["budget"] = options.mode == "budget"

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from bench.data import Split
+from bench.errors import UsageError
 from bench.study.augment import crop_and_flip, cutout
 
 Batch = tuple[Tensor, Tensor]
 EVALUATED = 512
 
 
-class DatasetError(ValueError):
+class DatasetError(UsageError):
     """A data set that is not there, or is not what it should be: what is expected, and where from."""
 
 
@@ -70,9 +71,9 @@ def mix(*parts: int) -> int:
 
 
 def whole_batches(count: int, size: int) -> int:
-    """How many batches of `size` there are in `count` images; ValueError when there is none."""
+    """How many batches of `size` there are in `count` images; UsageError when there is none."""
     if not 1 <= size <= count:
-        raise ValueError(f"batch must be between 1 and the {count} training images, got {size}")
+        raise UsageError(f"batch must be between 1 and the {count} training images, got {size}")
     return count // size
 
 

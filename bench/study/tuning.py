@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from bench import measure, peers
+from bench.errors import UsageError
 from bench.study.config import RunConfig, sorted_settings
 from bench.study.experiments import scaled_rate
 from bench.study.records import Record, finished
@@ -89,14 +90,14 @@ def write(
 
 
 def read(path: Path) -> dict[str, float]:
-    """Optimizer to rate; ValueError for a file that `write` did not write."""
+    """Optimizer to rate; UsageError for a file that `write` did not write."""
     try:
         optimizers = json.loads(path.read_text(encoding="utf-8"))["optimizers"]
         return {name: float(entry["lr"]) for name, entry in optimizers.items()}
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: `study tune` writes it") from None
+        raise UsageError(f"{path} is missing: `study tune` writes it") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds no rates as `study tune` writes them ({error})") from error
+        raise UsageError(f"{path} holds no rates as `study tune` writes them ({error})") from error
 
 
 def with_rates(config: RunConfig, rates: Mapping[str, float]) -> RunConfig:
