@@ -36,7 +36,7 @@ from bench.speed_epoch_end import epoch_end, spectra
 from bench.weights import make_trained_like
 from rmsgd.backends import backend_for
 from rmsgd.backends.base import FIELDS
-from rmsgd.distributed import Ranks, cost, split
+from rmsgd.distributed import Ranks, split
 
 MODELS = ("resnet18", "resnet50")
 MEASURED_RANKS = 2
@@ -55,7 +55,7 @@ def _time_together(rank: int, folder: str, model: str, rounds: int) -> None:
     make_trained_like(module)
     matrices = spectra(module)
     measure = backend_for(torch.device("cpu")).measure
-    owners = split([cost(unfolding) for _, unfolding in matrices], MEASURED_RANKS)
+    owners = split([unfolding.cost for _, unfolding in matrices], MEASURED_RANKS)
     mine = [matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == rank]
     ranks = Ranks.of_group(dist.group.WORLD)
     table = torch.zeros(len(matrices), FIELDS, dtype=torch.float64)
@@ -112,7 +112,7 @@ def compare(model: str, rounds: int) -> dict[str, Any]:
     seconds, matrices = timed[0], timed[0]["matrices"]
     one = median(seconds["one rank"]).median
     exchange = median(seconds["exchange"]).median / EXCHANGES
-    costs = [cost(unfolding) for _, unfolding in spectra(network(model))]
+    costs = [unfolding.cost for _, unfolding in spectra(network(model))]
     return {
         "model": model,
         "spectra": len(matrices),

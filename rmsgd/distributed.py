@@ -43,12 +43,6 @@ def local_gradient(grad: Tensor, parameter: Tensor) -> Tensor:
     return local(spread)
 
 
-def cost(unfolding: Unfolding) -> int:
-    """Time of one matrix in units of a multiplication: Gram matrix and tridiagonal form."""
-    L, M = unfolding.L, unfolding.M
-    return L * L * (M + 3 * L)
-
-
 def split(costs: Sequence[int], ranks: int) -> list[int]:
     """Which rank takes which matrix: the costliest first, each to the rank with the least so far."""
     owners, load = [0] * len(costs), [0] * ranks
@@ -152,7 +146,7 @@ class SharedMeasurement:
         ranks = self._ranks.get(mesh)
         if ranks is None:
             return measure(matrices)
-        owners = split([cost(unfolding) for _, unfolding in matrices], ranks.size)
+        owners = split([unfolding.cost for _, unfolding in matrices], ranks.size)
         mine = [i for i, owner in enumerate(owners) if owner == ranks.index]
         device = local(matrices[0][0]).device
         table = torch.zeros(len(matrices), FIELDS, dtype=torch.float64, device=device)

@@ -86,7 +86,7 @@ class Probing:
     def run(self, progress: Callable[[float], object] | None = None) -> None:
         """Measure everything; may be interrupted by an exception and is then not to be run again."""
         costs = [_cost(stored) for stored in self._layers]
-        total, done, batch_cost = sum(costs) or 1.0, 0.0, 0.0
+        total, done, batch_cost = sum(costs) or 1, 0, 0
         batch: list[tuple[int, Tensor]] = []
         for index, (stored, cost) in enumerate(zip(self._layers, costs, strict=True)):
             weight = self._weight(index, stored)
@@ -98,7 +98,7 @@ class Probing:
                 or sum(w.nbytes for _, w in batch) + weight.nbytes > BATCH_BYTES
             ):
                 self._measure(batch)
-                batch, done, batch_cost = [], done + batch_cost, 0.0
+                batch, done, batch_cost = [], done + batch_cost, 0
                 if progress:
                     progress(done / total)
             batch.append((index, weight))
@@ -216,11 +216,10 @@ def _nothing(
     return f"{what}: no weights in it (no tensors)"
 
 
-def _cost(stored: StoredTensor) -> float:
-    """What measuring takes, up to a factor: the Gram matrix and its reduction."""
+def _cost(stored: StoredTensor) -> int:
     if stored.skip or not 2 <= len(stored.shape) <= 5:
-        return 0.0
-    return sum(float(u.L) ** 2 * (u.M + u.L) for u in unfoldings(stored.shape))
+        return 0
+    return sum(unfolding.cost for unfolding in unfoldings(stored.shape))
 
 
 def _check_shape(shape: Sequence[int]) -> None:

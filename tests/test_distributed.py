@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rmsgd
 from bench.speed_epoch_end import spectra
-from rmsgd.distributed import cost, split
+from rmsgd.distributed import split
 from rmsgd.layers import unfoldings
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
@@ -426,7 +426,7 @@ def test_zero_keeps_each_ranks_epochs_and_resumes(job):
 @pytest.mark.parametrize("ranks", [1, 2, 8, 64])
 def test_the_split_is_even_up_to_one_matrix(ranks):
     shapes = [(64, 64, 3, 3)] * 10 + [(256, 128, 3, 3)] * 5 + [(512, 512, 3, 3)] * 6 + [(10, 512)]
-    costs = [cost(unfolding) for shape in shapes for unfolding in unfoldings(shape)]
+    costs = [unfolding.cost for shape in shapes for unfolding in unfoldings(shape)]
     owners = split(costs, ranks)
     load = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == r) for r in range(ranks)]
     assert sum(load) == sum(costs)
