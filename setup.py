@@ -157,6 +157,8 @@ class BuildExtensions(build_ext):
 
     def _build_cuda(self, ext):
         nvcc = find_nvcc()
+        if nvcc is None:
+            raise RuntimeError("no nvcc: set RMSGD_NVCC or CUDA_HOME, or put it into PATH")
         archs = os.environ.get("RMSGD_CUDA_ARCHS") or supported_archs(nvcc)
         say(f"compiling the CUDA kernels for {archs} with {nvcc}; this takes some minutes")
         folder = Path(self.build_temp) / "cuda"
@@ -198,7 +200,7 @@ class BuildExtensions(build_ext):
 
 
 def find_nvcc() -> Path | None:
-    """The CUDA compiler, symbolic links and launch scripts resolved; None where there is none."""
+    """The CUDA compiler, symbolic links resolved; None where there is none."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     candidates = [os.environ.get("RMSGD_NVCC"), *(f"{home}/bin/nvcc" for home in homes if home)]
     for candidate in [*candidates, shutil.which("nvcc")]:
@@ -251,7 +253,8 @@ def extensions():
     import pybind11
 
     names = ["rmsgd._cpu"]
-    if os.environ.get("RMSGD_CUDA") != "0" and find_nvcc() is not None:
+    wanted = os.environ.get("RMSGD_CUDA")
+    if wanted == "1" or (wanted != "0" and find_nvcc() is not None):
         names.append("rmsgd._cuda")
     return [
         Extension(name, [], include_dirs=["csrc", pybind11.get_include()], language="c++") for name in names

@@ -15,10 +15,19 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 
 constexpr int TEAM_SHARED = 2 * WARP * 8;
 
+// Rounded by itself. Fused with the product that `a` was on this lane, and on no other, it would leave the
+// lanes with different bits.
+template <class T>
+__device__ __forceinline__ T sum_of(T a, T b) {
+  return a + b;
+}
+__device__ __forceinline__ float sum_of(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ double sum_of(double a, double b) { return __dadd_rn(a, b); }
+
 // What a collective does with two values, and a value that changes nothing beside `x`.
 template <class T>
 struct Sum {
-  __device__ __forceinline__ T operator()(T a, T b) const { return a + b; }
+  __device__ __forceinline__ T operator()(T a, T b) const { return sum_of(a, b); }
   __device__ __forceinline__ T neutral(T) const { return T(0); }
 };
 

@@ -184,10 +184,13 @@ def _computed(like: Any, device: torch.device, compute: Callable[[], Any] | None
 
 
 def _allocate(like: Tensor, device: torch.device) -> DeviceTensor:
-    """New memory, full of what was there before."""
+    """New memory, full of what was there before; a deterministic torch has its stream fill it."""
     base = torch.empty_strided(like.size(), like.stride(), dtype=like.dtype)
     spoil(base)
-    return DeviceTensor(base, Memory(base, QUEUES.current_stream(device)), device)
+    stream = QUEUES.current_stream(device)
+    if torch.are_deterministic_algorithms_enabled():
+        stream.add(lambda: spoil(base))
+    return DeviceTensor(base, Memory(base, stream), device)
 
 
 def _to_copy(func: Any, source: Tensor, kwargs: dict[str, Any], wanted: torch.device | None) -> Tensor:
@@ -246,7 +249,9 @@ def pretended_gpu(order: str = "launched", seed: int = 0) -> Iterator[None]:
         "is_current_stream_capturing": lambda: QUEUES.current_stream() in QUEUES.captured,
         "_lazy_init": lambda: None,
         "device_count": lambda: 2,
-        "current_device": lambda: 0,
+        "current_device": lambda: QUEUES.current_device,
+        "_exchange_device": QUEUES.exchange_device,
+        "_maybe_exchange_device": QUEUES.exchange_device,
         "get_device_name": lambda device=None: _Properties.name,
         "get_device_properties": lambda device=None: _Properties,
         "get_device_capability": lambda device=None: (_Properties.major, _Properties.minor),

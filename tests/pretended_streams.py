@@ -160,8 +160,15 @@ class Queues:
         self.busy: dict[Stream, None] = {}
         """Streams whose queues are not empty, in the order in which they became so."""
         self.captured: dict[Stream, list[Work]] = {}
+        self.current_device = 0
         self._current: dict[int, Stream] = {}
         self._random = random.Random(seed)
+
+    def exchange_device(self, index: int) -> int:
+        """Make it the current device, and return which one was; -1: leave it as it is."""
+        before = self.current_device
+        self.current_device = before if index < 0 else index
+        return before
 
     def current_stream(self, device: Any = None) -> Stream:
         """See ``torch.cuda.current_stream``."""

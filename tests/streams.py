@@ -5,8 +5,7 @@ still gives the bits that waiting for everything gives. A wrong address may end 
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,24 +61,12 @@ def same(found: Any, expected: Any) -> bool:
     return all(map(torch.equal, found[0], expected[0])) and found[1:] == expected[1:]
 
 
-@contextmanager
-def _aside_at_once(streams: Streams) -> Iterator[None]:
-    streams._here.caller = torch.cuda.current_stream(streams._device)
-    try:
-        with torch.cuda.stream(streams._side):
-            yield
-    finally:
-        streams._done.record(streams._side)
-        streams._here.caller = None
-
-
 WITHOUT = {
     "join": lambda streams: None,
     "fork": lambda streams: None,
     "settle": lambda streams: None,
     "keep": lambda streams, tensor: None,
     "on_caller": lambda streams: nullcontext(),
-    "aside": _aside_at_once,
 }
 """What waits, or keeps memory, and what does without."""
 

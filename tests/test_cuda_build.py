@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from emulated import ROOT
+from setuptools import Distribution
 
+import setup
 from rmsgd.backends import nvrtc
 from setup import NVCC_FLAGS, find_nvcc
 
@@ -46,6 +48,17 @@ def test_nvcc_compiles_every_kernel_without_a_warning_a_spill_or_a_stack_frame(s
     assert compiled == sorted((kernel, arch) for kernel in kernels_of(source) for arch in ARCHS), said
     for report in reports:
         assert [report[what] for what in ("frame", "stores", "loads")] == ["0"] * 3, report[0]
+
+
+def test_without_nvcc_the_cuda_kernels_are_left_out_or_an_error_where_they_are_asked_for(monkeypatch):
+    monkeypatch.setattr(setup, "find_nvcc", lambda: None)
+    monkeypatch.delenv("RMSGD_CUDA", raising=False)
+    assert [ext.name for ext in setup.extensions()] == ["rmsgd._cpu"]
+    monkeypatch.setenv("RMSGD_CUDA", "1")
+    monkeypatch.setenv("RMSGD_REQUIRE_NATIVE", "1")
+    _, cuda = setup.extensions()
+    with pytest.raises(RuntimeError, match="no nvcc: set RMSGD_NVCC"):
+        setup.BuildExtensions(Distribution()).build_extension(cuda)
 
 
 def nvrtc_library():

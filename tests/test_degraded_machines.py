@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from glob import glob
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,6 +136,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setitem(sys.modules, "cupy", None)
     monkeypatch.setenv("RMSGD_BACKEND", "")
     backends._load.cache_clear()

@@ -15,7 +15,9 @@ from pretended_streams import ORDERS
 from torch.nn import Parameter
 
 import rmsgd
+from rmsgd import backends
 from rmsgd.backends.streams import Streams
+from rmsgd.layers import unfoldings
 
 # -- streams themselves ------------------------------------------------------------------------------
 
@@ -154,6 +156,68 @@ def one_after_the_other(gpu_folder):
 @pytest.mark.parametrize("order", ORDERS)
 def test_epoch_ends_beside_training_give_the_same_bits_in_any_order(gpu_folder, one_after_the_other, order):
     assert streams.same(streams.train(gpu_folder, order), one_after_the_other)
+
+
+def test_a_backend_is_tried_out_on_the_device_of_its_parameters(gpu_folder, monkeypatch):
+    tried = []
+    with rehearsal.rehearsed(gpu_folder):
+        resident_blocks = sys.modules["rmsgd._cuda"].resident_blocks
+        monkeypatch.setattr(
+            sys.modules["rmsgd._cuda"],
+            "resident_blocks",
+            lambda name, device, *rest: tried.append(device) or resident_blocks(name, device, *rest),
+        )
+        p = Parameter(torch.ones(4, 6, device="cuda:1"))
+        p.grad = torch.ones_like(p)
+        rmsgd.RMSGD([p]).step()
+        assert torch.cuda.current_device() == 0
+    assert set(tried) == {1}
+
+
+def measured_aside(gpu_folder, order, measure):
+    """What ``measure(backend, weights)`` gives of three weights, one for each stage of the accuracy guard."""
+    torch.manual_seed(0)
+    weights = [low_rank(20, 30, 3, noise) for noise in (0.5, 1e-3, 0.0)]
+    with rehearsal.rehearsed(gpu_folder, order):
+        device = torch.device("cuda", 0)
+        backend = backends.backend_for(device)
+        on_gpu = [w.pin_memory().to(device, non_blocking=True) for w in weights]
+        with backend.aside(device):
+            tables = measure(backend, on_gpu)
+            del on_gpu
+        backend.join(device)
+        return [table.tolist() for table in tables]
+
+
+def together(backend, weights):
+    return [backend.measure([(w, u) for w in weights for u in unfoldings(w.shape)])]
+
+
+def one_by_one(backend, weights):
+    """As the ranks of several meshes do."""
+    return [backend.measure([(w, u)]) for w in weights for u in unfoldings(w.shape)]
+
+
+def gathered(backend, weights):
+    """As the ranks of FSDP do: whole weights are made on the stream where they are measured."""
+    return together(backend, [w + 0 for w in weights])
+
+
+def under_deterministic_algorithms(backend, weights):
+    torch.use_deterministic_algorithms(True)
+    try:
+        return together(backend, weights)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("measure", [together, one_by_one, gathered, under_deterministic_algorithms])
+def test_memory_of_the_stream_beside_is_used_when_it_is_done_with_it(gpu_folder, order, measure):
+    """The workspace, and the weights: they may be dropped before they are read again."""
+    expected = measured_aside(gpu_folder, "at once", together)
+    found = measured_aside(gpu_folder, order, measure)
+    assert [row for table in found for row in table] == expected[0]
 
 
 @pytest.mark.parametrize("order", ORDERS)

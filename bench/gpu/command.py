@@ -119,7 +119,7 @@ SECTIONS = {
     "smoke": Section(_smoke, Need(45, 120)),
     "tests": Section(_tests, Need(90, 160)),
     "step": Section(_measured("step"), Need(20, 45)),
-    "epoch-end": Section(_measured("epoch-end"), Need(35, 60)),
+    "epoch-end": Section(_measured("epoch-end"), Need(35, 90)),
     "eigenvalues": Section(_measured("eigenvalues"), Need(25, 45)),
     "epoch-time": Section(_epoch_time, Need(40, 75)),
     "sanitizer": Section(_sanitizer, Need(0, 240)),

@@ -8,6 +8,7 @@ tests. The environment variable ``RMSGD_BACKEND`` forces one by name.
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -83,6 +84,13 @@ def backend_for(device: torch.device) -> Backend:
         ValueError: RMSGD_BACKEND names no backend, or one for another device.
         BackendUnavailable: RMSGD_BACKEND names one that cannot run here.
     """
+    # A GPU is tried out when its backend is loaded: this one, so that no other gets a context.
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    with torch.cuda.device(device) if on_gpu else nullcontext():
+        return _backend_for(device)
+
+
+def _backend_for(device: torch.device) -> Backend:
     forced = os.environ.get("RMSGD_BACKEND", "")
     if forced:
         for entry in ENTRIES:

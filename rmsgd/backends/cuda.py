@@ -140,18 +140,19 @@ class CudaBackend:
     ) -> None:
         whole = len(rows) == len(table)
         target = table if whole else table.new_empty(len(rows), FIELDS)
-        launched = False
         while True:
             try:
                 first = 0
                 with streams.on_caller():  # where the Gram matrices read the tables
                     plans = self._plans_for(matrices)
                 for plan in plans:
-                    if launched:
-                        streams.settle()  # the next workspace is the last one's memory
-                    launched = True
-                    plan.measure(streams, target[first : first + plan.count])
-                    first += plan.count
+                    end = first + plan.count
+                    plan.measure(streams, target[first:end])
+                    for weight, _ in matrices[first:end]:
+                        streams.keep(
+                            weight
+                        )  # what is read again is read after the caller may have dropped it
+                    first = end
                 break
             except torch.cuda.OutOfMemoryError:
                 if self._budget <= max(workspace_bytes(u) for _, u in matrices):

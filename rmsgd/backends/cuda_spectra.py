@@ -225,6 +225,8 @@ class SpectraPlan:
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self._device)
         svd_bytes = svd_scratch_bytes(self._rows[0], self._svd_blocks * _SVD_THREADS)
         scratch = torch.empty(svd_bytes, dtype=torch.uint8, device=self._device)
+        # Their memory, and that of what the current stream made before, is first used on the caller's.
+        streams.settle()
         meetings = 2 * self.count + 1  # of each matrix in either precision, and of the singular values
         with streams.on_caller():
             meeting = torch.zeros(meetings * _MEETING_BYTES, dtype=torch.uint8, device=self._device)

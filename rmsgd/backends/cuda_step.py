@@ -66,7 +66,8 @@ class CudaStepper:
 
     Nothing here waits for the GPU once the tables are there. In a CUDA graph a step keeps the
     gradients' addresses and the hyper-parameters that it was captured with; rates, tensor learning
-    rates, gradient scale and overflow flag are read at every replay.
+    rates, gradient scale and overflow flag are read at every replay. It keeps the addresses of these tables
+    too: after ``load_state_dict``, ``add_param_group`` or another set of trainable parameters, capture anew.
     """
 
     def __init__(self, kernels: Kernels, streams: Streams, tables: StepTables) -> None:

@@ -65,6 +65,7 @@ class NvrtcKernels:
         self._driver = cupy.cuda.driver
         self._functions: dict[tuple[int, str], int] = {}
         self._modules: dict[int, Any] = {}
+        self._allowed: dict[int, int] = {}
 
     def compile(self, architecture: str) -> bytes:
         """Machine code for an architecture such as "sm_75", or PTX for "compute_75".
@@ -125,8 +126,10 @@ class NvrtcKernels:
             yield self._functions[device, name]
 
     def _allow_shared(self, function: int, shared_bytes: int) -> None:
-        if shared_bytes > _WITHOUT_ASKING:
+        # Never less than before: another thread may be between this and its launch.
+        if shared_bytes > self._allowed.get(function, _WITHOUT_ASKING):
             self._driver.funcSetAttribute(function, _MAX_DYNAMIC_SHARED, shared_bytes)
+            self._allowed[function] = shared_bytes
 
     def launch(
         self,

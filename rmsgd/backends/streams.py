@@ -38,7 +38,8 @@ class Streams:
     def aside(self) -> Iterator[None]:
         """Within it, torch's stream is the one beside the caller's."""
         self._here.caller = torch.cuda.current_stream(self._device)
-        self._here.caller.wait_event(self._done)  # its memory may still be in use there
+        # Weights may be put together there before they are measured.
+        self._side.wait_stream(self._here.caller)
         try:
             with torch.cuda.stream(self._side):
                 yield
@@ -53,7 +54,7 @@ class Streams:
             yield
 
     def settle(self) -> None:
-        """Make the caller's stream wait for the current one, as when memory is used again."""
+        """Make the caller's stream wait for the one beside it, as for memory that was used there."""
         if self._here.caller is not None:
             self._here.caller.wait_stream(self._side)
 

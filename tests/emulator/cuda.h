@@ -46,6 +46,8 @@ inline void __syncthreads() {
   emulator::grid->fibers->wait(emulator::grid->blocks[emulator::thread() / emulator::grid->threads]);
 }
 inline void __syncwarp() { emulator::grid->fibers->wait(emulator::warp().meeting); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
 inline void __nanosleep(unsigned) { emulator::grid->fibers->yield(); }
 
 template <class T>
