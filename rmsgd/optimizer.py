@@ -266,6 +266,10 @@ class RMSGD(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One mini-batch: move every parameter that has a gradient.
 
+        A CUDA graph may hold it: at every replay it reads the rates, a learning rate that is a tensor, and
+        AMP's scale. Capture it anew after ``load_state_dict`` and ``add_param_group``, and when other
+        parameters than before are trained or have moved.
+
         Args:
             closure: reevaluates the model and returns the loss, which is returned.
 
