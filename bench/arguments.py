@@ -3,7 +3,7 @@
 import argparse
 import ast
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,12 +56,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def number(text: str) -> float:
+    """The number that a text is; NaN where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def above_zero(text: str) -> float:
     """A finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return value
@@ -115,6 +120,12 @@ def check_device(name: str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"device {name!r} cannot be used here: {reason}") from error
+
+
+def check_taking_part(overrides: Iterable[str], optimizers: Iterable[str]) -> None:
+    """Raises UsageError when there are settings for an optimizer that is not among these."""
+    if unused := set(overrides) - set(optimizers):
+        raise UsageError(f"settings for {', '.join(sorted(unused))}, which is not among the optimizers")
 
 
 def check_unique(what: str, values: Sequence[object]) -> None:

@@ -58,8 +58,7 @@ class Settings:
         arguments.check_unique("seed", self.seeds)
         for name in (*self.optimizers, *self.overrides):
             peers.peer(name)
-        if unused := set(self.overrides) - set(self.optimizers):
-            raise UsageError(f"settings for {', '.join(sorted(unused))}, which is not among the optimizers")
+        arguments.check_taking_part(self.overrides, self.optimizers)
         if not all(0 <= seed < 2**63 for seed in self.seeds):
             raise UsageError(f"seeds must lie between 0 and 2^63, got {', '.join(map(str, self.seeds))}")
         arguments.check_device(self.device)

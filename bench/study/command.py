@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     _place(tune)
     tune.add_argument(
         "--factors",
-        type=_numbers,
+        type=_factors,
         default=tuning.FACTORS,
         metavar="X,Y,...",
         help=f"of each optimizer's own rate (default: {','.join(map(str, tuning.FACTORS))})",
@@ -276,21 +276,15 @@ def _nats(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        numbers = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or not all(0 < number < math.inf for number in numbers):
+def _factors(text: str) -> tuple[float, ...]:
+    factors = tuple(map(arguments.number, text.split(",")))
+    if not all(0 < factor < math.inf for factor in factors):
         raise argparse.ArgumentTypeError(f"expected positive numbers like 0.1,1,10, got {text!r}")
-    return numbers
+    return factors
 
 
 def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
+    seconds = arguments.number(text)
     if not seconds >= 0:
         raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, got {text!r}")
     return seconds

@@ -42,8 +42,7 @@ def by_experiment(options: argparse.Namespace, sweeps: bool = True) -> dict[str,
     if not chosen:
         raise UsageError(_no_cell(known))
     changed = arguments.overrides(options.set)
-    if unused := set(changed) - {config.optimizer for runs in chosen.values() for config in runs}:
-        raise UsageError(f"settings for {', '.join(sorted(unused))}, which is not among the optimizers")
+    arguments.check_taking_part(changed, (run.optimizer for runs in chosen.values() for run in runs))
     fixed = {key: value for key in ("epochs", "batch") if (value := getattr(options, key)) is not None}
     if options.mode:
         fixed["budget"] = options.mode == "budget"

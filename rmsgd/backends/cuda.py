@@ -148,10 +148,9 @@ class CudaBackend:
                 for plan in plans:
                     end = first + plan.count
                     plan.measure(streams, target[first:end])
+                    # The caller may drop what the stream beside is still to read again.
                     for weight, _ in matrices[first:end]:
-                        streams.keep(
-                            weight
-                        )  # what is read again is read after the caller may have dropped it
+                        streams.keep(weight)
                     first = end
                 break
             except torch.cuda.OutOfMemoryError:

@@ -128,11 +128,6 @@ class CudaStepper:
         self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], grad_scale: float = 1.0
     ) -> None:
         """See ``base.Stepper``. Raises ValueError for a gradient whose buffer is missing."""
-        self._step(gradients, groups, grad_scale)
-
-    def _step(
-        self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], grad_scale: float
-    ) -> None:
         for i in self._bufferless:
             if gradients[i] is not None and groups[self._tables.groups[i]].momentum != 0.0:
                 raise ValueError(f"parameter {i} has no buffer, but the momentum of its group is not 0")
@@ -172,7 +167,7 @@ class CudaStepper:
                 or grad.is_neg()
             ):
                 return None
-        self._step(gradients, groups, grad_scale)
+        self.step(gradients, groups, grad_scale)
         return [i for i, grad in enumerate(gradients) if grad is None]
 
 
