@@ -130,7 +130,7 @@ class Probing:
             weight = weight.float()
             scale = next((self._stored[n] for n in _scale_names(name) if n in self._stored), None)
             if scale is not None:
-                weight = apply_scale(weight, scale.read().float())
+                weight = apply_scale(weight, _scale_numbers(scale.read()).to(weight))
         return weight if self._device is None else weight.to(self._device)
 
     def _weight(self, index: int, stored: StoredTensor) -> Tensor | None:
@@ -191,7 +191,7 @@ def apply_scale(weight: Tensor, scale: Tensor) -> Tensor:
     """
     if scale.numel() == 1:
         return weight * scale.reshape(())
-    if scale.ndim == weight.ndim:
+    if scale.ndim == weight.ndim and scale.numel():
         for d, (size, blocks) in enumerate(zip(weight.shape, scale.shape, strict=True)):
             block = -(-size // blocks)
             if -(-size // block) != blocks:
@@ -231,8 +231,24 @@ def _check_shape(shape: Sequence[int]) -> None:
         raise NotMeasurableError("a single row or column has no spectrum")
 
 
+def _scale_numbers(scale: Tensor) -> Tensor:
+    """The tensor itself, if it can be what a weight is multiplied by."""
+    try:
+        return _check_memory(scale)
+    except NotMeasurableError as reason:
+        raise NotMeasurableError(f"8-bit values whose scales are {reason}") from None
+
+
 def _check_numbers(tensor: Tensor) -> Tensor:
     """The tensor itself, if its memory holds the weight's numbers."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if _check_memory(tensor).dtype not in SUPPORTED_DTYPES and not re.match(r"float8_e[45]", kind):
+        raise NotMeasurableError(f"{kind}: quantised or packed weights, or indices")
+    return tensor
+
+
+def _check_memory(tensor: Tensor) -> Tensor:
+    """The tensor itself, if its memory holds real numbers, one for each entry."""
     kind = str(tensor.dtype).removeprefix("torch.")
     if not is_plain(tensor):
         raise NotMeasurableError(f"a {type(tensor).__name__}, not a plain tensor")
@@ -241,8 +257,6 @@ def _check_numbers(tensor: Tensor) -> Tensor:
         raise NotMeasurableError(f"{what}: quantised, packed or sparse storage")
     if tensor.is_complex():
         raise NotMeasurableError(f"{kind}: not real")
-    if tensor.dtype not in SUPPORTED_DTYPES and not re.match(r"float8_e[45]", kind):
-        raise NotMeasurableError(f"{kind}: quantised or packed weights, or indices")
     if tensor.is_meta:
         raise NotMeasurableError("on the meta device: a shape without values")
     return tensor

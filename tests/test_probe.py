@@ -122,6 +122,25 @@ def test_eight_bit_floats_are_multiplied_by_their_block_scales():
     assert scales.skipped == "scales of w.weight"
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("scale", "reason"),
+    [
+        (torch.ones(0, 8), "fit no blocks"),
+        (torch.ones(3, 5), "fit no blocks"),
+        (torch.ones(8, 8).to_sparse(), "scales are sparse"),
+        (torch.ones(1, device="meta"), "scales are on the meta device"),
+        (torch.ones(8, 1, dtype=torch.complex64), "scales are complex64"),
+        (lambda: torch.quantize_per_tensor(torch.ones(8, 1), 0.1, 0, torch.qint8), "scales are qint8"),
+    ],
+    ids=["empty", "uneven", "sparse", "meta", "complex", "quantised"],
+)
+def test_eight_bit_floats_with_scales_that_scale_nothing_are_skipped(scale, reason):
+    scale = scale() if callable(scale) else scale
+    report = rmsgd.probe({"w": torch.randn(8, 8).to(torch.float8_e4m3fn), "w_scale": scale})
+    assert reason in report.layers[0].skipped
+
+
 def test_numpy_arrays_are_taken_in_any_order_and_byte_order():
     weight = structured(24, 40)
     array = weight.numpy()
