@@ -148,6 +148,25 @@ def test_a_missing_shard_is_named_and_the_others_are_measured(tmp_path, indexed)
     assert files[0] in report.errors[0]
 
 
+def test_very_many_missing_shards_are_one_line(tmp_path):
+    save_file(weights(), tmp_path / "model-00001-of-99999999999.safetensors")
+    report = rmsgd.probe(tmp_path)
+    assert names(report) == list(weights())
+    [error] = report.errors
+    assert "most of its 99999999999 shards are missing" in error
+
+
+def test_a_shard_whose_name_no_file_can_have_is_missing(tmp_path):
+    shards(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())["weight_map"] | {"w": "x" * 5000}
+    index.write_text(json.dumps({"weight_map": listed}))
+    report = rmsgd.probe(tmp_path)
+    assert names(report) == list(weights())
+    assert len(report.errors) == 1
+    assert "missing shard" in report.errors[0]
+
+
 def test_one_bad_shard_leaves_the_others(tmp_path):
     files = shards(tmp_path)
     (tmp_path / files[1]).write_bytes((tmp_path / files[1]).read_bytes()[:-20])
@@ -324,3 +343,6 @@ def test_a_checkpoint_of_2_gb_is_read_in_less_than_200_mb_over_the_largest_tenso
 
 def test_natural_order_counts_numbers_as_numbers():
     assert sorted(["b.10", "b.9", "a.11", "b"], key=natural_order) == ["a.11", "b", "b.9", "b.10"]
+    assert natural_order("b.007") == natural_order("b.7")
+    many = "1" * 5000  # digits, more than Python turns into a number
+    assert sorted([f"b.{many}", "b.9"], key=natural_order) == ["b.9", f"b.{many}"]

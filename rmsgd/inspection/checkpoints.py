@@ -21,6 +21,9 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SETTINGS = "training_args.bin"
 """What a Hugging Face Trainer calls its pickled settings: code, beside the weights of every checkpoint."""
 
+_MOST_MISSING = 1000
+"""Missing shards that are named one by one."""
+
 RESIDENT_BYTES = 64 << 20
 """Read from mapped files before they are let go: until then, what was read counts as resident."""
 
@@ -139,14 +142,17 @@ def _of_folder(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def _missing_by_number(files: Sequence[Path]) -> list[str]:
-    """Shards that "-00001-of-00004" names imply and that are not there."""
+    """Shards that "-00001-of-00004" names imply and that are not there, a line each, or one for very many."""
     errors = []
+    here = {p.name for p in files}
     numbered = [re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\..*)", p.name) for p in files]
     for match in {m[1] + m[4]: m for m in numbered if m}.values():
-        for number in range(1, int(match[4]) + 1):
-            name = f"{match[1]}{number:0{len(match[2])}}{match[3]}{match[4]}{match[5]}"
-            if not (files[0].parent / name).exists():
-                errors.append(f"{files[0].parent / name}: missing shard")
+        head, digits, of, total, tail = match.groups()
+        if int(total) > len(files) + _MOST_MISSING:  # a name may say anything
+            errors.append(f"{files[0].parent / match[0]}: most of its {total} shards are missing")
+            continue
+        names = (f"{head}{number:0{len(digits)}}{of}{total}{tail}" for number in range(1, int(total) + 1))
+        errors += [f"{files[0].parent / name}: missing shard" for name in names if name not in here]
     return errors
 
 
@@ -161,7 +167,7 @@ def _of_index(index: Path) -> tuple[list[Path], list[str]]:
     for name in sorted(map(str, names), key=natural_order):
         if Path(name).name != name:
             errors.append(f"{index}: names a shard outside its folder ({name})")
-        elif not (index.parent / name).exists():
+        elif not os.path.exists(index.parent / name):  # false too where a name is too long for a file
             errors.append(f"{index.parent / name}: missing shard (named in {index.name})")
         else:
             files.append(index.parent / name)
@@ -169,8 +175,9 @@ def _of_index(index: Path) -> tuple[list[Path], list[str]]:
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
-    """Sorting key under which numbers inside names count as numbers."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+    """Sorting key under which numbers inside names, however long, count as numbers."""
+    parts = [(part.lstrip("0"), part.isdecimal()) for part in re.split(r"(\d+)", name)]
+    return [(len(part) if number else -1, part) for part, number in parts]
 
 
 # -- files ---------------------------------------------------------------------------------------
