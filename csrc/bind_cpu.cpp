@@ -40,8 +40,10 @@ rmsgd::Side side_of(const Shape& sizes, const Shape& strides) {
   for (std::size_t d = 0; d < sizes.size(); ++d) {
     if (sizes[d] < 1) throw py::value_error("matrices: a size is below 1");
     if (sizes[d] == 1) continue;
-    if (last >= 0 && side.stride[last] == strides[d] * sizes[d]) {
-      side.size[last] *= sizes[d];
+    std::int64_t span, joined;
+    if (last >= 0 && !__builtin_mul_overflow(strides[d], sizes[d], &span) && side.stride[last] == span &&
+        !__builtin_mul_overflow(side.size[last], sizes[d], &joined)) {
+      side.size[last] = joined;
       side.stride[last] = strides[d];
       continue;
     }

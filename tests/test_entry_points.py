@@ -431,6 +431,12 @@ def test_measure_refuses_a_description_that_makes_no_sense(made, threads):
     assert torch.equal(bits(weight), before)
 
 
+def test_measure_refuses_neighbouring_dimensions_whose_product_wraps_around():
+    weight = torch.randn(2, 4)
+    with pytest.raises(ValueError, match="a side is longer than"):  # 2^64 + 4 elements, not 4
+        _cpu.measure([(weight.data_ptr(), "float32", [2], [4], [2**62 + 1, 4], [4, 1])])
+
+
 @many
 @given(
     st.one_of(
