@@ -16,8 +16,10 @@ from rmsgd.loading import check_and_complete, check_form, unwrap
 from rmsgd.measurement import Measurement
 from rmsgd.metrics import Report
 from rmsgd.options import (
+    ABOVE_0,
     check_options,
     check_parameter,
+    check_ranges,
     multiplier,
     parameter_name,
     parameter_names,
@@ -136,12 +138,13 @@ class RMSGD(Optimizer):
         group = self.param_groups[-1]
         try:
             check_options(group)
+            group.setdefault("lr0", float(group["lr"]))
+            check_ranges(group, {"lr0": ABOVE_0})
             for index, p in enumerate(group["params"]):
                 check_parameter(p, parameter_name(group, len(self.param_groups) - 1, index))
         except Exception:
             self.param_groups.pop()
             raise
-        group.setdefault("lr0", float(group["lr"]))
         for p in group["params"]:
             complete(p, self.state[p], group)
         self._order = self._all_parameters()
@@ -370,7 +373,8 @@ class RMSGD(Optimizer):
     def learning_rates(self) -> dict[str, float]:
         """The rate now applied to every parameter, by its name (or "group.index"), in order.
 
-        Where groups have names in common, as of two models, every name follows its group's number and a dot.
+        Where groups have names in common, as of two models, every name follows its group's number and a dot;
+        one that a group holds more than once is followed by "#" and its index there.
         """
         rates: dict[Tensor, float] = {}
         for ledger in self._current_ledgers():

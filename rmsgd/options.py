@@ -1,6 +1,7 @@
 """The options of a parameter group: their checks, and what the kernels make of them."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -134,13 +135,21 @@ def parameter_name(group: Mapping[str, Any], g: int, index: int) -> str:
 
 
 def parameter_names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """What the parameters of all groups are called: a name is of one group only."""
-    names = [
-        [parameter_name(group, g, i) for i in range(len(group["params"]))] for g, group in enumerate(groups)
-    ]
+    """What the parameters of all groups are called: a name is of one parameter only.
+
+    One that a group holds more than once is followed by "#" and its index there; where groups have names in
+    common, every name follows its group's number and a dot.
+    """
+    names = [_distinct(group, g) for g, group in enumerate(groups)]
     if sum(map(len, map(set, names))) == len({name for own in names for name in own}):
         return names
     return [[f"{g}.{name}" for name in own] for g, own in enumerate(names)]
+
+
+def _distinct(group: Mapping[str, Any], g: int) -> list[str]:
+    names = [parameter_name(group, g, i) for i in range(len(group["params"]))]
+    times = Counter(names)
+    return [name if times[name] == 1 else f"{name}#{i}" for i, name in enumerate(names)]
 
 
 def multiplier(group: Mapping[str, Any]) -> float:

@@ -307,6 +307,14 @@ def test_two_models_parameters_of_the_same_names_are_told_apart_by_group():
     assert [layer.name for layer in optimizer.report().layers] == ["0.weight", "1.weight"]
 
 
+def test_two_models_parameters_of_the_same_names_in_one_group_are_told_apart_by_index():
+    models = [nn.Linear(3, 2), nn.Linear(3, 2, bias=False)]
+    optimizer = rmsgd.RMSGD([pair for model in models for pair in model.named_parameters()])
+    assert list(optimizer.learning_rates()) == ["weight#0", "bias", "weight#2"]
+    optimizer.epoch_step()
+    assert [layer.name for layer in optimizer.report().layers] == ["weight#0", "weight#2"]
+
+
 def test_where_new_tensors_are_made_does_not_matter(backend):
     (_, optimizer), (_, alone) = trained(), trained()
     with torch.device("meta"):
