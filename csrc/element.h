@@ -4,6 +4,12 @@
 
 #include "team.h"
 
+#ifndef __CUDACC_RTC__
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+#endif
+
 namespace rmsgd {
 
 struct Float16 {
@@ -48,12 +54,14 @@ RMSGD_FN float widen(float x) { return x; }
 RMSGD_FN double widen(double x) { return x; }
 RMSGD_FN float widen(BFloat16 x) { return float_of_word(unsigned(x.bits) << 16); }
 
-// What CUDA does not do itself is without branches, so that loops over it are vectorised.
+// What no instruction does is without branches, so that loops over it are vectorised.
 RMSGD_FN float widen(Float16 x) {
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__)
   float wide;
   asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
   return wide;
+#elif defined(__F16C__)
+  return _cvtsh_ss(x.bits);
 #else
   const unsigned magnitude = (x.bits & 0x7fffu) << 13;
   const unsigned finite = word_of_float(float_of_word(magnitude) * 0x1p112f);
@@ -73,8 +81,10 @@ RMSGD_FN void narrow(float x, BFloat16& to) {
 }
 
 RMSGD_FN void narrow(float x, Float16& to) {
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__)
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#elif defined(__F16C__)
+  to.bits = (unsigned short)_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
 #else
   const unsigned word = word_of_float(x), magnitude = word & 0x7fffffffu;
   // 2^-14 and above: rebias the exponent and round. Below: adding 1/2 leaves the rounded

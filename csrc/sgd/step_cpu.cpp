@@ -7,7 +7,7 @@ namespace rmsgd::RMSGD_ISA {
 namespace {
 
 // Half-precision elements converted at a time: the converted values stay in the first-level cache.
-constexpr int64_t kBlock = 512;
+constexpr int64_t BLOCK = 512;
 
 template <Memory memory, bool nesterov, class A>
 void update_all(const Coefficients<A>& given, int64_t n, A* __restrict w, A* __restrict m,
@@ -62,28 +62,26 @@ void step_same(const StepPiece& piece, const StepTensor& tensor, const Stepper<A
 }
 
 void load(Dtype dtype, const void* from, int64_t begin, int64_t n, float* to) {
-  const uint16_t* const in = static_cast<const uint16_t*>(from) + begin;
   if (dtype == Dtype::float16) {
-    floats_of_float16(in, n, to);
+    widen_all(static_cast<const Float16*>(from) + begin, n, to);
   } else {
-    floats_of_bfloat16(in, n, to);
+    widen_all(static_cast<const BFloat16*>(from) + begin, n, to);
   }
 }
 
 void store(Dtype dtype, const float* from, int64_t n, void* to, int64_t begin) {
-  uint16_t* const out = static_cast<uint16_t*>(to) + begin;
   if (dtype == Dtype::float16) {
-    float16_of_floats(from, n, out);
+    narrow_all(from, n, static_cast<Float16*>(to) + begin);
   } else {
-    bfloat16_of_floats(from, n, out);
+    narrow_all(from, n, static_cast<BFloat16*>(to) + begin);
   }
 }
 
 // A half-precision weight, whose gradient has its type or float32.
 void step_half(const StepPiece& piece, const StepTensor& tensor, const Stepper<float>& step) {
-  float weights[kBlock], gradients[kBlock];
-  for (int64_t i = piece.begin; i < piece.end; i += kBlock) {
-    const int64_t n = piece.end - i < kBlock ? piece.end - i : kBlock;
+  float weights[BLOCK], gradients[BLOCK];
+  for (int64_t i = piece.begin; i < piece.end; i += BLOCK) {
+    const int64_t n = piece.end - i < BLOCK ? piece.end - i : BLOCK;
     const float* g = gradients;
     if (tensor.gradient_dtype == Dtype::float32) {
       g = static_cast<const float*>(tensor.gradient) + i;

@@ -2,26 +2,12 @@
 
 #include <float.h>
 
-#include "../half.h"
+#include "../element.h"
 #include "simd.h"
 
 namespace rmsgd {
 namespace RMSGD_ISA {
 namespace {
-
-// ---- elements of a weight ----
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat {
-  uint16_t bits;
-};
-
-RMSGD_FN float widen(float x) { return x; }
-RMSGD_FN double widen(double x) { return x; }
-RMSGD_FN float widen(BFloat x) { return float_of_bfloat16(x.bits); }
-RMSGD_FN float widen(Half x) { return float_of_float16(x.bits); }
 
 // ---- the columns of a matrix, as runs of one stride ----
 
@@ -61,10 +47,6 @@ Side tidied(const Side& side) {
     tidy.stride[3 - d] = stride[d];
   }
   return tidy;
-}
-
-RMSGD_FN int64_t length_of(const Side& side) {
-  return side.size[0] * side.size[1] * side.size[2] * side.size[3];
 }
 
 RMSGD_FN int64_t offset_of(const Side& side, int64_t index) {
@@ -176,7 +158,7 @@ template <class T, class Source>
 void pack_group(T* to, const Source* data, const Side& small, const Side& large, int64_t row, int64_t first,
                 int64_t depth, T scale) {
   constexpr int W = LANES<T>;
-  const int64_t count = length_of(small) - row;
+  const int64_t count = small.length() - row;
   int64_t rows[W];
   for (int r = 0; r < W; ++r) rows[r] = offset_of(small, r < count ? row + r : row);
   const int64_t run = large.size[3], stride = large.stride[3];
@@ -205,9 +187,10 @@ void pack(T* to, const MatrixView& matrix, const Side& small, const Side& large,
     case Dtype::float64:
       return pack_group(to, static_cast<const double*>(matrix.data), small, large, row, first, depth, scale);
     case Dtype::float16:
-      return pack_group(to, static_cast<const Half*>(matrix.data), small, large, row, first, depth, scale);
+      return pack_group(to, static_cast<const Float16*>(matrix.data), small, large, row, first, depth, scale);
     case Dtype::bfloat16:
-      return pack_group(to, static_cast<const BFloat*>(matrix.data), small, large, row, first, depth, scale);
+      return pack_group(to, static_cast<const BFloat16*>(matrix.data), small, large, row, first, depth,
+                        scale);
   }
 }
 
@@ -283,7 +266,7 @@ void gram(const MatrixView& matrix, T scale, double* out, ptrdiff_t stride, T* p
   constexpr int W = LANES<T>;
   constexpr int64_t TILE_COLUMNS = TILE_VECTORS * W;
   const Side small = tidied(matrix.small), large = tidied(matrix.large);
-  const int64_t rows = length_of(small), columns = length_of(large);
+  const int64_t rows = small.length(), columns = large.length();
   const int64_t padded = vectors_up<T>(rows);
   for (int64_t first = 0; first < columns; first += GRAM_DEPTH) {
     const int64_t depth = columns - first < GRAM_DEPTH ? columns - first : GRAM_DEPTH;
@@ -311,7 +294,7 @@ void gram(const MatrixView& matrix, T scale, double* out, ptrdiff_t stride, T* p
 template <class Source>
 Magnitude magnitude_of(const Source* data, const Side& small, const Side& large) {
   Magnitude result = {true, 0.0};
-  const int64_t rows = length_of(small), runs = length_of(large) / large.size[3];
+  const int64_t rows = small.length(), runs = large.length() / large.size[3];
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t run = 0; run < runs; ++run) {
       const Source* from = data + offset_of(small, row) + offset_of(large, run * large.size[3]);
@@ -343,9 +326,9 @@ Magnitude magnitude(const MatrixView& matrix) {
     case Dtype::float64:
       return magnitude_of(static_cast<const double*>(matrix.data), small, large);
     case Dtype::float16:
-      return magnitude_of(static_cast<const Half*>(matrix.data), small, large);
+      return magnitude_of(static_cast<const Float16*>(matrix.data), small, large);
     case Dtype::bfloat16:
-      return magnitude_of(static_cast<const BFloat*>(matrix.data), small, large);
+      return magnitude_of(static_cast<const BFloat16*>(matrix.data), small, large);
     default:
       return magnitude_of(static_cast<const float*>(matrix.data), small, large);
   }
