@@ -59,8 +59,8 @@ class OnDevice {
 };
 
 void allow_shared(const Kernel& chosen, int shared_bytes, const std::string& name) {
-  constexpr int kWithoutAsking = 48 * 1024;
-  if (shared_bytes <= kWithoutAsking) return;
+  constexpr int WITHOUT_ASKING = 48 * 1024;
+  if (shared_bytes <= WITHOUT_ASKING) return;
   check(cudaFuncSetAttribute(chosen.function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
         name + ": asking for " + std::to_string(shared_bytes) + " bytes of shared memory");
 }

@@ -14,19 +14,19 @@ namespace {
 // A thread takes one share at a time. Some hundreds of them, so that the last one finishes soon after the
 // others on any number of threads; at least ten microseconds of work, so that taking one costs nothing;
 // and in large networks longer, since memory is read faster in long runs (16384 elements: 3 % slower).
-constexpr int64_t kShares = 256, kShortest = 16384, kLongest = 262144;
+constexpr int64_t SHARES = 256, SHORTEST = 16384, LONGEST = 262144;
 
 // A cut keeps the alignment of the parameter.
-constexpr int64_t kAlign = 64;
+constexpr int64_t ALIGN = 64;
 
 // What one more tensor costs, in elements: thousands of tiny ones are work too.
-constexpr int64_t kPieceCost = 64;
+constexpr int64_t PIECE_COST = 64;
 
 // Elements in a share, which do not depend on the number of threads.
 int64_t share_size(const std::vector<StepTensor>& tensors) {
   int64_t elements = 0;
   for (const StepTensor& tensor : tensors) elements += tensor.numel;
-  return std::clamp(elements / kShares, kShortest, kLongest);
+  return std::clamp(elements / SHARES, SHORTEST, LONGEST);
 }
 
 }  // namespace
@@ -57,9 +57,9 @@ StepPlan::StepPlan(std::vector<StepTensor> tensors) : tensors_(std::move(tensors
   for (std::size_t k = 0; k < tensors_.size(); ++k) {
     groups_ = std::max(groups_, std::size_t(tensors_[k].group) + 1);
     for (int64_t begin = 0; begin < tensors_[k].numel;) {
-      const int64_t end = std::min(tensors_[k].numel, begin + (room + kAlign - 1) / kAlign * kAlign);
+      const int64_t end = std::min(tensors_[k].numel, begin + (room + ALIGN - 1) / ALIGN * ALIGN);
       pieces_.push_back({begin, end, int32_t(k)});
-      room -= end - begin + kPieceCost;
+      room -= end - begin + PIECE_COST;
       begin = end;
       if (room <= 0) {
         shares_.push_back(int64_t(pieces_.size()));
