@@ -164,12 +164,13 @@ def usable_device(device: torch.device | str) -> torch.device:
         BackendUnavailable: RMSGD_BACKEND names what cannot run here.
     """
     try:
-        found = torch.empty(0, device=device).device
+        zero = torch.zeros(1, device=device)
+        zero.item()  # the meta device has no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {str(device)!r} is not available: {reason}") from None
-    backend_for(found)
-    return found
+    backend_for(zero.device)
+    return zero.device
 
 
 def matches(name: str, patterns: str | Sequence[str] | None) -> bool:

@@ -271,7 +271,9 @@ def test_weights_nested_without_end_are_not_found():
         rmsgd.probe(source)
 
 
-def test_an_unknown_device_is_a_value_error():
+def test_a_device_that_is_unknown_or_has_no_values_is_a_value_error():
+    with pytest.raises(ValueError, match="device 'meta' is not available"):
+        rmsgd.probe(nn.Linear(4, 4), device="meta")
     with pytest.raises(ValueError, match="device 'abacus' is not available"):
         rmsgd.probe({"w": torch.randn(4, 4)}, device="abacus")
 
