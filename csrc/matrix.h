@@ -1,8 +1,6 @@
 // A weight seen as a matrix, without copying it.
 #pragma once
 
-#include <cstdint>
-
 #include "dtype.h"
 #include "team.h"
 
@@ -11,10 +9,10 @@ namespace rmsgd {
 // One side of a matrix: a product of up to four tensor dimensions, the first one outermost.
 // Unused dimensions have size 1 and stride 0. Strides count elements.
 struct Side {
-  std::int64_t size[4];
-  std::int64_t stride[4];
+  long long size[4];
+  long long stride[4];
 
-  RMSGD_FN std::int64_t length() const { return size[0] * size[1] * size[2] * size[3]; }
+  RMSGD_FN long long length() const { return size[0] * size[1] * size[2] * size[3]; }
 };
 
 // The L x M matrix A whose Gram matrix A A^T is L x L: `small` is the smaller side.

@@ -14,11 +14,15 @@ enum MetricsField : int {
   CONDITION_NUMBER,
   NUCLEAR,
   STATUS,  // MetricsStatus
-  STAGE,   // what the singular values came from: 0 fp32 Gram matrix, 1 fp64 Gram matrix, 2 SVD
+  STAGE,   // Stage
   METRICS_FIELDS
 };
 
 enum MetricsStatus : int { MEASURED, NOT_FINITE, NEEDS_SVD, CHANGED };
+
+// What the singular values came from: a Gram matrix in fp32, one in fp64, an SVD. A GPU's matrices say by it
+// which of them they wait for, STAGE_DONE for none.
+enum Stage : int { STAGE_FP32, STAGE_FP64, STAGE_SVD, STAGE_DONE };
 
 struct ModeMetrics {
   int rank;
@@ -103,7 +107,7 @@ RMSGD_FN bool trustworthy(const FreeEnergyMinimum& minimum, const ModeMetrics& m
   return condition_error < 1e-5 && stable_rank_error < 1e-6;
 }
 
-RMSGD_FN void write_metrics(double* row, const ModeMetrics& metrics, MetricsStatus status, int stage) {
+RMSGD_FN void write_metrics(double* row, const ModeMetrics& metrics, MetricsStatus status, Stage stage) {
   row[RANK] = metrics.rank;
   row[NOISE_VARIANCE] = metrics.noise_variance;
   row[STABLE_RANK] = metrics.stable_rank;
@@ -133,7 +137,7 @@ RMSGD_FN void measure_singular_values(Team& team, const double* gamma, int L, do
     metrics = mode_metrics(team, c, minimum, L, M);
     metrics.noise_variance = ldexp(ldexp(minimum.noise_variance, exponent), exponent);
   }
-  if (team.rank() == 0) write_metrics(row, metrics, MEASURED, 2);
+  if (team.rank() == 0) write_metrics(row, metrics, MEASURED, STAGE_SVD);
 }
 
 }  // namespace rmsgd

@@ -12,6 +12,7 @@
 // Metadata is 16 bytes per item and 40 per parameter, less than .2 % of that.
 #pragma once
 
+#include "../dtype.h"
 #include "../element.h"
 #include "update.h"
 
@@ -33,7 +34,7 @@ struct CudaStepGroup {
 struct CudaStepTensor {
   void* weight;
   void* buffer;  // float64 for a float64 weight, else float32; null where there is none
-  int dtype;     // 0 float32, 1 float64, 2 float16, 3 bfloat16
+  Dtype dtype;
   int group;
   long long eta;  // index
 };
@@ -171,13 +172,13 @@ RMSGD_FN void step_item(Team& team, const StepArguments<words>& arguments, int n
   const double grad_scale = arguments.grad_scale != nullptr ? double(*arguments.grad_scale) : 1.0;
   const bool fresh = arguments.fresh_item[number] != 0;
   switch (tensor.dtype) {
-    case 0:
+    case Dtype::float32:
       step_typed<float, float, float>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
       break;
-    case 1:
+    case Dtype::float64:
       step_typed<double, double, double>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
       break;
-    case 2:
+    case Dtype::float16:
       if (single) {
         step_typed<Float16, float, float>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
       } else {

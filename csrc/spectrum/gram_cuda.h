@@ -13,6 +13,7 @@
 #pragma once
 
 #include "../element.h"
+#include "../matrix.h"
 
 namespace rmsgd {
 
@@ -22,25 +23,18 @@ constexpr int GRAM_CHAIN = 256;    // longest sum formed in fp32 before it is ad
 constexpr int GRAM_THREADS = 256;  // 16 x 16, each with 4 x 4 sums
 constexpr int GRAM_STRIDE = GRAM_TILE + 4;
 
-// One side of a weight seen as a matrix: a product of up to four tensor dimensions, the first one
-// outermost; unused ones have size 1 and stride 0. Strides count elements.
-struct CudaSide {
-  long long size[4];
-  long long stride[4];
-};
-
 // What is known of one L x M weight, and where its Gram matrix and everything after it goes: places in the
-// workspace, in bytes, with room for doubles.
+// workspace, in bytes, with room for doubles. The innermost dimension of a side is its last of four.
 struct CudaMatrix {
   const void* weight;
-  CudaSide small;  // L, the rows
-  CudaSide large;  // M, the columns
+  Side small;  // L, the rows
+  Side large;  // M, the columns
   long long M;
   long long matrix;   // the Gram matrix
   long long partial;  // tiles x splits partial tiles of floats; unused if splits is 1
   long long vectors;  // of the tridiagonal reduction, and its result
   int L;
-  int dtype;      // as in CudaStepTensor
+  Dtype dtype;
   int stride;     // of the Gram matrix: L rounded up to 4
   int splits;     // of the columns, in the fp32 Gram matrix
   int blocks[2];  // that work on the tridiagonal reduction in fp32 and in fp64
@@ -53,7 +47,7 @@ struct GramItem {
   int split;
 };
 
-RMSGD_FN long long offset_of(const CudaSide& side, unsigned index) {
+RMSGD_FN long long offset_of(const Side& side, unsigned index) {
   long long offset = 0;
   for (int d = 3; d > 0 && index > 0; --d) {
     const unsigned size = unsigned(side.size[d]);

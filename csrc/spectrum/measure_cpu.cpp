@@ -14,6 +14,7 @@
 #include "eigenvalues_cpu.h"
 #include "gram_cpu.h"
 #include "measure.h"
+#include "stage.h"
 #include "tridiagonal_cpu.h"
 
 namespace rmsgd {
@@ -90,17 +91,10 @@ class Workspace {
 
 // ---- one matrix: Gram, tridiagonal form, eigenvalues ----
 
-enum class Stage { gram_f32 = 0, gram_f64 = 1 };
-
-// Traces that leave room on both sides: nothing overflowed, and what underflowed does not matter.
-bool in_range(double trace, Stage stage) {
-  return stage == Stage::gram_f32 ? trace > 0x1p-60 && trace < 0x1p100 : trace > 0x1p-600 && trace < 0x1p900;
-}
-
 void form_gram(const MatrixView& matrix, Stage stage, Workspace& space, const ThreadTeam& team) {
   const std::ptrdiff_t stride = tridiagonal_stride(rows_of(matrix));
   const double scale = std::ldexp(1.0, space.scale_exponent);
-  if (stage == Stage::gram_f32) {
+  if (stage == STAGE_FP32) {
     RMSGD_DISPATCH(gram_f32)(matrix, float(scale), space.gram, stride, static_cast<float*>(space.copy), team);
   } else {
     RMSGD_DISPATCH(gram_f64)(matrix, scale, space.gram, stride, static_cast<double*>(space.copy), team);
@@ -124,7 +118,7 @@ void form_scaled_gram(const MatrixView& matrix, Stage stage, Workspace& space, c
       const Magnitude magnitude = RMSGD_DISPATCH(magnitude)(matrix);
       if (!magnitude.finite) space.status = NOT_FINITE;
       space.repeat = magnitude.finite && magnitude.largest > 0.0;
-      const int limit = stage == Stage::gram_f32 ? 126 : 1022;
+      const int limit = stage == STAGE_FP32 ? 126 : 1022;
       if (space.repeat) space.scale_exponent = std::min(-std::ilogb(magnitude.largest), limit);
     }
   }
@@ -138,7 +132,7 @@ void form_scaled_gram(const MatrixView& matrix, Stage stage, Workspace& space, c
 int reduce(int rows, Stage stage, Workspace& space, const ThreadTeam& team) {
   const int exponent = -std::ilogb(space.trace);
   const double scale = std::ldexp(1.0, exponent);
-  if (stage == Stage::gram_f32) {
+  if (stage == STAGE_FP32) {
     RMSGD_DISPATCH(tridiagonalise_f32)(space.gram, scale, rows, static_cast<float*>(space.copy),
                                        space.diagonal, space.squares, static_cast<float*>(space.work), team);
   } else {
@@ -165,7 +159,7 @@ Interval prepare(int rows, Stage stage, Workspace& space) {
   for (int i = 0; i + 1 < rows; ++i) {
     space.squares[i] = std::max(space.squares[i] * space.squares[i], SMALLEST_SQUARE);
   }
-  return {upper, upper * (stage == Stage::gram_f32 ? 0x1p-31 : 0x1p-51)};
+  return {upper, upper * (stage == STAGE_FP32 ? 0x1p-31 : 0x1p-51)};
 }
 
 // Eigenvalues of a positive semidefinite matrix: what rounding put below zero is zero.
@@ -200,7 +194,6 @@ bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Worksp
   const int rows = int(rows_of(matrix));
   const double columns = double(columns_of(matrix));
   const double trace = std::ldexp(space.trace, exponent);
-  const double unit = stage == Stage::gram_f32 ? 0x1p-24 : 0x1p-53;
   const Interval interval = prepare(rows, stage, space);
   NeededValues needed = needed_values(rows, columns, trace, interval, space);
   double* const values = space.values;
@@ -223,9 +216,10 @@ bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Worksp
                                                          columns, needed.s_limit, space.tails);
   ModeMetrics metrics = mode_metrics(solo, values, minimum, rows, columns);
   const double next = minimum.rank < needed.count ? values[minimum.rank] : needed.lower / columns;
-  const bool trusted = trustworthy(minimum, metrics, values, next, rows, columns, 8.0 * unit * largest);
+  const bool trusted =
+      trustworthy(minimum, metrics, values, next, rows, columns, 8.0 * roundoff(stage) * largest);
   metrics.noise_variance = std::ldexp(metrics.noise_variance, -exponent - 2 * space.scale_exponent);
-  write_metrics(row, metrics, trusted || stage == Stage::gram_f32 ? MEASURED : NEEDS_SVD, int(stage));
+  write_metrics(row, metrics, trusted || stage == STAGE_FP32 ? MEASURED : NEEDS_SVD, stage);
   space.lap(EVBMF);
   return trusted;
 }
@@ -233,21 +227,21 @@ bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Worksp
 // One row by the team; every member takes the same way through it.
 void measure_one(const MatrixView& matrix, Workspace& space, const ThreadTeam& team, double* row) {
   const int rows = int(rows_of(matrix));
-  Stage stage = matrix.dtype == Dtype::float64 || rows == 1 ? Stage::gram_f64 : Stage::gram_f32;
+  Stage stage = matrix.dtype == Dtype::float64 || rows == 1 ? STAGE_FP64 : STAGE_FP32;
   if (team.rank() == 0) space.start_lap();
-  for (;; stage = Stage::gram_f64) {
+  for (;; stage = STAGE_FP64) {
     form_scaled_gram(matrix, stage, space, team);
     if (team.rank() == 0) space.lap(GRAM);
     if (space.status == NOT_FINITE || space.trace == 0.0 || rows == 1) {
       const double columns = double(columns_of(matrix));
       const double noise = std::ldexp(space.trace / columns, -2 * space.scale_exponent);
-      if (team.rank() == 0) write_metrics(row, {0, noise, 0.0, 1.0, 0.0}, space.status, int(stage));
+      if (team.rank() == 0) write_metrics(row, {0, noise, 0.0, 1.0, 0.0}, space.status, stage);
       break;
     }
     const int exponent = reduce(rows, stage, space, team);
     if (team.rank() == 0) {
       space.lap(REDUCTION);
-      space.repeat = !measure_reduced(matrix, stage, exponent, space, row) && stage == Stage::gram_f32;
+      space.repeat = !measure_reduced(matrix, stage, exponent, space, row) && stage == STAGE_FP32;
     }
     team.barrier();
     if (!space.repeat) break;
@@ -263,8 +257,7 @@ void measure(const MatrixView* matrices, int count, int threads, double* out, do
     if (rows_of(matrices[i]) > 0) {
       order.push_back(i);
     } else {
-      write_metrics(out + std::int64_t(i) * METRICS_FIELDS, {0, 0.0, 0.0, 1.0, 0.0}, MEASURED,
-                    int(Stage::gram_f64));
+      write_metrics(out + std::int64_t(i) * METRICS_FIELDS, {0, 0.0, 0.0, 1.0, 0.0}, MEASURED, STAGE_FP64);
     }
   }
   // Shared ones first, then by cost; equal ones in the order given.

@@ -4,6 +4,7 @@
 
 #include "../evbmf/metrics.h"
 #include "../evbmf/needed.h"
+#include "stage.h"
 #include "sturm.h"
 
 namespace rmsgd {
@@ -32,12 +33,6 @@ RMSGD_FN int measure_scratch(int L, int members) {
   const int counts = sturm_counts(L > BoundGrid::SIZE ? L : BoundGrid::SIZE, members);
   return (2 * L + 2) * int(sizeof(T)) + (2 * L + 2) * int(sizeof(T)) + (L + 2) * int(sizeof(double)) +
          (counts + 2) * int(sizeof(int));
-}
-
-// Unit roundoff of T, and what a Gram matrix in it counts as stage.
-template <class T>
-RMSGD_FN double roundoff() {
-  return sizeof(T) == 4 ? 0x1p-24 : 0x1p-53;
 }
 
 struct TridiagonalSpectrum {
@@ -92,7 +87,7 @@ RMSGD_FN TridiagonalSpectrum tridiagonal_spectrum(Team& team, const T* diagonal_
   const double largest = needed.count > 0 ? double(low[0]) : double(upper);
   // Values of an fp32 Gram matrix that are lost in rounding fail the guard; those of an fp64 one are
   // zero where double could not tell them from it.
-  const double zero = sizeof(T) == 8 ? 64.0 * L * roundoff<T>() * largest : 0.0;
+  const double zero = sizeof(T) == 8 ? 64.0 * L * roundoff(STAGE_FP64) * largest : 0.0;
   for (int h = team.rank(); h < needed.count; h += team.size()) {
     c[h] = double(low[h]) > zero ? double(low[h]) / M : 0.0;
   }
@@ -115,10 +110,10 @@ RMSGD_FN bool measure_spectrum(Team& team, const TridiagonalSpectrum& spectrum, 
                                                          M, spectrum.s_limit, spectrum.tails);
   ModeMetrics metrics = mode_metrics(team, spectrum.c, minimum, double(L), M);
   const double next = minimum.rank < spectrum.count ? spectrum.c[minimum.rank] : spectrum.next;
-  const double error = 8.0 * roundoff<T>() * spectrum.largest;
+  const double error = 8.0 * roundoff(stage_of<T>()) * spectrum.largest;
   if (!trustworthy(minimum, metrics, spectrum.c, next, L, M, error)) return false;
   metrics.noise_variance = ldexp(metrics.noise_variance, -exponent);
-  if (team.rank() == 0) write_metrics(row, metrics, MEASURED, sizeof(T) == 4 ? 0 : 1);
+  if (team.rank() == 0) write_metrics(row, metrics, MEASURED, stage_of<T>());
   return true;
 }
 
@@ -127,12 +122,12 @@ RMSGD_FN bool measure_spectrum(Team& team, const TridiagonalSpectrum& spectrum, 
 template <class Team>
 RMSGD_FN void measure_eigenvalues(Team& team, const double* values, int L, double M, double* scratch,
                                   double* row) {
-  const double zero = 64.0 * L * roundoff<double>() * values[0];
+  const double zero = 64.0 * L * roundoff(STAGE_FP64) * values[0];
   for (int h = team.rank(); h < L; h += team.size()) scratch[h] = values[h] > zero ? values[h] / M : 0.0;
   team.barrier();
   const TridiagonalSpectrum spectrum = {L, 0.0, INFINITY, 0.0, values[0], scratch, scratch + L + 1};
   if (!measure_spectrum<double>(team, spectrum, L, M, 0, row) && team.rank() == 0) {
-    write_metrics(row, {0, 0.0, 0.0, 1.0, 0.0}, NEEDS_SVD, 1);
+    write_metrics(row, {0, 0.0, 0.0, 1.0, 0.0}, NEEDS_SVD, STAGE_FP64);
   }
 }
 

@@ -8,13 +8,6 @@
 namespace rmsgd {
 namespace {
 
-enum ElementType : int { FLOAT32, FLOAT64, FLOAT16, BFLOAT16 };
-
-template <class T>
-__device__ __forceinline__ Stage stage_of() {
-  return sizeof(T) == 4 ? STAGE_FP32 : STAGE_FP64;
-}
-
 // Where a matrix goes that a Gram matrix of this type does not decide.
 template <class T>
 __device__ __forceinline__ Stage next_stage() {
@@ -26,11 +19,11 @@ __device__ __forceinline__ Stage next_stage() {
 template <class Visit>
 __device__ __forceinline__ auto with_elements(const CudaMatrix& matrix, const Visit& visit) {
   switch (matrix.dtype) {
-    case FLOAT32:
+    case Dtype::float32:
       return visit(static_cast<const float*>(matrix.weight));
-    case FLOAT64:
+    case Dtype::float64:
       return visit(static_cast<const double*>(matrix.weight));
-    case FLOAT16:
+    case Dtype::float16:
       return visit(static_cast<const Float16*>(matrix.weight));
     default:
       return visit(static_cast<const BFloat16*>(matrix.weight));
@@ -150,10 +143,7 @@ __device__ __forceinline__ void tridiagonal_block(const SpectrumArguments& argum
   double trace = 0.0;
   for (int i = team.rank(); i < n; i += team.size()) trace += double(gram[(long long)i * stride + i]);
   trace = team.sum(trace);
-  // Within these, nothing overflowed and what underflowed does not matter. Zeros and NaN are outside.
-  const bool in_range =
-      sizeof(T) == 4 ? trace > 0x1p-60 && trace < 0x1p100 : trace > 0x1p-600 && trace < 0x1p900;
-  if (!in_range) {
+  if (!in_range(trace, stage_of<T>())) {
     if (team.rank() == 0) state.stage = next_stage<T>();
     return;
   }

@@ -16,19 +16,18 @@
 // every matrix, counted .1 ms for ResNet50 on an H100-class card and .5 ms on sm_75.
 #pragma once
 
+#include "../evbmf/metrics.h"
 #include "gram_cuda.h"
 
 namespace rmsgd {
 
 struct Meeting;
 
-enum Stage : int { STAGE_FP32, STAGE_FP64, STAGE_SVD, STAGE_DONE };
-
 struct SpectrumState {
   unsigned long long fingerprint;  // of the weights
   double trace;                    // of the Gram matrix, scaled by 2^exponent
   int exponent;
-  int stage;
+  Stage stage;
 };
 
 // A block of the tridiagonal reduction.
