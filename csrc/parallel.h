@@ -4,6 +4,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -42,22 +43,25 @@ inline void on_new_threads(int threads, const Work& work) {
   for (std::thread& thread : others) thread.join();
 }
 
-// Calls work(thread, threads) on up to `threads` threads and waits for all of them. The work throws nothing.
+// Calls work(thread, threads) on up to `threads` threads and waits for all of them. There is something to do
+// for no more than `pieces` of them. The work throws nothing.
 template <class Work>
-inline void parallel(int threads, const Work& work) {
+inline void parallel(int threads, std::int64_t pieces, const Work& work) {
   if (threads > MOST_THREADS) threads = MOST_THREADS;
-  if (threads <= 1) {
+  if (threads <= 1 || pieces <= 1) {
     work(0, 1);
     return;
   }
 #if defined(_OPENMP)
   if (!is_forked_child()) {
+    // Never on some of them: GNU's runtime ends the threads of its pool that a region does without, and
+    // torch's next operation would have to start them anew.
 #pragma omp parallel num_threads(threads)
     work(omp_get_thread_num(), omp_get_num_threads());
     return;
   }
 #endif
-  on_new_threads(threads, work);
+  on_new_threads(pieces < threads ? int(pieces) : threads, work);
 }
 
 }  // namespace rmsgd

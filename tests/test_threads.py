@@ -1,5 +1,8 @@
 """Threads, forks and exits: the same bits whatever the number of threads, and nothing hangs or crashes."""
 
+import json
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -88,6 +91,29 @@ def trained(seed, steps=6):
         if step % 2:
             optimizer.epoch_step()
     return [p.detach() for p in parameters]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the threads of a process are counted by Linux")
+def test_a_step_with_less_work_than_threads_leaves_torchs_threads_alone():
+    there = subprocess.run([sys.executable, "-c", SMALL_STEPS], capture_output=True, text=True, check=True)
+    assert json.loads(there.stdout) == []
+
+
+SMALL_STEPS = """
+import json, os, torch, rmsgd
+def threads():
+    return set(os.listdir("/proc/self/task"))
+torch.set_num_threads(6)
+large = torch.zeros(1 << 20)
+small = torch.nn.Parameter(torch.randn(200, 200))  # work for three threads
+small.grad = torch.randn(200, 200)
+optimizer = rmsgd.RMSGD([small])
+optimizer.step(), optimizer.epoch_step(), large.add_(1)
+before = threads()
+for _ in range(3):
+    optimizer.step(), optimizer.epoch_step(), large.add_(1)
+print(json.dumps(sorted(threads() - before)))
+"""
 
 
 def test_optimizers_in_several_threads_do_not_disturb_each_other():

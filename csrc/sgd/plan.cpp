@@ -90,7 +90,7 @@ void StepPlan::step(const std::vector<StepGroup>& groups, double grad_scale, int
   const auto step_pieces = RMSGD_DISPATCH(step_pieces);
   const int64_t shares = int64_t(shares_.size()) - 1;
   std::atomic<int64_t> next{0};
-  parallel(int(std::min<int64_t>(threads, shares)), [&](int, int) {
+  parallel(threads, shares, [&](int, int) {
     for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < shares;) {
       step_pieces(pieces_.data() + shares_[k], shares_[k + 1] - shares_[k], tensors_.data(), groups.data(),
                   grad_scale);

@@ -280,7 +280,7 @@ void measure(const MatrixView* matrices, int count, int threads, double* out, do
 
   Barrier meeting;
   std::atomic<int> next{shared};
-  parallel(threads, [&](int thread, int actual) {
+  parallel(threads, shared > 0 ? threads : total, [&](int thread, int actual) {
     const ThreadTeam team(thread, actual, &meeting);
     for (int k = 0; k < shared; ++k) {
       measure_one(matrices[order[k]], spaces[0], team, out + std::int64_t(order[k]) * METRICS_FIELDS);
