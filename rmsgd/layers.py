@@ -97,12 +97,6 @@ def measurement_weights(shape: Sequence[int], rule: str) -> list[float]:
     return [sum(1.0 / rows for rows in u.channels) / modes for u in parts]
 
 
-def extent(tensor: Tensor) -> tuple[int, int]:
-    """The addresses that a tensor with elements lies between."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
 def as_matrix(weight: Tensor, unfolding: Unfolding) -> Tensor:
     """The L x M matrix, a view of ``weight`` where its layout allows one."""
     return weight.permute(unfolding.small + unfolding.large).reshape(unfolding.L, unfolding.M)

@@ -25,12 +25,11 @@ from rmsgd.backends.base import (
     StepGroup,
     StepTables,
     buffer_dtype,
-    is_aligned,
     same_layout,
 )
 from rmsgd.distributed import SharedMeasurement, is_dtensor, local, local_gradient
-from rmsgd.layers import Unfolding, extent, is_probed, leader_of, measurement_weights, unfoldings
-from rmsgd.layouts import Layouts
+from rmsgd.layers import Unfolding, is_probed, leader_of, measurement_weights, unfoldings
+from rmsgd.layouts import Layouts, check_apart, dense_forms
 from rmsgd.measurement import Measurement
 from rmsgd.state import State, buffer_key
 
@@ -94,9 +93,9 @@ class Ledger:
         place = torch.device("cpu") if self._backend.on_host else self.device
         self._eta = torch.tensor(rates, dtype=torch.float64, device=place)
         self._fresh = torch.tensor(fresh, dtype=torch.bool, device=place)
-        self._stepped, self._copies = _dense([local(p) for p in self._parameters])
+        self._stepped, self._copies = dense_forms([local(p) for p in self._parameters])
         self._empty = [i for i, p in enumerate(self._stepped) if p.numel() == 0]
-        _check_apart([local(p) for p in self._parameters], [m.name for m in self.members])
+        check_apart([local(p) for p in self._parameters], [m.name for m in self.members])
         buffers = [None if buffer is None else local(buffer) for buffer in self._buffers]
         self._stepper = self._backend.stepper(
             StepTables(self._stepped, buffers, [m.group for m in self.members], self._eta, self._fresh)
@@ -273,53 +272,6 @@ class Ledger:
         ranks, ready = self._tables.stable_rank.tolist(), self._tables.ready.tolist()
         for i, s, r in zip(self._probed, ranks, ready, strict=True):
             self._states[i]["stable_rank"], self._states[i]["ready"] = s, bool(r)
-
-
-def _dense(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """The parameters as the kernels take them, and (parameter, copy) for those with gaps or misaligned."""
-    dense, copies = [], []
-    for p in parameters:
-        like = torch.empty_like(p, memory_format=torch.preserve_format)
-        as_it_is = like.stride() == p.stride() and is_aligned(p)
-        if not as_it_is:
-            copies.append((p, like))
-        dense.append(p if as_it_is else like)
-    return dense, copies
-
-
-def _check_apart(parameters: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Refuse parameters that share memory: they are stepped at the same time."""
-    extents = [(*extent(p), i) for i, p in enumerate(parameters) if p.numel() and not p.is_meta]
-    clusters: list[list[int]] = []  # of those whose extents meet
-    reach = 0
-    for begin, end, i in sorted(extents):
-        if begin >= reach:
-            clusters.append([])
-        clusters[-1].append(i)
-        reach = max(reach, end)
-    for cluster in clusters:
-        pair = _first_to_share([parameters[i] for i in cluster]) if len(cluster) > 1 else None
-        if pair is not None:
-            first, second = (names[i] for i in sorted(cluster[k] for k in pair))
-            raise RuntimeError(
-                f"{first} and {second} share memory: give RMSGD one of them, or tie the "
-                "modules by one Parameter (a.weight = b.weight)"
-            )
-
-
-def _first_to_share(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
-    """Two of these that have a byte in common; the columns of one matrix, for one, need not."""
-    first = min(t.data_ptr() for t in tensors)
-    unit = math.gcd(*(n for t in tensors for n in (t.data_ptr() - first, t.element_size())))
-    owner = torch.zeros((max(extent(t)[1] for t in tensors) - first) // unit, dtype=torch.int32, device="cpu")
-    for k, t in enumerate(tensors):
-        of_element = t.element_size() // unit
-        strides = [stride * of_element for stride in t.stride()]
-        mine = owner.as_strided((*t.shape, of_element), (*strides, 1), (t.data_ptr() - first) // unit)
-        if mine.any():
-            return int(mine.max()) - 1, k
-        mine.fill_(k + 1)
-    return None
 
 
 def _check_gradient(grad: Tensor, name: str) -> None:

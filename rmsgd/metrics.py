@@ -73,14 +73,13 @@ class LayerMetrics:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them: lists for tuples, None for what is undefined."""
-        return {
-            key: list(value)
-            if isinstance(value, tuple)
-            else None
-            if isinstance(value, float) and math.isnan(value)
-            else value
-            for key, value in vars(self).items()
-        }
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, float) and math.isnan(value):
+                return None
+            return list(value) if isinstance(value, tuple) else value
+
+        return {key: plain(value) for key, value in vars(self).items()}
 
 
 @dataclass(frozen=True)

@@ -341,6 +341,10 @@ class RMSGD(Optimizer):
         On a GPU the work goes on beside whatever is asked of it next, and ``step`` waits for it. The few
         weights that take more than single precision are read once more by then: one that was written to
         meanwhile, by anything but ``step``, keeps its rate, and the report says that it changed.
+
+        Raises:
+            RuntimeError: the ranks of a process group or a mesh do not hold the same layers, a parameter was
+                resized, or two share memory.
         """
         ledgers = self._current_ledgers()
         if not all(ledger.probes_the_same(self.param_groups) for ledger in ledgers):

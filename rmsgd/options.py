@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rmsgd.backends.base import RateGroup, StepGroup
-from rmsgd.layers import SUPPORTED_DTYPES, extent
+from rmsgd.layers import SUPPORTED_DTYPES
+from rmsgd.layouts import extent
 from rmsgd.reference import RULES
 
 INITIAL_RANKS = ("zero", "measure")

@@ -167,8 +167,10 @@ void tridiagonalise(const double* gram, double scale, int n, T* memory, double* 
   const ptrdiff_t stride = tridiagonal_stride(n);
   const ptrdiff_t end = vectors_up<T>(n);
   const FourRows<T> matrix = {memory, stride};
-  // In place, the elements of four rows change their order: `work` keeps them meanwhile, and has room for 12.
-  const int packers = team.size() < 12 ? team.size() : 12;
+  // In place, the elements of four rows change their order: `work` keeps them meanwhile, in the room for V,
+  // W, V.
+  constexpr int ROOM = 3 * PANEL / 4;
+  const int packers = team.size() < ROOM ? team.size() : ROOM;
   T* const four_rows = work + team.rank() * 4 * stride;
   for (ptrdiff_t top = 4 * team.rank(); team.rank() < packers && top < end; top += 4 * packers) {
     const ptrdiff_t first = vectors_down<T>(top);

@@ -22,7 +22,7 @@ from rmsgd.backends.base import (
 )
 from rmsgd.backends.cuda_spectra import LARGEST, Matrix, SpectraPlan, workspace_bytes
 from rmsgd.backends.cuda_step import CudaStepper
-from rmsgd.backends.kernels import Kernels, upload
+from rmsgd.backends.kernels import TEAM_SHARED, Kernels, upload
 from rmsgd.backends.streams import Streams
 from rmsgd.backends.torch_ import singular_values
 from rmsgd.layers import as_matrix
@@ -32,7 +32,6 @@ WORKSPACE_BYTES = 224 * 2**20
 
 _KEPT_PLANS = 8
 _RATES_THREADS = 256
-_TEAM_SHARED = 512
 _VALUES_THREADS = 32
 
 _RATE_GROUP = np.dtype(
@@ -243,7 +242,7 @@ class CudaBackend:
             device.index or 0,
             1,
             _RATES_THREADS,
-            _TEAM_SHARED,
+            TEAM_SHARED,
             streams.current(),
             arguments,
         )
@@ -264,7 +263,7 @@ def create() -> CudaBackend:
     version = f"{_cuda.CUDA_VERSION // 1000}.{_cuda.CUDA_VERSION % 1000 // 10}"
     try:
         _cuda.device_count()
-        _cuda.resident_blocks("rmsgd_rates", torch.cuda.current_device(), _RATES_THREADS, _TEAM_SHARED)
+        try_out(_cuda)
     except RuntimeError as error:
         reason = (
             f"{error} (kernels built by CUDA {version} for sm_{_cuda.ARCHITECTURES}): update the driver, "
@@ -286,3 +285,8 @@ def check_torch() -> None:
         raise BackendUnavailable(
             "torch finds no CUDA device: check nvidia-smi; without a GPU or a driver nothing can run"
         )
+
+
+def try_out(kernels: Kernels) -> None:
+    """Load a kernel onto torch's current device; raises RuntimeError with CUDA's message if it cannot be."""
+    kernels.resident_blocks("rmsgd_rates", torch.cuda.current_device(), _RATES_THREADS, TEAM_SHARED)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rmsgd.backends.base import FIELDS
 from rmsgd.backends.cuda_teams import Teams, choose_teams
-from rmsgd.backends.kernels import DTYPES, Kernels, upload
+from rmsgd.backends.kernels import DTYPES, TEAM_SHARED, Kernels, upload
 from rmsgd.backends.streams import Streams
 from rmsgd.layers import Unfolding
 
@@ -27,7 +27,6 @@ _COLUMNS_PER_SPLIT = 2048
 _SPLIT_TILES = 64
 """Matrices of fewer tiles than this are split along their columns too."""
 _GRAM_THREADS, _TRIDIAGONAL_THREADS, _MEASURE_THREADS, _SVD_THREADS = 256, 512, 256, 512
-_TEAM_SHARED = 512
 _MEETING_BYTES = 1024
 _VECTORS = 5
 """Vectors of scratch for a reduction."""
@@ -111,11 +110,11 @@ def svd_scratch_bytes(L: int, members: int) -> int:
 
 def _measure_shared(L: int, itemsize: int) -> int:
     counts = max(L, 96, _MEASURE_THREADS)
-    return _TEAM_SHARED + 2 * (2 * L + 2) * itemsize + (L + 2) * 8 + (counts + 2) * 4
+    return TEAM_SHARED + 2 * (2 * L + 2) * itemsize + (L + 2) * 8 + (counts + 2) * 4
 
 
 def _gram_shared(itemsize: int) -> int:
-    return _TEAM_SHARED + 2 * 16 * (_TILE + 4) * itemsize + (2 * _TILE + 256) * 8
+    return TEAM_SHARED + 2 * 16 * (_TILE + 4) * itemsize + (2 * _TILE + 256) * 8
 
 
 def _side(weight: Tensor, dims: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -173,7 +172,7 @@ class SpectraPlan:
             self._plan_reduction("rmsgd_tridiagonal", 4),
             self._plan_reduction("rmsgd_tridiagonal_double", 8),
         )
-        resident = kernels.resident_blocks("rmsgd_svd", self._index, _SVD_THREADS, _TEAM_SHARED)
+        resident = kernels.resident_blocks("rmsgd_svd", self._index, _SVD_THREADS, TEAM_SHARED)
         self._svd_blocks = max(1, min(_MOST_SVD_BLOCKS, resident))
         table, self.workspace_bytes = self._matrix_table(chosen)
         items, self._item_counts = _items(self._rows, table["splits"])
@@ -188,7 +187,7 @@ class SpectraPlan:
         # A reduction by one block keeps its vectors and its matrix in shared memory if there is room, two
         # blocks to a multiprocessor.
         most, multiprocessor = self._kernels.shared_memory(self._index)
-        parts = _TEAM_SHARED + 4 * _TRIDIAGONAL_THREADS * itemsize
+        parts = TEAM_SHARED + 4 * _TRIDIAGONAL_THREADS * itemsize
         budget = min(most, multiprocessor // 2 - 1024) - parts
         sizes = (rows * _padded(L) * itemsize for L in self._rows for rows in (_VECTORS, _VECTORS + L))
         shared = parts + max((size for size in sizes if size <= budget), default=0)
@@ -234,7 +233,7 @@ class SpectraPlan:
         arguments = np.zeros(1, _ARGUMENTS)
         head = arguments[0]
         head["matrix"], head["item"] = self._matrices.data_ptr(), self._items.data_ptr()
-        head["block"], head["row"] = self._blocks.data_ptr(), self._row.data_ptr()
+        head["row"] = self._row.data_ptr()
         head["workspace"], head["svd_scratch"] = workspace.data_ptr(), scratch.data_ptr()
         head["state"], head["meeting"] = state.data_ptr(), meeting.data_ptr()
         head["table"], head["matrices"] = table.data_ptr(), self.count
@@ -261,17 +260,17 @@ class SpectraPlan:
             launch(f"rmsgd_measure{suffix}", self.count, _MEASURE_THREADS, shared, stream)
 
         gram, parts, gram_double = self._item_counts
-        launch("rmsgd_fingerprint", gram, _GRAM_THREADS, _TEAM_SHARED, streams.caller())
+        launch("rmsgd_fingerprint", gram, _GRAM_THREADS, TEAM_SHARED, streams.caller())
         launch("rmsgd_gram", gram, _GRAM_THREADS, _gram_shared(4), streams.caller())
         head["item"] = first_item + gram * _ITEM.itemsize
-        launch("rmsgd_gram_sum", parts, _GRAM_THREADS, _TEAM_SHARED, streams.caller())
+        launch("rmsgd_gram_sum", parts, _GRAM_THREADS, TEAM_SHARED, streams.caller())
         streams.fork()
         stream = streams.current()
         reduce_and_measure(0, stream)
         head["item"] = first_item + (gram + parts) * _ITEM.itemsize
         launch("rmsgd_gram_double", gram_double, _GRAM_THREADS, _gram_shared(8), stream)
         reduce_and_measure(1, stream)
-        launch("rmsgd_svd", self._svd_blocks, _SVD_THREADS, _TEAM_SHARED, stream, True)
+        launch("rmsgd_svd", self._svd_blocks, _SVD_THREADS, TEAM_SHARED, stream, True)
         for tensor in (meeting, state, self._matrices, self._items, self._state, self._blocks, self._row):
             streams.keep(tensor)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rmsgd._version import __version__
 from rmsgd.backends.base import BackendUnavailable
-from rmsgd.backends.cuda import CudaBackend, check_torch
+from rmsgd.backends.cuda import CudaBackend, check_torch, try_out
 
 SOURCES = ("sgd/step_cuda.cu", "spectrum/spectrum_cuda.cu", "evbmf/rates_cuda.cu")
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -183,7 +183,7 @@ def create() -> CudaBackend:
         ) from None
     try:
         kernels = NvrtcKernels(cupy)
-        kernels.resident_blocks("rmsgd_rates", torch.cuda.current_device(), 256, 512)
+        try_out(kernels)
         version = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
     except (RuntimeError, OSError, ImportError) as error:
         raise BackendUnavailable(
