@@ -214,7 +214,7 @@ def _nothing(
         return f"{what}: no layer's name matches {patterns!r} (of {len(layers)} layers)"
     if tensors:
         return f"{what}: no weights in it (none of {len(tensors)} tensors has two or more dimensions)"
-    return f"{what}: no weights in it (no tensors)"
+    return f"{what}: no weights in it (no named tensors of a model)"
 
 
 def _cost(stored: StoredTensor) -> int:

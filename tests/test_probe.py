@@ -194,6 +194,7 @@ SKIPPED = {
     "sparse": (torch.eye(4).to_sparse(), "sparse"),
     "quantised": (lambda: torch.quantize_per_tensor(torch.randn(4, 4), 0.1, 0, torch.qint8), "quantised"),
     "meta": (torch.empty(4, 4, device="meta"), "meta"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)]), "nested"),
     "empty": (torch.empty(0, 4), "empty"),
     "one row": (torch.randn(1, 40), "no spectrum"),
     "six dimensions": (torch.randn(2, 2, 2, 2, 2, 2), "five dimensions"),

@@ -3,14 +3,16 @@
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint
 from safetensors.torch import save_file
-from torch import nn
+from torch import distributed, nn
 
 import rmsgd
 from rmsgd.inspection.checkpoints import CheckpointError, natural_order, open_checkpoint
@@ -240,6 +242,8 @@ BAD = {
     "biases.pt": lambda path: torch.save({"bias": torch.zeros(4)}, path),
     "settings.pt": lambda path: torch.save({"lr": 0.1}, path),
     "number.pt": lambda path: torch.save(3, path),
+    "list.pt": lambda path: torch.save([torch.zeros(4, 4)], path),
+    "pipe.pt": os.mkfifo,
     "holds itself as the model.pt": lambda path: torch.save(holding_itself("model"), path),
     "holds itself as another.pt": lambda path: torch.save(holding_itself("other"), path),
     "sharing its wrappers.pt": lambda path: torch.save(shared_tenfold(WRAPPERS), path),
@@ -257,6 +261,28 @@ def test_what_cannot_be_read_is_one_line_that_names_the_file(tmp_path, name):
         rmsgd.probe(tmp_path / name)
     assert name in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_torch_file_that_was_cut_is_called_incomplete(tmp_path):
+    cut(tmp_path / "model.pt", torch.save)
+    with pytest.raises(CheckpointError, match=r"model\.pt: not a complete torch file"):
+        rmsgd.probe(tmp_path / "model.pt")
+
+
+def test_only_an_optimizers_or_unnamed_tensors_are_no_named_tensors_of_a_model(tmp_path):
+    for content in (adam(), [torch.zeros(4, 4)]):
+        torch.save(content, tmp_path / "other.pt")
+        with pytest.raises(CheckpointError, match="no named tensors of a model"):
+            rmsgd.probe(tmp_path / "other.pt")
+
+
+def test_a_distributed_checkpoint_is_answered_with_the_command_that_makes_a_file_of_it(tmp_path):
+    distributed.checkpoint.save({"model": weights()}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    with pytest.raises(CheckpointError, match=r"distributed checkpoint.* dcp_to_torch") as error:
+        rmsgd.probe(tmp_path / "dcp")
+    command = shlex.split(str(error.value).rpartition(": ")[2].replace("FILE", str(tmp_path / "model.pt")))
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    assert names(rmsgd.probe(tmp_path / "model.pt")) == list(weights())
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,11 @@ def _of_folder(folder: Path) -> tuple[list[Path], list[str]]:
         raise CheckpointError(f"{folder}: {error.strerror}") from None
     files = [p for p in entries if p.suffix == ".safetensors"]
     files = files or [p for p in entries if p.suffix in TORCH_SUFFIXES and p.name != SETTINGS]
+    if not files and (folder / ".metadata").exists():
+        raise CheckpointError(
+            f"{folder}: a distributed checkpoint; torch makes a file of it: "
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE"
+        )
     if not files:
         suffixes = ", ".join((".safetensors", *TORCH_SUFFIXES))
         raise CheckpointError(f"{folder}: no checkpoint in this folder (none of {suffixes})")
@@ -185,6 +190,8 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 
 def _open(path: Path) -> _File:
     try:
+        if path.is_fifo():
+            raise CheckpointError(f"{path}: a pipe, and weights are read where they lie; save it to a file")
         with path.open("rb") as file:
             head = file.read(512)
     except OSError as error:
@@ -326,6 +333,6 @@ def _explain(error: Exception, what: str) -> str:
     if "TorchScript archive" in text:
         return "refused: a TorchScript archive holds code; save model.state_dict() instead"
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+        return error.strerror if error.filename else f"{what} ({error.strerror})"
     reason = text.splitlines()[0] if text else type(error).__name__
     return f"{what} ({reason.split('. ')[0]})"

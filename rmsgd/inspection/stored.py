@@ -50,6 +50,9 @@ def stored_tensors(values: Mapping[str, Any], read: Callable[[str], Tensor]) -> 
     """
     first: dict[Hashable, str] = {}
     for name, value in values.items():
+        if getattr(value, "is_nested", False):
+            yield StoredTensor(name, (), partial(read, name), "a nested tensor: parts of several shapes")
+            continue
         memory = _memory(value)
         earlier = name if memory is None else first.setdefault(memory, name)
         skip = None if earlier == name or value.ndim < 2 else f"tied: the same memory as {earlier}"
