@@ -40,7 +40,7 @@ def evbmf(weight: Tensor, vectors: bool = False) -> LowRank:
         vectors: also return the singular vectors.
 
     Raises:
-        TypeError: ``weight`` is not a floating-point tensor.
+        TypeError: ``weight`` is not a dense floating-point tensor.
         ValueError: it is not a matrix with at least one entry, or has a NaN or an Inf.
     """
     if not isinstance(weight, Tensor):
@@ -49,6 +49,8 @@ def evbmf(weight: Tensor, vectors: bool = False) -> LowRank:
         raise TypeError(f"weight must be a real floating-point tensor, got {weight.dtype}")
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"weight must be a matrix with at least one entry, got shape {tuple(weight.shape)}")
+    if weight.layout != torch.strided:
+        raise TypeError(f"weight must be dense, got layout {weight.layout}: use to_dense()")
     if weight.is_meta:
         raise ValueError("weight is on the meta device: it has a shape but no values")
     matrix = weight.detach().double()

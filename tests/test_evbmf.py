@@ -181,6 +181,7 @@ def test_strided_and_subnormal_matrices():
         (torch.ones(2, 2, dtype=torch.int64), TypeError, "real floating-point tensor, got torch.int64"),
         (torch.ones(2, 2, dtype=torch.complex64), TypeError, "complex64"),
         (torch.ones(2, 2, device="meta"), ValueError, "meta device"),
+        (torch.eye(2).to_sparse(), TypeError, "must be dense, got layout torch.sparse_coo"),
         (np.ones((2, 2)), TypeError, "must be a torch.Tensor, got ndarray"),
     ],
 )
