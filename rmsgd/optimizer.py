@@ -6,6 +6,7 @@ from copy import deepcopy
 from operator import is_
 from typing import Any, Never, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
@@ -215,7 +216,10 @@ class RMSGD(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on: tensors and plain numbers only; see ``rmsgd.state``."""
         self._write_back()
-        return super().state_dict()
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:  # a schedule may compute with NumPy
+            group.update({k: v.item() for k, v in group.items() if isinstance(v, np.generic)})
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint of RMSGD, under any rule, or of ``torch.optim.SGD``.

@@ -60,7 +60,7 @@ OPTIONS: Mapping[str, Range] = {
     "beta": (lambda x: 0.0 <= number(x) < 1.0, "in [0, 1)"),
     "gamma": ABOVE_0,
     "step_size": (
-        lambda x: x is None or (isinstance(x, int) and x > 0),
+        lambda x: x is None or (isinstance(x, int | np.integer) and number(x) > 0),
         "a positive whole number of epochs, or None",
     ),
     "momentum": AT_LEAST_0,
@@ -185,7 +185,7 @@ def rate_group(group: Mapping[str, Any], epoch: int, decay: float) -> RateGroup:
         group["lr0"],
         group["beta"],
         group["zeta"] * decay,
-        group["gamma"] if decays else 1.0,
+        float(group["gamma"]) if decays else 1.0,
         floor,
         RULES.index(group["rule"]),
         epoch == 0,

@@ -1,8 +1,10 @@
 """A checkpoint carries everything a run needs to go on, and nothing that is not a number."""
 
 import io
+import math
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -78,6 +80,21 @@ def test_the_state_is_tensors_and_plain_numbers():
     for group in state_dict["param_groups"]:
         values = [v for k, v in group.items() if k not in ("params", "param_names")]
         assert all(isinstance(value, (float, int, str, type(None))) for value in values)
+
+
+def test_options_and_schedules_of_numpy_numbers_are_stored_as_plain_ones():
+    model = network()
+    options = {"lr": 0.1, "gamma": 0.5, "weight_decay": 1e-4}
+    numbers = {name: np.float64(value) for name, value in options.items()}
+    optimizer = rmsgd.RMSGD(model.parameters(), step_size=np.int64(1), nesterov=np.bool_(True), **numbers)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: np.exp(-epoch))
+    for _ in range(3):
+        optimizer.epoch_step()
+        schedule.step()
+    state_dict = saved(optimizer.state_dict(), weights_only=True)
+    assert state_dict["param_groups"][0]["lr"] == pytest.approx(0.1 * math.exp(-3))
+    assert state_dict["param_groups"][0]["step_size"] == 1
+    assert state_dict["state"][0]["decay"] == 0.25
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
