@@ -235,6 +235,11 @@ class Ledger:
 
     def epoch_step(self, groups: Sequence[RateGroup]) -> Measurement:
         """Measure every layer and move the rates."""
+        if self.device.type == "meta":
+            raise RuntimeError(
+                f"{self.members[0].name} is on the meta device, without values: make RMSGD of the parameters "
+                "that model.to_empty() leaves"
+            )
         if self._sharing is not None:
             self._sharing.check_agreement(self._description(groups), self.device)
         with self._backend.aside(self.device):

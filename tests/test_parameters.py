@@ -355,6 +355,15 @@ def test_a_device_without_float64_is_stepped_on():
     assert optimizer.state_dict()["state"][0]["fresh"] is False
 
 
+def test_an_epoch_end_of_parameters_without_values_names_one():
+    with torch.device("meta"):
+        model = nn.Linear(3, 2)
+    optimizer = rmsgd.RMSGD(model.named_parameters())
+    model.to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match=r"weight is on the meta device.*model\.to_empty\(\) leaves"):
+        optimizer.epoch_step()
+
+
 def test_the_same_parameter_twice_is_stepped_once():
     p = Parameter(torch.ones(3))
     with pytest.warns(UserWarning, match="duplicate parameters"):
