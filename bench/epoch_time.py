@@ -100,9 +100,10 @@ def table(result: dict[str, Any]) -> Table:
     config, epoch, reference = result["config"], result["epoch"], result["reference"]
     rows = Table(
         title=f"{config['model']}, batch {config['batch']}, {config['data']}, {config['device']}: "
-        f"an epoch of {epoch['steps']} steps",
-        caption=f"Medians of {config['rounds']} interleaved rounds, 95 % intervals. Added: own time (steps "
-        f"and epoch end) beyond {reference}'s, in per cent of its epoch. Evaluation is not in the epoch.",
+        f"an epoch of {measure.count(epoch['steps'], 'step')}",
+        caption=f"Medians of {measure.count(config['rounds'], 'interleaved round')}, 95 % intervals. Added: "
+        f"own time (steps and epoch end) beyond {reference}'s, in per cent of its epoch. Evaluation is not "
+        "in the epoch.",
         box=SIMPLE_HEAD,
         show_edge=False,
         padding=0,
@@ -117,7 +118,7 @@ def table(result: dict[str, Any]) -> Table:
         f"epoch\n({reference} = 1)",
         "added\n(%)",
     ):
-        rows.add_column(heading, justify="right", no_wrap=True)
+        rows.add_column(heading, justify="right")  # wraps where a terminal is narrow: no figure is cut
     for row in result["optimizers"]:
         is_reference = row["optimizer"] == reference
         rows.add_row(
@@ -173,7 +174,8 @@ def bar_chart(path: Path, result: dict[str, Any]) -> Path:
             "epoch end": [row["epoch_end"]["median"] for row in rows],
         },
         notes=[f"{row['ratio']['median']:.2f}" for row in rows],
-        xlabel=f"time of one epoch of {steps} steps (s); at the bar's end: {result['reference']} = 1",
+        xlabel=f"time of one epoch of {measure.count(steps, 'step')} (s); at the bar's end: "
+        f"{result['reference']} = 1",
         title=f"{config['model']}, batch {config['batch']}, {config['data']}, {config['device']}",
     )
     return path

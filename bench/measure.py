@@ -276,6 +276,11 @@ def machine() -> dict[str, Any]:
     return description
 
 
+def count(number: int, what: str) -> str:
+    """`1 epoch`, `2 epochs`."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
 def write_json(path: str | Path, payload: Any) -> None:
     """Writes `payload` as indented JSON, whole or not at all; folders are made.
 

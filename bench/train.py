@@ -145,12 +145,13 @@ def _train(settings: Settings, console: Console) -> list[Run]:
 def table(settings: Settings, summary: dict[str, dict[str, Any]]) -> Table:
     """The summary as one table: a row per optimizer."""
     reference = training.reference_optimizer(settings)
-    title = f"{settings.model} on {settings.data}, {settings.epochs} epochs, {_seeds(settings)}"
+    epochs, seeds = measure.count(settings.epochs, "epoch"), measure.count(len(settings.seeds), "seed")
+    title = f"{settings.model} on {settings.data}, {epochs}, {seeds}"
     caption = (
         f"Seconds: medians per epoch. Epoch time: training and epoch end over {reference}'s in the same "
         "epochs, with its 95 % interval; evaluation is left out."
     )
-    rows = Table(title=title, caption=caption, box=SIMPLE_HEAD, show_edge=False, collapse_padding=True)
+    rows = Table(title=title, caption=caption, box=SIMPLE_HEAD, show_edge=False, padding=0)
     rows.add_column("optimizer", no_wrap=True)
     for column in (
         "test accuracy\n(%)",
@@ -159,18 +160,13 @@ def table(settings: Settings, summary: dict[str, dict[str, Any]]) -> Table:
         "evaluation\n(s)",
         f"epoch time\n({reference} = 1)",
     ):
-        rows.add_column(column, justify="right", no_wrap=True)
+        rows.add_column(column, justify="right")  # wraps where a terminal is narrow: no figure is cut
     for name, entry in summary.items():
         seconds = [_number(entry["seconds"][phase], ".3f") for phase in training.PHASES]
         ratio = entry["epoch_time_ratio"]
         relative = measure.Interval(**ratio).text() if ratio else "-"
         rows.add_row(name, _accuracy(entry), *seconds, "1" if name == reference else relative)
     return rows
-
-
-def _seeds(settings: Settings) -> str:
-    count = len(settings.seeds)
-    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def _accuracy(entry: dict[str, Any]) -> str:
@@ -219,7 +215,7 @@ def figures(folder: Path, settings: Settings, runs: Sequence[Run]) -> list[Path]
         },
         ylabel="test accuracy (%)",
         xlabel="wall-clock time of training, evaluation left out (s)",
-        title=f"{subject}: mean and range over {_seeds(settings)}",
+        title=f"{subject}: mean and range over {measure.count(len(settings.seeds), 'seed')}",
     )
     return [*written, path]
 

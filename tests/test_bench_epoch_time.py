@@ -1,11 +1,13 @@
 """`python -m bench epoch-time`: parts that add up, ratios by round, and answers to bad input."""
 
 import csv
+import io
 import json
 
 import pytest
 import torch
 from commands import run_bench
+from rich.console import Console
 
 from bench import data, epoch_time, epoch_timing
 from bench.__main__ import main
@@ -125,6 +127,22 @@ def test_the_command_leaves_json_csv_and_a_chart(capsys, tmp_path):
     assert float(lines[0]["ratio_median"]) > 0
     assert lines[0]["ratio_low"] == lines[0]["ratio_high"] == ""
     assert (tmp_path / "epoch-time-resnet14-digits-cpu.png").stat().st_size > 1000
+
+
+def test_no_figure_of_the_table_is_cut_in_80_columns(result):
+    slow = json.loads(json.dumps(result))
+    slow["optimizers"][0] |= {
+        "optimizer": "rmsgd-published",
+        "forward_backward": {"median": 46.20012},
+        "epoch": {"median": 18071.25},
+        "ratio": {"median": 10.983, "low": 10.971, "high": 10.993},
+    }
+    console = Console(width=80, file=io.StringIO())
+    console.print(epoch_time.table(slow))
+    shown = console.file.getvalue()
+    for text in ("rmsgd-published", "46200.12", "18071.25", "10.983", "10.971", "10.993]"):
+        assert text in shown
+    assert "…" not in shown
 
 
 def test_parts_that_do_not_add_up_are_status_1(capsys, tmp_path, monkeypatch, result):

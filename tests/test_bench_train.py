@@ -1,6 +1,7 @@
 """`python -m bench train`: what it trains, measures, writes and answers."""
 
 import dataclasses
+import io
 import json
 import math
 import subprocess
@@ -9,8 +10,10 @@ import sys
 import pytest
 import torch
 from commands import run_bench
+from rich.console import Console
 
 from bench import data, training
+from bench import train as train_command
 from bench.__main__ import COMMANDS, main
 from bench.training import Settings
 from rmsgd import plots
@@ -159,6 +162,33 @@ def test_a_run_leaves_a_result_a_table_and_figures(capsys, tmp_path):
         "rmsgd-learning-rates.png",
         "rmsgd-stable-rank.png",
     ]
+
+
+def test_no_figure_of_the_table_is_cut_in_80_columns():
+    settings = dataclasses.replace(TINY, epochs=1, seeds=(0,), optimizers=("rmsgd-published", "sgd"))
+    entry = {
+        "runs": 3,
+        "diverged": 1,
+        "test_accuracy_mean": 0.9852,
+        "test_accuracy_std": 0.0089,
+        "seconds": dict.fromkeys(training.PHASES, 1234.567),
+        "epoch_time_ratio": {"median": 10.983, "low": 10.971, "high": 10.993},
+    }
+    console = Console(width=80, file=io.StringIO())
+    console.print(train_command.table(settings, dict.fromkeys(settings.optimizers, entry)))
+    shown = console.file.getvalue()
+    for text in (
+        "98.52 ±",
+        "0.89",
+        "diverged)",
+        "1234.567",
+        "10.983",
+        "10.971",
+        "10.993]",
+        "1 epoch, 1 seed",
+    ):
+        assert text in shown
+    assert "…" not in shown
 
 
 def test_the_result_says_what_was_run_where_and_how_it_went(capsys, tmp_path):

@@ -89,9 +89,8 @@ def load(path: Path, machine: Mapping[str, Any], threads: int) -> Baseline:
             f"RMSGD_ISA={found.machine['isa']} forces the same{advice}"
         )
     if found.machine["threads"] != threads:
-        raise GateError(
-            f"{path} was taken with {found.machine['threads']} threads, this run has {threads} (--threads)"
-        )
+        taken = measure.count(found.machine["threads"], "thread")
+        raise GateError(f"{path} was taken with {taken}, this run has {threads} (--threads)")
     return found
 
 
