@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -351,6 +352,11 @@ def test_a_missing_baseline_is_status_2_and_says_how_to_get_one(tmp_path, capsys
         (["--update", "--against", "HEAD"], "exclude each other"),
         (["--readme", "README.md"], "--readme: the table is that of --self-test N"),
         (["--self-test", "1", "--target", "their:step"], "--self-test runs the gate as it is"),
+        (["--json", "--update"], "--json: it is a judgement that is printed so"),
+        (["--json", "--self-test", "1"], "--json: it is a judgement that is printed so"),
+        (["--limit", "1.2"], "--limit is of --target without a baseline"),
+        (["--limit", "1.2", "--target", "a:b", "--baseline", "c.json"], "--limit is of --target without"),
+        (["--baseline", "c.json", "--against", "HEAD"], "--baseline and --against exclude each other"),
         (["--target", "their_training"], "expected module:function, got 'their_training'"),
     ],
 )
@@ -546,6 +552,12 @@ def test_the_self_test_knows_what_is_right(self_test, tmp_path):
     ]
     assert [run["right"] for run in record["runs"][:3]] == [True, True, False]
     assert "| step slowed | 2 | 0 | 2 | 0 |" in page.read_text()
+
+
+def test_a_run_of_the_self_test_may_take_as_long_as_it_may_measure_and_a_little_more(self_test, monkeypatch):
+    for seconds, right in ((84.0, True), (86.0, False)):
+        monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=iter((0.0, seconds)).__next__))
+        assert trial.one("unchanged", trial.Settings(Path("b.json"), 1, 60.0))["right"] is right
 
 
 def test_the_self_test_passes_its_settings_on(self_test, tmp_path):

@@ -34,6 +34,7 @@ PASSED, SLOWER, UNDECIDED = 0, 1, 2
 BASELINE = ROOT / "bench" / "baseline.json"
 LONGEST_S = 35.0
 AGAINST_S = 120.0  # a round times both sides with their controls, and has the noise of two processes
+LIMIT = 1.05
 LAUNCHES = 7
 LAUNCH_S = 9.0
 INTERRUPTED = 130
@@ -113,6 +114,12 @@ def main(given: Sequence[str]) -> int:
         parser.error("--self-test runs the gate as it is: without --update, --against and --target")
     if options.readme and not options.self_test:
         parser.error("--readme: the table is that of --self-test N")
+    if options.json and (options.update or options.self_test):
+        parser.error("--json: it is a judgement that is printed so, not --update or --self-test")
+    if options.limit is not None and (options.baseline or options.update or not options.target):
+        parser.error("--limit is of --target without a baseline; a baseline has limits of its own")
+    if options.baseline and options.against:
+        parser.error("--baseline and --against exclude each other: one of them is judged against")
     options.seconds = options.seconds or (AGAINST_S if options.against else LONGEST_S)
     errors = Console(stderr=True)
     if options.self_test:
@@ -171,8 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--limit",
         type=arguments.above_zero,
-        default=1.05,
-        help="of --target over SGD without a baseline (default: %(default)s)",
+        help=f"of --target over SGD without a baseline (default: {LIMIT})",
     )
     add(
         "--seconds",
@@ -233,7 +239,7 @@ def judge(options: argparse.Namespace, report: Report, bar: Progress) -> None:
             limit = known.limit(figure.name, elsewhere=bool(differences))
             report.findings.append(Finding(figure, known.figures[figure.name]["ratio"], limit))
         elif options.target and known is None:
-            report.findings.append(Finding(figure, 1.0, options.limit))
+            report.findings.append(Finding(figure, 1.0, options.limit or LIMIT))
         else:
             raise GateError(f"the baseline has no figure {figure.name!r}; write one with --update")
     _say(bar, "loading")
