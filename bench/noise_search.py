@@ -123,9 +123,15 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def main(arguments: Sequence[str]) -> int:
     """Compares, prints the table, writes `noise-search.json`; 0."""
-    parser = argparse.ArgumentParser(prog="python -m bench noise-search", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench noise-search",
+        description="Compare the EVBMF searches, ours, rmsgd 1.0.2's and the Python VBMF's, by the "
+        "free energy they end at.",
+    )
     parser.add_argument("--out", type=Path, default=Path(".out/noise-search"), help="folder for the JSON")
-    parser.add_argument("--models", type=networks, default=MODELS, help="comma-separated")
+    parser.add_argument(
+        "--models", type=networks, default=MODELS, help=f"comma-separated (default: {','.join(MODELS)})"
+    )
     parser.add_argument("--readme", type=Path, help="rewrite the table of this file")
     options = parser.parse_args(arguments)
     output.check(options.out, options.readme, ["noise-search"])

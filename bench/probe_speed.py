@@ -144,9 +144,14 @@ def stable_rank_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def main(arguments: Sequence[str]) -> int:
     """Compares, prints both tables, writes `probe-speed.json`; 0."""
-    parser = argparse.ArgumentParser(prog="python -m bench probe-speed", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench probe-speed",
+        description="Time rmsgd.probe against a full SVD and WeightWatcher on the same state dicts.",
+    )
     parser.add_argument("--out", type=Path, default=Path(".out/probe-speed"), help="folder for the JSON")
-    parser.add_argument("--models", type=networks, default=MODELS, help="comma-separated")
+    parser.add_argument(
+        "--models", type=networks, default=MODELS, help=f"comma-separated (default: {','.join(MODELS)})"
+    )
     parser.add_argument("--rounds", type=positive, default=3, help="interleaved rounds (default 3)")
     parser.add_argument("--readme", type=Path, help="rewrite the table of this file")
     options = parser.parse_args(arguments)

@@ -136,11 +136,19 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
 
 def main(arguments: Sequence[str]) -> int:
     """Compares, prints the table, writes `spectrum-cpu.json` and the plot; 0, or 2 for bad arguments."""
-    parser = argparse.ArgumentParser(prog="python -m bench spectrum", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench spectrum",
+        description="Time the spectrum of one matrix of each size, part by part, against torch's routines.",
+    )
     parser.add_argument("--out", type=Path, default=Path(".out/spectrum"), help="folder for JSON and plot")
-    parser.add_argument("--sizes", type=integers, default=SIZES, help="comma-separated smaller sides")
     parser.add_argument(
-        "--dtypes", type=some_of("dtype", DTYPES), default=tuple(DTYPES), help=f"of {', '.join(DTYPES)}"
+        "--sizes",
+        type=integers,
+        default=SIZES,
+        help=f"comma-separated smaller sides (default: {','.join(map(str, SIZES))})",
+    )
+    parser.add_argument(
+        "--dtypes", type=some_of("dtype", DTYPES), default=tuple(DTYPES), help=f"default: {','.join(DTYPES)}"
     )
     parser.add_argument("--rounds", type=positive, default=7, help="interleaved rounds (default 7)")
     options = parser.parse_args(arguments)
