@@ -492,11 +492,14 @@ def test_a_table_of_something_else_is_not_overwritten(tmp_path):
     assert table.read_text() == "index,colour\n1,red\n"
 
 
-def test_two_processes_never_measure_into_one_folder(tmp_path, capsys):
+def test_two_processes_never_measure_into_one_table(tmp_path, capsys):
     write_nats(tmp_path, 0, 50.0)
-    with locked(tmp_path):
-        assert main(["study", "nats", str(tmp_path), "--out", str(tmp_path)]) == 1
+    command = ["study", "nats", str(tmp_path), "--out", str(tmp_path)]
+    with locked(tmp_path, name=".nats-cifar10.csv.lock"):
+        assert main(command) == 1
     assert "another process is at" in capsys.readouterr().err
+    with locked(tmp_path, name=".nats-cifar100.csv.lock"):
+        assert main(command) == 0
 
 
 def test_a_truncated_nats_file_and_an_empty_folder_are_errors(tmp_path):

@@ -21,18 +21,19 @@ def status(folder: Path) -> str:
 
 
 @contextmanager
-def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[None]:
     """Holds the folder for this process alone; the lock goes with the process, however that ends.
 
     Args:
         folder: to hold; it is there.
         wait: until another process lets go of it.
+        name: of the lock's file: who holds one by another name is not met.
 
     Raises:
         BusyError: another process holds it, and this one does not wait.
 
     """
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -11,6 +11,7 @@ from rich.table import Table
 
 import rmsgd
 from bench import atomic
+from bench.measure import count
 from bench.study import nats
 from bench.study.figures import blank, plain, save
 from bench.study.folder import locked
@@ -41,12 +42,12 @@ def measure(
 
     Raises:
         DatasetError: there is no architecture, or one that cannot be read, or `table` is another one.
-        BusyError: another process measures into the same folder.
+        BusyError: another process measures into the same table.
 
     """
     files = nats.files(folder)[:most]
     table.parent.mkdir(parents=True, exist_ok=True)
-    with locked(table.parent):
+    with locked(table.parent, name=f".{table.name}.lock"):
         rows = _read(table)
         done = {int(row["index"]) for row in rows}
         rewritten = False
@@ -142,6 +143,7 @@ def draw(rows: Sequence[dict[str, float]], path: Path) -> Path:
             q, heights = [row["Q"] for row in mine], [100 * value(row, target) for row in mine]
             axes.plot(q, heights, ".", color=PALETTE[0], markersize=3, alpha=0.5, rasterized=True)
             found = correlation(q, heights)
-            axes.set_title(f"{epochs} epochs: {found}" if found else f"{epochs} epochs", fontsize=9)
+            trained = count(epochs, "epoch")
+            axes.set_title(f"{trained}: {found}" if found else trained, fontsize=9)
             plain(axes, "Q", label)
     return save(figure, path)
