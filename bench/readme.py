@@ -3,6 +3,7 @@
 A table stands between `<!-- measured: NAME -->` and `<!-- /measured -->`.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from bench import atomic
 from bench.errors import UsageError
-from bench.measure import Interval
+from bench.measure import Interval, count
 
 
 def rewrite(path: Path, result: dict[str, Any]) -> None:
@@ -57,7 +58,7 @@ HOW = {
 
 def _where(machine: dict[str, Any], name: str) -> str:
     how = HOW.get(name, "medians of interleaved rounds")
-    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    threads = count(machine["threads"], "thread")
     return f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {threads}; {how}."
 
 
@@ -149,7 +150,8 @@ def _probe_speed(rows: list[dict[str, Any]]) -> str:
 def study_cells(row: dict[str, Any]) -> list[str]:
     """Test accuracy with its deviation, the difference of RMSGD with its interval, and p."""
     measured, difference = row["measured"], row["difference"]
-    cells = [f"{measured['mean']:.2f} ± {measured['std']:.2f}", f"{row['gap']:.2f}", f"{row['Q']:.2f}"]
+    deviation = "" if math.isnan(measured["std"]) else f" ± {measured['std']:.2f}"
+    cells = [f"{measured['mean']:.2f}{deviation}", f"{row['gap']:.2f}", f"{row['Q']:.2f}"]
     if difference is None:
         return [*cells, "-", "-"]
     interval = f"{difference['mean']:+.2f} [{difference['low']:+.2f}, {difference['high']:+.2f}]"

@@ -425,6 +425,22 @@ def test_the_readmes_table_is_written_from_the_runs(tmp_path, capsys):
     assert "old" not in text
 
 
+def test_one_seed_has_no_deviation_in_the_readmes_table(tmp_path):
+    (config,) = [run for run in experiment("digits").runs((0,)) if run.label == "sgd"]
+    write_run(tmp_path, config, 0.9, epochs=2)
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- measured: study -->\n<!-- /measured -->\n")
+    assert main(["study", "report", "digits", "--out", str(tmp_path), "--readme", str(readme)]) == 0
+    assert "| sgd | 90.00 |" in readme.read_text()
+
+
+def test_optimizers_without_a_run_are_named_and_the_rates_asked_for(tmp_path, capsys):
+    write_run(tmp_path, CELL, 0.95)
+    command = ["study", "report", "table1a", "--optimizers", "sgd,adam", "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert "table1a: no ended run of adam; where they were run with --rates FILE" in capsys.readouterr().err
+
+
 def test_the_readmes_table_needs_the_runs_on_digits(tmp_path, capsys):
     write_run(tmp_path, CELL, 0.95)
     arguments = [

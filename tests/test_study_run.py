@@ -177,6 +177,21 @@ def test_two_processes_never_train_the_same_run(tmp_path):
         make(TINY, tmp_path).train()
 
 
+def test_the_table_of_epochs_is_whole_at_every_moment(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def stopped(partial, path):
+        if path.name == "epochs.csv" and path.exists():
+            raise StoppedError
+        replace(partial, path)
+
+    monkeypatch.setattr(atomic.os, "replace", stopped)
+    with pytest.raises(StoppedError):
+        make(TINY, tmp_path).train()
+    lines = (tmp_path / "epochs.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["epoch", "1"]
+
+
 # --- A full disk
 
 
@@ -421,7 +436,7 @@ def test_an_interval_of_checkpoints_that_is_none_is_refused(seconds, tmp_path, c
 
 
 def test_a_setting_that_the_optimizer_does_not_have_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"sgd: .*rho"):
+    with pytest.raises(ValueError, match=r"^sgd refuses its settings: .*rho"):
         make(tiny(optimizer="sgd", settings=sorted_settings({"rho": 1})), tmp_path)
 
 

@@ -302,6 +302,10 @@ def _report(options: argparse.Namespace, console: Console) -> int:
         records = read(options.out, configs)
         if not records:
             continue
+        ended = {record.config.optimizer for record in records}
+        if missing := dict.fromkeys(c.optimizer for c in configs if c.optimizer not in ended):
+            hint = "" if options.rates else "; where they were run with --rates FILE, give that too"
+            console.print(f"{name}: no ended run of {', '.join(missing)}{hint}", soft_wrap=True)
         machine = machine or records[0].machine
         entries = content[name] = {"cells": list(report.rows(name, records))}
         out.print(report.accuracy_table(name, entries["cells"]))

@@ -1,8 +1,9 @@
 """One run, resumable at any moment to the result it would have had anyway."""
 
+import io
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ class Run:
         if self.config.keep_weights and self._epoch in kept_epochs(self.config.epochs):
             self._keep()
         self._save()
-        write_csv(self.folder / "epochs.csv", self._epochs)
+        _write_table(self.folder / "epochs.csv", self._epochs)
 
     def _take_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         def gradients() -> Tensor:
@@ -323,9 +324,9 @@ class Run:
             for epoch, layers in enumerate(self._layers, 1)
             for name, values in zip(self._layer_names, layers.tolist(), strict=True)
         ]
-        write_csv(self.folder / "epochs.csv", self._epochs)
+        _write_table(self.folder / "epochs.csv", self._epochs)
         if rows:
-            write_csv(self.folder / "layers.csv", rows)
+            _write_table(self.folder / "layers.csv", rows)
         measure.write_json(
             self.folder / "result.json",
             {
@@ -337,14 +338,15 @@ class Run:
         )
 
 
+def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    text = io.StringIO(newline="")
+    write_csv(text, rows)
+    atomic.write(path, text.getvalue().encode())
+
+
 def make_optimizer(config: RunConfig, network: nn.Module, batches: int) -> torch.optim.Optimizer:
     """The run's optimizer; UsageError for a setting that it does not have or refuses."""
-    try:
-        return peers.make(
-            config.optimizer, network.named_parameters(), steps=batches, **dict(config.settings)
-        )
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{config.optimizer}: {error}") from error
+    return peers.make(config.optimizer, network.named_parameters(), steps=batches, **dict(config.settings))
 
 
 MEASURED = (
