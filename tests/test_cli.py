@@ -64,6 +64,10 @@ def test_a_probe_prints_a_table_with_what_was_skipped_and_q(capsys, checkpoint):
         assert text in out
 
 
+def test_one_layer_is_one_layer(capsys, checkpoint):
+    assert "over 1 layer\n" in run(capsys, checkpoint, "--filter", "2.weight")[1]
+
+
 def test_with_json_only_json_is_on_stdout(capsys, checkpoint):
     code, out, _ = run(capsys, checkpoint, "--json")
     content = json.loads(out)

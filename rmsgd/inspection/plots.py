@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rmsgd.inspection.series import Series, comparable_name
+from rmsgd.inspection.tables import layers_text
 from rmsgd.layers import as_matrix, unfoldings
 from rmsgd.lowrank import evbmf
 from rmsgd.metrics import LayerMetrics, Report
@@ -63,7 +64,7 @@ def plot_report(report: Report, path: str | os.PathLike[str]) -> None:
         axes.tick_params(axis="x", labeltop=len(layers) > 60)
     _name_rows(panels[0], [layer.name for layer in layers])
     note = "; grey: empty low rank" if any(empty) else ""
-    figure.suptitle(f"Q = {report.quality:.3f} over {len(layers)} layers{note}", fontsize=10)
+    figure.suptitle(f"Q = {report.quality:.3f} over {layers_text(len(layers))}{note}", fontsize=10)
     figure.savefig(path, dpi=DPI)
 
 

@@ -30,6 +30,11 @@ def rank_text(layer: LayerMetrics) -> str:
     return ", ".join(f"{rank} {mode}" for rank, mode in zip(layer.rank, layer.modes, strict=True))
 
 
+def layers_text(count: int) -> str:
+    """ "1 layer", "2 layers" """
+    return f"{count} layer" if count == 1 else f"{count} layers"
+
+
 def variance_text(layer: LayerMetrics) -> str:
     """The noise variances of the modes."""
     return ", ".join(f"{variance:.2e}" for variance in layer.noise_variance)
@@ -39,7 +44,7 @@ def summary(report: Report) -> str:
     """One line: Q, and how many layers it is of."""
     skipped = len(report.layers) - len(report.measured)
     left_out = f", {skipped} skipped" if skipped else ""
-    return f"Q = {report.quality:.4f} over {len(report.measured)} layers{left_out}"
+    return f"Q = {report.quality:.4f} over {layers_text(len(report.measured))}{left_out}"
 
 
 def report_table(report: Report, source: str) -> RenderableType:
