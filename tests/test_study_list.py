@@ -148,7 +148,7 @@ def test_notes_say_what_is_odd(capsys):
             ("run", "table1a"),
             "cifar10 needs --data FOLDER. Expected: cifar-10-binary.tar.gz (MD5 c32a1d4ab5d0",
         ),
-        (("run", "table1a", "--preset", "small", "--set", "sgd.speed=3"), "sgd: "),
+        (("run", "table1a", "--preset", "small", "--set", "sgd.speed=3"), "sgd refuses its settings: "),
         (("run", "table2", "--set", "adam.lr=3"), "settings for adam, which is not among"),
         (("run", "fig1a", "--device", "cuda:99"), "device 'cuda:99' cannot be used here"),
     ],
