@@ -233,8 +233,8 @@ class Ledger:
         if self._backend.on_host:
             self._lacks_ranks = bool(known.isnan().any())
 
-    def epoch_step(self, groups: Sequence[RateGroup]) -> Measurement:
-        """Measure every layer and move the rates."""
+    def check_epoch_end(self, groups: Sequence[RateGroup]) -> None:
+        """Raise RuntimeError if layers cannot be measured: without values, or not the same on all ranks."""
         if self.device.type == "meta":
             raise RuntimeError(
                 f"{self.members[0].name} is on the meta device, without values: make RMSGD of the parameters "
@@ -242,6 +242,9 @@ class Ledger:
             )
         if self._sharing is not None:
             self._sharing.check_agreement(self._description(groups), self.device)
+
+    def epoch_step(self, groups: Sequence[RateGroup]) -> Measurement:
+        """Measure every layer and move the rates."""
         with self._backend.aside(self.device):
             metrics = self._measure()
             if self._lacks_ranks:

@@ -348,7 +348,7 @@ class RMSGD(Optimizer):
 
         Raises:
             RuntimeError: the ranks of a process group or a mesh do not hold the same layers, a parameter was
-                resized, or two share memory.
+                resized or has no values, or two share memory. Nothing has changed then.
         """
         ledgers = self._current_ledgers()
         if not all(ledger.probes_the_same(self.param_groups) for ledger in ledgers):
@@ -357,6 +357,8 @@ class RMSGD(Optimizer):
             ledgers = self._current_ledgers()
         clocks = [_clock([self.state[p] for p in group["params"]]) for group in self.param_groups]
         groups = [rate_group(group, *clock) for group, clock in zip(self.param_groups, clocks, strict=True)]
+        for ledger in ledgers:
+            ledger.check_epoch_end(groups)
         self._measured = [ledger.epoch_step(groups) for ledger in ledgers]
         for group, moved, (epoch, decay) in zip(self.param_groups, groups, clocks, strict=True):
             for p in group["params"]:

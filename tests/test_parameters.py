@@ -355,13 +355,14 @@ def test_a_device_without_float64_is_stepped_on():
     assert optimizer.state_dict()["state"][0]["fresh"] is False
 
 
-def test_an_epoch_end_of_parameters_without_values_names_one():
-    with torch.device("meta"):
-        model = nn.Linear(3, 2)
+def test_an_epoch_end_of_parameters_without_values_names_one_and_moves_no_rate():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2, device="meta"))
     optimizer = rmsgd.RMSGD(model.named_parameters())
-    model.to_empty(device="cpu")
-    with pytest.raises(RuntimeError, match=r"weight is on the meta device.*model\.to_empty\(\) leaves"):
+    model[1].to_empty(device="cpu")
+    before = optimizer.learning_rates()
+    with pytest.raises(RuntimeError, match=r"1\.weight is on the meta device.*model\.to_empty\(\) leaves"):
         optimizer.epoch_step()
+    assert optimizer.learning_rates() == before
 
 
 def test_the_same_parameter_twice_is_stepped_once():

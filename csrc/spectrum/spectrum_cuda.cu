@@ -163,7 +163,9 @@ __device__ __forceinline__ void tridiagonal_block(const SpectrumArguments& argum
   // To a trace in [1, 2).
   const int exponent = -ilogb(trace);
   const T scale = T(ldexp(1.0, exponent));
-  for (int i = team.rank(); i < n * stride; i += team.size()) scaled[i] = gram[i] * scale;
+  for (int i = team.rank(); i < n * stride; i += team.size()) {
+    scaled[i] = i % stride < n ? gram[i] * scale : T(0);  // nobody has written what fills up a row
+  }
   team.barrier();
   tridiagonalise(team, scaled, n, stride, near_vectors, parts, vectors + tridiagonal_vectors(stride));
   if (team.rank() == 0) {
