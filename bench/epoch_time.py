@@ -13,10 +13,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bench import arguments, atomic, epoch_timing, measure, output, readme
+from bench import arguments, atomic, epoch_timing, measure, output, plots, readme
 from bench.epoch_timing import Settings
 from bench.measure import Interval
-from rmsgd import plots
 
 DEFAULT_OPTIMIZERS = ("rmsgd", "sgd", "sgd-per-layer", "sam", "sgdp", "adamp", "adam")
 TOLERANCE = 0.03  # of a round, between the sum of its parts and one clock around it
@@ -165,7 +164,7 @@ def bar_chart(path: Path, result: dict[str, Any]) -> Path:
     """Epochs as stacked bars: forward and backward, steps, epoch end; the ratio behind each."""
     rows, steps = result["optimizers"], result["epoch"]["steps"]
     config = result["config"]
-    plots.stacked_bars(
+    return plots.stacked_bars(
         path,
         [row["optimizer"] for row in rows],
         {
@@ -178,7 +177,6 @@ def bar_chart(path: Path, result: dict[str, Any]) -> Path:
         f"{result['reference']} = 1",
         title=f"{config['model']}, batch {config['batch']}, {config['data']}, {config['device']}",
     )
-    return path
 
 
 def _complaints(result: dict[str, Any], console: Console) -> int:

@@ -21,11 +21,11 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from bench import output
+from bench import output, plots
 from bench.arguments import integers, positive, some_of
 from bench.costs import gram_multiplications
 from bench.measure import Interleaved, machine, median, ratio
-from rmsgd import backends, plots
+from rmsgd import backends
 from rmsgd.backends.native import PARTS, NativeBackend
 from rmsgd.layers import unfoldings
 
@@ -118,7 +118,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     def series(seconds: Callable[[dict[str, float]], float]) -> list[float]:
         return [seconds(row["seconds"]) for row in shown]
 
-    plots.proportions(
+    return plots.proportions(
         path,
         [row["L2M"] for row in shown],
         {
@@ -131,7 +131,6 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
         ylabel="time for one matrix (s)",
         title=f"Spectrum of an L x {ASPECT}L matrix, {shown[0]['dtype']}",
     )
-    return path
 
 
 def main(arguments: Sequence[str]) -> int:

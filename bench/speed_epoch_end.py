@@ -11,12 +11,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import rmsgd
-from bench import peers, readme
+from bench import peers, plots, readme
 from bench.costs import gram_multiplications
 from bench.measure import Interleaved, median, ratio
 from bench.networks import network
 from bench.weights import make_trained_like
-from rmsgd import backends, plots
+from rmsgd import backends
 from rmsgd.backends.base import STAGE
 from rmsgd.layers import Unfolding, as_matrix, unfoldings
 
@@ -136,7 +136,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> Path:
     """Seconds against the sum of L^2 M: on a line of slope 1 the cost grows as the products do."""
-    plots.proportions(
+    return plots.proportions(
         path,
         [row["sum_L2M"] for row in rows],
         {
@@ -148,4 +148,3 @@ def plot(rows: list[dict[str, Any]], path: Path) -> Path:
         ylabel="time (s)",
         title="Cost of an epoch end",
     )
-    return path

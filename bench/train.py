@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bench import arguments, measure, output, training
+from bench import arguments, measure, output, plots, training
 from bench.training import Run, Settings
-from rmsgd import plots
+from rmsgd.plots import layer_curves
 
 DEFAULTS = Settings()
 
@@ -204,11 +204,10 @@ def figures(folder: Path, settings: Settings, runs: Sequence[Run]) -> list[Path]
             if probed:
                 path = folder / f"{name}-{quantity.replace('_', '-')}.png"
                 title = f"{name} on {subject}: {label} of every layer"
-                plots.layer_curves(path, layer_means(probed, quantity), ylabel=label, title=title)
+                layer_curves(path, layer_means(probed, quantity), ylabel=label, title=title)
                 written.append(path)
-    path = folder / "accuracy-over-time.png"
-    plots.bands_over_time(
-        path,
+    over_time = plots.bands_over_time(
+        folder / "accuracy-over-time.png",
         {
             name: accuracy_over_time([run for run in runs if run.optimizer_name == name], settings.epochs)
             for name in settings.optimizers
@@ -217,7 +216,7 @@ def figures(folder: Path, settings: Settings, runs: Sequence[Run]) -> list[Path]
         xlabel="wall-clock time of training, evaluation left out (s)",
         title=f"{subject}: mean and range over {measure.count(len(settings.seeds), 'seed')}",
     )
-    return [*written, path]
+    return [*written, over_time]
 
 
 def layer_means(runs: Sequence[Run], quantity: str) -> dict[str, np.ndarray]:

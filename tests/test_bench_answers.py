@@ -10,6 +10,7 @@ from bench import (
     models,
     noise_search,
     peers,
+    plots,
     probe_speed,
     spectrum,
     speed_epoch_end,
@@ -18,7 +19,6 @@ from bench import (
     training,
 )
 from bench.gate import command as gate
-from rmsgd import plots
 
 # Command to the function that does its work, as an object and a name.
 WORK = {

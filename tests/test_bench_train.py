@@ -12,11 +12,10 @@ import torch
 from commands import run_bench
 from rich.console import Console
 
-from bench import data, training
+from bench import data, plots, training
 from bench import train as train_command
 from bench.__main__ import COMMANDS, main
 from bench.training import Settings
-from rmsgd import plots
 
 TINY = Settings(optimizers=("sgd", "sam"), seeds=(0,), epochs=2, batch=256, width=0.5)
 FLAGS = ["--epochs", "1", "--batch", "512", "--width", "0.5", "--seeds", "0"]

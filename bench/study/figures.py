@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 import rmsgd
+from bench.plots import bands_over_time, blank, plain, save
 from bench.study.records import Record, by_label, finished, is_plain
 from bench.study.statistics import correlation
 from rmsgd.inspection.series import Series, in_order_of_training
-from rmsgd.plots import DPI, PALETTE, bands_over_time, require_matplotlib
+from rmsgd.plots import PALETTE
 
 MARKERS = "osD^vP*X<>hd"
 # An optimizer looks the same in every figure; those that are compared most differ most.
@@ -197,15 +198,14 @@ def performance(stem: Path, records: Sequence[Record]) -> list[Path]:
         mine = [r for r in others if (r.config.network, r.config.dataset) == (network, dataset)]
         name = f"{stem.name}-{network}-{dataset}"
         curves = {label: _against_time(group) for label, group in by_label(mine).items()}
-        path = stem.with_name(f"{name}-time.png")
-        bands_over_time(
-            path,
+        over_time = bands_over_time(
+            stem.with_name(f"{name}-time.png"),
             curves,
             ylabel="test accuracy (%)",
             xlabel="time trained, evaluation left out (s)",
             title=f"{network}, {dataset}",
         )
-        written += [path, _gap(stem.with_name(f"{name}-gap.png"), mine)]
+        written += [over_time, _gap(stem.with_name(f"{name}-gap.png"), mine)]
     if swept:
         written.append(
             _batch_sizes(stem.with_name(f"{stem.name}-batch.png"), [r for r in records if of_sweep(r)])
@@ -330,29 +330,7 @@ def _optimizer_legend(figure: Any, optimizers: Sequence[str]) -> None:
     figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=6, fontsize=8)
 
 
-def blank(width: float, height: float) -> Any:
-    """An empty figure of so many inches, tied to no window system."""
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def plain(axes: Any, xlabel: str, ylabel: str) -> None:
-    """Labels, a faint grid, and no frame at the top and right."""
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.grid(color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def _whole_numbers(axes: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-
-
-def save(figure: Any, path: Path) -> Path:
-    """Writes the figure and returns where."""
-    figure.savefig(path, dpi=DPI)
-    return path

@@ -12,8 +12,8 @@ from rich.table import Table
 import rmsgd
 from bench import atomic
 from bench.measure import count
+from bench.plots import blank, plain, save
 from bench.study import nats
-from bench.study.figures import blank, plain, save
 from bench.study.folder import locked
 from bench.study.source import DatasetError
 from bench.study.statistics import correlation

@@ -1,0 +1,37 @@
+"""Figures that only benchmarks draw."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from bench import plots
+
+PNG = b"\x89PNG"
+
+
+def test_bands_leave_out_runs_that_ended_early(tmp_path):
+    times = np.cumsum(np.ones((3, 6)), axis=1)
+    values = np.tile(np.linspace(10, 90, 6), (3, 1))
+    values[1, 3:] = np.nan
+    lost = np.full((3, 6), np.nan)
+    path = tmp_path / "figure.png"
+    plots.bands_over_time(path, {"sgd": (times, values), "lost": (times, lost)}, ylabel="accuracy (%)")
+    assert path.read_bytes().startswith(PNG)
+
+
+def test_more_optimizers_than_colours_still_get_a_line_each(tmp_path):
+    times = np.cumsum(np.ones((1, 4)), axis=1)
+    curves = {f"optimizer {index}": (times, times * index) for index in range(20)}
+    plots.bands_over_time(tmp_path / "figure.png", curves, ylabel="accuracy (%)")
+
+
+def test_shapes_that_do_not_fit_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"sgd: times and values must share a shape"):
+        plots.bands_over_time(tmp_path / "f.png", {"sgd": (np.ones((1, 2)), np.ones((1, 3)))}, ylabel="")
+
+
+def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"rmsgd-kernels\[plot\]"):
+        plots.stacked_bars(tmp_path / "f.png", ["a"], {"b": [1.0]}, xlabel="s")
