@@ -62,6 +62,8 @@ def bands_over_time(
         centre = np.nanmean(across, axis=0)
         low, high = np.nanmin(heights, axis=0), np.nanmax(heights, axis=0)
         axes.fill_between(centre, low, high, color=colour, alpha=0.2, linewidth=0)
+        if len(centre) == 1:  # a band without a width
+            axes.vlines(centre, low, high, color=colour, alpha=0.4)
         mean = np.nanmean(heights, axis=0)
         late += [*low[len(low) // 2 :], *high[len(high) // 2 :]]
         marker = "o" if len(centre) <= 40 else None
@@ -72,10 +74,8 @@ def bands_over_time(
     if late:
         margin = 0.08 * (max(late) - min(late)) or 1.0
         axes.set_ylim(min(late) - margin, max(late) + margin)
-    if len(curves) > 6:
-        figure.legend(frameon=False, loc="outside right upper")
-    elif curves:
-        axes.legend(frameon=False, loc="lower right")
+    if curves:
+        figure.legend(frameon=False, loc="outside right upper")  # inside, it would hide what ends there
     return save(figure, path)
 
 

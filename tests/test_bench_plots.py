@@ -26,6 +26,24 @@ def test_more_optimizers_than_colours_still_get_a_line_each(tmp_path):
     plots.bands_over_time(tmp_path / "figure.png", curves, ylabel="accuracy (%)")
 
 
+@pytest.mark.parametrize("points", [1, 2, 6])
+@pytest.mark.parametrize("optimizers", [1, 3, 8])
+def test_the_legend_hides_no_point_of_however_short_a_run(tmp_path, monkeypatch, optimizers, points):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    times = np.cumsum(np.ones((3, points)), axis=1)
+    curves = {f"optimizer {i}": (times, times * (i + 1) + [[0], [1], [2]]) for i in range(optimizers)}
+    plots.bands_over_time(tmp_path / "figure.png", curves, ylabel="accuracy (%)")
+    [figure] = drawn
+    figure.draw_without_rendering()
+    [axes] = figure.axes
+    legends = [*figure.legends, *filter(None, [axes.get_legend()])]
+    assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for legend in legends)
+    assert legends
+    if points == 1:
+        assert len(axes.collections) == 2 * optimizers  # the range is a line, where a band has no width
+
+
 def test_shapes_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"sgd: times and values must share a shape"):
         plots.bands_over_time(tmp_path / "f.png", {"sgd": (np.ones((1, 2)), np.ones((1, 3)))}, ylabel="")
