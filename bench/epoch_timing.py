@@ -215,7 +215,8 @@ class Case:
         """MiB of optimizer state, and on CUDA the peak of one step beside the other cases."""
         state = sum(
             value.nbytes
-            for entry in self._optimizer.state.values()
+            for optimizer in peers.parts(self._optimizer)
+            for entry in optimizer.state.values()
             for value in entry.values()
             if isinstance(value, Tensor) and value.numel() > 1
         )

@@ -212,6 +212,12 @@ def make(
         raise UsageError(f"{name} refuses its settings: {error}") from error
 
 
+def parts(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer, and the one inside it whose state is not in its own (SAM's)."""
+    inner = getattr(optimizer, "base_optimizer", None)
+    return [optimizer] if inner is None else [optimizer, inner]
+
+
 def load_rmsgd_1_0_2() -> ModuleType:
     """The authors' package, imported as `rmsgd_1_0_2` so that it does not stand in for ours.
 

@@ -83,6 +83,8 @@ def test_momentum_is_the_state_of_sgd(result):
     network = epoch_timing.models.build(TINY.model, width=TINY.width)
     size = sum(parameter.nbytes for parameter in network.parameters()) / 2**20
     assert rows(result)["sgd"]["state_mib"] == pytest.approx(size, rel=1e-3)
+    # SAM keeps the weights that it moves away from, and the SGD inside it the momentum.
+    assert rows(result)["sam"]["state_mib"] == pytest.approx(2 * size, rel=1e-3)
 
 
 def test_ratios_are_taken_within_a_round():

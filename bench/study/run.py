@@ -270,17 +270,12 @@ class Run:
 
     # -- keeping -------------------------------------------------------------------------------------
 
-    def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """The optimizer, and the one inside it that its own state does not cover (SAM's)."""
-        inner = getattr(self._optimizer, "base_optimizer", None)
-        return [self._optimizer] if inner is None else [self._optimizer, inner]
-
     def _save(self) -> None:
         content = {
             "format": FORMAT,
             "config": self.config.to_dict(),
             "model": self._network.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers()],
+            "optimizers": [optimizer.state_dict() for optimizer in peers.parts(self._optimizer)],
             "schedule": None if self._schedule is None else self._schedule.state_dict(),
             "epoch": self._epoch,
             "step": self._step,
@@ -300,10 +295,9 @@ class Run:
         if saved.get("format") != FORMAT or RunConfig.from_dict(saved["config"]) != self.config:
             raise UsageError(f"{path} is of another run or version: remove {self.folder} to begin anew")
         self._network.load_state_dict(saved["model"])
-        for optimizer, state in zip(self._optimizers(), saved["optimizers"], strict=True):
+        for optimizer, state in zip(peers.parts(self._optimizer), saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        if len(self._optimizers()) > 1:
-            self._optimizers()[1].param_groups = self._optimizer.param_groups
+            optimizer.param_groups = self._optimizer.param_groups  # one inside shares them
         if self._schedule is not None:
             self._schedule.load_state_dict(saved["schedule"])
         self._epoch, self._step = saved["epoch"], saved["step"]
