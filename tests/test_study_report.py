@@ -153,6 +153,14 @@ def test_table_2_reports_after_150_and_250_epochs(tmp_path):
     assert (first["epoch"], second["epoch"]) == (150, 250)
     assert first["measured"]["mean"] == pytest.approx(55.0)
     assert (first["published"]["mean"], second["published"]["mean"]) == (61.41, 63.43)
+    assert (first["gap"], second["gap"]) == pytest.approx((45.0, 35.0))  # each of its own epoch
+
+
+def test_two_optimizers_at_two_epochs_are_not_taken_for_an_order_of_four(tmp_path):
+    configs = [RunConfig("mobilenetv2-imagenet", "imagenet", name) for name in ("sam", "sgd")]
+    for config, accuracy in zip(configs, (0.65, 0.64), strict=True):
+        write_run(tmp_path, config, accuracy)
+    assert report.order_agreement(list(report.rows("table2", read(tmp_path, configs)))) == []
 
 
 OTHER = [

@@ -89,7 +89,7 @@ def rows(name: str, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
                 "seeds": len(mine),
                 "diverged": len(mine) - len(good),
                 "measured": measured._asdict(),
-                "gap": mean([100 * record.gap for record in good]),
+                "gap": mean([100 * (values["train_accuracy"] - values["test_accuracy"]) for values in final]),
                 "Q": mean([values["Q"] for values in final]),
                 "epochs": mean([len(record.epochs) for record in good]),
                 "seconds_per_epoch": mean([record.seconds[-1] / len(record.epochs) for record in good]),
@@ -176,19 +176,16 @@ def _budgets_of(entry: dict[str, Any]) -> str:
 
 
 def order_agreement(entries: Sequence[dict[str, Any]]) -> list[str]:
-    """Per cell of the table, the rank correlation of measured and published over the optimizers."""
+    """Per cell and reported epoch, the rank correlation of measured and published over the optimizers."""
+    pairs: dict[tuple[str, str, int | None], list[tuple[float, float]]] = {}
+    for entry in entries:
+        if entry["published"] and len(entry["budgets"]) < 2:
+            cell = (entry["network"], entry["dataset"], entry["epoch"])
+            pairs.setdefault(cell, []).append((entry["measured"]["mean"], entry["published"]["mean"]))
     said = []
-    for cell in dict.fromkeys((entry["network"], entry["dataset"]) for entry in entries):
-        pairs = [
-            (entry["measured"]["mean"], entry["published"]["mean"])
-            for entry in entries
-            if (entry["network"], entry["dataset"]) == cell
-            and entry["published"]
-            and len(entry["budgets"]) < 2
-        ]
-        found = correlation(*zip(*pairs, strict=True)) if pairs else None
-        if found is not None:
-            said.append(f"{cell[0]} on {cell[1]} ROCC {found.rocc:+.2f} (n = {found.n})")
+    for (network, dataset, _), mine in pairs.items():
+        if found := correlation(*zip(*mine, strict=True)):
+            said.append(f"{network} on {dataset} ROCC {found.rocc:+.2f} (n = {found.n})")
     return said
 
 
