@@ -588,6 +588,31 @@ def test_an_interrupted_self_test_goes_on_where_it_ended(self_test, monkeypatch,
     assert not (tmp_path / "gate-unfinished.json").exists()
 
 
+@pytest.mark.parametrize(("ended", "asked"), [(6, 2), (4, 1)])
+def test_a_self_test_that_was_stopped_with_nothing_left_to_run_is_finished(
+    self_test, monkeypatch, tmp_path, ended, asked
+):
+    run, done = self_test
+    undisturbed = trial.gate
+
+    def stopped(*flags, slowed):
+        if len(done) == ended:
+            raise KeyboardInterrupt
+        return undisturbed(*flags, slowed=slowed)
+
+    monkeypatch.setattr(trial, "gate", stopped)
+    assert run("--self-test", "3") == 130
+    page = tmp_path / "README.md"
+    page.write_text("<!-- measured: gate -->\n<!-- /measured -->\n")
+    assert run("--self-test", str(asked), "--readme", str(page)) == 1
+    assert len(done) == ended
+    record = json.loads((tmp_path / "gate.json").read_text())
+    assert [row["runs"] for row in record["gate"]] == [asked] * 3
+    assert len(record["runs"]) == 3 * asked
+    assert f"| step slowed | {asked} | 0 | {asked} | 0 |" in page.read_text()
+    assert not (tmp_path / "gate-unfinished.json").exists()
+
+
 def test_an_unfinished_self_test_against_another_baseline_begins_anew(self_test, tmp_path):
     run, done = self_test
     measure.write_json(tmp_path / "gate-unfinished.json", {"schema": trial.SCHEMA, "runs": [{}] * 3})

@@ -82,8 +82,8 @@ class Settings:
 def run(count: int, settings: Settings, out: Path, page: Path | None) -> int:
     """Runs each kind `count` times, in turn; 0 when every run was right and ended in time.
 
-    Every run is written to `gate-unfinished.json` as it ends, and after the last the file becomes
-    `gate.json`. What was left unfinished by the same code, settings, baseline and machine goes on
+    Every run is written to `gate-unfinished.json` as it ends, and after the last all are in
+    `gate.json` instead. What was left unfinished by the same code, settings, baseline and machine goes on
     where it ended.
 
     Raises:
@@ -101,19 +101,20 @@ def run(count: int, settings: Settings, out: Path, page: Path | None) -> int:
         "baseline": json.loads(settings.baseline.read_text(encoding="utf-8")),
     }
     unfinished, finished = out / "gate-unfinished.json", out / "gate.json"
-    runs = _left(unfinished, record)
     todo = [(number, kind) for number in range(1, count + 1) for kind in KINDS]
+    runs = _left(unfinished, record)[: len(todo)]
     if runs:
         console.print(f"going on after {len(runs)} of {len(todo)} runs, from {unfinished}")
     with busy_neighbour():
         for number, kind in todo[len(runs) :]:
             runs.append(one(kind, settings))
-            record |= {"gate": summary(runs), "runs": runs}
-            measure.write_json(unfinished, record)
+            measure.write_json(unfinished, record | {"gate": summary(runs), "runs": runs})
             last = runs[-1]
             ending = f"{ENDS[last['exit']]} after {last['seconds']:.0f} s"
             console.print(f"{number}/{count} {kind}: {ending}" + ("" if last["right"] else ": wrong"))
-    unfinished.replace(finished)
+    record |= {"gate": summary(runs), "runs": runs}
+    measure.write_json(finished, record)
+    unfinished.unlink()
     console.print(f"wrote {finished}")
     if page:
         readme.rewrite(page, record)
