@@ -144,7 +144,8 @@ def main(arguments: Sequence[str]) -> int:
         "--sizes",
         type=integers,
         default=SIZES,
-        help=f"comma-separated smaller sides (default: {','.join(map(str, SIZES))})",
+        help=f"comma-separated smaller sides, in fp64 up to {LARGEST_FP64} "
+        f"(default: {','.join(map(str, SIZES))})",
     )
     parser.add_argument(
         "--dtypes", type=some_of("dtype", DTYPES), default=tuple(DTYPES), help=f"default: {','.join(DTYPES)}"
@@ -153,6 +154,14 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if min(options.sizes) < 2:
         parser.error("--sizes: a spectrum needs at least 2 rows")
+    combinations = [
+        (size, dtype)
+        for dtype in options.dtypes
+        for size in options.sizes
+        if dtype == "fp32" or size <= LARGEST_FP64
+    ]
+    if not combinations:
+        parser.error(f"--sizes: fp64 is timed up to {LARGEST_FP64}")
     output.check(options.out)
     native = backends.backend_for(torch.device("cpu"))
     if not isinstance(native, NativeBackend):
@@ -160,12 +169,6 @@ def main(arguments: Sequence[str]) -> int:
 
     rows = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        combinations = [
-            (size, dtype)
-            for dtype in options.dtypes
-            for size in options.sizes
-            if dtype == "fp32" or size <= LARGEST_FP64
-        ]
         for size, dtype in progress.track(combinations, description="spectra"):
             rows.append(compare(native, size, dtype, options.rounds))
     console = Console()

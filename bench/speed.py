@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -54,7 +53,6 @@ def main(arguments: Sequence[str]) -> int:
 
     console = Console()
     result: dict[str, Any] = {"schema": 1, "machine": machine()}
-    torch.manual_seed(0)
     for section in sections:
         with Progress(console=Console(stderr=True), transient=True) as progress:
             rows = SECTIONS[section](progress, options.models, options.rounds, quick=options.quick)

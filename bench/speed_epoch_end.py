@@ -78,6 +78,7 @@ def measure(
     """One row per model: seconds and ratios, and how many spectra each stage of the guard took."""
     rows = []
     for name in progress.track(models or MODELS, description="epoch end"):
+        torch.manual_seed(0)
         initial, trained = network(name), network(name)
         make_trained_like(trained)
         cases = {

@@ -59,6 +59,7 @@ def measure(
     """One row per model: the median seconds of every case, and their ratios to fused SGD."""
     rows = []
     for model in progress.track(models or MODELS, description="step"):
+        torch.manual_seed(0)
         names = [*PEERS] if quick else [*PEERS, RELEASE]
         cases = {name: case(name, model) for name in names}
         sizes = [p.numel() for p in network(model).parameters()]

@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from bench import noise_search, probe_speed, readme, spectrum, speed, split
+from bench import noise_search, probe_speed, readme, spectrum, speed, speed_epoch_end, split
 from bench.networks import OneLinear, network
 from bench.speed_epoch_end import gram_products, spectra
 from bench.weights import make_trained_like
@@ -24,6 +25,17 @@ def test_speed_measures_step_and_epoch_end_and_writes_json_and_plot(tmp_path, ca
     assert sum(end["stages"].values()) == end["spectra"]
     assert (tmp_path / "epoch-end-cost.png").stat().st_size > 1000
     assert "resnet14-digits" in capsys.readouterr().out
+
+
+def test_a_networks_weights_do_not_depend_on_the_networks_before_it(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(speed_epoch_end, "stages", lambda model: drawn.append(next(model.parameters())) or {})
+    for models in ("linear-8", "linear-12,linear-8"):
+        flags = ["--rounds", "1", "--quick", "--section", "epoch-end"]
+        assert speed.main(["--out", str(tmp_path), "--models", models, *flags]) == 0
+    trained, initial, *_, trained_again, initial_again = drawn
+    assert torch.equal(trained, trained_again)
+    assert torch.equal(initial, initial_again)
 
 
 def test_gram_products_are_those_of_both_modes():
@@ -72,6 +84,13 @@ def test_a_spectrum_of_a_kind_that_is_not_timed_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         spectrum.main(["--out", str(tmp_path), "--dtypes", "fp16"])
     assert "unknown dtype 'fp16'" in capsys.readouterr().err
+
+
+def test_sizes_of_which_none_is_timed_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        spectrum.main(["--out", str(tmp_path), "--dtypes", "fp64", "--sizes", "4096"])
+    assert "--sizes: fp64 is timed up to 2048" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_epoch_end_of_two_ranks_is_timed_and_more_are_modelled(tmp_path, capsys):
