@@ -130,7 +130,7 @@ class Run:
         number = len(self.epochs) + 1
         # Dropout draws from the global generator, which runs share: without this the neighbours of a
         # run in the interleaving would change its result.
-        torch.manual_seed(1_000_003 * self.seed + number)
+        torch.manual_seed((1_000_003 * self.seed + number) % 2**63)
         rates = self._learning_rates()
         clock = measure.HostClock(self._device, PHASES)
         train_loss = self._train()

@@ -222,6 +222,11 @@ def test_an_optimizer_that_diverges_with_every_seed_is_status_1(capsys, tmp_path
     assert result["summary"]["sgd"]["test_accuracy_mean"] is None
 
 
+def test_the_largest_seed_trains(capsys, tmp_path):
+    flags = [*FLAGS, "--optimizers", "sgd", "--seeds", str(2**63 - 1), "--out", str(tmp_path)]
+    assert run_command(capsys, *flags)[0] == 0
+
+
 def test_without_matplotlib_the_result_is_still_written(capsys, tmp_path, monkeypatch):
     def missing(*_, **__):
         raise ModuleNotFoundError("figures need matplotlib: pip install 'rmsgd-kernels[plot]'")
