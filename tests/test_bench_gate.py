@@ -129,6 +129,12 @@ def test_a_session_ends_when_every_figure_is_decided():
     assert timer.asked.count("a") == timer.asked.count("a-control") == 2 * len(run.findings[0].logs)
 
 
+def test_a_baseline_has_a_figure_however_little_time_there_is():
+    timed, _ = session({"a": 1.1, "a-control": 1.0}, {"a": math.inf})
+    timed.collect(0.0)
+    assert timed.findings[0].measured.median == pytest.approx(1.1, rel=0.2)
+
+
 def test_a_decided_figure_is_not_timed_further():
     run, timer = session({"a": 1.0, "a-control": 1.0, "b": 1.05, "b-control": 1.0}, {"a": 2.0, "b": 1.05})
     run.run(0.4)

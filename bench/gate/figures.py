@@ -150,8 +150,9 @@ class Session:
                 return
 
     def collect(self, seconds: float) -> None:
-        """Times rounds for so long, and looks once, at the end."""
+        """Times rounds for so long, at least one, and looks once, at the end."""
         end = time.perf_counter() + seconds
+        self._round()
         while time.perf_counter() < end:
             self._round()
         self._look(ERROR)
