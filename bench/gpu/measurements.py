@@ -178,7 +178,7 @@ def release_seconds(model: nn.Module) -> float:
 
 
 def eigenvalues() -> Iterator[Row]:
-    """Square matrices of one size: ours (Gram to metrics) against Gram products and a vendor's routine."""
+    """Matrices n x 2 n: ours (Gram to metrics) against Gram products and a vendor's eigenvalues."""
     for n in EIGENVALUE_SIZES:
         try:
             yield {"n": n, "count": MATRICES, "backend": backend_name(), **eigenvalues_of(n)}
