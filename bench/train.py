@@ -48,7 +48,12 @@ def main(given: Sequence[str]) -> int:
     threads = options.threads or (1 if options.data == "digits" else torch.get_num_threads())
     with arguments.torch_threads(threads):
         runs = _train(settings, console)
-        _write(options.out, settings, runs, console)
+        output.finish(
+            options.out / "result.json",
+            training.result(settings, runs),
+            console,
+            draw=lambda: figures(options.out, settings, runs),
+        )
     summary = training.summary(settings, runs)
     Console().print(table(settings, summary))
     lost = [name for name, entry in summary.items() if entry["diverged"] == entry["runs"]]
@@ -181,13 +186,6 @@ def _accuracy(entry: dict[str, Any]) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _write(folder: Path, settings: Settings, runs: Sequence[Run], console: Console) -> None:
-    path = folder / "result.json"
-    measure.write_json(path, training.result(settings, runs))
-    written = [path, *output.figures(lambda: figures(folder, settings, runs), console)]
-    console.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
 
 
 def figures(folder: Path, settings: Settings, runs: Sequence[Run]) -> list[Path]:

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import signal
+import sys
 import tarfile
 from collections import OrderedDict
 from dataclasses import replace
@@ -454,6 +455,17 @@ def test_nats_networks_are_measured_correlated_and_drawn_and_a_second_call_goes_
     assert len(table.read_text().splitlines()) == 1 + 4 * 2
     assert "ROCC" in capsys.readouterr().out
     assert (out / "nats-cifar10.png").stat().st_size > 5000
+
+
+def test_without_matplotlib_the_networks_of_nats_are_measured_all_the_same(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for index in range(3):
+        write_nats(tmp_path, index, 50.0 + index)
+    assert main(["study", "nats", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    out, err = capsys.readouterr()
+    assert "ROCC" in out
+    assert "no figures: figures need matplotlib" in err
+    assert [path.name for path in (tmp_path / "out").glob("nats*")] == ["nats-cifar10.csv"]
 
 
 def test_a_nats_study_that_is_killed_keeps_its_rows_and_goes_on(tmp_path):

@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from bench import arguments, measure, readme
+from bench import arguments, measure, output, readme
 from bench.errors import UsageError
 from bench.study import listing, nats_study, report, tuning
 from bench.study.config import RunConfig
@@ -31,7 +32,7 @@ from bench.study.experiments import EXPERIMENTS, OWN, SEARCHED, experiment
 from bench.study.figures import draw
 from bench.study.folder import BusyError
 from bench.study.nats import LAYOUT as NATS_LAYOUT
-from bench.study.records import Record, read
+from bench.study.records import read
 from bench.study.runner import Place, Runner, train_all
 from bench.study.selection import by_experiment, each_once, named
 
@@ -241,7 +242,7 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
         out.print(report.correlation_table(together))
     path = options.out / "rates.json"
     tuning.write(path, found, configs[0], together)
-    drawn = _drawn("fig2", records, options.out / "figures-tuning", console)
+    drawn = output.figures(lambda: draw("fig2", records, options.out / "figures-tuning"), console)
     console.print("wrote " + ", ".join(map(str, [path, *drawn])), soft_wrap=True)
     console.print(
         f"Next: python -m bench study run {' '.join(options.ids)} --rates {path}, with the --data, "
@@ -251,28 +252,20 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     return status
 
 
-def _drawn(name: str, records: Sequence[Record], folder: Path, console: Console) -> list[Path]:
-    """The figures of an experiment; a word instead where matplotlib is missing."""
-    try:
-        return draw(name, records, folder)
-    except ModuleNotFoundError as error:
-        console.print(f"no figures: {error}", soft_wrap=True, markup=False)
-        return []
-
-
 def _nats(options: argparse.Namespace, console: Console) -> int:
+    table = options.out / f"nats-{options.dataset}.csv"
     with Progress(*PROGRESS, MofNCompleteColumn(), TextColumn("networks"), console=console) as progress:
         task = progress.add_task("measuring", total=None)
         rows = nats_study.measure(
             options.folder,
-            options.out / f"nats-{options.dataset}.csv",
+            table,
             options.dataset,
             options.most,
             lambda done, of: progress.update(task, completed=done, total=of),
         )
     Console().print(nats_study.table(nats_study.correlations(rows)))
-    path = nats_study.draw(rows, options.out / f"nats-{options.dataset}.png")
-    console.print(f"wrote {path.with_suffix('.csv')}, {path}", soft_wrap=True)
+    drawn = output.figures(lambda: [nats_study.draw(rows, table.with_suffix(".png"))], console)
+    console.print("wrote " + ", ".join(map(str, [table, *drawn])), soft_wrap=True)
     return 0
 
 
@@ -315,7 +308,7 @@ def _report(options: argparse.Namespace, console: Console) -> int:
         if name == "fig2" and (together := report.correlations(records)):
             entries["correlations"] = together
             out.print(report.correlation_table(together))
-        written += _drawn(name, records, options.out / "figures", console)
+        written += output.figures(partial(draw, name, records, options.out / "figures"), console)
     if not content:
         raise UsageError(
             f"{options.out} has no ended run of {', '.join(chosen)} as the arguments say: give those of run"
