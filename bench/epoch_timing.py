@@ -75,11 +75,6 @@ class Settings:
     width: float
     threads: int
 
-    @property
-    def reference(self) -> str:
-        """Whose epoch is 1: SGD where it takes part, else the first."""
-        return "sgd" if "sgd" in self.optimizers else self.optimizers[0]
-
 
 @dataclass(frozen=True)
 class Workload:
@@ -262,7 +257,7 @@ def run(settings: Settings, on_round: Callable[[int], object] = lambda done: Non
         "config": asdict(settings),
         "machine": measure.machine(),
         "epoch": {"steps": work.steps, "evaluation_batches": work.evaluations, "steps_per_round": steps},
-        "reference": settings.reference,
+        "reference": peers.reference(settings.optimizers),
         "optimizers": rows,
         "seconds_per_round": {case.name: case.seconds for case in cases},
     }
@@ -277,7 +272,7 @@ def summarise(
     }
     own = {name: work.steps * mine["step"] + mine["epoch_end"] for name, mine in parts.items()}
     epochs = {name: work.steps * mine["forward_backward"] + own[name] for name, mine in parts.items()}
-    reference = settings.reference
+    reference = peers.reference(settings.optimizers)
     rows = []
     for name, mine in parts.items():
         added = 100 * (own[name] - own[reference]) / epochs[reference]

@@ -8,12 +8,13 @@ from the RMSGD authors' own package; only SLS, which no kept package has, is cod
 
 import hashlib
 import importlib.util
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import StepLR
 
 from bench.errors import UnavailableError, UsageError
 from bench.names import look_up
@@ -210,6 +212,20 @@ def make(
         if not overrides:
             raise
         raise UsageError(f"{name} refuses its settings: {error}") from error
+
+
+def schedule(name: str, optimizer: Optimizer, epochs: int) -> StepLR | None:
+    """What halves the rate of the optimizer called `name`; None where the paper leaves its rate alone.
+
+    The paper's StepLR, every 25 epochs of 250, in proportion to a run of so many epochs: every tenth of it,
+    rounded up to whole epochs.
+    """
+    return StepLR(optimizer, math.ceil(epochs / 10), 0.5) if peer(name).scheduled else None
+
+
+def reference(optimizers: Sequence[str]) -> str:
+    """Whose epoch time is 1: SGD where it takes part, else the first."""
+    return "sgd" if "sgd" in optimizers else optimizers[0]
 
 
 def parts(optimizer: Optimizer) -> list[Optimizer]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bench import arguments, measure, output, plots, training
+from bench import arguments, measure, output, peers, plots, training
 from bench.training import Run, Settings
 from rmsgd.plots import layer_curves
 
@@ -149,7 +149,7 @@ def _train(settings: Settings, console: Console) -> list[Run]:
 
 def table(settings: Settings, summary: dict[str, dict[str, Any]]) -> Table:
     """The summary as one table: a row per optimizer."""
-    reference = training.reference_optimizer(settings)
+    reference = peers.reference(settings.optimizers)
     epochs, seeds = measure.count(settings.epochs, "epoch"), measure.count(len(settings.seeds), "seed")
     title = f"{settings.model} on {settings.data}, {epochs}, {seeds}"
     caption = (

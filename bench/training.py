@@ -119,11 +119,7 @@ class Run:
             steps=len(self._batches),
             **settings.overrides.get(optimizer_name, {}),
         )
-        self._schedule = None
-        if self._peer.scheduled:
-            # The paper's StepLR, 25 epochs of 250, in proportion to this run.
-            period = math.ceil(settings.epochs / 10)
-            self._schedule = torch.optim.lr_scheduler.StepLR(self._optimizer, period, 0.5)
+        self._schedule = peers.schedule(optimizer_name, self._optimizer, settings.epochs)
 
     def train_epoch(self) -> Epoch:
         """Trains for one epoch, then evaluates, and appends what it measured to `epochs`."""
@@ -278,7 +274,7 @@ def summary(settings: Settings, runs: Sequence[Run]) -> dict[str, dict[str, Any]
     over epochs and seeds; the first epoch of a run, which pays for warming up, counts only when
     there is no other. Epoch time is training plus epoch end: evaluation is not the optimizer's.
     """
-    reference = reference_optimizer(settings)
+    reference = peers.reference(settings.optimizers)
     by_name = {name: [run for run in runs if run.optimizer_name == name] for name in settings.optimizers}
     entries = {}
     for name, mine in by_name.items():
@@ -298,11 +294,6 @@ def summary(settings: Settings, runs: Sequence[Run]) -> dict[str, dict[str, Any]
             "epoch_time_ratio": measure.ratio(*zip(*pairs, strict=True))._asdict() if pairs else None,
         }
     return entries
-
-
-def reference_optimizer(settings: Settings) -> str:
-    """Whose epoch time is 1: SGD where it takes part, else the first optimizer."""
-    return "sgd" if "sgd" in settings.optimizers else settings.optimizers[0]
 
 
 def warm_epochs(run: Run) -> list[Epoch]:

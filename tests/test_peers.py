@@ -154,3 +154,17 @@ def test_a_package_that_is_not_the_known_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", deliver)
     with pytest.raises(peers.PeerUnavailableError, match="not the known file"):
         peers.load_rmsgd_1_0_2()
+
+
+def test_a_rate_is_halved_every_tenth_of_the_run_in_whole_epochs_and_rmsgds_never():
+    def period(name, epochs):
+        schedule = peers.schedule(name, peers.make(name, problem()[0].named_parameters()), epochs)
+        return schedule and schedule.step_size
+
+    assert [period("sgd", epochs) for epochs in (1, 10, 12, 250)] == [1, 1, 2, 25]
+    assert period("rmsgd", 250) is None
+
+
+def test_times_are_held_against_sgds_or_the_firsts():
+    assert peers.reference(("rmsgd", "sgd")) == "sgd"
+    assert peers.reference(("sam", "adam")) == "sam"

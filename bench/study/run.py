@@ -90,11 +90,7 @@ class Run:
         self._network = network.to(self._device)
         self._peer = peers.peer(config.optimizer)
         self._optimizer = make_optimizer(config, network, self._steps)
-        self._schedule = None
-        if self._peer.scheduled:
-            # StepLR 25 / .5 of the paper's 250 epochs, in proportion to a shorter run.
-            period = math.ceil(config.epochs / 10)
-            self._schedule = torch.optim.lr_scheduler.StepLR(self._optimizer, period, 0.5)
+        self._schedule = peers.schedule(config.optimizer, self._optimizer, config.epochs)
 
     # -- training ------------------------------------------------------------------------------------
 
