@@ -31,7 +31,7 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """A median and its confidence interval; `low` and `high` are None where the samples are too few."""
+    """A median (or mean) and its interval; `low` and `high` are None where the samples tell of none."""
 
     median: float
     low: float | None

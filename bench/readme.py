@@ -154,8 +154,9 @@ def study_cells(row: dict[str, Any]) -> list[str]:
     cells = [f"{measured['mean']:.2f}{deviation}", f"{row['gap']:.2f}", f"{row['Q']:.2f}"]
     if difference is None:
         return [*cells, "-", "-"]
-    interval = f"{difference['mean']:+.2f} [{difference['low']:+.2f}, {difference['high']:+.2f}]"
-    return [*cells, interval, f"{difference['p_corrected']:.2g}"]
+    low, high = (None if math.isnan(difference[bound]) else difference[bound] for bound in ("low", "high"))
+    interval = Interval(difference["mean"], low, high)
+    return [*cells, interval.text("+.2f"), f"{difference['p_corrected']:.2g}"]
 
 
 def _study(rows: list[dict[str, Any]]) -> str:

@@ -152,7 +152,8 @@ def main(arguments: Sequence[str]) -> int:
     """Measures, prints the table, writes `split-cpu.json`; 0."""
     parser = argparse.ArgumentParser(
         prog="python -m bench split",
-        description="Time the epoch end shared by two processes, and model 8, 64 and 512.",
+        description="Time the epoch end shared by two processes, and model it for "
+        f"{', '.join(map(str, MODELLED_RANKS))}.",
     )
     parser.add_argument("--out", type=Path, default=Path(".out/split"), help="folder for the JSON")
     parser.add_argument("--models", type=networks, default=MODELS, help=f"default: {','.join(MODELS)}")

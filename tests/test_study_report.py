@@ -433,6 +433,19 @@ def test_the_readmes_table_is_written_from_the_runs(tmp_path, capsys):
     assert "old" not in text
 
 
+def test_a_difference_without_spread_has_no_interval(tmp_path, capsys):
+    configs = [run for run in experiment("digits").runs((0, 1)) if run.label in ("sgd", "rmsgd")]
+    for config in configs:
+        write_run(tmp_path, config, 0.9 if config.optimizer == "sgd" else 0.91, epochs=2)
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- measured: study -->\n<!-- /measured -->\n")
+    assert main(["study", "report", "digits", "--out", str(tmp_path), "--readme", str(readme)]) == 0
+    assert "| +1.00 [-] | 1 |" in readme.read_text()
+    assert "nan" not in readme.read_text()
+    [row] = [line for line in capsys.readouterr().out.splitlines() if "2 of 2" in line]
+    assert row.split() == ["sgd", "2", "of", "2", "+1.00", "-", "1", "1"]
+
+
 def test_one_seed_has_no_deviation_in_the_readmes_table(tmp_path):
     (config,) = [run for run in experiment("digits").runs((0,)) if run.label == "sgd"]
     write_run(tmp_path, config, 0.9, epochs=2)

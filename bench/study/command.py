@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -377,7 +376,3 @@ def train_with_progress(
                 progress.console.print(f"{run}: {ENDS[how]}", soft_wrap=True)
 
         return train_all(runner, configs, tell, end)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

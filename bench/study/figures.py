@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 import rmsgd
+from bench import peers
 from bench.plots import bands_over_time, blank, plain, save
 from bench.study.records import Record, by_label, finished, is_plain
 from bench.study.statistics import correlation
@@ -158,7 +159,7 @@ def courses(stem: Path, records: Sequence[Record]) -> list[Path]:
         figure.suptitle(f"{first.network}, {first.dataset}: means over the layers", fontsize=10)
         written.append(save(figure, stem.with_suffix(".png")))
     if ablation:
-        default = 0.98
+        default = peers.RMSGD["beta"]
         ordered = sorted(ablation, key=lambda record: dict(record.config.settings).get("beta", default))
         groups = {}
         for record in ordered:

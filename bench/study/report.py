@@ -287,7 +287,7 @@ def comparison_table(entries: Sequence[dict[str, Any]]) -> Table:
             entry["other"],
             f"{entry['seeds']} of {entry['seeds'] + len({run['seed'] for run in entry['left_out']})}",
             f"{entry['mean']:+.2f}" if known else "-",
-            f"{entry['low']:+.2f} to {entry['high']:+.2f}" if known else "-",
+            "-" if math.isnan(entry["low"]) else f"{entry['low']:+.2f} to {entry['high']:+.2f}",
             f"{entry['p']:.2g}" if known else "-",
             f"{entry['p_corrected']:.2g}" if known else "-",
         )
