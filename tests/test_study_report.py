@@ -11,13 +11,14 @@ from scipy import stats
 
 from bench import measure, models
 from bench.__main__ import main
-from bench.study import figures, report, tuning
+from bench.study import command, figures, report, tuning
 from bench.study.config import RunConfig, sorted_settings
 from bench.study.experiments import EXPERIMENTS, experiment, small
 from bench.study.figures import draw
 from bench.study.folder import locked
 from bench.study.records import read
 from bench.study.run import METRICS, PHASES
+from bench.study.selection import by_experiment
 from bench.study.statistics import correlation, holm, in_deviations, paired
 from rmsgd.metrics import write_csv
 
@@ -387,6 +388,20 @@ def test_tuned_rates_go_through_a_file_and_into_runs_that_set_none(tmp_path):
     assert tuning.with_rates(fixed, rates) == fixed
     assert tuning.with_rates(replace(CELL, optimizer="adam"), rates).settings == ()
     assert tuning.with_rates(CELL, {"sgd": 0.1}) == CELL
+
+
+def test_tuned_rates_leave_a_sweep_over_rates_as_it_is(tmp_path):
+    tuning.write(tmp_path / "rates.json", {"sgd": {"lr": 0.03}}, CELL)
+
+    def labels(name, *flags):
+        given = ["run", name, "--network", "resnet18", "--dataset", "cifar10", "--optimizers", "sgd"]
+        options = command._parser().parse_args([*given, "--seeds", "1", *flags])
+        return [run.label for run in by_experiment(options)[name]]
+
+    rates = ("--rates", str(tmp_path / "rates.json"))
+    swept = ["sgd (lr 0.01)", "sgd (lr 0.03)", "sgd", "sgd (lr 0.3)"]
+    assert labels("fig2", *rates) == labels("fig2") == swept
+    assert labels("table1a", *rates) == ["sgd (lr 0.03)"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"optimizers": {"sgd": {}}}', '{"optimizers": 3}'])

@@ -154,7 +154,12 @@ def _selection(parser: argparse.ArgumentParser, seeds: str) -> None:
 
 
 def _rates(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rates", type=Path, metavar="FILE", help="learning rates that `study tune` found")
+    parser.add_argument(
+        "--rates",
+        type=Path,
+        metavar="FILE",
+        help="learning rates that `study tune` found; a sweep over rates (fig2) keeps its own",
+    )
 
 
 def _place(parser: argparse.ArgumentParser) -> None:

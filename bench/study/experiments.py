@@ -91,6 +91,11 @@ class Experiment:
         """Its runs, each once."""
         return list(dict.fromkeys(run for grid in self.grids for run in grid.runs(seeds)))
 
+    @property
+    def sweeps_rates(self) -> bool:
+        """Whether learning rates are what it varies."""
+        return any(grid.sweep == "lr" for grid in self.grids)
+
 
 _BUDGET = {"budget": True}
 _FIXED = {"epochs": 140}

@@ -48,11 +48,13 @@ def by_experiment(options: argparse.Namespace, sweeps: bool = True) -> dict[str,
         fixed["budget"] = options.mode == "budget"
     rates = tuning.read(options.rates) if options.rates else {}
 
-    def as_said(config: RunConfig) -> RunConfig:
+    def as_said(name: str, config: RunConfig) -> RunConfig:
         settings = {**dict(config.settings), **changed.get(config.optimizer, {})}
-        return tuning.with_rates(replace(config, settings=sorted_settings(settings), **fixed), rates)
+        said = replace(config, settings=sorted_settings(settings), **fixed)
+        # A sweep goes over fixed rates, of which the optimizer's own is one that no setting shows.
+        return said if known[name].sweeps_rates else tuning.with_rates(said, rates)
 
-    return {name: list(dict.fromkeys(map(as_said, runs))) for name, runs in chosen.items()}
+    return {name: list(dict.fromkeys(as_said(name, run) for run in runs)) for name, runs in chosen.items()}
 
 
 def each_once(chosen: Mapping[str, Sequence[RunConfig]]) -> list[RunConfig]:
