@@ -131,55 +131,63 @@ def courses(stem: Path, records: Sequence[Record]) -> list[Path]:
     swept = {record.config.network for record in ours if "beta" in dict(record.config.settings)}
     ablation = [record for record in ours if record.config.network in swept]
     compared = [r for r in records if is_plain(r) and r.config.network not in swept]
-    written = []
-    if compared:
-        figure = blank(11.0, 6.4)
-        panels = figure.subplots(2, 2)
-        quantities = {
-            "stable_rank": "stable rank, mean",
-            "condition_number": "condition number, mean",
-            "Q": "Q of the network",
-            "learning_rate": "learning rate, mean",
-        }
-        groups = by_label(compared)
-        for axes, (name, label) in zip(panels.flat, quantities.items(), strict=True):
-            for optimizer, mine in groups.items():
-                values = _mean([record.column(name) for record in mine])
-                epochs = np.arange(1, len(values) + 1)
-                colour, marker = _style_of(optimizer)
-                marker = marker if len(values) <= 20 else ""
-                axes.plot(epochs, values, color=colour, marker=marker, label=optimizer)
-            plain(axes, "epoch", label)
-            _whole_numbers(axes)
-            if name == "learning_rate":
-                axes.set_yscale("log")
-        handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=5)
-        first = compared[0].config
-        figure.suptitle(f"{first.network}, {first.dataset}: means over the layers", fontsize=10)
-        written.append(save(figure, stem.with_suffix(".png")))
+    written = [_over_the_epochs(stem.with_suffix(".png"), compared)] if compared else []
     if ablation:
-        default = peers.RMSGD["beta"]
-        ordered = sorted(ablation, key=lambda record: dict(record.config.settings).get("beta", default))
-        groups = {}
-        for record in ordered:
-            groups.setdefault(f"β = {dict(record.config.settings).get('beta', default)}", []).append(record)
-        figure = blank(7.2, 4.2)
-        axes = figure.subplots()
-        for index, (label, mine) in enumerate(groups.items()):
-            values = 100 * _mean([record.column("test_accuracy") for record in mine])
-            colour, marker = _style(index)
-            epochs = np.arange(1, len(values) + 1)
-            axes.plot(epochs, values, color=colour, marker=marker if len(values) <= 20 else "", label=label)
-        plain(axes, "epoch", "test accuracy (%)")
-        _whole_numbers(axes)
-        axes.legend(frameon=False)
-        axes.set_title(
-            f"{ordered[0].config.network}, {ordered[0].config.dataset}: momentum β of RMSGD's rates",
-            fontsize=10,
-        )
-        written.append(save(figure, stem.with_name(f"{stem.name}-beta.png")))
+        written.append(_by_beta(stem.with_name(f"{stem.name}-beta.png"), ablation))
     return written
+
+
+def _over_the_epochs(path: Path, records: Sequence[Record]) -> Path:
+    """Means over the layers and seeds of every optimizer."""
+    figure = blank(11.0, 6.4)
+    panels = figure.subplots(2, 2)
+    quantities = {
+        "stable_rank": "stable rank, mean",
+        "condition_number": "condition number, mean",
+        "Q": "Q of the network",
+        "learning_rate": "learning rate, mean",
+    }
+    groups = by_label(records)
+    for axes, (name, label) in zip(panels.flat, quantities.items(), strict=True):
+        for optimizer, mine in groups.items():
+            values = _mean([record.column(name) for record in mine])
+            epochs = np.arange(1, len(values) + 1)
+            colour, marker = _style_of(optimizer)
+            marker = marker if len(values) <= 20 else ""
+            axes.plot(epochs, values, color=colour, marker=marker, label=optimizer)
+        plain(axes, "epoch", label)
+        _whole_numbers(axes)
+        if name == "learning_rate":
+            axes.set_yscale("log")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=5)
+    first = records[0].config
+    figure.suptitle(f"{first.network}, {first.dataset}: means over the layers", fontsize=10)
+    return save(figure, path)
+
+
+def _by_beta(path: Path, records: Sequence[Record]) -> Path:
+    """Test accuracy over the epochs for every beta."""
+    default = peers.RMSGD["beta"]
+    ordered = sorted(records, key=lambda record: dict(record.config.settings).get("beta", default))
+    groups = {}
+    for record in ordered:
+        groups.setdefault(f"β = {dict(record.config.settings).get('beta', default)}", []).append(record)
+    figure = blank(7.2, 4.2)
+    axes = figure.subplots()
+    for index, (label, mine) in enumerate(groups.items()):
+        values = 100 * _mean([record.column("test_accuracy") for record in mine])
+        colour, marker = _style(index)
+        epochs = np.arange(1, len(values) + 1)
+        axes.plot(epochs, values, color=colour, marker=marker if len(values) <= 20 else "", label=label)
+    plain(axes, "epoch", "test accuracy (%)")
+    _whole_numbers(axes)
+    axes.legend(frameon=False)
+    axes.set_title(
+        f"{ordered[0].config.network}, {ordered[0].config.dataset}: momentum β of RMSGD's rates",
+        fontsize=10,
+    )
+    return save(figure, path)
 
 
 def performance(stem: Path, records: Sequence[Record]) -> list[Path]:
