@@ -315,14 +315,20 @@ def test_every_experiment_is_drawn(name, tmp_path):
         assert path.stat().st_size > 5000
 
 
-def test_figure_3_shows_both_parts_of_tuned_runs(tmp_path):
+def test_figure_3_shows_both_parts_of_tuned_runs(tmp_path, monkeypatch):
     configs = [
         tuning.with_rates(config, {"rmsgd": 0.01, "sgd": 0.3}) for config in small(EXPERIMENTS["fig3"]).runs()
     ]
     for config in configs:
         write_run(tmp_path, config, 0.9)
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure) or path)
     files = draw("fig3", read(tmp_path, configs), tmp_path / "figures")
     assert [path.name for path in files] == ["fig3.png", "fig3-beta.png"]
+    # As in every other figure, whatever rates were tuned.
+    curves = {line.get_label(): line.get_color() for line in drawn[0].axes[0].get_lines()}
+    assert curves["sgd (lr 0.3)"] == figures._style_of("sgd")[0]
+    assert curves["rmsgd (lr 0.01)"] == figures._style_of("rmsgd")[0]
 
 
 def test_every_batch_size_is_on_the_axis_where_an_optimizer_lacks_one(tmp_path, monkeypatch):

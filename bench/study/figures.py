@@ -152,7 +152,7 @@ def _over_the_epochs(path: Path, records: Sequence[Record]) -> Path:
         for optimizer, mine in groups.items():
             values = _mean([record.column(name) for record in mine])
             epochs = np.arange(1, len(values) + 1)
-            colour, marker = _style_of(optimizer)
+            colour, marker = _style_of(mine[0].config.optimizer)
             marker = marker if len(values) <= 20 else ""
             axes.plot(epochs, values, color=colour, marker=marker, label=optimizer)
         plain(axes, "epoch", label)
