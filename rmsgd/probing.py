@@ -194,13 +194,23 @@ def apply_scale(weight: Tensor, scale: Tensor) -> Tensor:
         return weight * scale.reshape(())
     if scale.ndim == weight.ndim and scale.numel():
         for d, (size, blocks) in enumerate(zip(weight.shape, scale.shape, strict=True)):
-            block = -(-size // blocks)
-            if -(-size // block) != blocks:
+            block = _block(size, blocks)
+            if block is None:
                 break
             scale = scale.repeat_interleave(block, d).narrow(d, 0, size)
         else:
             return weight * scale
     raise NotMeasurableError(f"8-bit values with scales of shape {tuple(scale.shape)}, which fit no blocks")
+
+
+def _block(size: int, blocks: int) -> int | None:
+    """How many of ``size`` entries have a scale in common where there are ``blocks`` scales; None: no number.
+
+    Formats have blocks of 16, 32 or 128, of which the last may be a part: 576 rows have 5 scales.
+    """
+    powers = [2**k for k in range(8)]
+    equal = [size // blocks] if size % blocks == 0 else []
+    return next((block for block in powers + equal if -(-size // block) == blocks), None)
 
 
 def _nothing(
