@@ -72,7 +72,7 @@ def is_probed(weight: Tensor, group: Mapping[str, Any]) -> bool:
     "published" only kernels without a side of 1.
     """
     shape = weight.shape
-    if not (group["probe"] and weight.requires_grad and weight.is_floating_point() and weight.numel()):
+    if not (group["probe"] and weight.requires_grad and weight.is_floating_point()):
         return False
     if not 2 <= weight.ndim <= 5 or (weight.ndim == 2 and not group["linear"]):
         return False

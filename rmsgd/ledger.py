@@ -33,8 +33,8 @@ from rmsgd.layouts import Layouts, check_apart, dense_forms
 from rmsgd.measurement import Measurement
 from rmsgd.state import State, buffer_key
 
-_PROBING = ("probe", "linear", "rule")
-"""The options of a group that decide which of its parameters are probed."""
+_PROBING = ("probe", "linear")
+"""The options of a group that decide which of its parameters are probed; its rule makes new ledgers."""
 
 
 @dataclass(frozen=True)
