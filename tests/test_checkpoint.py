@@ -198,6 +198,16 @@ def test_a_checkpoint_of_sgd_loads_and_the_next_step_is_sgds(rule, flags):
     ours.epoch_step()
 
 
+def test_past_gradients_of_half_precision_become_a_velocity_in_single():
+    p = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    p.grad = torch.randn_like(p)
+    sgd = torch.optim.SGD([p], lr=0.1, momentum=0.9)
+    sgd.step()
+    optimizer = rmsgd.RMSGD([p])
+    optimizer.load_state_dict(sgd.state_dict())
+    torch.testing.assert_close(optimizer.state[p]["velocity"], -0.1 * p.grad.float(), rtol=1e-6, atol=0.0)
+
+
 def test_parameters_of_sgd_that_never_had_a_gradient_begin_afresh():
     model = network()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

@@ -265,6 +265,14 @@ def test_parameters_that_share_memory_are_refused_by_name(a, b):
     assert not whole.any()
 
 
+def test_a_parameter_in_the_gaps_of_another_hides_no_third_that_shares_its_memory():
+    whole = torch.zeros(10, 4)
+    parts = {"a": whole[:, :2], "gap": whole[0, 2:], "b": whole[9, 1:]}
+    optimizer = rmsgd.RMSGD([(name, nn.Parameter(part)) for name, part in parts.items()])
+    with pytest.raises(RuntimeError, match="a and b share memory"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     "split",
     [

@@ -22,6 +22,11 @@ def test_the_modes_of_a_1x1_kernel_share_one_spectrum():
     assert (only.modes, only.L, only.M, only.channels) == (("in", "out"), 8, 16, (8, 16))
 
 
+def test_the_modes_of_a_1x3_kernel_are_two_spectra():
+    found = {u.modes: (u.L, u.M) for u in unfoldings((16, 8, 1, 3))}
+    assert found == {("in",): (8, 48), ("out",): (16, 24)}
+
+
 def test_a_mode_with_one_row_is_left_out():
     assert [u.modes for u in unfoldings((8, 1, 3, 3))] == [("out",)]
     assert unfoldings((5, 1)) == ()

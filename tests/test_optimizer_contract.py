@@ -326,6 +326,12 @@ class TestContract(TestCase):
             assert public(optimizer) == public(pickle.loads(pickle.dumps(optimizer)))
 
     @optims([OURS])
+    def test_a_deep_copy_has_the_same_process_group(self, device, dtype, optim_info):
+        group = object()
+        optimizer = optim_info.optim_cls([Parameter(torch.ones(2, 3))], process_group=group)
+        assert deepcopy(optimizer).process_group is group
+
+    @optims([OURS])
     def test_closures_run_with_gradients_and_their_loss_is_returned(self, device, dtype, optim_info):
         p = Parameter(torch.ones(2, 2, device=device, dtype=dtype))
         optimizer = optim_info.optim_cls([p])

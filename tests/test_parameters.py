@@ -282,6 +282,29 @@ def test_a_layer_that_thaws_begins_at_the_rank_it_is_found_with(rule):
     assert optimizer.learning_rates()["1.weight"] == pytest.approx(0.9 * before)
 
 
+@pytest.mark.parametrize("option", ["probe", "linear"])
+def test_a_group_may_say_anew_what_is_measured_before_any_epoch_end(option):
+    optimizer = rmsgd.RMSGD([("w", Parameter(torch.randn(6, 4))), ("k", Parameter(torch.randn(4, 4, 3)))])
+    (group,) = optimizer.param_groups
+    measured = []
+    for value in (True, False, True):
+        group[option] = value
+        optimizer.epoch_step()
+        measured.append([layer.name for layer in optimizer.report().layers])
+    assert measured == [["w", "k"], [] if option == "probe" else ["k"], ["w", "k"]]
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"initial_rank": "measure"}], ids=str)
+def test_tables_are_made_at_the_first_step_and_no_other_step_measures(options, monkeypatch):
+    model = network()
+    optimizer = rmsgd.RMSGD(model.parameters(), **options)
+    steps(model, optimizer)
+    monkeypatch.delattr("rmsgd.ledger.Ledger.__init__")
+    optimizer.epoch_step()
+    monkeypatch.delattr("rmsgd.ledger.Ledger._measure")
+    steps(model, optimizer)
+
+
 @pytest.mark.parametrize("rule", ["paper", "release"])
 def test_a_parameter_in_anothers_place_does_not_set_back_its_groups_clock(rule):
     def rates(replace):
@@ -487,7 +510,8 @@ def test_weights_that_are_not_finite_keep_their_rate_and_are_named_once(backend,
     assert caught[0].filename == __file__
     healthy.epoch_step()
     after, expected = optimizer.learning_rates(), healthy.learning_rates()
-    assert after["0.weight"] == before["0.weight"]
+    for name in ("0.weight", "0.bias"):  # which follows it
+        assert after[name] == before[name]
     assert after["3.weight"] == expected["3.weight"]
     state = optimizer.state_dict()["state"][0]
     assert (state["rate"], state["stable_rank"]) == known
