@@ -240,6 +240,8 @@ def test_past_gradients_change_their_form_with_the_rule(before, after):
     twin = rmsgd.RMSGD(other.parameters(), rule=before)
     twin.load_state_dict(saved(optimizer.state_dict()))
     twin.param_groups[0]["rule"] = after
+    for one in (optimizer, twin):  # as a schedule does
+        one.param_groups[0]["lr"] *= 0.5
     step(model, optimizer, 3)
     step(other, twin, 3)
     for a, b in zip(weights(other), weights(model), strict=True):

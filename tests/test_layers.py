@@ -122,6 +122,13 @@ def test_who_leads_a_parameter_that_is_not_probed(name, earlier, expected):
     )
 
 
+def test_under_the_released_rule_a_parameter_before_every_layer_keeps_its_rate():
+    parameters = [("bias", nn.Parameter(torch.zeros(4))), ("weight", nn.Parameter(torch.randn(6, 4)))]
+    optimizer = rmsgd.RMSGD(parameters, lr=0.1, rule="release")
+    optimizer.epoch_step()
+    assert optimizer.learning_rates()["bias"] == 0.1 != optimizer.learning_rates()["weight"]
+
+
 def test_followers_take_their_leaders_ratio_times_their_own_groups_lr():
     conv, norm = nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8)
     groups = [

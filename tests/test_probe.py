@@ -235,6 +235,7 @@ def test_a_slice_of_another_weight_is_a_weight_of_its_own():
 
 def test_biases_and_norms_are_no_layers():
     network = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    network.again = network[1]  # tied ones neither
     assert [layer.name for layer in rmsgd.probe(network).layers] == ["0.weight"]
 
 
