@@ -96,6 +96,14 @@ def test_every_metric_is_the_references(backend, weight):
     assert_measured(backend.measure(matrices), matrices)
 
 
+def test_a_weight_whose_strides_change_in_its_place_is_measured_anew(backend):
+    weight = torch.randn(6, 4, 3, 3)
+    channels_last = torch.empty_like(weight, memory_format=torch.channels_last).stride()
+    for seen in (weight, weight.as_strided(weight.shape, channels_last)):
+        matrices = spectra(seen)
+        assert_measured(backend.measure(matrices), matrices)
+
+
 @pytest.mark.parametrize(
     ("noise", "stage"), [(0.5, 0), (1e-3, 1), (1e-7, 2), (0.0, 2)], ids=["fp32", "fp64", "SVD", "deficient"]
 )

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 import rmsgd
+from rmsgd import layouts
 
 
 def network():
@@ -74,6 +75,38 @@ def test_weights_in_other_memory_go_on_with_their_past(backend, change):
         o.epoch_step()
     assert_equal(model, other)
     assert optimizer.learning_rates() == pytest.approx(alone.learning_rates(), rel=1e-6)
+
+
+CHANGES = {
+    "place": lambda weight: weight.clone(),
+    "type": lambda weight: weight.half(),
+    "shape": lambda weight: weight[:2],
+    "strides": lambda weight: weight.t(),
+}
+
+
+@pytest.mark.parametrize("core", [layouts._cpu, None], ids=["compiled", "python"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_of_any_parameter_in_memory_is_noticed(core, change, monkeypatch):
+    monkeypatch.setattr(layouts, "_cpu", core)
+    parameters = [Parameter(torch.zeros(3, 3)) for _ in range(3)]
+    known = layouts.Layouts(parameters)
+    assert known.hold()
+    parameters[1].data = change(parameters[1].data)
+    assert not known.hold()
+
+
+def test_a_gradient_may_lie_in_memory_in_any_way(backend):
+    weight = torch.randn(4, 6)
+    gradient = torch.randn(6, 4, 2)[..., 0]
+    stepped = []
+    for grad in (gradient, gradient.t().contiguous().t()):
+        p = Parameter(weight.clone().t())
+        p.grad = grad
+        rmsgd.RMSGD([p]).step()
+        stepped.append(p)
+    assert torch.equal(*stepped)
+    assert not torch.equal(stepped[0], weight.t())
 
 
 def data_moved(velocity):  # as scripts do that bring an optimizer to another device

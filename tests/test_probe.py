@@ -227,10 +227,10 @@ def test_a_tied_weight_is_measured_once():
         assert head.skipped == "tied: the same memory as embed.weight"
 
 
-def test_a_slice_of_another_weight_is_a_weight_of_its_own():
-    both = torch.randn(10, 8)
-    report = rmsgd.probe({"both": both, "first": both[:5]})
-    assert [layer.skipped for layer in report.layers] == [None, None]
+def test_a_slice_and_the_transpose_of_another_weight_are_weights_of_their_own():
+    both = torch.randn(8, 8)
+    report = rmsgd.probe({"both": both, "first": both[:5], "transpose": both.t()})
+    assert [layer.skipped for layer in report.layers] == [None, None, None]
 
 
 def test_biases_and_norms_are_no_layers():
