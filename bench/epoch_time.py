@@ -139,7 +139,7 @@ def _write(out: Path, result: dict[str, Any], console: Console) -> None:
     measure.write_json(written[0], result)
     write_csv(written[1], result["optimizers"])
     written += output.figures(lambda: [bar_chart(out / f"{stem}.png", result)], console)
-    console.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
+    output.say(written, console)
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

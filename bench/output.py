@@ -70,6 +70,11 @@ def finish(
     if page is not None:
         readme.rewrite(page, result)
         written.append(page)
+    say(written, console)
+
+
+def say(written: Iterable[Path], console: Console) -> None:
+    """Says which files there are now."""
     console.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
 
 

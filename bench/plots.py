@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rmsgd.plots import DPI, PALETTE, require_matplotlib
+from rmsgd.plots import DPI, PALETTE, one_panel
 
 DASHES = ("-", "--", "-.", ":")
 
@@ -44,7 +44,7 @@ def bands_over_time(
         ValueError: times and values differ in shape, or are not two-dimensional.
 
     """
-    figure, axes = _axes(title, xlabel, ylabel)
+    figure, axes = one_panel(title, xlabel, ylabel)
     late: list[float] = []
     for index, (name, (times, values)) in enumerate(curves.items()):
         across, heights = np.asarray(times, dtype=np.float64), np.asarray(values, dtype=np.float64)
@@ -104,7 +104,7 @@ def proportions(
         ModuleNotFoundError: matplotlib is not installed.
 
     """
-    figure, axes = _axes(title, xlabel, ylabel)
+    figure, axes = one_panel(title, xlabel, ylabel)
     for colour, marker, (label, heights) in zip(PALETTE, "osDv", series.items(), strict=False):
         axes.plot(
             x, heights, marker, color=colour, label=label, fillstyle="full" if marker == "o" else "none"
@@ -156,7 +156,7 @@ def stacked_bars(
         ModuleNotFoundError: matplotlib is not installed.
 
     """
-    figure, axes = _axes(title, xlabel, "", height=1.6 + 0.34 * len(names))
+    figure, axes = one_panel(title, xlabel, "", height=1.6 + 0.34 * len(names))
     places = np.arange(len(names))
     ends = np.zeros(len(names))
     for colour, (label, lengths) in zip(PALETTE, parts.items(), strict=False):
@@ -172,31 +172,7 @@ def stacked_bars(
     return save(figure, path)
 
 
-def blank(width: float, height: float) -> Any:
-    """An empty figure of so many inches, tied to no window system."""
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def plain(axes: Any, xlabel: str, ylabel: str) -> None:
-    """Labels, a faint grid, and no frame at the top and right."""
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.grid(color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def save(figure: Any, path: Path) -> Path:
     """Writes the figure and returns where."""
     figure.savefig(path, dpi=DPI)
     return path
-
-
-def _axes(title: str, xlabel: str, ylabel: str, height: float = 4.4) -> tuple[Any, Any]:
-    figure = blank(7.2, height)
-    axes = figure.add_subplot()
-    axes.set_title(title)
-    plain(axes, xlabel, ylabel)
-    return figure, axes

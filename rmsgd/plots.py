@@ -48,7 +48,7 @@ def layer_curves(
     """
     if not curves:
         raise ValueError("curves is empty: there is no layer to draw")
-    figure, axes = _axes(title, xlabel, ylabel)
+    figure, axes = one_panel(title, xlabel, ylabel)
     colours = _depth_colours(figure, axes, list(curves))
     thin = 1.6 if len(curves) <= 30 else 0.8
     for colour, values in zip(colours, curves.values(), strict=True):
@@ -62,7 +62,7 @@ def layer_curves(
     else:
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
     _whole_numbers(axes)
-    _save(figure, path)
+    figure.savefig(path, dpi=DPI)
 
 
 def require_matplotlib() -> Any:
@@ -75,17 +75,28 @@ def require_matplotlib() -> Any:
     return matplotlib
 
 
-def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:
+def blank(width: float, height: float) -> Any:
+    """An empty figure of so many inches: no window system, and no state shared with the user's plots."""
     require_matplotlib()
-    # A Figure of our own instead of pyplot: no window system, no state shared with the user's plots.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def plain(axes: Any, xlabel: str, ylabel: str) -> None:
+    """Labels, a faint grid, and no frame at the top and right."""
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def one_panel(title: str, xlabel: str, ylabel: str, height: float = 4.4) -> tuple[Any, Any]:
+    """A figure and its only axes, plain ones."""
+    figure = blank(7.2, height)
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    plain(axes, xlabel, ylabel)
     return figure, axes
 
 
@@ -122,7 +133,3 @@ def _whole_numbers(axes: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _save(figure: Any, path: str | PathLike[str]) -> None:
-    figure.savefig(path, dpi=DPI)

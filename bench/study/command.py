@@ -247,7 +247,7 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     path = options.out / "rates.json"
     tuning.write(path, found, configs[0], together)
     drawn = output.figures(lambda: draw("fig2", records, options.out / "figures-tuning"), console)
-    console.print("wrote " + ", ".join(map(str, [path, *drawn])), soft_wrap=True)
+    output.say([path, *drawn], console)
     console.print(
         f"Next: python -m bench study run {' '.join(options.ids)} --rates {path}, with the --data, "
         "--preset and filters of this search",
@@ -269,7 +269,7 @@ def _nats(options: argparse.Namespace, console: Console) -> int:
         )
     Console().print(nats_study.table(nats_study.correlations(rows)))
     drawn = output.figures(lambda: [nats_study.draw(rows, table.with_suffix(".png"))], console)
-    console.print("wrote " + ", ".join(map(str, [table, *drawn])), soft_wrap=True)
+    output.say([table, *drawn], console)
     return 0
 
 
@@ -328,7 +328,7 @@ def _report(options: argparse.Namespace, console: Console) -> int:
         readme.rewrite(options.readme, table)
         written.append(options.readme)
     if written:
-        console.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
+        output.say(written, console)
     return 0
 
 

@@ -8,11 +8,11 @@ import numpy as np
 
 import rmsgd
 from bench import peers
-from bench.plots import bands_over_time, blank, plain, save
+from bench.plots import bands_over_time, save
 from bench.study.records import Record, by_label, finished, is_plain
 from bench.study.statistics import correlation
 from rmsgd.inspection.series import Series, in_order_of_training
-from rmsgd.plots import PALETTE
+from rmsgd.plots import PALETTE, blank, plain
 
 MARKERS = "osD^vP*X<>hd"
 # An optimizer looks the same in every figure; those that are compared most differ most.

@@ -12,12 +12,12 @@ from rich.table import Table
 import rmsgd
 from bench import atomic
 from bench.measure import count
-from bench.plots import blank, plain, save
+from bench.plots import save
 from bench.study import nats
 from bench.study.folder import locked
 from bench.study.source import DatasetError
 from bench.study.statistics import correlation
-from rmsgd.plots import PALETTE
+from rmsgd.plots import PALETTE, blank, plain
 
 METRICS = ("Q", "stable_rank", "condition_number")
 TARGETS = {"test_accuracy": "test accuracy (%)", "gap": "generalisation gap (%)"}

@@ -21,7 +21,7 @@ from rmsgd.inspection.tables import layers_text
 from rmsgd.layers import as_matrix, unfoldings
 from rmsgd.lowrank import evbmf
 from rmsgd.metrics import LayerMetrics, Report
-from rmsgd.plots import DPI, PALETTE, require_matplotlib, short_name
+from rmsgd.plots import DPI, PALETTE, blank, short_name
 from rmsgd.probing import Probing
 
 METRICS = {
@@ -48,7 +48,7 @@ def plot_report(report: Report, path: str | os.PathLike[str]) -> None:
     layers = report.measured
     if not layers:
         raise ValueError("no layer was measured: there is nothing to draw")
-    figure = _figure(10.0, 1.4 + _rows_height(len(layers)))
+    figure = blank(10.0, 1.4 + _rows_height(len(layers)))
     panels = figure.subplots(1, len(METRICS), sharey=True)
     empty = [not any(layer.rank) for layer in layers]
     rows = np.arange(len(layers))
@@ -80,7 +80,7 @@ def plot_series(series: Series, path: str | os.PathLike[str], layer: str | None 
     if shown not in by_layer:
         raise ValueError(f"there is no measured layer {layer!r}")
     heights = [2.6, 3.0, 1.4 + _rows_height(len(by_layer))]
-    figure = _figure(11.0, sum(heights))
+    figure = blank(11.0, sum(heights))
     courses, parts, map_ = figure.subfigures(3, 1, height_ratios=heights)
     labels = checkpoint_labels(series.sources)
     _draw_courses(courses, series, labels)
@@ -209,13 +209,6 @@ def _most_changed(by_layer: dict[str, list[LayerMetrics | None]]) -> str:
 
 
 # -- axes ----------------------------------------------------------------------------------------
-
-
-def _figure(width: float, height: float) -> Any:
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _rows_height(rows: int) -> float:
