@@ -413,6 +413,14 @@ def test_layers_match_across_wrappers():
     assert comparable_name("module._orig_mod.block._orig_mod.conv.weight") == "block.conv.weight"
 
 
+def test_a_layer_is_not_hidden_by_its_namesake_in_a_wrapper_of_the_same_checkpoint():
+    both = {"fc.weight": structured(20, 30), "module.fc.weight": structured(20, 30)}
+    report = rmsgd.probe(both)
+    changes = Comparison(("a", "b"), report, report).changes()
+    assert {change.name for change in changes} == set(both)
+    assert set(Series(("1",), (report,)).by_layer()) == set(both)
+
+
 def test_a_comparison_puts_the_largest_change_first_and_the_unpaired_last():
     stays, moves, goes = structured(20, 30), structured(20, 30), structured(8, 9)
     before = rmsgd.probe({"stays": stays, "moves": moves, "goes": goes})

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from rmsgd.inspection.series import comparable_name
+from rmsgd.inspection.series import by_comparable_name
 from rmsgd.metrics import LayerMetrics, Report, write_csv
 
 METRICS = ("quality", "stable_rank", "condition_number")
@@ -44,12 +44,9 @@ class Comparison:
         """Every layer measured on either side: the largest change of quality first, unpaired ones last.
 
         Equal changes of quality are ordered by that of the stable rank, then of the condition number.
-        Layers are matched by ``series.comparable_name``.
+        Layers are matched by ``series.by_comparable_name``.
         """
-        before, after = (
-            {comparable_name(layer.name): layer for layer in report.measured}
-            for report in (self.before, self.after)
-        )
+        before, after = by_comparable_name(self.before), by_comparable_name(self.after)
         changes = [LayerChange(n, before.get(n), after.get(n)) for n in dict.fromkeys([*before, *after])]
 
         def size(change: LayerChange) -> list[float]:

@@ -76,7 +76,9 @@ def plot_series(series: Series, path: str | os.PathLike[str], layer: str | None 
     by_layer = series.by_layer()
     if not by_layer:
         raise ValueError("no layer was measured: there is nothing to draw")
-    shown = _most_changed(by_layer) if layer is None else comparable_name(layer)
+    shown = _most_changed(by_layer) if layer is None else layer
+    if shown not in by_layer:
+        shown = comparable_name(shown)
     if shown not in by_layer:
         raise ValueError(f"there is no measured layer {layer!r}")
     heights = [2.6, 3.0, 1.4 + _rows_height(len(by_layer))]

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -24,13 +25,12 @@ class Series:
     def by_layer(self) -> dict[str, list[LayerMetrics | None]]:
         """Each layer that was measured at least once, in the order of the network, over the checkpoints.
 
-        Layers are matched by ``comparable_name``.
+        Layers are matched by ``by_comparable_name``.
         """
         layers: dict[str, list[LayerMetrics | None]] = {}
         for index, report in enumerate(self.reports):
-            for layer in report.measured:
-                row = layers.setdefault(comparable_name(layer.name), [None] * len(self.reports))
-                row[index] = layer
+            for name, layer in by_comparable_name(report).items():
+                layers.setdefault(name, [None] * len(self.reports))[index] = layer
         return layers
 
     def values(self, field: str) -> NDArray[np.float64]:
@@ -70,6 +70,16 @@ class Series:
 def comparable_name(name: str) -> str:
     """A layer's name without what DistributedDataParallel and torch.compile put before or into it."""
     return re.sub(r"^(module\.)+", "", re.sub(r"(^|(?<=\.))_orig_mod\.", "", name))
+
+
+def by_comparable_name(report: Report) -> dict[str, LayerMetrics]:
+    """The measured layers by ``comparable_name``; by their own where two in one report would share it."""
+    names = [comparable_name(layer.name) for layer in report.measured]
+    shared = {name for name, count in Counter(names).items() if count > 1}
+    return {
+        layer.name if name in shared else name: layer
+        for name, layer in zip(names, report.measured, strict=True)
+    }
 
 
 def in_order_of_training(paths: Sequence[str]) -> list[str]:
