@@ -127,7 +127,8 @@ def _folder(name: str, model: str, device: torch.device, samples: int | None) ->
     known = architecture(model)
     if known.reads_tokens:
         raise UsageError(f"{model} reads tokens, {name} is a folder of images")
-    train, test, classes = folder.read(Path(name), known.sample[1:], samples)
+    _, height, width = known.sample
+    train, test, classes = folder.read(Path(name), (height, width), samples)
     return _dataset(name, _standardised(train[0], test[0]), (train[1], test[1]), classes, device)
 
 

@@ -76,12 +76,14 @@ def _first(images: Images, limit: int | None) -> Images:
 
 
 def _cifar(files: list[Path], labels: int) -> Images:
-    parts = []
+    images, targets = [], []
     for path in files:
         if not path.is_file():
             raise UsageError(f"{path} is missing")
-        parts.append(decode_cifar(np.fromfile(path, dtype=np.uint8), labels, str(path)))
-    return tuple(map(torch.cat, zip(*parts, strict=True)))
+        pixels, classes = decode_cifar(np.fromfile(path, dtype=np.uint8), labels, str(path))
+        images.append(pixels)
+        targets.append(classes)
+    return torch.cat(images), torch.cat(targets)
 
 
 def decode_cifar(content: npt.NDArray[np.uint8], labels: int, name: str) -> Images:

@@ -13,7 +13,7 @@ its free energy is above the lowest by more than rounding.
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def brent(c: Array, L: int, M: int) -> float:
 
 def release(matrix: torch.Tensor) -> float:
     """What rmsgd 1.0.2 finds: its EVBMF, with the variance caught as its search returns it."""
-    factorisation = import_module(f"{peers.load_rmsgd_1_0_2().__name__}.matrix_factorization")
+    factorisation: Any = import_module(f"{peers.load_rmsgd_1_0_2().__name__}.matrix_factorization")
     search = factorisation.minimize_scalar
     found: list[float] = []
 
@@ -76,7 +76,8 @@ def compare(model: str, weights: str, description: str) -> dict[str, Any]:
     if weights == "trained-like":
         make_trained_like(module)
     misses = dict.fromkeys(("rmsgd", "rmsgd-1.0.2", "vbmf"), 0)
-    other_rank, error = dict(misses), {name: [] for name in misses}  # type: ignore[var-annotated]
+    other_rank = dict(misses)
+    error: dict[str, list[float]] = {name: [] for name in misses}
     parts = spectra(module)
     for weight, unfolding in track(parts, description, console=Console(stderr=True), transient=True):
         L, M = unfolding.L, unfolding.M
@@ -86,13 +87,12 @@ def compare(model: str, weights: str, description: str) -> dict[str, Any]:
         c = np.ldexp(gamma, -exponent) ** 2 / M
         rank, variance, lowest = reference.minimise_free_energy(c, L, M)
         in_units = 4.0**-exponent
-        searches: dict[str, Callable[[], float]] = {
-            "rmsgd": lambda m=matrix, u=in_units: rmsgd.evbmf(m).noise_variance * u,
-            "rmsgd-1.0.2": lambda m=matrix, u=in_units: release(m) * u,
-            "vbmf": lambda g=gamma, u=in_units, n=L, m=M: brent(g**2 / m, n, m) * u,
+        variances = {
+            "rmsgd": rmsgd.evbmf(matrix).noise_variance * in_units,
+            "rmsgd-1.0.2": release(matrix) * in_units,
+            "vbmf": brent(gamma**2 / M, L, M) * in_units,
         }
-        for name, search in searches.items():
-            found = search()
+        for name, found in variances.items():
             threshold = reference.threshold(L, M)[2] * found
             # Omega steps up at a breakpoint, where a minimiser may sit: the side it was found on counts.
             energy = min(reference.free_energy(v, c, L, M) for v in (found, found * (1 + 1e-12)))

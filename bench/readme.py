@@ -5,7 +5,7 @@ A table stands between `<!-- measured: NAME -->` and `<!-- /measured -->`.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ def rewrite(path: Path, result: dict[str, Any]) -> None:
     measured = [name for name in TABLES if name in result]
     text = marked(path, measured)
     for name in measured:
-        rows_to_text, mark = TABLES[name], _mark(name)
-        body = f"{_where(result['machine'], name)}\n\n{rows_to_text(result[name])}\n"
-        text = mark.sub(lambda m, body=body: m[1] + body + m[2], text)
+        before, opening, closing, after = _mark(name).split(text, maxsplit=1)
+        table = f"{_where(result['machine'], name)}\n\n{TABLES[name](result[name])}\n"
+        text = before + opening + table + closing + after
     atomic.write(path.resolve(), text.encode())
 
 
@@ -130,7 +130,7 @@ def _noise_search(rows: list[dict[str, Any]]) -> str:
 PROBE_CASES = ("rmsgd", "full SVD", "weightwatcher")
 
 
-def probe_cells(row: dict[str, Any]) -> list[str]:
+def probe_cells(row: Mapping[str, Any]) -> list[str]:
     """Per case: seconds, and times those of `rmsgd.probe`; a peer that was not there is "absent"."""
     cells = []
     for case in PROBE_CASES:

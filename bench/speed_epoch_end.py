@@ -9,6 +9,7 @@ from rich import box
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 import rmsgd
 from bench import peers, plots, readme
@@ -98,8 +99,8 @@ def measure(
             "to_gram_initial": ratio(seconds["rmsgd, initial"], seconds["gram"])._asdict(),
         }
         if not quick and name not in WITHOUT_RELEASE:
-            copies = [(n, p.detach().clone().requires_grad_()) for n, p in trained.named_parameters()]
-            release = peers.make("rmsgd-1.0.2", copies, linear=True)
+            copies = [(n, Parameter(p.detach().clone())) for n, p in trained.named_parameters()]
+            release: Any = peers.make("rmsgd-1.0.2", copies, linear=True)
             pair = {"rmsgd": cases["rmsgd"], "rmsgd-1.0.2": release.epoch_step}
             seconds = Interleaved(pair).run(RELEASE_ROUNDS)
             row["seconds"]["rmsgd-1.0.2"] = median(seconds["rmsgd-1.0.2"]).median

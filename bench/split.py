@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch.multiprocessing.spawn import spawn
 
 from bench import output, readme
 from bench.arguments import positive
@@ -107,7 +107,7 @@ def modelled(matrices: Sequence[float], costs: Sequence[int], exchange: float, r
 def compare(model: str, rounds: int) -> dict[str, Any]:
     """One row: one rank and two measured, more of them modelled."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_time_together, (folder, model, rounds), nprocs=MEASURED_RANKS)
+        spawn(_time_together, (folder, model, rounds), nprocs=MEASURED_RANKS)
         timed = [torch.load(f"{folder}/{rank}") for rank in range(MEASURED_RANKS)]
     seconds, matrices = timed[0], timed[0]["matrices"]
     one = median(seconds["one rank"]).median

@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -217,8 +218,8 @@ def figures(folder: Path, settings: Settings, runs: Sequence[Run]) -> list[Path]
     return [*written, over_time]
 
 
-def layer_means(runs: Sequence[Run], quantity: str) -> dict[str, np.ndarray]:
-    """Probed layer to its mean over seeds, shape (epochs,), as far as all seeds got."""
+def layer_means(runs: Sequence[Run], quantity: str) -> dict[str, list[float]]:
+    """Probed layer to its mean over seeds for every epoch, as far as all seeds got."""
     length = min(len(run.epochs) for run in runs)
     layers = list(runs[0].epochs[0].stable_rank or ())
 
@@ -226,7 +227,7 @@ def layer_means(runs: Sequence[Run], quantity: str) -> dict[str, np.ndarray]:
         return (getattr(run.epochs[epoch], quantity) or {}).get(layer, math.nan)
 
     return {
-        layer: np.mean([[value(run, epoch, layer) for epoch in range(length)] for run in runs], axis=0)
+        layer: [fmean(value(run, epoch, layer) for run in runs) for epoch in range(length)]
         for layer in layers
     }
 

@@ -30,7 +30,7 @@ def make_trained_like(model: nn.Module, seed: int = 0) -> None:
         sizes = edge * math.exp(uniform(math.log(1.5), math.log(30))) * torch.arange(1, rank + 1) ** -0.7
         left = _orthonormal(rows, rank, generator)
         right = _orthonormal(columns, rank, generator)
-        p += ((left * sizes) @ right.T).reshape(p.shape).to(p.dtype)
+        p.add_(((left * sizes) @ right.T).reshape(p.shape).to(p.dtype))
 
 
 def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:

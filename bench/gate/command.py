@@ -329,7 +329,9 @@ def update(options: argparse.Namespace, machine: Mapping[str, Any], console: Con
                     ratios[finding.figure.name].append(finding.measured.median)
                 if launch == 0 and not options.target and not options.no_counts:
                     counts = worker.count() | _instructions(ROOT, machine, notes)
-    fresh = {figure.name: expectation(ratios[figure.name], figure.tolerance) for figure in figures}
+    fresh: dict[str, Mapping[str, Any]] = {
+        figure.name: expectation(ratios[figure.name], figure.tolerance) for figure in figures
+    }
     try:
         old = baselines.load(path, machine, options.threads)
         kept = None if old.differences(machine) else old

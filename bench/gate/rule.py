@@ -53,6 +53,8 @@ def interval(logs: npt.ArrayLike, error: float = ERROR / LOOKS) -> Interval:
 
 def judge(measured: Interval, limit: float) -> Verdict:
     """Slower when the whole interval lies above `limit`, passed when it lies below."""
-    if measured.low > limit:
+    if measured.low is not None and measured.low > limit:
         return Verdict.SLOWER
-    return Verdict.PASSED if measured.high < limit else Verdict.UNDECIDED
+    if measured.high is not None and measured.high < limit:
+        return Verdict.PASSED
+    return Verdict.UNDECIDED

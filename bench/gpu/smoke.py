@@ -25,7 +25,8 @@ def weights() -> list[Tensor]:
 def main() -> int:
     """Trains and says what ran; `ABSENT` with the reason where the backend cannot."""
     import rmsgd
-    from rmsgd.backends import BackendUnavailable, backend_for
+    from rmsgd.backends import backend_for
+    from rmsgd.backends.base import BackendUnavailable
 
     device = torch.device("cuda")
     try:

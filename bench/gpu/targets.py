@@ -1,7 +1,9 @@
 """The figures that the CUDA kernels are to reach, and whether they do."""
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from bench.gpu.measurements import (
@@ -93,7 +95,7 @@ def _epoch_ends(result: Mapping[str, Any]) -> Iterator[Target]:
             f"epoch end, {network}: ms",
             f"<= {limit:.0f} (aim {aim:.0f})",
             1e3 * slowest[network] if network in slowest else None,
-            lambda found, limit=limit: found <= limit,
+            partial(operator.ge, limit),
         )
     for network in RELEASE_NETWORKS:
         peer = _rows(result, "epoch-end", network=network, peer=RELEASE)

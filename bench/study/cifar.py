@@ -157,9 +157,9 @@ def _binary(content: bytes, form: Form, name: str) -> Images:
 
 
 # What the pickles of arrays name, by the module names of old and new NumPy.
-ARRAYS = {
+ARRAYS: unpickle.Allowed = {
     **{
-        (module, "_reconstruct"): np.empty(0).__reduce__()[0]
+        (module, "_reconstruct"): unpickle.maker(np.empty(0))
         for module in ("numpy.core.multiarray", "numpy._core.multiarray")
     },
     ("numpy", "ndarray"): np.ndarray,

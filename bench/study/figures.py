@@ -170,7 +170,7 @@ def _by_beta(path: Path, records: Sequence[Record]) -> Path:
     """Test accuracy over the epochs for every beta."""
     default = peers.RMSGD["beta"]
     ordered = sorted(records, key=lambda record: dict(record.config.settings).get("beta", default))
-    groups = {}
+    groups: dict[str, list[Record]] = {}
     for record in ordered:
         groups.setdefault(f"β = {dict(record.config.settings).get('beta', default)}", []).append(record)
     figure = blank(7.2, 4.2)

@@ -101,10 +101,10 @@ def _storage(content: bytes) -> Any:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-_ALLOWED = {
+_ALLOWED: unpickle.Allowed = {
     **ARRAYS,
     **{
-        (module, "scalar"): np.float64(0).__reduce__()[0]
+        (module, "scalar"): unpickle.maker(np.float64(0))
         for module in ("numpy.core.multiarray", "numpy._core.multiarray")
     },
     ("collections", "OrderedDict"): OrderedDict,

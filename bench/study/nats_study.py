@@ -143,7 +143,7 @@ def draw(rows: Sequence[dict[str, float]], path: Path) -> Path:
             q, heights = [row["Q"] for row in mine], [100 * value(row, target) for row in mine]
             axes.plot(q, heights, ".", color=PALETTE[0], markersize=3, alpha=0.5, rasterized=True)
             found = correlation(q, heights)
-            trained = count(epochs, "epoch")
+            trained = count(int(epochs), "epoch")
             axes.set_title(f"{trained}: {found}" if found else trained, fontsize=9)
             plain(axes, "Q", label)
     return save(figure, path)

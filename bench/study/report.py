@@ -105,7 +105,7 @@ def budgets(records: Sequence[Record]) -> dict[tuple[str, str, int], list[float]
     """(data set, network, batch size) to the different budgets of its runs, in seconds."""
     found: dict[tuple[str, str, int], set[float]] = {}
     for record in records:
-        found.setdefault(_cell(record), set()).update({record.budget} - {None})
+        found.setdefault(_cell(record), set()).update(() if record.budget is None else (record.budget,))
     return {cell: sorted(seconds) for cell, seconds in found.items()}
 
 
@@ -212,9 +212,8 @@ def comparisons(records: Sequence[Record], reference: str = "rmsgd") -> list[dic
             pairs = sorted(good[0].keys() & good[1].keys())
             left_out = _left_out({own[0]: ours, label: theirs})
             if len(pairs) > 1 or left_out:
-                difference = (
-                    paired(*([mine[seed] for seed in pairs] for mine in good)) if pairs[1:] else UNKNOWN
-                )
+                mine, other = ([accuracy[seed] for seed in pairs] for accuracy in good)
+                difference = paired(mine, other) if pairs[1:] else UNKNOWN
                 entry = {"dataset": cell[0], "network": cell[1], "reference": own[0], "other": label}
                 entries.append({**entry, "seeds": len(pairs), "left_out": left_out, **difference._asdict()})
         tested = [entry["p"] for entry in entries if entry["seeds"] > 1]

@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,6 @@ def train_all(
         make_optimizer(config, torch.nn.Linear(2, 2), 1)  # a wrong setting, before hours of others
     ends: dict[RunConfig, str] = {}
     for config in configs:
-        ends[config] = runner.train(config, lambda text, share, config=config: tell(config, text, share))
+        ends[config] = runner.train(config, partial(tell, config))
         ended(config, ends[config])
     return ends

@@ -66,7 +66,8 @@ class Streamed:
         device: torch.device,
         augment: bool = True,
     ) -> None:
-        self.classes, self.sample = classes, (3, *size)
+        self.classes, self._size = classes, size
+        self.sample: tuple[int, ...] = (3, *size)
         self._train, self._test, self._device, self._augment = train, test, device, augment
         self._mean, self._deviation = (
             torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (MEAN, DEVIATION)
@@ -75,13 +76,13 @@ class Streamed:
     def varied(self, augment: bool, cutout: bool) -> "Streamed":
         if cutout:
             raise ValueError("no experiment uses Cutout on ImageNet")
-        return Streamed(self._train, self._test, self.classes, self.sample[1:], self._device, augment)
+        return Streamed(self._train, self._test, self.classes, self._size, self._device, augment)
 
     def with_holdout(self) -> "Streamed":
         order = torch.randperm(len(self._train), generator=torch.Generator().manual_seed(0)).tolist()
         cut = len(order) // 5
         held, kept = ([self._train[index] for index in part] for part in (order[:cut], order[cut:]))
-        return Streamed(kept, held, self.classes, self.sample[1:], self._device, self._augment)
+        return Streamed(kept, held, self.classes, self._size, self._device, self._augment)
 
     def batches(self, size: int) -> int:
         return whole_batches(len(self._train), size)
@@ -103,7 +104,7 @@ class Streamed:
         workers = min(16, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 4
         cuda = self._device.type == "cuda"
         loader = DataLoader(
-            Images(items, self.sample[1:], seeds),
+            Images(items, self._size, seeds),
             batch_size=size,
             # A handful of images is decoded sooner than a process starts.
             num_workers=workers if len(items) >= 4096 else 0,

@@ -19,6 +19,11 @@ class _Restricted(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no such file needs") from None
 
 
+def maker(value: object) -> Any:
+    """What a pickle of `value` names to make it."""
+    return value.__reduce__()[0]
+
+
 def load(file: IO[bytes], allowed: Allowed, encoding: str = "ASCII") -> Any:
     """The content of a pickle that may name nothing but what is in `allowed`.
 
