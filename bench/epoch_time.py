@@ -1,8 +1,6 @@
 """`python -m bench epoch-time`: arguments, table, JSON, CSV and bar chart of `bench.epoch_timing`."""
 
 import argparse
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bench import arguments, atomic, epoch_timing, measure, output, plots, readme
+from bench import arguments, epoch_timing, measure, output, plots, readme
 from bench.epoch_timing import Settings
 from bench.measure import Interval
 
@@ -153,11 +151,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             else:
                 line[key] = value
         flat.append(line)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(flat[0]))
-    writer.writeheader()
-    writer.writerows(flat)
-    atomic.write(path, text.getvalue().encode())
+    measure.write_csv(path, flat)
 
 
 def bar_chart(path: Path, result: dict[str, Any]) -> Path:

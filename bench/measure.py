@@ -6,6 +6,7 @@ distribution-free confidence interval. Absolute seconds are for the reader's ori
 """
 
 import gc
+import io
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ import torch
 from scipy import stats
 
 from bench import atomic
+from rmsgd import metrics
 
 Seconds = npt.NDArray[np.float64]
 CONFIDENCE = 0.95
@@ -291,6 +293,13 @@ def write_json(path: str | Path, payload: Any) -> None:
     text = json.dumps(plain(payload), indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write(path, text.encode())
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes `rows` under a line of their column names, whole or not at all."""
+    text = io.StringIO(newline="")
+    metrics.write_csv(text, rows)
+    atomic.write(path, text.getvalue().encode())
 
 
 def plain(value: Any) -> Any:

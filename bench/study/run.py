@@ -1,9 +1,8 @@
 """One run, resumable at any moment to the result it would have had anyway."""
 
-import io
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from bench.study.config import RunConfig
 from bench.study.folder import locked, status
 from bench.study.source import Source, mix
 from bench.training import cross_entropy
-from rmsgd.metrics import write_csv
 
 FORMAT = 1
 PHASES = ("training", "epoch_end", "evaluation", "checkpoint")
@@ -189,7 +187,7 @@ class Run:
         if self.config.keep_weights and self._epoch in kept_epochs(self.config.epochs):
             self._keep()
         self._save()
-        _write_table(self.folder / "epochs.csv", self._epochs)
+        measure.write_csv(self.folder / "epochs.csv", self._epochs)
 
     def _take_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         def gradients() -> Tensor:
@@ -314,9 +312,9 @@ class Run:
             for epoch, layers in enumerate(self._layers, 1)
             for name, values in zip(self._layer_names, layers.tolist(), strict=True)
         ]
-        _write_table(self.folder / "epochs.csv", self._epochs)
+        measure.write_csv(self.folder / "epochs.csv", self._epochs)
         if rows:
-            _write_table(self.folder / "layers.csv", rows)
+            measure.write_csv(self.folder / "layers.csv", rows)
         measure.write_json(
             self.folder / "result.json",
             {
@@ -326,12 +324,6 @@ class Run:
                 "final": self._epochs[-1],
             },
         )
-
-
-def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    text = io.StringIO(newline="")
-    write_csv(text, rows)
-    atomic.write(path, text.getvalue().encode())
 
 
 def make_optimizer(config: RunConfig, network: nn.Module, batches: int) -> torch.optim.Optimizer:
