@@ -1,5 +1,6 @@
 """EVBMF of a single matrix, for rank selection and low-rank compression."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -58,25 +59,25 @@ def evbmf(weight: Tensor, vectors: bool = False) -> LowRank:
     if not largest < float("inf"):
         raise ValueError("weight has NaN or infinite entries")
 
+    # Squares of values beyond 1e154 are no doubles, nor those below 1e-162.
+    scale = math.ldexp(1.0, math.frexp(largest)[1] - 1) if largest > 0.0 else 1.0
+    matrix = matrix / scale
     left = right = None
     if vectors:
         left, gamma, right = torch.linalg.svd(matrix, full_matrices=False)
         without_numerical_zeros(gamma, max(matrix.shape))
     else:
-        gamma = singular_values(matrix, largest)
+        gamma = singular_values(matrix, largest / scale)
     L, M = min(matrix.shape), max(matrix.shape)
     row = backend_for(matrix.device).measure_spectrum(gamma, M)
     rank, variance = int(row[RANK]), float(row[NOISE_VARIANCE])
     kept = gamma[:rank]
     if rank and variance > 0.0:
-        # In units of the largest value: the squares of tiny and huge ones leave the range of a double.
-        first = float(kept[0])
-        ratio = (kept / first).cpu().numpy()
-        factors = shrink(ratio * ratio / M, variance / first / first, L, M)
+        factors = shrink((kept * kept / M).cpu().numpy(), variance, L, M)
         kept = kept * torch.from_numpy(factors).to(kept.device)
     return LowRank(
-        kept,
-        variance,
+        kept * scale,
+        variance * scale * scale,
         rank,
         None if left is None else left[:, :rank],
         None if right is None else right[:rank],

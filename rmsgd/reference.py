@@ -153,7 +153,9 @@ def measure_singular_values(gamma: Array, L: int, M: int) -> tuple[int, float, f
     kept = c[:rank]
     d = np.sqrt(kept) * shrink(kept, variance, L, M)
     stable_rank, condition, nuclear = low_rank_metrics(d, L)
-    return rank, math.ldexp(math.ldexp(variance, exponent), exponent), stable_rank, condition, nuclear
+    unit = math.ldexp(1.0, exponent - 1)
+    # Infinite where it is no double: math.ldexp would raise, and NumPy warn.
+    return rank, 4.0 * float(variance) * unit * unit, stable_rank, condition, nuclear
 
 
 def singular_values(matrix: Array) -> Array:

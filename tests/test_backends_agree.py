@@ -48,6 +48,15 @@ def test_measure_equals_the_reference_in_float64(backend, shape):
         assert row[NUCLEAR] == pytest.approx(nuclear, rel=1e-9)
 
 
+def test_a_noise_variance_that_is_no_double_is_infinite(backend):
+    weight = planted((24, 50), 3, seed=2)
+    matrices = [(w, u) for w in (weight, 1e200 * weight) for u in unfoldings((24, 50))]
+    one, huge = backends.backend_for(weight.device).measure(matrices)
+    assert huge[RANK] == one[RANK] == 3
+    assert huge[NOISE_VARIANCE] == float("inf")
+    assert float(huge[STABLE_RANK]) == pytest.approx(float(one[STABLE_RANK]), rel=1e-9)
+
+
 def test_noise_variance_of_a_spectrum_equals_the_reference(backend):
     rng = np.random.default_rng(1)
     for _ in range(60):

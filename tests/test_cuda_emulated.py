@@ -114,6 +114,16 @@ def test_what_a_gram_matrix_cannot_decide_goes_to_the_next_stage(backend, noise,
     assert table[0, STAGE] == stage
 
 
+@pytest.mark.parametrize(("size", "stage"), [(0.0, 0), (1e-18, 0), (1e-9, 2)])
+def test_dead_rows_need_no_svd_and_small_ones_are_no_zeros(backend, size, stage):
+    weight = low_rank(40, 160, 3, 0.5)
+    weight[::3] *= size
+    matrices = spectra(weight)
+    table = backend.measure(matrices)
+    assert_measured(table, matrices)
+    assert table[0, STAGE] == stage
+
+
 def test_matrices_of_all_sizes_and_types_share_the_launches(backend):
     weights = [torch.randn(n, n + 7).to(t) for n in (2, 63, 64, 65) for t in (torch.float32, torch.float64)]
     matrices = spectra(*weights)

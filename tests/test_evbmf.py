@@ -98,7 +98,7 @@ def test_rank_equals_the_oracles_wherever_the_oracles_is_stable(kind):
     assert compared > 60
 
 
-@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1.0, 1e20])
+@pytest.mark.parametrize("scale", [1e-200, 1e-20, 1e-6, 1.0, 1e20, 1e200, 1e306])
 def test_scaling_a_matrix_scales_what_is_found(scale):
     torch.manual_seed(1)
     matrix = (
@@ -107,7 +107,8 @@ def test_scaling_a_matrix_scales_what_is_found(scale):
     )
     one, scaled = rmsgd.evbmf(matrix), rmsgd.evbmf(matrix * scale)
     assert scaled.rank == one.rank == 2
-    assert scaled.noise_variance == pytest.approx(one.noise_variance * scale * scale, rel=1e-12)
+    expected = one.noise_variance * scale * scale  # no double, but 0 or infinite, at the ends
+    assert scaled.noise_variance == pytest.approx(expected, rel=1e-12, abs=0.0)
     torch.testing.assert_close(scaled.singular_values / scale, one.singular_values, rtol=1e-12, atol=0)
 
 
@@ -159,6 +160,16 @@ def test_special_matrices(weight, rank, variance):
     assert result.rank == rank
     assert len(result.singular_values) == rank
     assert result.noise_variance == pytest.approx(variance, rel=1e-12, abs=1e-30)
+
+
+def test_rows_and_columns_of_zeros_are_zero_singular_values_and_no_more():
+    matrix = torch.zeros(30, 70, dtype=torch.float64)
+    matrix[::2, ::3] = torch.randn(15, 24, dtype=torch.float64)
+    gamma = reference.singular_values(matrix.numpy())
+    result = rmsgd.evbmf(matrix)
+    rank, variance, *_ = reference.measure_singular_values(gamma, 30, 70)
+    assert (result.rank, result.noise_variance) == (rank, variance) == (15, 0.0)
+    np.testing.assert_allclose(result.singular_values, gamma[:15], rtol=1e-12)
 
 
 def test_strided_and_subnormal_matrices():

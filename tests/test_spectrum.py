@@ -250,6 +250,41 @@ def test_each_stage_of_the_guard_is_reached_and_reported(gamma, stage):
     assert_within_promise(row, weight if stage == SVD else weight.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-17])
+def test_dead_rows_leave_no_noise_and_need_no_svd(size, dtype):
+    weight = noise_and_low_rank(60, 400, 3)
+    weight[::5] *= size
+    weight = weight.to(dtype)
+    row = measure(weight)
+    assert row[STAGE] == (FP64_GRAM if dtype == torch.float64 else FP32_GRAM)
+    assert (row[RANK], row[NOISE_VARIANCE]) == (48, 0.0)
+    assert_within_promise(row, weight)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e17])
+@pytest.mark.parametrize(
+    ("size", "stage"), [(0.5, FP32_GRAM), (1e-5, FP64_GRAM), (1e-9, SVD), (1e-12, SVD)], ids=str
+)
+def test_small_rows_beside_dead_ones_are_values_and_no_zeros(size, stage, scale):
+    weight = noise_and_low_rank(60, 400, 3)
+    weight[::5] = 0.0
+    weight[1::5] *= size
+    weight = (weight * scale).float()
+    row = measure(weight)
+    assert row[STAGE] == stage
+    assert_within_promise(row, weight)
+
+
+def test_few_dead_rows_leave_the_noise_of_the_others():
+    weight = noise_and_low_rank(60, 400, 3).float()
+    weight[::10] = 0.0
+    row = measure(weight)
+    assert row[STAGE] == FP32_GRAM
+    assert row[NOISE_VARIANCE] > 0.5
+    assert_within_promise(row, weight)
+
+
 def test_an_fp64_weight_never_sees_an_fp32_gram_matrix():
     assert measure(noise_and_low_rank(20, 40, 2))[STAGE] == FP64_GRAM
 

@@ -78,10 +78,18 @@ RMSGD_FN ModeMetrics mode_metrics(Team& team, const double* c, const FreeEnergyM
 // rank within 1e-6 (sums of k errors are taken as sqrt(k) of them: rounding has no preferred sign). To first
 // order; the metrics are ratios, so that an error of sigma^2 reaches them only by the difference between the
 // slopes of the values that they compare.
-// next: the largest value below the threshold, c[rank].
+// next: the largest value below the threshold, c[rank]. nonzero: how many values can be other than zero, see
+// nonzero_values.
 RMSGD_FN bool trustworthy(const FreeEnergyMinimum& minimum, const ModeMetrics& metrics, const double* c,
-                          double next, double L, double M, double error) {
-  if (!(minimum.noise_variance > 0.0)) return false;
+                          double next, int nonzero, double L, double M, double error) {
+  if (!(minimum.noise_variance > 0.0)) {
+    // Zeros are certain where rows are zero, not where rounding left nothing of a value. The stable rank is
+    // within 2 error / lambda_1, or 1e-6.
+    if (minimum.rank < nonzero) return false;
+    const double first = M * c[0], last = M * c[minimum.rank - 1];
+    return last > 4.0 * error &&
+           0.5 * (1.0 - metrics.condition_number) * (error / first + error / last) < 1e-5;
+  }
   const Threshold threshold(L, M);
   const double relative = error / (M * minimum.noise_variance);
   if (!(relative < LARGEST_ERROR * threshold.x && error < M * minimum.tolerance)) return false;

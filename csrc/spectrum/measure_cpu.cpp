@@ -79,6 +79,7 @@ class Workspace {
 
   // What rank 0 decides for its team.
   double trace = 0.0;
+  int nonzero_rows = 0;
   int scale_exponent = 0;
   bool repeat = false;
   MetricsStatus status = MEASURED;
@@ -101,7 +102,11 @@ void form_gram(const MatrixView& matrix, Stage stage, Workspace& space, const Th
   }
   if (team.rank() == 0) {
     space.trace = 0.0;
-    for (std::int64_t i = 0; i < rows_of(matrix); ++i) space.trace += space.gram[i * stride + i];
+    const std::int64_t rows = rows_of(matrix);
+    for (std::int64_t i = 0; i < rows; ++i) space.trace += space.gram[i * stride + i];
+    const double zero = largest_zero_row(double(rows), double(columns_of(matrix)), space.trace, stage);
+    space.nonzero_rows = 0;
+    for (std::int64_t i = 0; i < rows; ++i) space.nonzero_rows += space.gram[i * stride + i] > zero;
   }
 }
 
@@ -195,12 +200,14 @@ bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Worksp
   const double columns = double(columns_of(matrix));
   const double trace = std::ldexp(space.trace, exponent);
   const Interval interval = prepare(rows, stage, space);
-  NeededValues needed = needed_values(rows, columns, trace, interval, space);
+  const int nonzero = nonzero_values(space.nonzero_rows, rows, columns);
+  NeededValues needed =
+      nonzero < rows ? all_values(nonzero) : needed_values(rows, columns, trace, interval, space);
   double* const values = space.values;
   double rest = 0.0;
   for (;;) {
     find_largest(rows, needed.count, needed.lower, interval, space);
-    if (needed.count == rows) break;
+    if (needed.count == nonzero) break;
     // The rest of the trace keeps enough digits only while it is not a small difference.
     rest = trace - std::accumulate(values, values + needed.count, 0.0);
     if (rest > 1e-4 * trace) break;
@@ -209,7 +216,7 @@ bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Worksp
   }
   space.lap(EIGENVALUES);
   const double largest = needed.count > 0 ? values[0] : interval.upper;
-  // No value counts as zero here: where rounding errors come near sigma^2 the guard below rejects the row.
+  // No other value counts as zero: where rounding errors come near sigma^2 the guard below rejects the row.
   for (int h = 0; h < needed.count; ++h) values[h] /= columns;
   Solo solo;
   const FreeEnergyMinimum minimum = minimise_free_energy(solo, values, needed.count, rest / columns, rows,
@@ -217,7 +224,7 @@ bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Worksp
   ModeMetrics metrics = mode_metrics(solo, values, minimum, rows, columns);
   const double next = minimum.rank < needed.count ? values[minimum.rank] : needed.lower / columns;
   const bool trusted =
-      trustworthy(minimum, metrics, values, next, rows, columns, 8.0 * roundoff(stage) * largest);
+      trustworthy(minimum, metrics, values, next, nonzero, rows, columns, 8.0 * roundoff(stage) * largest);
   metrics.noise_variance = std::ldexp(metrics.noise_variance, -exponent - 2 * space.scale_exponent);
   write_metrics(row, metrics, trusted || stage == STAGE_FP32 ? MEASURED : NEEDS_SVD, stage);
   space.lap(EVBMF);

@@ -36,6 +36,7 @@ RMSGD_FN int measure_scratch(int L, int members) {
 }
 
 struct TridiagonalSpectrum {
+  int nonzero;     // values that can be other than zero, see nonzero_values
   int count;       // values known: the largest ones, over M, in `c`, descending
   double rest;     // the sum of the others, over M
   double s_limit;  // see minimise_free_energy
@@ -45,10 +46,12 @@ struct TridiagonalSpectrum {
   double* tails;  // count + 1 doubles of scratch
 };
 
-// The values of a Gram matrix that was scaled to the trace `trace` (about 1) and reduced.
+// The values of a Gram matrix that was scaled to the trace `trace` (about 1) and reduced. nonzero_rows: of
+// the weight.
 template <class T, class Team>
 RMSGD_FN TridiagonalSpectrum tridiagonal_spectrum(Team& team, const T* diagonal_in, const T* off_diagonal,
-                                                  int L, double M, double trace, unsigned char* scratch) {
+                                                  int L, double M, double trace, int nonzero_rows,
+                                                  unsigned char* scratch) {
   double* const c = reinterpret_cast<double*>(scratch);
   T* const diagonal = reinterpret_cast<T*>(c + L + 2);
   T* const squares = diagonal + L + 1;
@@ -67,7 +70,10 @@ RMSGD_FN TridiagonalSpectrum tridiagonal_spectrum(Team& team, const T* diagonal_
   }
   upper = team.max(upper) * T(1.000001);
 
-  NeededValues needed = needed_values(team, diagonal, squares, L, M, trace, double(upper), counts);
+  const int nonzero = nonzero_values(nonzero_rows, L, M);
+  NeededValues needed = nonzero < L
+                            ? all_values(nonzero)
+                            : needed_values(team, diagonal, squares, L, M, trace, double(upper), counts);
   double rest = 0.0;
   for (;;) {
     team.barrier();  // counts are free again
@@ -76,7 +82,7 @@ RMSGD_FN TridiagonalSpectrum tridiagonal_spectrum(Team& team, const T* diagonal_
     double sum = 0.0;
     for (int h = team.rank(); h < needed.count; h += team.size()) sum += double(low[h]);
     rest = trace - team.sum(sum);
-    if (needed.count == L) {
+    if (needed.count == nonzero) {
       rest = 0.0;
       break;
     }
@@ -92,13 +98,8 @@ RMSGD_FN TridiagonalSpectrum tridiagonal_spectrum(Team& team, const T* diagonal_
     c[h] = double(low[h]) > zero ? double(low[h]) / M : 0.0;
   }
   team.barrier();
-  return {needed.count,
-          rest / M,
-          needed.s_limit,
-          needed.lower / M,
-          largest,
-          c,
-          reinterpret_cast<double*>(diagonal)};
+  return {nonzero,          needed.count, rest / M, needed.s_limit,
+          needed.lower / M, largest,      c,        reinterpret_cast<double*>(diagonal)};
 }
 
 // EVBMF of that spectrum: writes the row if the values decide it, else returns false. The Gram matrix was
@@ -111,7 +112,7 @@ RMSGD_FN bool measure_spectrum(Team& team, const TridiagonalSpectrum& spectrum, 
   ModeMetrics metrics = mode_metrics(team, spectrum.c, minimum, double(L), M);
   const double next = minimum.rank < spectrum.count ? spectrum.c[minimum.rank] : spectrum.next;
   const double error = 8.0 * roundoff(stage_of<T>()) * spectrum.largest;
-  if (!trustworthy(minimum, metrics, spectrum.c, next, L, M, error)) return false;
+  if (!trustworthy(minimum, metrics, spectrum.c, next, spectrum.nonzero, L, M, error)) return false;
   metrics.noise_variance = ldexp(metrics.noise_variance, -exponent);
   if (team.rank() == 0) write_metrics(row, metrics, MEASURED, stage_of<T>());
   return true;
@@ -125,7 +126,7 @@ RMSGD_FN void measure_eigenvalues(Team& team, const double* values, int L, doubl
   const double zero = 64.0 * L * roundoff(STAGE_FP64) * values[0];
   for (int h = team.rank(); h < L; h += team.size()) scratch[h] = values[h] > zero ? values[h] / M : 0.0;
   team.barrier();
-  const TridiagonalSpectrum spectrum = {L, 0.0, INFINITY, 0.0, values[0], scratch, scratch + L + 1};
+  const TridiagonalSpectrum spectrum = {L, L, 0.0, INFINITY, 0.0, values[0], scratch, scratch + L + 1};
   if (!measure_spectrum<double>(team, spectrum, L, M, 0, row) && team.rank() == 0) {
     write_metrics(row, {0, 0.0, 0.0, 1.0, 0.0}, NEEDS_SVD, STAGE_FP64);
   }

@@ -167,10 +167,20 @@ __device__ __forceinline__ void tridiagonal_block(const SpectrumArguments& argum
     scaled[i] = i % stride < n ? gram[i] * scale : T(0);  // nobody has written what fills up a row
   }
   team.barrier();
+  int nonzero_rows = 0;
+  if (mine.block == 0) {  // the others change nothing before they meet this one
+    const double zero = largest_zero_row(n, double(matrix.M), trace, stage_of<T>());
+    auto& block = team.block();
+    for (int i = block.rank(); i < n; i += block.size()) {
+      nonzero_rows += ldexp(double(scaled[i * stride + i]), -exponent) > zero;
+    }
+    nonzero_rows = block.sum(nonzero_rows);
+  }
   tridiagonalise(team, scaled, n, stride, near_vectors, parts, vectors + tridiagonal_vectors(stride));
   if (team.rank() == 0) {
     state.trace = ldexp(trace, exponent);
     state.exponent = exponent;
+    state.nonzero_rows = nonzero_rows;
   }
 }
 
@@ -185,8 +195,9 @@ __device__ __forceinline__ void measure_block(const SpectrumArguments& arguments
   const T* const diagonal =
       reinterpret_cast<const T*>(arguments.workspace + matrix.vectors) + tridiagonal_vectors(matrix.stride);
   BlockTeam team;
-  const TridiagonalSpectrum spectrum = tridiagonal_spectrum(team, diagonal, diagonal + matrix.stride, L, M,
-                                                            state.trace, shared_memory() + TEAM_SHARED);
+  const TridiagonalSpectrum spectrum =
+      tridiagonal_spectrum(team, diagonal, diagonal + matrix.stride, L, M, state.trace, state.nonzero_rows,
+                           shared_memory() + TEAM_SHARED);
   if (sizeof(T) == 8 && !are_unchanged(team, arguments, number, STAGE_FP64)) {
     if (team.rank() == 0) state.stage = STAGE_DONE;
     return;

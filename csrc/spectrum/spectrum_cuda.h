@@ -27,7 +27,9 @@ struct SpectrumState {
   unsigned long long fingerprint;  // of the weights
   double trace;                    // of the Gram matrix, scaled by 2^exponent
   int exponent;
+  int nonzero_rows;  // of the weight, see largest_zero_row
   Stage stage;
+  int unused;
 };
 
 // A block of the tridiagonal reduction.

@@ -20,4 +20,13 @@ RMSGD_FN bool in_range(double trace, Stage stage) {
   return stage == STAGE_FP32 ? trace > 0x1p-60 && trace < 0x1p100 : trace > 0x1p-600 && trace < 0x1p900;
 }
 
+// A row of the smaller side counts as zero if its square, on the diagonal of a Gram matrix of this trace, is
+// at or below this: all such rows together have a norm of M 2^-53 gamma_1 at most (trace <= L gamma_1^2), and
+// as many singular values are numerically zero. None counts as zero where so much of an fp32 product may have
+// vanished, M 2^-149 of a square, that it could matter.
+RMSGD_FN double largest_zero_row(double L, double M, double trace, Stage stage) {
+  if (stage == STAGE_FP32 && trace < 0x1p-28) return -1.0;
+  return 0x1p-106 * trace * (M / L) * (M / L);
+}
+
 }  // namespace rmsgd

@@ -51,7 +51,16 @@ _MATRIX = np.dtype(
     ]
 )
 _ITEM = np.dtype([("matrix", "i4"), ("row_tile", "i4"), ("column_tile", "i4"), ("split", "i4")])
-_STATE = np.dtype([("fingerprint", "u8"), ("trace", "f8"), ("exponent", "i4"), ("stage", "i4")])
+_STATE = np.dtype(
+    [
+        ("fingerprint", "u8"),
+        ("trace", "f8"),
+        ("exponent", "i4"),
+        ("nonzero_rows", "i4"),
+        ("stage", "i4"),
+        ("unused", "i4"),
+    ]
+)
 _TEAM_BLOCK = np.dtype([("matrix", "i4"), ("block", "i4")])
 _ARGUMENTS = np.dtype(
     [

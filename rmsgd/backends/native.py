@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rmsgd import reference
 from rmsgd.backends.base import (
     NEEDS_SVD,
     NOT_FINITE,
@@ -23,6 +22,7 @@ from rmsgd.backends.base import (
     StepTables,
     is_aligned,
 )
+from rmsgd.backends.torch_ import singular_values
 from rmsgd.layers import Unfolding, as_matrix
 
 _DTYPES = {
@@ -101,8 +101,8 @@ class NativeBackend(OnHost):
         # Rarely any: a look at each row would cost a tenth of a small network's epoch end.
         for i in np.flatnonzero(rows[:, STATUS] == NEEDS_SVD).tolist():
             weight, unfolding = matrices[i]
-            matrix = as_matrix(weight.detach(), unfolding).double().numpy()
-            gamma = torch.from_numpy(reference.singular_values(matrix))
+            matrix = as_matrix(weight.detach(), unfolding).double()
+            gamma = singular_values(matrix, float(matrix.abs().max()))
             table[i] = self.measure_spectrum(gamma, unfolding.M)
         rows[rows[:, STATUS] == NOT_FINITE, :STATUS] = math.nan
         return table

@@ -82,12 +82,20 @@ def singular_values(matrix: Tensor, largest: float) -> Tensor:
     """Singular values of a float64 matrix on its device, zero where they are numerically zero.
 
     ``largest`` is its largest magnitude, finite. Values at or below ``M 2^-52 gamma_1`` are zero; the
-    matrix is scaled by a power of two first, so that none of its squares overflows or vanishes.
+    matrix is scaled by a power of two first, so that none of its squares overflows or vanishes. Rows and
+    columns of zeros, as in a pruned weight, cost nothing.
     """
+    L, M = min(matrix.shape), max(matrix.shape)
+    gamma = matrix.new_zeros(L)
     if largest == 0.0:
-        return matrix.new_zeros(min(matrix.shape))
-    scale = math.ldexp(1.0, math.frexp(largest)[1])
-    return torch.mul(without_numerical_zeros(torch.linalg.svdvals(matrix / scale), max(matrix.shape)), scale)
+        return gamma
+    filled = matrix != 0.0
+    rows, columns = filled.any(1), filled.any(0)
+    if not (rows.all() and columns.all()):
+        matrix = matrix[rows][:, columns]
+    scale = math.ldexp(1.0, math.frexp(largest)[1] - 1)
+    gamma[: min(matrix.shape)] = torch.linalg.svdvals(matrix / scale)
+    return torch.mul(without_numerical_zeros(gamma, M), scale)
 
 
 def without_numerical_zeros(gamma: Tensor, M: int) -> Tensor:

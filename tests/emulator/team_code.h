@@ -71,6 +71,7 @@ template <class T>
 struct Problem {
   int n;
   int stride;
+  int nonzero_rows;
   double trace;
   std::vector<rmsgd::Pack<T, 4>> matrix, vectors, parts;
   std::vector<T> tridiagonal;  // the diagonal and, from element `stride` on, the off-diagonal
@@ -80,6 +81,7 @@ struct Problem {
   Problem(const double* gram, int n, int members)
       : n(n),
         stride((n + 3) / 4 * 4),
+        nonzero_rows(0),
         trace(0.0),
         matrix(std::size_t(n) * stride / 4),
         vectors(rmsgd::tridiagonal_vectors(stride) / 4),
@@ -88,6 +90,7 @@ struct Problem {
         scratch(rmsgd::measure_scratch<T>(n, members) / 8 + 1) {
     for (int i = 0; i < n; ++i) {
       trace += gram[i * n + i];
+      nonzero_rows += gram[i * n + i] > 0.0;
       for (int j = 0; j < n; ++j) matrix[(i * stride + j) / 4].value[j % 4] = T(gram[i * n + j]);
     }
   }
@@ -102,7 +105,7 @@ struct Problem {
   template <class Team>
   bool measure(Team& team, double M, double* row) {
     const rmsgd::TridiagonalSpectrum spectrum =
-        rmsgd::tridiagonal_spectrum(team, tridiagonal.data(), &tridiagonal[stride], n, M, trace,
+        rmsgd::tridiagonal_spectrum(team, tridiagonal.data(), &tridiagonal[stride], n, M, trace, nonzero_rows,
                                     reinterpret_cast<unsigned char*>(scratch.data()));
     return rmsgd::measure_spectrum<T>(team, spectrum, n, M, 0, row);
   }

@@ -166,7 +166,7 @@ def draw_weight(seed: int) -> torch.Tensor:
     most = (4, 12, 40)[int(rng.integers(3))]
     shape = [int(n) for n in rng.integers(1, most + 1, 2)]
     shape += [int(n) for n in rng.integers(1, 4, int(rng.integers(0, 4)))]
-    kind = int(rng.integers(7))
+    kind = int(rng.integers(8))
     weight = torch.randn(shape, generator=generator, dtype=torch.float64)
     if kind == 1:
         left = torch.randn(shape[0], 2, generator=generator, dtype=torch.float64)
@@ -180,6 +180,10 @@ def draw_weight(seed: int) -> torch.Tensor:
     elif kind == 5:
         weight = weight.clone()
         weight[rng.random(shape) < 0.7] = 0.0
+    elif kind == 6:
+        dead = torch.from_numpy(rng.random(shape[0]) < rng.random())
+        weight = weight.clone()
+        weight[dead] *= float(rng.choice([0.0, 10.0 ** rng.uniform(-40, -1)]))
     if rng.random() < 0.3:
         weight = weight * 10.0 ** rng.uniform(-60, 60)
     weight = weight.to(DTYPES[int(rng.integers(4))])
