@@ -210,6 +210,7 @@ class Ledger:
         """Take s(0) from the weights as they are, for layers that ask for it and have none yet."""
         if self._first_measurement_due:
             self._first_measurement_due = False
+            self._backend.join(self.device)  # an epoch end may have come first, and still be at it
             self._fill_in(self._measure())
 
     def _measure(self) -> Tensor:

@@ -57,7 +57,6 @@ def complete(p: Tensor, state: State, group: Group) -> None:
         if other is not None and (rate != 0.0 or key == "velocity"):
             factor = -rate if key == "velocity" else -1.0 / rate
             state[key] = other.to(buffer_dtype(p)) * factor
-            state.setdefault("fresh", False)
         elif group["momentum"] != 0 and (p.requires_grad or p.grad is not None):
             state[key] = _buffer_like(p)
             state["fresh"] = True

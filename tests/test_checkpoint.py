@@ -251,6 +251,27 @@ def test_past_gradients_change_their_form_with_the_rule(before, after):
     assert ("momentum_buffer" in keys) == (after == "release")
 
 
+def test_a_velocity_at_rate_zero_tells_no_past_gradients_and_another_rule_begins_afresh():
+    model = network()
+    optimizer = rmsgd.RMSGD(model.parameters())
+    run(model, optimizer, 0, 3)
+    optimizer.param_groups[0].update(rule="release", lr=0.0)
+    before = weights(model)
+    step(model, optimizer, 3)
+    assert all(map(torch.equal, weights(model), before))
+    assert torch.equal(optimizer.state[model[0].weight]["momentum_buffer"], model[0].weight.grad)
+
+
+def test_a_buffer_that_is_none_as_older_torch_wrote_it_is_none_at_all():
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    sgd = torch.optim.SGD([p], lr=0.1)
+    sgd.state[p]["momentum_buffer"] = None
+    optimizer = rmsgd.RMSGD([p], rule="release")
+    optimizer.load_state_dict(sgd.state_dict())
+    assert "momentum_buffer" not in optimizer.state_dict()["state"][0]
+
+
 def test_one_of_rmsgd_1_0_2_is_refused_with_the_reason():
     try:
         release = peers.load_rmsgd_1_0_2()

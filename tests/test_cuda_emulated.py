@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 import rmsgd
 from rmsgd import ledger, reference
-from rmsgd.backends import cuda_spectra, cuda_teams
+from rmsgd.backends import cuda, cuda_spectra, cuda_teams
 from rmsgd.backends.base import (
     CHANGED,
     CONDITION_NUMBER,
@@ -63,7 +63,7 @@ def assert_measured(table, matrices):
     np.testing.assert_allclose(ours[:, NUCLEAR], theirs[:, NUCLEAR], rtol=1e-4)
 
 
-@pytest.mark.parametrize(
+WEIGHTS = pytest.mark.parametrize(
     "weight",
     [
         pytest.param(lambda: torch.randn(2, 3), id="tiny"),
@@ -91,9 +91,20 @@ def assert_measured(table, matrices):
         pytest.param(lambda: torch.randn(10, 20).double() * 1e-170, id="squares below float64"),
     ],
 )
+
+
+@WEIGHTS
 def test_every_metric_is_the_references(backend, weight):
     matrices = spectra(weight())
     assert_measured(backend.measure(matrices), matrices)
+
+
+@WEIGHTS
+def test_what_is_true_of_small_matrices_is_true_of_those_that_torch_measures(backend, monkeypatch, weight):
+    monkeypatch.setattr(cuda, "LARGEST", 1)
+    matrices = spectra(weight(), low_rank(20, 30, 3, 0.0))
+    assert_measured(backend.measure(matrices), matrices)
+    assert set(backend._kernels.launched) == {"rmsgd_values"}
 
 
 def test_a_weight_whose_strides_change_in_its_place_is_measured_anew(backend):

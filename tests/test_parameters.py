@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 import rmsgd
-from rmsgd import layouts
+from rmsgd import compiled, layouts
 
 
 def network():
@@ -209,6 +209,16 @@ def test_frozen_parameters_cost_no_memory_and_join_when_they_thaw():
     assert [layer.name for layer in optimizer.report().layers] == ["0.weight", "3.weight"]
 
 
+def test_a_frozen_parameter_that_has_a_gradient_is_stepped_as_by_sgd():
+    ours, theirs = (Parameter(torch.ones(3, 4), requires_grad=False) for _ in range(2))
+    optimizers = rmsgd.RMSGD([ours], lr=0.1), torch.optim.SGD([theirs], lr=0.1, momentum=0.9)
+    for _ in range(2):
+        ours.grad, theirs.grad = torch.ones(3, 4), torch.ones(3, 4)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_may_be_float32_beside_half_precision_weights(backend, dtype):
     p, q = Parameter(torch.ones(4, 3, dtype=dtype)), Parameter(torch.ones(4, 3, dtype=dtype))
@@ -384,10 +394,11 @@ def test_an_optimizer_that_its_parameter_refers_to_is_collected():
     p.optimizer = rmsgd.RMSGD([p])
     p.grad = torch.ones(3)
     p.optimizer.step()
-    gone = weakref.ref(p)
+    gone, number = weakref.ref(p), p.optimizer._number
     del p
     gc.collect()
     assert gone() is None
+    assert number not in compiled._STEPS  # where a compiled graph would look for its step
 
 
 class NoFloat64(TorchFunctionMode):
@@ -419,6 +430,17 @@ def test_an_epoch_end_of_parameters_without_values_names_one_and_moves_no_rate()
     with pytest.raises(RuntimeError, match=r"1\.weight is on the meta device.*model\.to_empty\(\) leaves"):
         optimizer.epoch_step()
     assert optimizer.learning_rates() == before
+
+
+@pytest.mark.parametrize(("before", "after"), [("meta", "cpu"), ("cpu", "meta")])
+def test_memory_follows_a_parameter_to_another_device(before, after):
+    p = Parameter(torch.ones(3, 4, device=before))
+    optimizer = rmsgd.RMSGD([p], lr=0.25)
+    torch.utils.swap_tensors(p, Parameter(torch.ones(3, 4, device=after)))
+    p.grad = torch.ones(3, 4, device=after)
+    optimizer.step()
+    assert optimizer.state[p]["velocity"].device.type == after
+    assert p.is_meta or torch.equal(p, torch.full((3, 4), 0.75))
 
 
 def test_the_same_parameter_twice_is_stepped_once():

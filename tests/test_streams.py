@@ -246,6 +246,19 @@ def test_a_layer_that_changes_before_it_is_measured_keeps_its_rate_and_says_so(g
         assert all(skipped[1:])
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_epoch_end_before_the_first_step_has_measured_the_first_rank(gpu_folder, order):
+    with rehearsal.rehearsed(gpu_folder, order):
+        p = Parameter(low_rank(20, 30, 3, 0.5).cuda())
+        optimizer = rmsgd.RMSGD([p], lr=0.03, beta=0.9, initial_rank="measure")
+        optimizer.epoch_step()
+        with torch.no_grad():
+            p.copy_(low_rank(20, 30, 6, 0.1).pin_memory(), non_blocking=True)
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        assert optimizer.learning_rates() == {"0.0": pytest.approx(0.9 * 0.03)}
+
+
 def run(command, **environment):
     """A Python process that can import what the tests do."""
     path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
