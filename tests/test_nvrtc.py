@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +24,8 @@ class Driver:
 
     def __init__(self, kernels):
         self.kernels, self.current = kernels, [0]
-        self.functions, self.allowed = [], {}
+        self.functions, self.allowed, self.loaded = [], {}, 0
+        self.pause = lambda: None  # what takes CUDA a while
 
     def check(self, function, shared_bytes):
         name, device = self.functions[function]
@@ -33,6 +35,7 @@ class Driver:
 
     def funcSetAttribute(self, function, attribute, value):  # noqa: N802
         assert attribute == 8
+        self.pause()
         self.allowed[function] = value
 
     def occupancyMaxActiveBlocksPerMultiprocessor(self, function, threads, shared_bytes):  # noqa: N802
@@ -76,6 +79,8 @@ def pretended_cupy(driver=None, capability="75", known=(75, 90)):
 
     class Module:
         def load(self, code):
+            driver.pause()
+            driver.loaded += 1
             self.device = driver.current[-1]
 
         def get_function(self, name):
@@ -136,6 +141,32 @@ def test_each_device_has_kernels_of_its_own(library):
 
 def test_shared_memory_is_a_blocks_and_then_a_multiprocessors():
     assert nvrtc.NvrtcKernels(pretended_cupy()).shared_memory(0) == (1000, 2000)
+
+
+def test_threads_load_the_kernels_once_and_take_no_memory_from_each_other(library):
+    driver = Driver(EmulatedKernels(library))
+    kernels = nvrtc.NvrtcKernels(pretended_cupy(driver))
+
+    def use(shared_bytes):
+        kernels.resident_blocks("rmsgd_rates", 0, 256, shared_bytes)
+
+    others = [threading.Thread(target=use, args=(60_000,)) for _ in range(2)]
+
+    def pause():
+        """The first thread is held up until the others have gone as far as they can."""
+        if threading.current_thread() in others:
+            return
+        for thread in others:
+            if thread.ident is None:
+                thread.start()
+            thread.join(0.1)
+
+    driver.pause = pause
+    use(50_000)
+    for thread in others:
+        thread.join()
+    assert driver.loaded == 1
+    assert driver.allowed == {0: 60_000}
 
 
 # -- compiling ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class NvrtcKernels:
         self._functions: dict[tuple[int, str], int] = {}
         self._modules: dict[int, Any] = {}
         self._allowed: dict[int, int] = {}
+        self._lock = Lock()  # of these three
 
     def compile(self, architecture: str) -> bytes:
         """Machine code for an architecture such as "sm_75", or PTX for "compute_75".
@@ -116,20 +118,22 @@ class NvrtcKernels:
     def _function(self, name: str, device: int) -> Iterator[int]:
         """The kernel's address, with its device current."""
         with self._cupy.cuda.Device(device):
-            if device not in self._modules:
-                module = self._cupy.cuda.function.Module()
-                module.load(self._code(device))
-                self._modules[device] = module
-            if (device, name) not in self._functions:
-                # The object must live as long as its address is used: it holds the module.
-                self._functions[device, name] = self._modules[device].get_function(name).ptr
+            with self._lock:
+                if device not in self._modules:
+                    module = self._cupy.cuda.function.Module()
+                    module.load(self._code(device))
+                    self._modules[device] = module
+                if (device, name) not in self._functions:
+                    # The object must live as long as its address is used: it holds the module.
+                    self._functions[device, name] = self._modules[device].get_function(name).ptr
             yield self._functions[device, name]
 
     def _allow_shared(self, function: int, shared_bytes: int) -> None:
         # Never less than before: another thread may be between this and its launch.
-        if shared_bytes > self._allowed.get(function, _WITHOUT_ASKING):
-            self._driver.funcSetAttribute(function, _MAX_DYNAMIC_SHARED, shared_bytes)
-            self._allowed[function] = shared_bytes
+        with self._lock:
+            if shared_bytes > self._allowed.get(function, _WITHOUT_ASKING):
+                self._driver.funcSetAttribute(function, _MAX_DYNAMIC_SHARED, shared_bytes)
+                self._allowed[function] = shared_bytes
 
     def launch(
         self,
