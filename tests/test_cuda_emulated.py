@@ -89,6 +89,7 @@ WEIGHTS = pytest.mark.parametrize(
         pytest.param(lambda: torch.randn(30, 40) * 1e-25, id="squares below float32"),
         pytest.param(lambda: torch.randn(10, 20).double() * 1e150, id="huge in float64"),
         pytest.param(lambda: torch.randn(10, 20).double() * 1e-170, id="squares below float64"),
+        pytest.param(lambda: torch.randn(10, 20).double() * 1e-310, id="subnormal in float64"),
     ],
 )
 
@@ -105,6 +106,13 @@ def test_what_is_true_of_small_matrices_is_true_of_those_that_torch_measures(bac
     matrices = spectra(weight(), low_rank(20, 30, 3, 0.0))
     assert_measured(backend.measure(matrices), matrices)
     assert set(backend._kernels.launched) == {"rmsgd_values"}
+
+
+def test_only_what_has_more_rows_than_the_largest_goes_to_torch(backend, monkeypatch):
+    monkeypatch.setattr(cuda, "LARGEST", 20)
+    matrices = spectra(torch.randn(21, 30), torch.randn(20, 30), torch.randn(30, 19))
+    assert_measured(backend.measure(matrices), matrices)
+    assert backend._kernels.launched.count("rmsgd_values") == 1
 
 
 def test_a_weight_whose_strides_change_in_its_place_is_measured_anew(backend):

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rmsgd
 from bench.speed_epoch_end import spectra
-from rmsgd.distributed import split
+from rmsgd.distributed import Ranks, split
 from rmsgd.layers import unfoldings
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
@@ -271,6 +271,16 @@ def test_a_mesh_of_replicas_and_shards_shares_the_epoch_end(job):
     for rates, *_ in results:
         assert rates == results[0][0]
         assert rates == pytest.approx(expected, rel=1e-6)
+
+
+def mesh_as_told():
+    return Ranks.of_mesh(init_device_mesh("cpu", (2, 2))).gather(dist.get_rank())
+
+
+def test_the_ranks_of_a_mesh_are_told_apart_in_its_order(job):
+    if job.size != 4:
+        pytest.skip("needs 2 x 2 ranks")
+    assert job.run(mesh_as_told) == [[0, 1, 2, 3]] * 4
 
 
 def checkpointed(folder, flat):

@@ -423,12 +423,12 @@ def test_a_layer_is_not_hidden_by_its_namesake_in_a_wrapper_of_the_same_checkpoi
 
 def test_a_comparison_puts_the_largest_change_first_and_the_unpaired_last():
     stays, moves, goes = structured(20, 30), structured(20, 30), structured(8, 9)
-    before = rmsgd.probe({"stays": stays, "moves": moves, "goes": goes})
+    before = rmsgd.probe({"goes": goes, "stays": stays, "moves": moves})
     after = rmsgd.probe({"stays": stays, "moves": 0.1 * torch.randn(20, 30)})
     comparison = Comparison(("a", "b"), before, after)
     assert [change.name for change in comparison.changes()] == ["moves", "stays", "goes"]
     moved, stayed, gone = comparison.to_dict()["layers"]
-    assert moved["change"]["quality"] == after.layers[1].quality - before.layers[1].quality
+    assert moved["change"]["quality"] == after.layers[1].quality - before.layers[2].quality
     assert stayed["change"]["quality"] == 0.0
     assert gone["after"] is None
     assert gone["change"]["quality"] is None

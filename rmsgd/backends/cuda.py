@@ -196,7 +196,7 @@ class CudaBackend:
             return self.measure_spectrum(A.new_zeros(unfolding.L), unfolding.M)
         exponent = max(-1000, min(1000, math.frexp(largest)[1]))
         A = A * math.ldexp(1.0, -exponent)
-        values = torch.linalg.eigvalsh(A @ A.T).flip(0).clamp(min=0.0)
+        values = torch.linalg.eigvalsh(A @ A.T).flip(0)
         row = self._measure_values(values, unfolding.M, singular=False)
         if row[STATUS] == NEEDS_SVD:
             return self.measure_spectrum(
