@@ -396,6 +396,7 @@ def test_a_series_follows_each_layer_through_its_checkpoints(report):
         ],
     )
     assert [entry["source"] for entry in series.to_dict()["series"]] == ["1", "2"]
+    assert Series(("1", "2"), (rmsgd.Report(()),) * 2).values("quality").shape == (0, 2)
 
 
 def test_checkpoints_of_a_wildcard_come_in_order_of_training():

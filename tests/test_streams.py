@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import pytest
 import rehearsal
@@ -16,6 +17,7 @@ from torch.nn import Parameter
 
 import rmsgd
 from rmsgd import backends
+from rmsgd.backends import cuda
 from rmsgd.backends.streams import Streams
 from rmsgd.layers import unfoldings
 
@@ -198,6 +200,12 @@ def one_by_one(backend, weights):
     return [backend.measure([(w, u)]) for w in weights for u in unfoldings(w.shape)]
 
 
+def one_plan_at_a_time(backend, weights):
+    """As where many networks are measured in turn: a plan is dropped before its last kernel has run."""
+    with mock.patch.object(cuda, "_KEPT_PLANS", 1):
+        return one_by_one(backend, weights)
+
+
 def gathered(backend, weights):
     """As the ranks of FSDP do: whole weights are made on the stream where they are measured."""
     return together(backend, [w + 0 for w in weights])
@@ -212,7 +220,9 @@ def under_deterministic_algorithms(backend, weights):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("measure", [together, one_by_one, gathered, under_deterministic_algorithms])
+@pytest.mark.parametrize(
+    "measure", [together, one_by_one, one_plan_at_a_time, gathered, under_deterministic_algorithms]
+)
 def test_memory_of_the_stream_beside_is_used_when_it_is_done_with_it(gpu_folder, order, measure):
     """The workspace, and the weights: they may be dropped before they are read again."""
     expected = measured_aside(gpu_folder, "at once", together)
