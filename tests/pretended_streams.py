@@ -232,8 +232,7 @@ class Queues:
         streams = list(ready)
         if self.order == "random":
             return self._random.choice(streams) if streams else None
-        if self.order == "others first":
-            streams.reverse()
+        streams.reverse()
         first = [s for s in streams if (s in wanted) == (self.order == "others last")]
         return (first or streams or [None])[0]
 
