@@ -428,6 +428,27 @@ def test_an_overflow_on_the_device_skips_the_step_and_initialises_nothing(backen
         assert torch.equal(stepper._fresh_items.bool(), before.fresh[stepper_items(stepper, tables)])
 
 
+def test_a_scale_of_any_type_is_of_its_step_alone(backend):
+    tables, gradients = make_tables(torch.float32)
+    expected = copy_of(tables)
+    groups = [StepGroup(1.0, 0.9, 0.0, 0.01, False, False, True)] * 2
+    stepper, oracle = backend.stepper(tables), ORACLE.stepper(expected)
+    for scale, found in ((8.0, 0.0), (8.0, 1.0), (None, None)):
+        stepper.scaling(*(None if x is None else torch.tensor([x]).double() for x in (scale, found)))
+        stepper.step(gradients, groups)
+        if not found:
+            oracle.step(gradients, groups, scale or 1.0)
+    for ours, theirs in zip(tables.parameters, expected.parameters, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_parameters_without_elements_take_no_launch(backend):
+    tables, gradients = make_tables(torch.float32, sizes=(0, 0))
+    plain = StepGroup(1.0, 0.9, 0.0, 0.0, False, False, True)
+    assert_same_step(backend, tables, gradients, [plain, plain])
+    assert backend._kernels.launched == []
+
+
 @pytest.mark.parametrize("momentum", MOMENTA, ids=str)
 @pytest.mark.parametrize("offsets", [(0, 0, 0), (1, 0, 0), (0, 1, 3), (3, 2, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
