@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from jobs import Counting, Job
+from matrices import low_rank
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -43,7 +44,7 @@ def job(request):
 def network():
     """Shapes that neither 2 nor 4 ranks can share evenly; the last layer leaves one of 4 without a part."""
     torch.manual_seed(0)
-    return nn.Sequential(
+    model = nn.Sequential(
         nn.Conv2d(2, 7, 3),
         nn.BatchNorm2d(7),
         nn.Conv2d(7, 6, 1),
@@ -51,6 +52,11 @@ def network():
         nn.Linear(24, 9),
         nn.Linear(9, 3),
     )
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:  # noise alone has a stable rank of 0, which a row that nobody measured has too
+                p += 0.3 * low_rank(len(p), p[0].numel(), 1, 0.0).view(p.shape)
+    return model
 
 
 def step(model, optimizer, seed):
@@ -69,6 +75,7 @@ def alone(options):
         step(model, optimizer, t)
         if t % 3 == 2:
             optimizer.epoch_step()
+    assert sum(layer.stable_rank > 0.0 for layer in optimizer.report().layers) >= 3
     return optimizer.learning_rates(), [p.detach().clone() for p in model.parameters()]
 
 
