@@ -1,11 +1,13 @@
 """The CUDA backend gives what the reference gives, whatever the order in which its threads run."""
 
 import ctypes
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
-from emulated import ORDERS, EmulatedKernels, emulated_backend
+from emulated import ORDERS, EmulatedKernels, OneStream, emulated_backend
 from matrices import low_rank
 from torch.nn import Parameter
 
@@ -648,6 +650,23 @@ LAUNCH = {
 def test_a_launch_that_cannot_be_says_what_is_wrong_with_it(module, wrong, error, said):
     with pytest.raises(error, match=said):
         module.launch(**{**LAUNCH, **wrong})
+
+
+def test_threads_that_come_together_share_the_streams_of_their_device(library):
+    made = []
+
+    def make(device):
+        made.append(device)
+        time.sleep(0.05)
+        return OneStream(device)
+
+    backend = cuda.CudaBackend("cuda", EmulatedKernels(library), "", make)
+    threads = [threading.Thread(target=backend.join, args=(torch.device("cpu"),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
 
 
 def test_kernels_take_structs_of_the_size_that_python_packs(module):

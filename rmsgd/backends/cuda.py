@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 
 import numpy as np
 import torch
@@ -85,12 +86,14 @@ class CudaBackend:
         self._make_streams = streams
         self._streams_of: dict[torch.device, Streams] = {}
         self._plans: dict[tuple[object, ...], list[SpectraPlan]] = {}
+        self._lock = Lock()  # of these two: threads may have networks of their own
         self._budget = WORKSPACE_BYTES
 
     def _streams(self, device: torch.device) -> Streams:
-        if device not in self._streams_of:
-            self._streams_of[device] = self._make_streams(device)
-        return self._streams_of[device]
+        with self._lock:
+            if device not in self._streams_of:
+                self._streams_of[device] = self._make_streams(device)
+            return self._streams_of[device]
 
     # -- steps -----------------------------------------------------------------------------------
 
@@ -163,13 +166,14 @@ class CudaBackend:
     def _plans_for(self, matrices: Sequence[Matrix]) -> list[SpectraPlan]:
         """Tables for these matrices where they lie now; made again only when one has moved."""
         key = tuple((w.data_ptr(), w.dtype, w.shape, w.stride(), w.device, u) for w, u in matrices)
-        plans = self._plans.get(key)
-        if plans is None:
-            if len(self._plans) >= _KEPT_PLANS:
-                self._plans.pop(next(iter(self._plans)))
-            plans = [SpectraPlan(self._kernels, batch) for batch in self._batches(matrices)]
-            self._plans[key] = plans
-        return plans
+        with self._lock:
+            plans = self._plans.get(key)
+            if plans is None:
+                if len(self._plans) >= _KEPT_PLANS:
+                    self._plans.pop(next(iter(self._plans)))
+                plans = [SpectraPlan(self._kernels, batch) for batch in self._batches(matrices)]
+                self._plans[key] = plans
+            return plans
 
     def _batches(self, matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
         batch: list[Matrix] = []
