@@ -7,6 +7,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from matrices import planted
 from torch import nn
 
 import rmsgd
@@ -15,7 +16,8 @@ from bench import peers
 
 def network(dtype=torch.float32):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 3)).to(dtype)
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 3))
+    return planted(model).to(dtype)
 
 
 def step(model, optimizer, seed):

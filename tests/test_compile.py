@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from matrices import planted
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -35,7 +36,7 @@ class Counted:
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 3))
+    return planted(nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 3)))
 
 
 def run(backend, **options):
@@ -110,7 +111,7 @@ def test_forward_backward_and_step_make_one_graph(name):
 
 def test_a_training_step_breaks_only_where_torch_does():
     model = network()
-    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03)
+    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03, zeta=0.01)
     backend = Counted("aot_eager")
 
     @torch.compile(backend=backend)

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from matrices import planted
 from torch import nn
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
@@ -17,7 +18,7 @@ from rmsgd import compiled, layouts
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 3))
+    return planted(nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 3)))
 
 
 def give_gradients(model, seed=0):

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from matrices import planted
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
@@ -44,7 +45,8 @@ SCHEDULERS = {
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 3)).double()
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 3))
+    return planted(model).double()
 
 
 def gradients(model, seed):

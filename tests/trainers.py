@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 
 import torch
+from matrices import planted
 from torch import nn
 
 import rmsgd
@@ -15,7 +16,7 @@ STEPS = SAMPLES // BATCH
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+    return planted(nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)))
 
 
 def data(samples=SAMPLES):
