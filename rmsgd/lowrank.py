@@ -1,6 +1,5 @@
 """EVBMF of a single matrix, for rank selection and low-rank compression."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from rmsgd.backends import backend_for
 from rmsgd.backends.base import NOISE_VARIANCE, RANK
-from rmsgd.backends.torch_ import singular_values, without_numerical_zeros
+from rmsgd.backends.torch_ import power_of_two, scaled_singular_values, without_numerical_zeros
 from rmsgd.layers import SUPPORTED_DTYPES
 from rmsgd.reference import shrink
 
@@ -60,14 +59,14 @@ def evbmf(weight: Tensor, vectors: bool = False) -> LowRank:
         raise ValueError("weight has NaN or infinite entries")
 
     # Squares of values beyond 1e154 are no doubles, nor those below 1e-162.
-    scale = math.ldexp(1.0, math.frexp(largest)[1] - 1) if largest > 0.0 else 1.0
+    scale = power_of_two(largest)
     matrix = matrix / scale
     left = right = None
     if vectors:
         left, gamma, right = torch.linalg.svd(matrix, full_matrices=False)
         without_numerical_zeros(gamma, max(matrix.shape))
     else:
-        gamma = singular_values(matrix, largest / scale)
+        gamma = scaled_singular_values(matrix)
     L, M = min(matrix.shape), max(matrix.shape)
     row = backend_for(matrix.device).measure_spectrum(gamma, M)
     rank, variance = int(row[RANK]), float(row[NOISE_VARIANCE])

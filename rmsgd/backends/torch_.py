@@ -81,21 +81,31 @@ class TorchBackend(OnHost):
 def singular_values(matrix: Tensor, largest: float) -> Tensor:
     """Singular values of a float64 matrix on its device, zero where they are numerically zero.
 
-    ``largest`` is its largest magnitude, finite. Values at or below ``M 2^-52 gamma_1`` are zero; the
-    matrix is scaled by a power of two first, so that none of its squares overflows or vanishes. Rows and
-    columns of zeros, as in a pruned weight, cost nothing.
+    ``largest`` is its largest magnitude, finite. See ``scaled_singular_values``.
     """
-    L, M = min(matrix.shape), max(matrix.shape)
-    gamma = matrix.new_zeros(L)
-    if largest == 0.0:
-        return gamma
+    scale = power_of_two(largest)
+    return scaled_singular_values(matrix / scale) * scale
+
+
+def power_of_two(largest: float) -> float:
+    """What to divide a matrix of this largest magnitude by, so that no square overflows or vanishes."""
+    return math.ldexp(1.0, math.frexp(largest)[1] - 1)
+
+
+def scaled_singular_values(matrix: Tensor) -> Tensor:
+    """Singular values of a float64 matrix that was divided by its ``power_of_two``.
+
+    Those at or below ``M 2^-52 gamma_1`` are zero. Rows and columns of zeros, as in a pruned weight, cost
+    nothing.
+    """
+    gamma = matrix.new_zeros(min(matrix.shape))
+    M = max(matrix.shape)
     filled = matrix != 0.0
     rows, columns = filled.any(1), filled.any(0)
     if not (rows.all() and columns.all()):
         matrix = matrix[rows][:, columns]
-    scale = math.ldexp(1.0, math.frexp(largest)[1] - 1)
-    gamma[: min(matrix.shape)] = torch.linalg.svdvals(matrix / scale)
-    return torch.mul(without_numerical_zeros(gamma, M), scale)
+    gamma[: min(matrix.shape)] = torch.linalg.svdvals(matrix)
+    return without_numerical_zeros(gamma, M)
 
 
 def without_numerical_zeros(gamma: Tensor, M: int) -> Tensor:
