@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from bench import folder, models, peers
+from bench import models, peers
+from bench.data import image_folder
 from bench.errors import UsageError
 from bench.names import look_up
 
@@ -18,7 +19,7 @@ WIDEST = 100
 
 KNOWN = (
     f"Models: {', '.join(models.ARCHITECTURES)}.  Optimizers: {', '.join(peers.PEERS)}.  "
-    f"A folder holds {folder.LAYOUTS}."
+    f"A folder holds {image_folder.LAYOUTS}."
 )
 
 

@@ -6,9 +6,9 @@ the exchange costs. From there on a model, in units of one rank's time:
 
     time(R) = largest share of the matrices + exchange ceil(log2 R)
 
-A rank's matrices are those that `rmsgd.distributed.split` gives it, and its share is of the time that each
-took alone. The exchange is that of two ranks on this machine, taken to grow as a tree does: a network's
-latency is not in it. One rank factorises the slowest matrix, so its share is the limit.
+A rank's matrices are those that `rmsgd.optim.distributed.split` gives it, and its share is of the time
+that each took alone. The exchange is that of two ranks on this machine, taken to grow as a tree does: a
+network's latency is not in it. One rank factorises the slowest matrix, so its share is the limit.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from bench.speed_epoch_end import epoch_end, spectra
 from bench.weights import make_trained_like
 from rmsgd.backends import backend_for
 from rmsgd.backends.base import FIELDS
-from rmsgd.distributed import Ranks, split
+from rmsgd.optim.distributed import Ranks, split
 
 MODELS = ("resnet18", "resnet50")
 MEASURED_RANKS = 2

@@ -28,7 +28,7 @@ class Settings:
 
     Attributes:
         model: key of `bench.models.ARCHITECTURES`.
-        data: one of `bench.data.NAMES`, or a folder that `bench.folder` reads.
+        data: one of `bench.data.NAMES`, or a folder that `bench.data.image_folder` reads.
         optimizers: keys of `bench.peers.PEERS`.
         seeds: one run per seed and optimizer; a seed fixes initial weights and batches.
         epochs: passes over the training set.

@@ -17,12 +17,12 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from rmsgd._version import __version__
 from rmsgd.backends.base import BackendUnavailable
-from rmsgd.inspection.checkpoints import TORCH_SUFFIXES, CheckpointError, checkpoint_files
-from rmsgd.inspection.comparison import Comparison
-from rmsgd.inspection.series import Series, in_order_of_training
-from rmsgd.inspection.tables import comparison_table, printable, report_table, series_table
+from rmsgd.inspection.probing import Probing, usable_device
+from rmsgd.inspection.reading.checkpoints import TORCH_SUFFIXES, CheckpointError, checkpoint_files
+from rmsgd.inspection.report.comparison import Comparison
+from rmsgd.inspection.report.series import Series, in_order_of_training
+from rmsgd.inspection.report.tables import comparison_table, printable, report_table, series_table
 from rmsgd.metrics import Report
-from rmsgd.probing import Probing, usable_device
 
 OK, FAILED, INTERRUPTED = 0, 2, 130
 """Exit codes: all was read; something could not be read, written or understood; Ctrl-C."""
@@ -227,7 +227,7 @@ def _write_files(options: argparse.Namespace, result: _Result) -> None:
     if options.plot and isinstance(result, Series):
         result.plot(options.plot, options.layer)
     if options.html and isinstance(result, Report):
-        from rmsgd.inspection.page import write_page
+        from rmsgd.inspection.report.page import write_page
 
         with _progress_bar() as bar:
             task = bar.add_task("spectra", total=1)

@@ -136,12 +136,12 @@ class Report:
             ModuleNotFoundError: matplotlib is not installed.
             ValueError: no layer was measured.
         """
-        from rmsgd.inspection.plots import plot_report
+        from rmsgd.inspection.report.plots import plot_report
 
         plot_report(self, path)
 
     def _repr_html_(self) -> str:
-        from rmsgd.inspection.tables import html_table
+        from rmsgd.inspection.report.tables import html_table
 
         return html_table(self)
 

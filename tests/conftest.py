@@ -23,7 +23,7 @@ def backend(request, monkeypatch):
     """Each CPU backend in turn, forced through the environment."""
     monkeypatch.setenv("RMSGD_BACKEND", request.param)
     if request.param != "native":  # they are for machines without the compiled core
-        monkeypatch.setattr("rmsgd.layouts._cpu", None)
+        monkeypatch.setattr("rmsgd.optim.layouts._cpu", None)
     return request.param
 
 

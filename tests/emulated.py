@@ -100,22 +100,22 @@ class OneStream:
         return 0
 
     @contextmanager
-    def aside(self):
+    def side_stream(self):
         yield
 
-    def on_caller(self):
+    def caller_stream(self):
         return nullcontext()
 
-    def settle(self):
+    def caller_waits(self):
         pass
 
-    def fork(self):
+    def side_waits(self):
         pass
 
-    def join(self):
+    def wait_side_stream(self):
         pass
 
-    def keep(self, tensor):
+    def record_stream(self, tensor):
         pass
 
 

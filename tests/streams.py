@@ -62,11 +62,11 @@ def same(found: Any, expected: Any) -> bool:
 
 
 WITHOUT = {
-    "join": lambda streams: None,
-    "fork": lambda streams: None,
-    "settle": lambda streams: None,
-    "keep": lambda streams, tensor: None,
-    "on_caller": lambda streams: nullcontext(),
+    "wait_side_stream": lambda streams: None,
+    "side_waits": lambda streams: None,
+    "caller_waits": lambda streams: None,
+    "record_stream": lambda streams, tensor: None,
+    "caller_stream": lambda streams: nullcontext(),
 }
 """What waits, or keeps memory, and what does without."""
 

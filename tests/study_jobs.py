@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from bench import atomic
-from bench.data import Split
-from bench.study import datasets, nats, nats_study
+from bench.data import Split, nats, study_sets
+from bench.data.source import Augmentation, InMemory
+from bench.study import nats_study
 from bench.study.config import RunConfig
 from bench.study.run import Run
 from bench.study.runner import Place, Runner
-from bench.study.source import Augmentation, InMemory
 
 TINY = RunConfig("resnet14-digits", "digits", "rmsgd", batch=64, epochs=2, width=0.5, keep_weights=True)
 STEPS = 4
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 def make(config: RunConfig, folder: Path, **options) -> Run:
     """A run on 260 digits that writes a checkpoint after every step."""
-    source = datasets.load(config.dataset, None, config.network, CPU)
+    source = study_sets.load(config.dataset, None, config.network, CPU)
     splits = [Split(part.inputs[:260], part.targets[:260]) for part in (source._train, source._test)]
     source = InMemory(*splits, source.classes, Augmentation(pad=1), source.several)
     return Run(config, source, folder, CPU, **{"checkpoint_seconds": 0.0, **options})

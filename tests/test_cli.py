@@ -18,7 +18,7 @@ from torch import nn
 
 from rmsgd import cli, doctor
 from rmsgd.backends import Status
-from rmsgd.probing import Probing
+from rmsgd.inspection.probing import Probing
 
 
 def network(epoch=1):
@@ -240,7 +240,7 @@ def test_ctrl_c_prints_what_is_done_so_far(capsys, checkpoint, monkeypatch):
             raise KeyboardInterrupt
         measure(self, batch)
 
-    monkeypatch.setattr("rmsgd.probing.BATCH_BYTES", 1)
+    monkeypatch.setattr("rmsgd.inspection.probing.BATCH_BYTES", 1)
     monkeypatch.setattr(Probing, "_measure", measure_once)
     code, out, err = run(capsys, checkpoint, "--json", "--filter", "weight")
     assert code == 130
@@ -251,7 +251,7 @@ def test_ctrl_c_prints_what_is_done_so_far(capsys, checkpoint, monkeypatch):
 # `python -m rmsgd`, which leaves a file where it has measured something.
 SAYS_WHEN_IT_MEASURES = """
 import pathlib, runpy, sys
-from rmsgd.probing import Probing
+from rmsgd.inspection.probing import Probing
 measure, marker = Probing._measure, pathlib.Path(sys.argv.pop(1))
 def measure_and_say_so(self, batch):
     measure(self, batch)

@@ -11,7 +11,7 @@ from emulated import ROOT
 from setuptools import Distribution
 
 import setup
-from rmsgd.backends import nvrtc
+from rmsgd.backends import cupy_
 from setup import NVCC_FLAGS, find_nvcc
 
 ARCHS = (75, 80, 90)
@@ -31,7 +31,7 @@ REPORT = re.compile(
 )
 
 
-@pytest.mark.parametrize("source", nvrtc.SOURCES)
+@pytest.mark.parametrize("source", cupy_.SOURCES)
 def test_nvcc_compiles_every_kernel_without_a_warning_a_spill_or_a_stack_frame(source, tmp_path):
     nvcc = find_nvcc()
     if nvcc is None:
@@ -76,10 +76,10 @@ def nvrtc_library():
 def test_nvrtc_compiles_the_same_sources_at_run_time(arch):
     library = nvrtc_library()
     program = ctypes.c_void_p()
-    flags = [option.encode() for option in nvrtc.options(nvrtc.source_folder(), f"compute_{arch}")]
+    flags = [option.encode() for option in cupy_.options(cupy_.source_folder(), f"compute_{arch}")]
     assert (
         library.nvrtcCreateProgram(
-            ctypes.byref(program), nvrtc.program().encode(), b"rmsgd.cu", 0, None, None
+            ctypes.byref(program), cupy_.program().encode(), b"rmsgd.cu", 0, None, None
         )
         == 0
     )
@@ -93,12 +93,12 @@ def test_nvrtc_compiles_the_same_sources_at_run_time(arch):
     ptx = ctypes.create_string_buffer(size.value)
     library.nvrtcGetPTX(program, ptx)
     entries = re.findall(r"\.entry (\w+)\(", ptx.value.decode())
-    assert sorted(entries) == sorted(name for source in nvrtc.SOURCES for name in kernels_of(source))
+    assert sorted(entries) == sorted(name for source in cupy_.SOURCES for name in kernels_of(source))
     library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
 def test_no_header_of_the_kernels_includes_a_standard_header_at_run_time():
-    seen, pending = set(), [ROOT / "csrc" / source for source in nvrtc.SOURCES]
+    seen, pending = set(), [ROOT / "csrc" / source for source in cupy_.SOURCES]
     while pending:
         path = pending.pop()
         if path in seen:

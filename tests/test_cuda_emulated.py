@@ -12,7 +12,7 @@ from matrices import low_rank
 from torch.nn import Parameter
 
 import rmsgd
-from rmsgd import ledger, reference
+from rmsgd import reference
 from rmsgd.backends import cuda, cuda_spectra, cuda_teams
 from rmsgd.backends.base import (
     CHANGED,
@@ -36,6 +36,7 @@ from rmsgd.backends.cuda_spectra import _ARGUMENTS
 from rmsgd.backends.cuda_step import _SIZES, _arguments
 from rmsgd.backends.numpy_ import NumpyBackend, update_rates
 from rmsgd.layers import as_matrix, unfoldings
+from rmsgd.optim import device_state
 
 
 @pytest.fixture
@@ -595,7 +596,7 @@ def test_the_optimizer_runs_on_it_as_on_the_cpu(library, monkeypatch, options, s
     weights = [low_rank(20, 30, 3, 0.5), torch.randn(20), torch.randn(8, 4, 3, 3), low_rank(12, 12, 2, 0.3)]
     on_cpu, emulated = ([Parameter(w.clone()) for w in weights] for _ in range(2))
     expected = train(on_cpu, scaled, **options)
-    monkeypatch.setattr(ledger, "backend_for", lambda device: emulated_backend(library))
+    monkeypatch.setattr(device_state, "backend_for", lambda device: emulated_backend(library))
     found = train(emulated, scaled, **options)
     for ours, theirs in zip(emulated, on_cpu, strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -14,7 +14,7 @@ import torch
 
 import rmsgd
 from rmsgd import backends, doctor
-from rmsgd.backends import nvrtc
+from rmsgd.backends import cupy_
 from rmsgd.backends.base import BackendUnavailable
 
 pytest.importorskip("rmsgd._cpu", reason="the compiled core was not built")
@@ -185,7 +185,7 @@ def test_a_backend_that_cannot_run_is_tried_once(monkeypatch):
         tried.append(True)
         raise BackendUnavailable("NVRTC could not compile the kernels")
 
-    monkeypatch.setattr(nvrtc, "create", create)
+    monkeypatch.setattr(cupy_, "create", create)
     for _ in range(2):
         assert status(doctor.examine(), "cupy")["reason"] == "NVRTC could not compile the kernels"
     monkeypatch.setenv("RMSGD_BACKEND", "cupy")
@@ -207,7 +207,7 @@ def test_kernels_compiled_at_run_time_are_kept_where_the_cache_can_be_written(tm
     compiler = SimpleNamespace(getSupportedArchs=lambda: [75, 90], getVersion=lambda: (13, 0))
     device = SimpleNamespace(compute_capability="90")
     cupy = SimpleNamespace(cuda=SimpleNamespace(driver=None, nvrtc=compiler, Device=lambda number: device))
-    kernels, compiled = nvrtc.NvrtcKernels(cupy), []
+    kernels, compiled = cupy_.NvrtcKernels(cupy), []
     monkeypatch.setattr(kernels, "compile", lambda arch: compiled.append(arch) or b"code")
     (tmp_path / "file").touch()
     for cache, compilations in ((tmp_path / "file", 2), (tmp_path / "folder", 1)):

@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rmsgd
 from bench.speed_epoch_end import spectra
-from rmsgd.distributed import Ranks, split
 from rmsgd.layers import unfoldings
+from rmsgd.optim.distributed import Ranks, split
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 

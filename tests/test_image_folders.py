@@ -5,13 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import data, folder
+from bench import data
+from bench.data import image_folder
 
 
 def write_cifar(path, names, labels, count=20):
     generator = np.random.default_rng(0)
     for name in names:
-        records = generator.integers(256, size=(count, labels + folder.PIXELS), dtype=np.uint8)
+        records = generator.integers(256, size=(count, labels + image_folder.PIXELS), dtype=np.uint8)
         records[:, :labels] = np.arange(count)[:, None] % 10
         records.tofile(path / name)
 
@@ -30,7 +31,7 @@ def test_cifar_10_is_read_from_its_binary_files(tmp_path):
     dataset = data.load(str(tmp_path), "resnet18")
     assert dataset.sample == (3, 32, 32)
     assert (len(dataset.train), len(dataset.test), dataset.classes) == (100, 20, 10)
-    assert folder.sizes(tmp_path) == (100, 20)
+    assert image_folder.sizes(tmp_path) == (100, 20)
     assert dataset.test.targets[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     torch.testing.assert_close(dataset.train.inputs.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
 
@@ -43,7 +44,7 @@ def test_cifar_100_takes_the_fine_label(tmp_path):
     dataset = data.load(str(tmp_path), "resnet18", samples=8)
     assert (len(dataset.train), dataset.classes) == (8, 100)
     assert set(dataset.test.targets.tolist()) == {99}
-    assert folder.sizes(tmp_path) == (20, 20)
+    assert image_folder.sizes(tmp_path) == (20, 20)
 
 
 def test_a_folder_per_class_is_resized_to_what_the_model_reads(tmp_path):
@@ -53,13 +54,13 @@ def test_a_folder_per_class_is_resized_to_what_the_model_reads(tmp_path):
     assert dataset.sample == (3, 32, 32)
     assert dataset.classes == 2
     assert dataset.train.targets.tolist() == [0, 1, 0, 1]
-    assert folder.sizes(tmp_path) == (6, 6)
+    assert image_folder.sizes(tmp_path) == (6, 6)
 
 
 def test_pixels_keep_their_places(tmp_path):
     write_classes(tmp_path, "train")
     write_classes(tmp_path, "test")
-    (images, targets), _, _ = folder.read(tmp_path, (20, 15), None)
+    (images, targets), _, _ = image_folder.read(tmp_path, (20, 15), None)
     assert images.shape == (6, 3, 20, 15)
     assert images[targets == 1].min() == 100
 

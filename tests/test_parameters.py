@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 import rmsgd
-from rmsgd import compiled, layouts
+from rmsgd.optim import layouts, torch_compile
 
 
 def network():
@@ -343,9 +343,9 @@ def test_tables_are_made_at_the_first_step_and_no_other_step_measures(options, m
     model = network()
     optimizer = rmsgd.RMSGD(model.parameters(), **options)
     steps(model, optimizer)
-    monkeypatch.delattr("rmsgd.ledger.Ledger.__init__")
+    monkeypatch.delattr("rmsgd.optim.device_state.DeviceState.__init__")
     optimizer.epoch_step()
-    monkeypatch.delattr("rmsgd.ledger.Ledger._measure")
+    monkeypatch.delattr("rmsgd.optim.device_state.DeviceState._measure")
     steps(model, optimizer)
 
 
@@ -399,7 +399,7 @@ def test_an_optimizer_that_its_parameter_refers_to_is_collected():
     del p
     gc.collect()
     assert gone() is None
-    assert number not in compiled._STEPS  # where a compiled graph would look for its step
+    assert number not in torch_compile._STEPS  # where a compiled graph would look for its step
 
 
 class NoFloat64(TorchFunctionMode):

@@ -10,12 +10,12 @@ from torch import nn
 
 import rmsgd
 from rmsgd import reference
-from rmsgd.inspection.comparison import Comparison
-from rmsgd.inspection.page import spectrum
-from rmsgd.inspection.plots import checkpoint_labels, low_rank_and_noise
-from rmsgd.inspection.series import Series, comparable_name, in_order_of_training
+from rmsgd.inspection.probing import matches
+from rmsgd.inspection.report.comparison import Comparison
+from rmsgd.inspection.report.page import spectrum
+from rmsgd.inspection.report.plots import checkpoint_labels, low_rank_and_noise
+from rmsgd.inspection.report.series import Series, comparable_name, in_order_of_training
 from rmsgd.layers import unfoldings
-from rmsgd.probing import matches
 
 FIELDS = [
     "name",
@@ -304,7 +304,7 @@ def test_a_filter_that_matches_nothing_says_so():
 
 
 def test_progress_goes_up_to_1(monkeypatch):
-    monkeypatch.setattr("rmsgd.probing.BATCH_BYTES", 1000)
+    monkeypatch.setattr("rmsgd.inspection.probing.BATCH_BYTES", 1000)
     shares = []
     rmsgd.probe({str(i): torch.randn(20, 30) for i in range(6)}, progress=shares.append)
     assert shares == sorted(shares)

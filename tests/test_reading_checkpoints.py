@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import distributed, nn
 
 import rmsgd
-from rmsgd.inspection.checkpoints import CheckpointError, natural_order, open_checkpoint
-from rmsgd.inspection.stored import WRAPPERS, find_weights
+from rmsgd.inspection.reading.checkpoints import CheckpointError, natural_order, open_checkpoint
+from rmsgd.inspection.reading.stored import WRAPPERS, find_weights
 
 
 def weights():

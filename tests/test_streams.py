@@ -30,7 +30,7 @@ def test_each_thread_has_a_caller_of_its_own(gpu_folder):
 
         def epoch_end(name):
             mine = torch.cuda.Stream()
-            with torch.cuda.stream(mine), beside.aside():
+            with torch.cuda.stream(mine), beside.side_stream():
                 met.wait()
                 seen[name] = beside.caller() == mine.cuda_stream
                 met.wait()
@@ -184,10 +184,10 @@ def measured_aside(gpu_folder, order, measure):
         device = torch.device("cuda", 0)
         backend = backends.backend_for(device)
         on_gpu = [w.pin_memory().to(device, non_blocking=True) for w in weights]
-        with backend.aside(device):
+        with backend.side_stream(device):
             tables = measure(backend, on_gpu)
             del on_gpu
-        backend.join(device)
+        backend.wait_side_stream(device)
         return [table.tolist() for table in tables]
 
 

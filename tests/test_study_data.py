@@ -19,11 +19,11 @@ from PIL import Image
 from study_jobs import killed_measuring
 
 from bench.__main__ import main
-from bench.data import Split
-from bench.study import cifar, datasets, nats, nats_study, streaming, unpickle
-from bench.study.augment import crop_and_flip, cutout
-from bench.study.folder import locked
-from bench.study.source import Augmentation, DatasetError, InMemory, mix
+from bench.data import Split, cifar, nats, streaming, study_sets, unpickle
+from bench.data.augment import crop_and_flip, cutout
+from bench.data.source import Augmentation, DatasetError, InMemory, mix
+from bench.study import nats_study
+from bench.study.run_folder import locked
 
 CPU = torch.device("cpu")
 COUNTS = {"cifar10": (50, 10), "cifar100": (40, 20)}
@@ -182,18 +182,18 @@ def test_a_label_out_of_range_is_an_error(tmp_path):
         cifar.read(tmp_path, "cifar10")
 
 
-@pytest.mark.parametrize("name", [name for name, kind in datasets.DATASETS.items() if kind.layout])
+@pytest.mark.parametrize("name", [name for name, kind in study_sets.DATASETS.items() if kind.layout])
 def test_a_missing_data_set_is_answered_with_what_is_expected_and_from_where(name, tmp_path):
     network = "resnet18"
     for folder in (None, tmp_path, tmp_path / "none"):
         with pytest.raises(DatasetError, match="https://") as caught:
-            datasets.load(name, folder, network, CPU)
-        assert datasets.DATASETS[name].layout in str(caught.value)
+            study_sets.load(name, folder, network, CPU)
+        assert study_sets.DATASETS[name].layout in str(caught.value)
 
 
 def test_a_folder_of_the_data_sets_name_is_found(tmp_path):
     write_folder(tmp_path / "cifar10", "cifar10", "binary")
-    source = datasets.load("cifar10", tmp_path, "resnet18", CPU)
+    source = study_sets.load("cifar10", tmp_path, "resnet18", CPU)
     assert source.sample == (3, 32, 32)
     assert source.classes == 10
 
@@ -218,7 +218,7 @@ def write_mhist(folder, labels=("HP", "SSA", "HP"), splits=("train", "train", "t
 
 def test_mhist_is_split_by_its_table(tmp_path):
     write_mhist(tmp_path)
-    source = datasets.load("mhist", tmp_path, "resnet18-imagenet", CPU)
+    source = study_sets.load("mhist", tmp_path, "resnet18-imagenet", CPU)
     assert source.sample == (3, 224, 224)
     assert source._train.targets.tolist() == [0, 1]
     assert source._test.inputs.unique().tolist() == [20]
@@ -227,14 +227,14 @@ def test_mhist_is_split_by_its_table(tmp_path):
 def test_mhist_with_a_third_label_is_refused(tmp_path):
     write_mhist(tmp_path, labels=("HP", "XX", "HP"))
     with pytest.raises(DatasetError, match="XX"):
-        datasets.load("mhist", tmp_path, "resnet18", CPU)
+        study_sets.load("mhist", tmp_path, "resnet18", CPU)
 
 
 def test_an_image_that_is_missing_is_named(tmp_path):
     write_mhist(tmp_path)
     (tmp_path / "images" / "MHIST_1.png").unlink()
     with pytest.raises(DatasetError, match=r"MHIST_1\.png"):
-        datasets.load("mhist", tmp_path, "resnet18", CPU)
+        study_sets.load("mhist", tmp_path, "resnet18", CPU)
 
 
 def write_adp(folder, rows=("1,0,1", "0,0,1", "1,1,0", "0,1,0"), train=(0, 2), test=(3,)):
@@ -250,7 +250,7 @@ def write_adp(folder, rows=("1,0,1", "0,0,1", "1,1,0", "0,1,0"), train=(0, 2), t
 
 def test_adp_has_several_labels_an_image(tmp_path):
     write_adp(tmp_path)
-    source = datasets.load("adp", tmp_path, "resnet18-imagenet", CPU)
+    source = study_sets.load("adp", tmp_path, "resnet18-imagenet", CPU)
     assert source.several
     assert source.classes == 3
     assert source._train.targets.tolist() == [[1, 0, 1], [1, 1, 0]]
@@ -273,7 +273,7 @@ def test_adp_has_several_labels_an_image(tmp_path):
 def test_a_wrong_table_or_split_of_adp_is_refused(changes, message, tmp_path):
     write_adp(tmp_path, **changes)
     with pytest.raises(DatasetError, match=message):
-        datasets.load("adp", tmp_path, "resnet18", CPU)
+        study_sets.load("adp", tmp_path, "resnet18", CPU)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", b"PK\x03\x04", b"0,1,2\n"])
@@ -281,7 +281,7 @@ def test_a_split_that_is_no_array_is_named(content, tmp_path):
     write_adp(tmp_path)
     (tmp_path / "splits" / "test.npy").write_bytes(content)
     with pytest.raises(DatasetError, match=r"test\.npy is no plain array of numbers: .*Expected for adp"):
-        datasets.load("adp", tmp_path, "resnet18", CPU)
+        study_sets.load("adp", tmp_path, "resnet18", CPU)
 
 
 def test_an_archive_of_arrays_is_no_split(tmp_path):
@@ -289,7 +289,7 @@ def test_an_archive_of_arrays_is_no_split(tmp_path):
     with (tmp_path / "splits" / "test.npy").open("wb") as file:
         np.savez(file, rows=np.array([3]))
     with pytest.raises(DatasetError, match=r"test\.npy is no plain array of numbers"):
-        datasets.load("adp", tmp_path, "resnet18", CPU)
+        study_sets.load("adp", tmp_path, "resnet18", CPU)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_a_damaged_table_of_mhist_is_named(content, message, tmp_path):
     write_mhist(tmp_path)
     (tmp_path / "annotations.csv").write_bytes(content)
     with pytest.raises(DatasetError, match=rf"annotations\.csv.*{message}.*Expected for mhist"):
-        datasets.load("mhist", tmp_path, "resnet18", CPU)
+        study_sets.load("mhist", tmp_path, "resnet18", CPU)
 
 
 def test_a_split_that_is_a_pickle_is_not_opened(tmp_path):
@@ -320,7 +320,7 @@ def test_a_split_that_is_a_pickle_is_not_opened(tmp_path):
         allow_pickle=True,
     )
     with pytest.raises(DatasetError, match="no plain array"):
-        datasets.load("adp", tmp_path, "resnet18", CPU)
+        study_sets.load("adp", tmp_path, "resnet18", CPU)
     assert not (tmp_path / "ran").exists()
 
 

@@ -7,8 +7,8 @@ import pytest
 from commands import run_bench
 
 from bench import models, peers
+from bench.data.study_sets import DATASETS
 from bench.study import published
-from bench.study.datasets import DATASETS
 from bench.study.experiments import EXPERIMENTS, experiment, small
 
 IDS = ["table1a", "table1b", "table2", "table3", "table4", "fig1a", "fig1b", "fig2", "fig3", "fig4"]

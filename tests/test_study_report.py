@@ -11,13 +11,14 @@ from scipy import stats
 
 from bench import measure, models
 from bench.__main__ import main
-from bench.study import command, figures, report, tuning
+from bench.study import command, report, tuning
+from bench.study import plots as figures
 from bench.study.config import RunConfig, sorted_settings
 from bench.study.experiments import EXPERIMENTS, experiment, small
-from bench.study.figures import draw
-from bench.study.folder import locked
+from bench.study.plots import draw
 from bench.study.records import read
 from bench.study.run import METRICS, PHASES
+from bench.study.run_folder import locked
 from bench.study.selection import by_experiment
 from bench.study.statistics import correlation, holm, in_deviations, paired
 from rmsgd.metrics import write_csv

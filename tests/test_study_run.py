@@ -17,8 +17,8 @@ from bench import atomic
 from bench.__main__ import main
 from bench.study import runner
 from bench.study.config import RunConfig, sorted_settings
-from bench.study.folder import BusyError, locked, status
 from bench.study.run import Run, kept_epochs
+from bench.study.run_folder import BusyError, locked, status
 from bench.study.runner import Place, Runner, train_all
 
 pytestmark = pytest.mark.usefixtures("one_thread")

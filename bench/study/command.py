@@ -24,14 +24,14 @@ from rich.progress import (
 )
 
 from bench import arguments, measure, output, readme
+from bench.data.nats import LAYOUT as NATS_LAYOUT
 from bench.errors import UsageError
 from bench.study import listing, nats_study, report, tuning
 from bench.study.config import RunConfig
 from bench.study.experiments import EXPERIMENTS, OWN, SEARCHED, experiment
-from bench.study.figures import draw
-from bench.study.folder import BusyError
-from bench.study.nats import LAYOUT as NATS_LAYOUT
+from bench.study.plots import draw
 from bench.study.records import read
+from bench.study.run_folder import BusyError
 from bench.study.runner import Place, Runner, train_all
 from bench.study.selection import by_experiment, each_once, named
 

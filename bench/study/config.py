@@ -16,7 +16,7 @@ class RunConfig:
 
     Attributes:
         network: key of `bench.models.ARCHITECTURES`.
-        dataset: key of `bench.study.datasets.DATASETS`.
+        dataset: key of `bench.data.study_sets.DATASETS`.
         optimizer: key of `bench.peers.PEERS`.
         seed: of initial weights, batches and augmentation.
         settings: what replaces the settings of `bench.peers`, as sorted (name, value) pairs.

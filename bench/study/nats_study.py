@@ -11,11 +11,11 @@ from rich.table import Table
 
 import rmsgd
 from bench import atomic
+from bench.data import nats
+from bench.data.source import DatasetError
 from bench.measure import count
 from bench.plots import save
-from bench.study import nats
-from bench.study.folder import locked
-from bench.study.source import DatasetError
+from bench.study.run_folder import locked
 from bench.study.statistics import correlation
 from rmsgd.plots import PALETTE, blank, plain
 

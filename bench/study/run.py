@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import rmsgd
 from bench import atomic, measure, models, peers
+from bench.data.source import Source, mix
 from bench.errors import UsageError
 from bench.study import randomness
 from bench.study.config import RunConfig
-from bench.study.folder import locked, status
-from bench.study.source import Source, mix
+from bench.study.run_folder import locked, status
 from bench.training import cross_entropy
 
 FORMAT = 1

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from bench import measure
+from bench.data import study_sets
+from bench.data.source import Source
 from bench.errors import UsageError
-from bench.study import datasets
 from bench.study.config import RunConfig
-from bench.study.folder import BusyError, locked, status
 from bench.study.run import Run, Told, make_optimizer
-from bench.study.source import Source
+from bench.study.run_folder import BusyError, locked, status
 
 CPU = torch.device("cpu")
 BUDGET_EPOCHS = 4
@@ -86,7 +86,7 @@ class Runner:
 
         key = (config.dataset, architecture(config.network).sample)
         if key not in self._sources:
-            self._sources[key] = datasets.load(
+            self._sources[key] = study_sets.load(
                 config.dataset, self._place.data, config.network, self._place.device
             )
         return self._sources[key]

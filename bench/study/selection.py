@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from bench import arguments, models, peers
+from bench.data.study_sets import DATASETS
 from bench.errors import UsageError
 from bench.names import look_up
 from bench.study import tuning
 from bench.study.config import RunConfig, sorted_settings
-from bench.study.datasets import DATASETS
 from bench.study.experiments import EXPERIMENTS, Experiment, Grid, experiment, small
 
 

@@ -55,7 +55,7 @@ ENTRIES = (
     Entry("native", "cpu", "native"),
     Entry("numba", "cpu", "numba_"),
     Entry("cuda", "cuda", "cuda"),
-    Entry("cupy", "cuda", "nvrtc"),
+    Entry("cupy", "cuda", "cupy_"),
     Entry("torch", "any", "torch_"),
     Entry("reference", "cpu", "reference"),
 )

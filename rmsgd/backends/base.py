@@ -130,11 +130,11 @@ class OnHost:
 
     on_host = True
 
-    def aside(self, device: torch.device) -> AbstractContextManager[None]:
+    def side_stream(self, device: torch.device) -> AbstractContextManager[None]:
         """See ``Backend``."""
         return nullcontext()
 
-    def join(self, device: torch.device) -> None:
+    def wait_side_stream(self, device: torch.device) -> None:
         """See ``Backend``."""
 
 
@@ -150,11 +150,11 @@ class Backend(Protocol):
     def stepper(self, tables: StepTables) -> Stepper:
         """A stepper for these parameters."""
 
-    def aside(self, device: torch.device) -> AbstractContextManager[None]:
+    def side_stream(self, device: torch.device) -> AbstractContextManager[None]:
         """Within it, ``measure`` and ``update_rates`` run beside the caller's stream; steps wait for them."""
 
-    def join(self, device: torch.device) -> None:
-        """Before results of work done aside are read: make the caller's stream wait for them."""
+    def wait_side_stream(self, device: torch.device) -> None:
+        """Before results of work done on the side stream are read: make the caller's stream wait for them."""
 
     def measure(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> Tensor:
         """The metrics table (matrices, FIELDS), float64, on the matrices' device or the host.

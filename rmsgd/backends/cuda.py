@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled when the package was installed (``rmsgd._cuda``) or at run time (``nvrtc``)."""
+"""The CUDA kernels, compiled when the package was installed (``rmsgd._cuda``) or at run time (``cupy_``)."""
 
 import math
 import warnings
@@ -104,19 +104,19 @@ class CudaBackend:
     # -- epoch ends ------------------------------------------------------------------------------
 
     @contextmanager
-    def aside(self, device: torch.device) -> Iterator[None]:
+    def side_stream(self, device: torch.device) -> Iterator[None]:
         """See ``base.Backend``."""
-        with self._streams(device).aside():
+        with self._streams(device).side_stream():
             yield
 
-    def join(self, device: torch.device) -> None:
+    def wait_side_stream(self, device: torch.device) -> None:
         """See ``base.Backend``."""
-        self._streams(device).join()
+        self._streams(device).wait_side_stream()
 
     def measure(self, matrices: Sequence[Matrix]) -> Tensor:
         """See ``base.Backend``.
 
-        Within ``aside`` the Gram matrices are formed on the caller's stream and the rest beside it.
+        Within ``side_stream`` the Gram matrices are formed on the caller's stream and the rest beside it.
         Weights that the fp32 Gram matrix does not decide (a range of singular values beyond some
         1e4) are read once more there. One that has changed by then gets the status ``CHANGED``.
 
@@ -131,7 +131,7 @@ class CudaBackend:
         table = torch.empty(len(matrices), FIELDS, dtype=torch.float64, device=device)
         if small:
             self._measure_small([matrices[i] for i in small], streams, table, small)
-        streams.fork()
+        streams.side_waits()
         for i, (weight, u) in enumerate(matrices):
             if u.L > LARGEST:
                 table[i] = self._measure_large(weight.detach(), (weight, u))
@@ -145,14 +145,14 @@ class CudaBackend:
         while True:
             try:
                 first = 0
-                with streams.on_caller():  # where the Gram matrices read the tables
+                with streams.caller_stream():  # where the Gram matrices read the tables
                     plans = self._plans_for(matrices)
                 for plan in plans:
                     end = first + plan.count
                     plan.measure(streams, target[first:end])
                     # The caller may drop what the stream beside is still to read again.
                     for weight, _ in matrices[first:end]:
-                        streams.keep(weight)
+                        streams.record_stream(weight)
                     first = end
                 break
             except torch.cuda.OutOfMemoryError:
@@ -251,7 +251,7 @@ class CudaBackend:
             arguments,
         )
         for tensor in vars(tables).values():
-            streams.keep(tensor)
+            streams.record_stream(tensor)
 
 
 def create() -> CudaBackend:

@@ -234,9 +234,9 @@ class SpectraPlan:
         svd_bytes = svd_scratch_bytes(self._rows[0], self._svd_blocks * _SVD_THREADS)
         scratch = torch.empty(svd_bytes, dtype=torch.uint8, device=self._device)
         # Their memory, and that of what the current stream made before, is first used on the caller's.
-        streams.settle()
+        streams.caller_waits()
         meetings = 2 * self.count + 1  # of each matrix in either precision, and of the singular values
-        with streams.on_caller():
+        with streams.caller_stream():
             meeting = torch.zeros(meetings * _MEETING_BYTES, dtype=torch.uint8, device=self._device)
             state = self._state.clone()
         arguments = np.zeros(1, _ARGUMENTS)
@@ -273,7 +273,7 @@ class SpectraPlan:
         launch("rmsgd_gram", gram, _GRAM_THREADS, _gram_shared(4), streams.caller())
         head["item"] = first_item + gram * _ITEM.itemsize
         launch("rmsgd_gram_sum", parts, _GRAM_THREADS, TEAM_SHARED, streams.caller())
-        streams.fork()
+        streams.side_waits()
         stream = streams.current()
         reduce_and_measure(0, stream)
         head["item"] = first_item + (gram + parts) * _ITEM.itemsize
@@ -281,7 +281,7 @@ class SpectraPlan:
         reduce_and_measure(1, stream)
         launch("rmsgd_svd", self._svd_blocks, _SVD_THREADS, TEAM_SHARED, stream, True)
         for tensor in (meeting, state, self._matrices, self._items, self._state, self._blocks, self._row):
-            streams.keep(tensor)
+            streams.record_stream(tensor)
 
 
 def _items(rows: Sequence[int], splits: NDArray[np.int32]) -> tuple[NDArray[np.void], tuple[int, int, int]]:

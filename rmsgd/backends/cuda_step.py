@@ -134,7 +134,7 @@ class CudaStepper:
         scale, found_inf = self._grad_scale, self._found_inf
         if grad_scale != 1.0:
             scale = torch.full((1,), grad_scale, dtype=torch.float32, device=self._device)
-        self._streams.join()  # the rates may still be on their way
+        self._streams.wait_side_stream()  # the rates may still be on their way
         # Odd for a float32 gradient of a weight of half precision, which might not hold it.
         pointers = [
             0 if g is None else g.data_ptr() + (g.dtype != p.dtype)

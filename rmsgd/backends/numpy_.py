@@ -22,7 +22,7 @@ from rmsgd.backends.base import (
     StepGroup,
     StepTables,
 )
-from rmsgd.backends.one_by_one import OneByOneStepper, Update
+from rmsgd.backends.per_tensor import OneByOneStepper, Update
 from rmsgd.layers import Unfolding, as_matrix
 
 

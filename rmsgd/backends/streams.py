@@ -31,11 +31,11 @@ class Streams:
         return torch.cuda.current_stream(self._device).cuda_stream
 
     def caller(self) -> int:
-        """The stream of whoever called ``epoch_step``: the current one, except within ``aside``."""
+        """The stream of whoever called ``epoch_step``: the current one, except within ``side_stream``."""
         return self.current() if self._here.caller is None else self._here.caller.cuda_stream
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def side_stream(self) -> Iterator[None]:
         """Within it, torch's stream is the one beside the caller's."""
         self._here.caller = torch.cuda.current_stream(self._device)
         # Weights may be put together there before they are measured.
@@ -48,26 +48,26 @@ class Streams:
             self._here.caller = None
 
     @contextmanager
-    def on_caller(self) -> Iterator[None]:
+    def caller_stream(self) -> Iterator[None]:
         """Within it, torch's stream is the caller's."""
         with torch.cuda.stream(self._here.caller or torch.cuda.current_stream(self._device)):
             yield
 
-    def settle(self) -> None:
+    def caller_waits(self) -> None:
         """Make the caller's stream wait for the one beside it, as for memory that was used there."""
         if self._here.caller is not None:
             self._here.caller.wait_stream(self._side)
 
-    def fork(self) -> None:
+    def side_waits(self) -> None:
         """Make the current stream wait for what the caller's has been given so far."""
         if self._here.caller is not None:
             self._side.wait_stream(self._here.caller)
 
-    def join(self) -> None:
-        """Make the current stream wait for all that was done aside; when captured, at every replay."""
+    def wait_side_stream(self) -> None:
+        """Make the current stream wait for the side stream; when captured, at every replay."""
         torch.cuda.current_stream(self._device).wait_event(self._done)
 
-    def keep(self, tensor: Tensor) -> None:
+    def record_stream(self, tensor: Tensor) -> None:
         """Keep a tensor's memory until the current stream is done with it."""
         tensor.record_stream(torch.cuda.current_stream(self._device))
 

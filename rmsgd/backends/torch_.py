@@ -19,7 +19,7 @@ from rmsgd.backends.base import (
     StepTables,
 )
 from rmsgd.backends.numpy_ import update_rates
-from rmsgd.backends.one_by_one import OneByOneStepper
+from rmsgd.backends.per_tensor import OneByOneStepper
 from rmsgd.layers import Unfolding, as_matrix
 
 

@@ -1,1 +1,1 @@
-"""What stands around `rmsgd.probe`: reading checkpoints, and showing what was measured in them."""
+"""`rmsgd.probe`: reading checkpoints, measuring their weights, and showing the result."""

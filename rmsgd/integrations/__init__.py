@@ -7,7 +7,7 @@ optimizer of timm. Each module needs its framework; ``import rmsgd`` needs none 
 
 from typing import Any
 
-from rmsgd.optimizer import RMSGD
+from rmsgd.optim.optimizer import RMSGD
 
 _WRAPPED_AS = ("optimizer", "optim")
 """Where a wrapper keeps what it wraps: Accelerate, Lightning, DeepSpeed; ZeroRedundancyOptimizer."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 from rmsgd.integrations import check_interval, log_dict, unwrap
-from rmsgd.optimizer import RMSGD
+from rmsgd.optim.optimizer import RMSGD
 
 try:
     from lightning.pytorch import Callback

@@ -3,7 +3,7 @@
 from timm.optim import OptimInfo
 from timm.optim._optim_factory import default_registry
 
-from rmsgd.optimizer import RMSGD
+from rmsgd.optim.optimizer import RMSGD
 
 
 def register() -> None:

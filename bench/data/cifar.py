@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.folder import PIXELS, decode_cifar
-from bench.study import unpickle
-from bench.study.source import DatasetError
+from bench.data import unpickle
+from bench.data.image_folder import PIXELS, decode_cifar
+from bench.data.source import DatasetError
 
 Images = tuple[Tensor, Tensor]
 """uint8 (n, 3, 32, 32) and int64 (n,)."""

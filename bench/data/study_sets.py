@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from bench import data, models
-from bench.data import Split
+from bench.data import Split, cifar, pathology, streaming
+from bench.data.source import Augmentation, DatasetError, InMemory, Source
 from bench.names import look_up
-from bench.study import cifar, pathology, streaming
-from bench.study.source import Augmentation, DatasetError, InMemory, Source
 
 Load = Callable[[Path, tuple[int, int], torch.device], Source]
 

@@ -11,7 +11,7 @@
     ready                         whether the release's ``not_ready`` list has let go of the layer
 
 While the optimizer runs, rate, fresh, stable_rank and ready are kept where the kernels read and write them
-(``rmsgd.ledger``); ``state_dict()``, pickling and copying bring them here first.
+(``rmsgd.optim.device_state``); ``state_dict()``, pickling and copying bring them here first.
 """
 
 import math
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rmsgd.backends.base import buffer_dtype
-from rmsgd.options import multiplier
+from rmsgd.optim.options import multiplier
 
 State = dict[str, Any]
 Group = dict[str, Any]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rmsgd.backends.base import RateGroup, StepGroup
 from rmsgd.layers import SUPPORTED_DTYPES
-from rmsgd.layouts import extent
+from rmsgd.optim.layouts import extent
 from rmsgd.reference import RULES
 
 INITIAL_RANKS = ("zero", "measure")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rmsgd.backends.base import is_aligned
-from rmsgd.distributed import is_dtensor, local
+from rmsgd.optim.distributed import is_dtensor, local
 
 try:
     from rmsgd import _cpu

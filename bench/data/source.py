@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bench.data import Split
+from bench.data.augment import crop_and_flip, cutout
 from bench.errors import UsageError
-from bench.study.augment import crop_and_flip, cutout
 
 Batch = tuple[Tensor, Tensor]
 EVALUATED = 512

@@ -11,7 +11,7 @@ from bench import peers
 from bench.plots import bands_over_time, save
 from bench.study.records import Record, by_label, finished, is_plain
 from bench.study.statistics import correlation
-from rmsgd.inspection.series import Series, in_order_of_training
+from rmsgd.inspection.report.series import Series, in_order_of_training
 from rmsgd.plots import PALETTE, blank, plain
 
 MARKERS = "osD^vP*X<>hd"

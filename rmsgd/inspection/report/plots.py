@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rmsgd.inspection.series import Series, comparable_name
-from rmsgd.inspection.tables import layers_text
+from rmsgd.inspection.probing import Probing
+from rmsgd.inspection.report.series import Series, comparable_name
+from rmsgd.inspection.report.tables import layers_text
 from rmsgd.layers import as_matrix, unfoldings
 from rmsgd.lowrank import evbmf
 from rmsgd.metrics import LayerMetrics, Report
 from rmsgd.plots import DPI, PALETTE, blank, short_name
-from rmsgd.probing import Probing
 
 METRICS = {
     "stable_rank": "stable rank\n(share of full rank, 0 to 1)",

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.study.source import DatasetError
+from bench.data.source import DatasetError
 
 Part = tuple[Tensor, Tensor]
 Images = tuple[Part, Part, int]

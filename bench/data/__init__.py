@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench import folder
+from bench.data import image_folder
 from bench.errors import UnavailableError, UsageError
 from bench.models import architecture
 from bench.names import look_up
@@ -72,7 +72,7 @@ def load(name: str, model: str, device: str | torch.device = "cpu", samples: int
 
     Args:
         name: "digits", scikit-learn's 1797 images of 8x8 handwritten digits; "synthetic"; or the path
-            of a folder in one of `bench.folder.LAYOUTS`.
+            of a folder in one of `bench.data.image_folder.LAYOUTS`.
         model: a key of `bench.models.ARCHITECTURES`.
         device: where the tensors are put.
         samples: size of the synthetic training set (2048 by default; the test set is a quarter of
@@ -128,7 +128,7 @@ def _folder(name: str, model: str, device: torch.device, samples: int | None) ->
     if known.reads_tokens:
         raise UsageError(f"{model} reads tokens, {name} is a folder of images")
     _, height, width = known.sample
-    train, test, classes = folder.read(Path(name), (height, width), samples)
+    train, test, classes = image_folder.read(Path(name), (height, width), samples)
     return _dataset(name, _standardised(train[0], test[0]), (train[1], test[1]), classes, device)
 
 

@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rmsgd.inspection.comparison import Comparison
-from rmsgd.inspection.series import Series
+from rmsgd.inspection.report.comparison import Comparison
+from rmsgd.inspection.report.series import Series
 from rmsgd.metrics import LayerMetrics, Report
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from rmsgd.backends import backend_for
-from rmsgd.inspection.checkpoints import CheckpointError
-from rmsgd.inspection.sources import open_source
-from rmsgd.inspection.stored import NotMeasurableError, StoredTensor, is_plain
+from rmsgd.inspection.reading.checkpoints import CheckpointError
+from rmsgd.inspection.reading.sources import open_source
+from rmsgd.inspection.reading.stored import NotMeasurableError, StoredTensor, is_plain
 from rmsgd.layers import SUPPORTED_DTYPES, Unfolding, unfoldings
 from rmsgd.metrics import LayerMetrics, Report
 

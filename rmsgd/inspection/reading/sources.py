@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmsgd.inspection.checkpoints import open_checkpoint
-from rmsgd.inspection.stored import Source, StoredTensor, as_tensor, find_weights, stored_tensors
+from rmsgd.inspection.reading.checkpoints import open_checkpoint
+from rmsgd.inspection.reading.stored import Source, StoredTensor, as_tensor, find_weights, stored_tensors
 
 
 def open_source(source: nn.Module | Mapping[str, Any] | str | os.PathLike[str]) -> Source:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
-from bench.study import unpickle
-from bench.study.cifar import ARRAYS
-from bench.study.source import DatasetError
+from bench.data import unpickle
+from bench.data.cifar import ARRAYS
+from bench.data.source import DatasetError
 
 LAYOUT = (
     "000000.pickle.pbz2, 000001.pickle.pbz2, ... of NATS-sss-v1_0-50262-full (size search space), from "

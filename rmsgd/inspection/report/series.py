@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from rmsgd.inspection.checkpoints import natural_order
+from rmsgd.inspection.reading.checkpoints import natural_order
 from rmsgd.metrics import LayerMetrics, Report, csv_row, write_csv
 
 
@@ -62,7 +62,7 @@ class Series:
             ModuleNotFoundError: matplotlib is not installed.
             ValueError: no layer was measured, or ``layer`` is none of them.
         """
-        from rmsgd.inspection.plots import plot_series
+        from rmsgd.inspection.report.plots import plot_series
 
         plot_series(self, path, layer)
 

@@ -27,18 +27,18 @@ from rmsgd.backends.base import (
     buffer_dtype,
     same_layout,
 )
-from rmsgd.distributed import SharedMeasurement, is_dtensor, local, local_gradient
 from rmsgd.layers import Unfolding, is_probed, leader_of, measurement_weights, unfoldings
-from rmsgd.layouts import Layouts, check_apart, dense_forms
-from rmsgd.measurement import Measurement
-from rmsgd.state import State, buffer_key
+from rmsgd.optim.distributed import SharedMeasurement, is_dtensor, local, local_gradient
+from rmsgd.optim.layouts import Layouts, check_apart, dense_forms
+from rmsgd.optim.measurement import Measurement
+from rmsgd.optim.state import State, buffer_key
 
 _PROBING = ("probe", "linear")
-"""The options of a group that decide which of its parameters are probed; its rule makes new ledgers."""
+"""The options of a group that decide which of its parameters are probed; its rule makes new device_states."""
 
 
 @dataclass(frozen=True)
-class Member:
+class ParamRecord:
     """A parameter of the optimizer: where it stands and what it is called."""
 
     parameter: Tensor
@@ -50,26 +50,26 @@ class Member:
     named: bool
 
 
-class Ledger:
+class DeviceState:
     """All parameters of one device.
 
     Args:
-        members: the parameters, in registration order.
-        groups: all parameter groups of the optimizer; ``Member.group`` is an index into them.
+        records: the parameters, in registration order.
+        groups: all parameter groups of the optimizer; ``ParamRecord.group`` is an index into them.
         state: the optimizer's state of each parameter; read now, written by ``write_back``.
         process_group: of the ranks that hold copies of the plain parameters, to share the epoch end with.
     """
 
     def __init__(
         self,
-        members: Sequence[Member],
+        records: Sequence[ParamRecord],
         groups: Sequence[Mapping[str, Any]],
         state: Mapping[Tensor, State],
         process_group: Any = None,
     ) -> None:
-        self.members = members
-        self.device = members[0].parameter.device
-        self._parameters = [m.parameter for m in members]
+        self.records = records
+        self.device = records[0].parameter.device
+        self._parameters = [m.parameter for m in records]
         self._spread = any(map(is_dtensor, self._parameters))
         self._states = [state[p] for p in self._parameters]
         self._backend = backend_for(self.device)
@@ -81,11 +81,11 @@ class Ledger:
         self._probing = self._probing_now(groups)
 
     def _build_step(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        self._keys = [buffer_key(groups[m.group]) for m in self.members]
+        self._keys = [buffer_key(groups[m.group]) for m in self.records]
         self._buffers = [state.get(key) for state, key in zip(self._states, self._keys, strict=True)]
         self._bufferless = [
             m.parameter
-            for m, buffer in zip(self.members, self._buffers, strict=True)
+            for m, buffer in zip(self.records, self._buffers, strict=True)
             if buffer is None and groups[m.group]["momentum"] != 0
         ]
         rates = [state["rate"] for state in self._states]
@@ -95,30 +95,30 @@ class Ledger:
         self._fresh = torch.tensor(fresh, dtype=torch.bool, device=place)
         self._stepped, self._copies = dense_forms([local(p) for p in self._parameters])
         self._empty = [i for i, p in enumerate(self._stepped) if p.numel() == 0]
-        check_apart([local(p) for p in self._parameters], [m.name for m in self.members])
+        check_apart([local(p) for p in self._parameters], [m.name for m in self.records])
         buffers = [None if buffer is None else local(buffer) for buffer in self._buffers]
         self._stepper = self._backend.stepper(
-            StepTables(self._stepped, buffers, [m.group for m in self.members], self._eta, self._fresh)
+            StepTables(self._stepped, buffers, [m.group for m in self.records], self._eta, self._fresh)
         )
 
     def _build_rates(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        self._probed = [i for i, m in enumerate(self.members) if is_probed(m.parameter, groups[m.group])]
+        self._probed = [i for i, m in enumerate(self.records) if is_probed(m.parameter, groups[m.group])]
         self._spectra: list[tuple[Tensor, Unfolding]] = []
         begin, weight = [0], []
         column: list[int] = []
         for i in self._probed:
-            p, group = self._parameters[i], groups[self.members[i].group]
+            p, group = self._parameters[i], groups[self.records[i].group]
             self._spectra += [(p, u) for u in unfoldings(p.shape)]
             weight += measurement_weights(p.shape, group["rule"])
             column += [STABLE_RANK if group["rule"] == "paper" else NUCLEAR] * (len(weight) - len(column))
             begin.append(len(self._spectra))
 
         layer_of = {i: layer for layer, i in enumerate(self._probed)}
-        names = [self.members[i].name if self.members[i].named else None for i in self._probed]
+        names = [self.records[i].name if self.records[i].named else None for i in self._probed]
         followers, leaders = [], []
         latest: dict[int, int] = {}  # group -> the last probed layer so far
         latest_of_all: int | None = None
-        for i, m in enumerate(self.members):
+        for i, m in enumerate(self.records):
             if i in layer_of:
                 latest[m.group] = latest_of_all = layer_of[i]
                 continue
@@ -136,7 +136,7 @@ class Ledger:
         self._measures = [(run, len(list(rows))) for run, rows in groupby(column)]
         self._tables = RateTables(
             parameter=tensor(self._probed, torch.int32),
-            group=tensor([self.members[i].group for i in self._probed], torch.int32),
+            group=tensor([self.records[i].group for i in self._probed], torch.int32),
             spectrum_begin=tensor(begin, torch.int32),
             weight=tensor(weight, torch.float64),
             stable_rank=tensor([self._states[i]["stable_rank"] for i in self._probed], torch.float64),
@@ -144,12 +144,12 @@ class Ledger:
             eta=self._eta,
             follower=tensor(followers, torch.int32),
             leader=tensor(leaders, torch.int32),
-            follower_lr=tensor([groups[self.members[i].group]["lr0"] for i in followers], torch.float64),
+            follower_lr=tensor([groups[self.records[i].group]["lr0"] for i in followers], torch.float64),
         )
         lacking = [i for i in self._probed if math.isnan(self._states[i]["stable_rank"])]
         self._lacks_ranks = bool(lacking)
         self._first_measurement_due = any(
-            groups[self.members[i].group]["initial_rank"] == "measure" for i in lacking
+            groups[self.records[i].group]["initial_rank"] == "measure" for i in lacking
         )
 
     # -- whether it still holds ------------------------------------------------------------------
@@ -159,7 +159,7 @@ class Ledger:
         return [trainable, [[group[key] for key in _PROBING] for group in groups]]
 
     def is_current(self) -> bool:
-        """Whether parameters and buffers are where and what they were when this ledger was made."""
+        """Whether parameters and buffers are where and what they were when this device_state was made."""
         return (
             self._layouts.hold()
             and all(map(is_, map(dict.get, self._states, self._keys), self._buffers))
@@ -167,7 +167,7 @@ class Ledger:
         )
 
     def probes_the_same(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the same parameters are to be measured as when this ledger was made."""
+        """Whether the same parameters are to be measured as when this device_state was made."""
         return self._probing == self._probing_now(groups)
 
     # -- steps -----------------------------------------------------------------------------------
@@ -178,9 +178,9 @@ class Ledger:
 
     def check_gradients(self) -> None:
         """Raise RuntimeError for a gradient that no step can be taken along."""
-        for member in self.members:
-            if member.parameter.grad is not None:
-                _check_gradient(member.parameter.grad, member.name)
+        for record in self.records:
+            if record.parameter.grad is not None:
+                _check_gradient(record.parameter.grad, record.name)
 
     def step(self, groups: Sequence[StepGroup], grad_scale: float) -> None:
         """One step along the parameters' gradients."""
@@ -190,10 +190,10 @@ class Ledger:
                 _mark_written(self._parameters, without)
                 return
         usable: list[Tensor | None] = []
-        for member, p in zip(self.members, self._stepped, strict=True):
-            grad = member.parameter.grad
+        for record, p in zip(self.records, self._stepped, strict=True):
+            grad = record.parameter.grad
             if grad is not None:
-                grad = _usable(local_gradient(grad, member.parameter), p, member.name)
+                grad = _usable(local_gradient(grad, record.parameter), p, record.name)
             usable.append(grad)
         for p, dense in self._copies:
             dense.copy_(p)
@@ -210,7 +210,9 @@ class Ledger:
         """Take s(0) from the weights as they are, for layers that ask for it and have none yet."""
         if self._first_measurement_due:
             self._first_measurement_due = False
-            self._backend.join(self.device)  # an epoch end may have come first, and still be at it
+            self._backend.wait_side_stream(
+                self.device
+            )  # an epoch end may have come first, and still be at it
             self._fill_in(self._measure())
 
     def _measure(self) -> Tensor:
@@ -238,7 +240,7 @@ class Ledger:
         """Raise RuntimeError if layers cannot be measured: without values, or not the same on all ranks."""
         if self.device.type == "meta":
             raise RuntimeError(
-                f"{self.members[0].name} is on the meta device, without values: make RMSGD of the parameters "
+                f"{self.records[0].name} is on the meta device, without values: make RMSGD of the parameters "
                 "that model.to_empty() leaves"
             )
         if self._sharing is not None:
@@ -246,35 +248,35 @@ class Ledger:
 
     def epoch_step(self, groups: Sequence[RateGroup]) -> Measurement:
         """Measure every layer and move the rates."""
-        with self._backend.aside(self.device):
+        with self._backend.side_stream(self.device):
             metrics = self._measure()
             if self._lacks_ranks:
                 self._fill_in(metrics)
             self._backend.update_rates(self._tables, groups, metrics)
         return Measurement(
-            [self.members[i].position for i in self._probed],
-            [self.members[i].name for i in self._probed],
+            [self.records[i].position for i in self._probed],
+            [self.records[i].name for i in self._probed],
             [tuple(self._parameters[i].shape) for i in self._probed],
             metrics,
-            partial(self._backend.join, self.device),
+            partial(self._backend.wait_side_stream, self.device),
         )
 
     def _description(self, groups: Sequence[RateGroup]) -> list[str]:
         """What all ranks have to hold alike, a line for each layer. Rates only where no wait is needed."""
-        eta = self._eta.tolist() if self._backend.on_host else [math.nan] * len(self.members)
+        eta = self._eta.tolist() if self._backend.on_host else [math.nan] * len(self.records)
         return [
             f"{m.name} {tuple(m.parameter.shape)} {m.parameter.dtype} rate {eta[i]} {groups[m.group]}"
-            for i, m in ((i, self.members[i]) for i in self._probed)
+            for i, m in ((i, self.records[i]) for i in self._probed)
         ]
 
     def rates(self) -> list[float]:
         """eta of every parameter, before its group's multiplier."""
-        self._backend.join(self.device)
+        self._backend.wait_side_stream(self.device)
         return self._eta.tolist()
 
     def write_back(self) -> None:
         """Bring rates, measurements and flags to the optimizer's state, as plain numbers."""
-        self._backend.join(self.device)
+        self._backend.wait_side_stream(self.device)
         eta, fresh = self._eta.tolist(), self._fresh.tolist()
         for state, rate, flag in zip(self._states, eta, fresh, strict=True):
             state["rate"], state["fresh"] = rate, flag

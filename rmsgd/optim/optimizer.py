@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from rmsgd.compiled import register_step, trace_step
-from rmsgd.ledger import Ledger, Member
-from rmsgd.loading import check_and_complete, check_form, unwrap
-from rmsgd.measurement import Measurement
 from rmsgd.metrics import Report
-from rmsgd.options import (
+from rmsgd.optim.device_state import DeviceState, ParamRecord
+from rmsgd.optim.load_state_dict import check_and_complete, check_form, unwrap
+from rmsgd.optim.measurement import Measurement
+from rmsgd.optim.options import (
     ABOVE_0,
     check_options,
     check_parameter,
@@ -28,7 +27,8 @@ from rmsgd.options import (
     refuse,
     step_group,
 )
-from rmsgd.state import State, check_shape, complete, follow
+from rmsgd.optim.state import State, check_shape, complete, follow
+from rmsgd.optim.torch_compile import register_step, trace_step
 
 
 class RMSGD(Optimizer):
@@ -128,7 +128,7 @@ class RMSGD(Optimizer):
         check_options(defaults)
         self.process_group = process_group
         self._number = register_step(self._step_compiled)
-        self._forget_ledgers()
+        self._forget_device_states()
         super().__init__(params, defaults)
 
     # -- parameters and state --------------------------------------------------------------------
@@ -158,63 +158,63 @@ class RMSGD(Optimizer):
         now = self._all_parameters()
         return len(now) == len(self._order) and all(map(is_, now, self._order))
 
-    def _forget_ledgers(self) -> None:
-        self._ledgers: list[Ledger] | None = None
-        self._group_kinds: list[tuple[int, bool, str]] = []
+    def _forget_device_states(self) -> None:
+        self._device_states: list[DeviceState] | None = None
+        self._memory_needs_then: list[tuple[int, bool, str]] = []
         self._state_objects: list[Any] = []
         self._measured: list[Measurement] | None = None
 
-    def _ledgers_are_current(self) -> bool:
-        """Whether groups, state, parameters and their memory are what the ledgers were made from."""
+    def _device_states_are_current(self) -> bool:
+        """Whether groups, state, parameters and their memory are what the device states were made from."""
         return (
-            self._ledgers is not None
-            and self._group_kinds == _kinds(self.param_groups)
+            self._device_states is not None
+            and self._memory_needs_then == _memory_needs(self.param_groups)
             and self._holds_its_parameters()
             and len(self._state_objects) == len(self.state)
             and all(map(is_, self.state.values(), self._state_objects))
-            and all(ledger.is_current() for ledger in self._ledgers)
+            and all(device_state.is_current() for device_state in self._device_states)
         )
 
-    def _current_ledgers(self) -> list[Ledger]:
-        if not self._ledgers_are_current():
+    def _current_device_states(self) -> list[DeviceState]:
+        if not self._device_states_are_current():
             self._write_back()
-            self._open_ledgers()
-        assert self._ledgers is not None
-        return self._ledgers
+            self._build_device_states()
+        assert self._device_states is not None
+        return self._device_states
 
     def _write_back(self) -> None:
-        for ledger in self._ledgers or ():
-            ledger.write_back()
+        for device_state in self._device_states or ():
+            device_state.write_back()
 
     @torch.inference_mode(False)  # its tables outlive the mode of whoever happens to call first
     @torch.no_grad()  # which leaving that mode would switch off
-    def _open_ledgers(self) -> None:
-        members: dict[Tensor, Member] = {}
+    def _build_device_states(self) -> None:
+        records: dict[Tensor, ParamRecord] = {}
         for g, (group, names) in enumerate(
             zip(self.param_groups, parameter_names(self.param_groups), strict=True)
         ):
             for p, name in zip(group["params"], names, strict=True):
-                members.setdefault(p, Member(p, g, len(members), name, "param_names" in group))
-        for p, member in members.items():
-            check_shape(p, self.state[p], member.name)
-        for p in [p for p in self.state if p not in members]:
+                records.setdefault(p, ParamRecord(p, g, len(records), name, "param_names" in group))
+        for p, record in records.items():
+            check_shape(p, self.state[p], record.name)
+        for p in [p for p in self.state if p not in records]:
             del self.state[p]
-        by_device: dict[torch.device, list[Member]] = {}
-        for p, member in members.items():
-            group = self.param_groups[member.group]
+        by_device: dict[torch.device, list[ParamRecord]] = {}
+        for p, record in records.items():
+            group = self.param_groups[record.group]
             complete(p, self.state[p], group)
             follow(p, self.state[p], group)
-            by_device.setdefault(p.device, []).append(member)
-        self._ledgers = [
-            Ledger(on_device, self.param_groups, self.state, self.process_group)
+            by_device.setdefault(p.device, []).append(record)
+        self._device_states = [
+            DeviceState(on_device, self.param_groups, self.state, self.process_group)
             for on_device in by_device.values()
         ]
         self._order = self._all_parameters()
-        self._group_kinds = _kinds(self.param_groups)
+        self._memory_needs_then = _memory_needs(self.param_groups)
         self._state_objects = list(self.state.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to go on: tensors and plain numbers only; see ``rmsgd.state``."""
+        """Everything a run needs to go on: tensors and plain numbers only; see ``rmsgd.optim.state``."""
         self._write_back()
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:  # a schedule may compute with NumPy
@@ -249,7 +249,7 @@ class RMSGD(Optimizer):
         self.__dict__.setdefault("process_group", None)
         if "_number" not in self.__dict__:
             self._number = register_step(self._step_compiled)
-        self._forget_ledgers()
+        self._forget_device_states()
         for group in self.param_groups:
             for p in group["params"]:
                 unwrap(p, self.state[p])
@@ -301,7 +301,7 @@ class RMSGD(Optimizer):
         """Step when a compiled graph runs, which may hold copies of the parameters and of their gradients."""
         order = self._order
         if not self._holds_its_parameters():
-            self._current_ledgers()  # the next step is compiled for these parameters
+            self._current_device_states()  # the next step is compiled for these parameters
             raise RuntimeError(
                 "param_groups holds other parameters than when this step was compiled: take the step again"
             )
@@ -325,15 +325,17 @@ class RMSGD(Optimizer):
     def _step(self) -> None:
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        ledgers = self._current_ledgers()
-        if len(ledgers) > 1:  # one device's gradients are looked at before any of them is used
-            for ledger in ledgers:
-                ledger.check_gradients()
-        for ledger in ledgers:
-            scale = ledger.scaling(grad_scale, found_inf)
+        device_states = self._current_device_states()
+        if len(device_states) > 1:  # one device's gradients are looked at before any of them is used
+            for device_state in device_states:
+                device_state.check_gradients()
+        for device_state in device_states:
+            scale = device_state.scaling(grad_scale, found_inf)
             if scale is not None:
-                ledger.measure_first()
-                ledger.step([step_group(group, ledger.device) for group in self.param_groups], scale)
+                device_state.measure_first()
+                device_state.step(
+                    [step_group(group, device_state.device) for group in self.param_groups], scale
+                )
 
     @torch.no_grad()
     def epoch_step(self) -> None:
@@ -350,17 +352,17 @@ class RMSGD(Optimizer):
             RuntimeError: the ranks of a process group or a mesh do not hold the same layers, a parameter was
                 resized or has no values, or two share memory. Nothing has changed then.
         """
-        ledgers = self._current_ledgers()
-        if not all(ledger.probes_the_same(self.param_groups) for ledger in ledgers):
+        device_states = self._current_device_states()
+        if not all(device_state.probes_the_same(self.param_groups) for device_state in device_states):
             self._write_back()
-            self._open_ledgers()
-            ledgers = self._current_ledgers()
-        clocks = [_clock([self.state[p] for p in group["params"]]) for group in self.param_groups]
-        groups = [rate_group(group, *clock) for group, clock in zip(self.param_groups, clocks, strict=True)]
-        for ledger in ledgers:
-            ledger.check_epoch_end(groups)
-        self._measured = [ledger.epoch_step(groups) for ledger in ledgers]
-        for group, moved, (epoch, decay) in zip(self.param_groups, groups, clocks, strict=True):
+            self._build_device_states()
+            device_states = self._current_device_states()
+        counts = [_epochs_and_decay([self.state[p] for p in group["params"]]) for group in self.param_groups]
+        groups = [rate_group(group, *count) for group, count in zip(self.param_groups, counts, strict=True)]
+        for device_state in device_states:
+            device_state.check_epoch_end(groups)
+        self._measured = [device_state.epoch_step(groups) for device_state in device_states]
+        for group, moved, (epoch, decay) in zip(self.param_groups, groups, counts, strict=True):
             for p in group["params"]:
                 self.state[p].update(epoch=epoch + 1, decay=decay * moved.decay)
         asked_for = any(group["probe"] for group in self.param_groups)
@@ -387,8 +389,8 @@ class RMSGD(Optimizer):
         one that a group holds more than once is followed by "#" and its index there.
         """
         rates: dict[Tensor, float] = {}
-        for ledger in self._current_ledgers():
-            rates.update(zip((m.parameter for m in ledger.members), ledger.rates(), strict=True))
+        for device_state in self._current_device_states():
+            rates.update(zip((m.parameter for m in device_state.records), device_state.rates(), strict=True))
         return {
             name: rates[p] * multiplier(group)
             for group, names in zip(self.param_groups, parameter_names(self.param_groups), strict=True)
@@ -413,7 +415,7 @@ _NOTHING_TO_MEASURE = (
 )
 
 
-def _clock(states: Sequence[State]) -> tuple[int, float]:
+def _epochs_and_decay(states: Sequence[State]) -> tuple[int, float]:
     """A group's epoch ends so far and its product of gammas; who joined it later has seen less of them."""
     if not states:
         return 1, 1.0
@@ -421,6 +423,6 @@ def _clock(states: Sequence[State]) -> tuple[int, float]:
     return oldest["epoch"], oldest["decay"]
 
 
-def _kinds(groups: list[dict[str, Any]]) -> list[tuple[int, bool, str]]:
+def _memory_needs(groups: list[dict[str, Any]]) -> list[tuple[int, bool, str]]:
     """What of the groups decides which memory their parameters need."""
     return [(len(group["params"]), group["momentum"] != 0, group["rule"]) for group in groups]

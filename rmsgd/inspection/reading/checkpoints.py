@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rmsgd.inspection.stored import Source, StoredTensor, find_weights, stored_tensors
+from rmsgd.inspection.reading.stored import Source, StoredTensor, find_weights, stored_tensors
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 

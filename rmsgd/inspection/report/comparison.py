@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from rmsgd.inspection.series import by_comparable_name
+from rmsgd.inspection.report.series import by_comparable_name
 from rmsgd.metrics import LayerMetrics, Report, write_csv
 
 METRICS = ("quality", "stable_rank", "condition_number")

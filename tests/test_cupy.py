@@ -11,7 +11,7 @@ import torch
 from emulated import EmulatedKernels, OneStream, emulated_backend
 from matrices import low_rank
 
-from rmsgd.backends import nvrtc
+from rmsgd.backends import cupy_
 from rmsgd.backends.base import BackendUnavailable
 from rmsgd.backends.cuda import _RATES_ARGUMENTS, CudaBackend
 from rmsgd.layers import unfoldings
@@ -115,7 +115,7 @@ def test_a_network_is_measured_as_by_kernels_that_nvcc_compiled(library):
     weights = [low_rank(80, 90, 3, 1e-3), low_rank(20, 30, 3, 0.0), torch.randn(8, 4, 3, 3)]
     matrices = [(w, u) for w in weights for u in unfoldings(w.shape)]
     backend = emulated_backend(library)
-    kernels = nvrtc.NvrtcKernels(pretended_cupy(Driver(EmulatedKernels(library))))
+    kernels = cupy_.NvrtcKernels(pretended_cupy(Driver(EmulatedKernels(library))))
     kernels.shared_memory = backend._kernels.shared_memory
     at_run_time = CudaBackend("cupy", kernels, "", OneStream)
     assert torch.equal(at_run_time.measure(matrices), backend.measure(matrices))
@@ -123,7 +123,7 @@ def test_a_network_is_measured_as_by_kernels_that_nvcc_compiled(library):
 
 def test_shared_memory_is_asked_for_and_never_less_than_before(library):
     driver = Driver(EmulatedKernels(library))
-    kernels = nvrtc.NvrtcKernels(pretended_cupy(driver))
+    kernels = cupy_.NvrtcKernels(pretended_cupy(driver))
     for shared_bytes, allowed in ((48_000, {}), (60_000, {0: 60_000}), (50_000, {0: 60_000})):
         arguments = np.zeros(1, _RATES_ARGUMENTS)
         kernels.launch("rmsgd_rates", 0, 1, 256, shared_bytes, 0, arguments)
@@ -132,7 +132,7 @@ def test_shared_memory_is_asked_for_and_never_less_than_before(library):
 
 def test_each_device_has_kernels_of_its_own(library):
     driver = Driver(EmulatedKernels(library))
-    kernels = nvrtc.NvrtcKernels(pretended_cupy(driver))
+    kernels = cupy_.NvrtcKernels(pretended_cupy(driver))
     for device in (0, 1, 0):
         assert kernels.resident_blocks("rmsgd_rates", device, 256, 60_000) == driver.kernels.resident
     assert driver.functions == [("rmsgd_rates", 0), ("rmsgd_rates", 1)]
@@ -140,12 +140,12 @@ def test_each_device_has_kernels_of_its_own(library):
 
 
 def test_shared_memory_is_a_blocks_and_then_a_multiprocessors():
-    assert nvrtc.NvrtcKernels(pretended_cupy()).shared_memory(0) == (1000, 2000)
+    assert cupy_.NvrtcKernels(pretended_cupy()).shared_memory(0) == (1000, 2000)
 
 
 def test_threads_load_the_kernels_once_and_take_no_memory_from_each_other(library):
     driver = Driver(EmulatedKernels(library))
-    kernels = nvrtc.NvrtcKernels(pretended_cupy(driver))
+    kernels = cupy_.NvrtcKernels(pretended_cupy(driver))
 
     def use(shared_bytes):
         kernels.resident_blocks("rmsgd_rates", 0, 256, shared_bytes)
@@ -177,7 +177,7 @@ def test_threads_load_the_kernels_once_and_take_no_memory_from_each_other(librar
     [("90", b"machine code"), ("75", b"machine code"), ("89", b"PTX"), ("120", b"PTX")],
 )
 def test_a_gpu_newer_than_the_compiler_gets_ptx_of_the_next_older_kind(capability, code, capsys):
-    kernels = nvrtc.NvrtcKernels(pretended_cupy(capability=capability))
+    kernels = cupy_.NvrtcKernels(pretended_cupy(capability=capability))
     assert kernels._code(0) == code
     kind = {"89": "compute_75", "120": "compute_90"}.get(capability, f"sm_{capability}")
     assert f"compiling the CUDA kernels for {kind}," in capsys.readouterr().err
@@ -185,7 +185,7 @@ def test_a_gpu_newer_than_the_compiler_gets_ptx_of_the_next_older_kind(capabilit
 
 def test_a_gpu_older_than_the_compiler_knows_is_named():
     with pytest.raises(RuntimeError, match="does not know sm_70: it begins at sm_75"):
-        nvrtc.NvrtcKernels(pretended_cupy(capability="70"))._code(0)
+        cupy_.NvrtcKernels(pretended_cupy(capability="70"))._code(0)
 
 
 def test_what_the_compiler_says_is_the_error():
@@ -196,7 +196,7 @@ def test_what_the_compiler_says_is_the_error():
     cupy.cuda.nvrtc.compileProgram = refuse
     cupy.cuda.nvrtc.getProgramLog = lambda _: "rmsgd.cu(1): error: no\n"
     with pytest.raises(RuntimeError, match=r"compilation failed: rmsgd.cu\(1\): error: no$"):
-        nvrtc.NvrtcKernels(cupy).compile("sm_75")
+        cupy_.NvrtcKernels(cupy).compile("sm_75")
 
 
 @pytest.mark.parametrize("changed", ["source", "version", "compiler", "architecture"])
@@ -206,7 +206,7 @@ def test_kernels_are_compiled_anew_when_what_they_come_from_has_changed(
     source = tmp_path / "csrc" / "sgd" / "step_cuda.cu"
     source.parent.mkdir(parents=True)
     source.write_text("before")
-    monkeypatch.setattr(nvrtc, "source_folder", lambda: tmp_path / "csrc")
+    monkeypatch.setattr(cupy_, "source_folder", lambda: tmp_path / "csrc")
     cupy = pretended_cupy()
     for times in (1, 1, 2):
         if times == 2:
@@ -214,12 +214,12 @@ def test_kernels_are_compiled_anew_when_what_they_come_from_has_changed(
                 case "source":
                     source.write_text("after")
                 case "version":
-                    monkeypatch.setattr(nvrtc, "__version__", "after")
+                    monkeypatch.setattr(cupy_, "__version__", "after")
                 case "compiler":
                     cupy.cuda.nvrtc.getVersion = lambda: (13, 1)
                 case "architecture":
                     cupy.cuda.Device.compute_capability = "90"
-        nvrtc.NvrtcKernels(cupy)._code(0)
+        cupy_.NvrtcKernels(cupy)._code(0)
         assert len(list((tmp_path / "cache" / "rmsgd").iterdir())) == times
     assert capsys.readouterr().err.count("compiling") == 2
 
@@ -232,9 +232,9 @@ def test_a_gpu_whose_kernels_cannot_be_built_is_left_to_torch_with_the_reason(er
     cupy = pretended_cupy()
     cupy.__version__ = "13.4"
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(nvrtc, "check_torch", lambda: None)
-    monkeypatch.setattr(nvrtc, "try_out", fail)
+    monkeypatch.setattr(cupy_, "check_torch", lambda: None)
+    monkeypatch.setattr(cupy_, "try_out", fail)
     with pytest.raises(BackendUnavailable, match=r"CuPy 13.4 cannot build the kernels \(no driver\)"):
-        nvrtc.create()
-    monkeypatch.setattr(nvrtc, "try_out", lambda kernels: None)
-    assert nvrtc.create().description == "compiled at run time by NVRTC 13.0, through CuPy"
+        cupy_.create()
+    monkeypatch.setattr(cupy_, "try_out", lambda kernels: None)
+    assert cupy_.create().description == "compiled at run time by NVRTC 13.0, through CuPy"

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rmsgd._version import __version__
-from rmsgd.inspection.tables import rank_text, shape_text, summary, variance_text
+from rmsgd.inspection.probing import ProbeSource, Probing
+from rmsgd.inspection.report.tables import rank_text, shape_text, summary, variance_text
 from rmsgd.layers import Unfolding, as_matrix, unfoldings
 from rmsgd.metrics import LayerMetrics, Report
-from rmsgd.probing import ProbeSource, Probing
 from rmsgd.reference import shrink, threshold
 
 _POINTS = 200  # of a curve: what a chart of this size can show

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rmsgd.distributed import is_dtensor
-from rmsgd.options import (
+from rmsgd.optim.distributed import is_dtensor
+from rmsgd.optim.options import (
     ABOVE_0,
     AT_LEAST_0,
     OPTIONS,
@@ -21,7 +21,7 @@ from rmsgd.options import (
     number,
     parameter_name,
 )
-from rmsgd.state import BUFFERS, Group, State
+from rmsgd.optim.state import BUFFERS, Group, State
 
 _GROUP: Mapping[str, Range] = {**OPTIONS, "lr0": ABOVE_0, "lr": AT_LEAST_0}
 """The ranges of a checkpoint's options: its lr may be where a schedule ends."""

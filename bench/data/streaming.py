@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bench.folder import SUFFIXES
-from bench.study.source import EVALUATED, Batch, DatasetError, mix, whole_batches
+from bench.data.image_folder import SUFFIXES
+from bench.data.source import EVALUATED, Batch, DatasetError, mix, whole_batches
 
 LAYOUT = (
     "train/CLASS/IMAGE and val/CLASS/IMAGE, CLASS being one of the 1,000 WordNet ids (1,281,167 and 50,000 "
@@ -53,7 +53,7 @@ def load(folder: Path, size: tuple[int, int], device: torch.device) -> "Streamed
 
 
 class Streamed:
-    """Images on the disk as a `bench.study.source.Source`; every crop depends on seed, epoch and image."""
+    """Images on the disk as a `bench.data.source.Source`; every crop depends on seed, epoch and image."""
 
     several = False
 

@@ -1,0 +1,1 @@
+"""Reading checkpoints: files, mappings and modules as named tensors."""

@@ -1,0 +1,1 @@
+"""RMSGD and all that serves it: options, state, checkpoints, the step and the epoch end."""
