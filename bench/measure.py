@@ -26,7 +26,7 @@ import torch
 from scipy import stats
 
 from bench import atomic
-from rmsgd import metrics
+from rmsgd.inspection.report import csv_table
 
 Seconds = npt.NDArray[np.float64]
 CONFIDENCE = 0.95
@@ -298,7 +298,7 @@ def write_json(path: str | Path, payload: Any) -> None:
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes `rows` under a line of their column names, whole or not at all."""
     text = io.StringIO(newline="")
-    metrics.write_csv(text, rows)
+    csv_table.write_csv(text, rows)
     atomic.write(path, text.getvalue().encode())
 
 

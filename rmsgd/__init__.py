@@ -1,9 +1,10 @@
 """RMSGD for PyTorch: per-layer learning rates from the stable rank of the weights."""
 
 from rmsgd._version import __version__
-from rmsgd.inspection.probing import probe
+from rmsgd.inspection.probe import probe
+from rmsgd.inspection.report.report import Report
 from rmsgd.lowrank import LowRank, evbmf
-from rmsgd.metrics import LayerMetrics, Report
+from rmsgd.metrics import LayerMetrics
 from rmsgd.optim.optimizer import RMSGD
 
 __all__ = ["RMSGD", "LayerMetrics", "LowRank", "Report", "__version__", "evbmf", "probe"]

@@ -15,14 +15,20 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from rmsgd import doctor
 from rmsgd._version import __version__
 from rmsgd.backends.base import BackendUnavailable
 from rmsgd.inspection.probing import Probing, usable_device
 from rmsgd.inspection.reading.checkpoints import TORCH_SUFFIXES, CheckpointError, checkpoint_files
 from rmsgd.inspection.report.comparison import Comparison
+from rmsgd.inspection.report.comparison_table import comparison_table
+from rmsgd.inspection.report.layer_table import layer_table
+from rmsgd.inspection.report.page import write_page
+from rmsgd.inspection.report.report import Report
 from rmsgd.inspection.report.series import Series, in_order_of_training
-from rmsgd.inspection.report.tables import comparison_table, printable, report_table, series_table
-from rmsgd.metrics import Report
+from rmsgd.inspection.report.series_figure import plot_series
+from rmsgd.inspection.report.series_table import series_table
+from rmsgd.inspection.report.text import printable
 
 OK, FAILED, INTERRUPTED = 0, 2, 130
 """Exit codes: all was read; something could not be read, written or understood; Ctrl-C."""
@@ -196,7 +202,7 @@ def _measure_one(
         try:
             probing.run(progress)
         finally:
-            report = probing.report()
+            report = Report(probing.layers, probing.errors)
     except ValueError as error:
         return Report(report.layers, (*report.errors, *str(error).splitlines())), False
     except KeyboardInterrupt:
@@ -214,7 +220,7 @@ def _result(
         comparison = Comparison((paths[0], paths[1]), *reports)
         return comparison, comparison_table(comparison)
     if len(paths) == 1:
-        return reports[0], report_table(reports[0], paths[0]) if reports[0].layers else None
+        return reports[0], layer_table(reports[0].layers, paths[0]) if reports[0].layers else None
     series = Series(tuple(paths[: len(reports)]), tuple(reports))
     return series, series_table(series) if any(report.layers for report in reports) else None
 
@@ -225,10 +231,8 @@ def _write_files(options: argparse.Namespace, result: _Result) -> None:
     if options.plot and isinstance(result, Report):
         result.plot(options.plot)
     if options.plot and isinstance(result, Series):
-        result.plot(options.plot, options.layer)
+        plot_series(result, options.plot, options.layer)
     if options.html and isinstance(result, Report):
-        from rmsgd.inspection.report.page import write_page
-
         with _progress_bar() as bar:
             task = bar.add_task("spectra", total=1)
             write_page(result, options.paths[0], options.html, partial(_advance, bar, task, 0))
@@ -238,8 +242,6 @@ def _write_files(options: argparse.Namespace, result: _Result) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from rmsgd import doctor
-
     found = doctor.examine()
     if options.json:
         print(json.dumps(found, indent=1))

@@ -1,12 +1,11 @@
-"""What a network looks like from its weights: metrics per layer, and the report that holds them."""
+"""What a network looks like from its weights: the metrics of its layers, and Q of them all."""
 
-import csv
 import math
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, TextIO
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from rmsgd import reference
 from rmsgd.backends.base import (
     CHANGED,
     CONDITION_NUMBER,
@@ -17,7 +16,6 @@ from rmsgd.backends.base import (
     STATUS,
 )
 from rmsgd.layers import unfoldings
-from rmsgd.reference import network_quality, quality
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class LayerMetrics:
             tuple(row[NOISE_VARIANCE] for _, row in modes),
             s,
             kappa,
-            quality(s, kappa),
+            reference.quality(s, kappa),
         )
 
     @classmethod
@@ -82,86 +80,11 @@ class LayerMetrics:
         return {key: plain(value) for key, value in vars(self).items()}
 
 
-@dataclass(frozen=True)
-class Report:
-    """The metrics of a network's layers. In a notebook it shows itself as a table."""
-
-    layers: tuple[LayerMetrics, ...]
-    errors: tuple[str, ...] = ()
-    """What could not be read, one line each: the layers are the rest."""
-
-    @property
-    def measured(self) -> tuple[LayerMetrics, ...]:
-        """The layers that were not skipped."""
-        return tuple(layer for layer in self.layers if layer.skipped is None)
-
-    @property
-    def quality(self) -> float:
-        """Q of the network, ``||q||_2^2 / sqrt(layers)`` over the layers that were measured (Eq. 5)."""
-        return network_quality([layer.quality for layer in self.measured])
-
-    def to_dict(self) -> dict[str, Any]:
-        """``{"quality", "layers": [fields]}``, ready for JSON; "errors" only where there are any."""
-        content: dict[str, Any] = {
-            "quality": self.quality,
-            "layers": [layer.to_dict() for layer in self.layers],
-        }
-        if self.errors:
-            content["errors"] = list(self.errors)
-        return content
-
-    def to_csv(self, path: str | os.PathLike[str] | TextIO) -> None:
-        """Write one row per layer: the fields, tuples as "64x3x7x7" or "5;9", empty for undefined."""
-        write_csv(path, [csv_row(layer) for layer in self.layers])
-
-    def to_pandas(self) -> Any:
-        """A pandas DataFrame with one row per layer and its name as index.
-
-        Raises:
-            ModuleNotFoundError: pandas is not installed.
-        """
-        try:
-            import pandas
-        except ImportError as error:
-            message = "to_pandas() needs pandas: pip install pandas"
-            raise ModuleNotFoundError(message, name="pandas") from error
-        columns = [field.name for field in fields(LayerMetrics)]
-        rows = [[getattr(layer, column) for column in columns] for layer in self.layers]
-        return pandas.DataFrame(rows, columns=columns).set_index("name")
-
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw stable rank, condition number and quality of every measured layer to a file.
-
-        Raises:
-            ModuleNotFoundError: matplotlib is not installed.
-            ValueError: no layer was measured.
-        """
-        from rmsgd.inspection.report.plots import plot_report
-
-        plot_report(self, path)
-
-    def _repr_html_(self) -> str:
-        from rmsgd.inspection.report.tables import html_table
-
-        return html_table(self)
+def measured(layers: Sequence[LayerMetrics]) -> tuple[LayerMetrics, ...]:
+    """The layers that were not skipped."""
+    return tuple(layer for layer in layers if layer.skipped is None)
 
 
-def csv_row(layer: LayerMetrics) -> dict[str, Any]:
-    """The fields as a row of text: what is undefined is empty."""
-    row = layer.to_dict()
-    for key, value in row.items():
-        if isinstance(value, list):
-            row[key] = ("x" if key == "shape" else ";").join(map(str, value))
-    return row
-
-
-def write_csv(path: str | os.PathLike[str] | TextIO, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows under a line of column names, to a path or to an open file."""
-    if isinstance(path, str | os.PathLike):
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            write_csv(file, rows)
-        return
-    columns = list(rows[0]) if rows else [field.name for field in fields(LayerMetrics)]
-    writer = csv.DictWriter(path, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+def network_quality(layers: Sequence[LayerMetrics]) -> float:
+    """Q of a network, ``||q||_2^2 / sqrt(layers)`` over the layers that were measured (Eq. 5)."""
+    return reference.network_quality([layer.quality for layer in measured(layers)])

@@ -13,8 +13,8 @@ from rmsgd import reference
 from rmsgd.inspection.probing import matches
 from rmsgd.inspection.report.comparison import Comparison
 from rmsgd.inspection.report.page import spectrum
-from rmsgd.inspection.report.plots import checkpoint_labels, low_rank_and_noise
 from rmsgd.inspection.report.series import Series, comparable_name, in_order_of_training
+from rmsgd.inspection.report.series_figure import checkpoint_labels, low_rank_and_noise
 from rmsgd.layers import unfoldings
 
 FIELDS = [

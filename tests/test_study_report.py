@@ -21,7 +21,7 @@ from bench.study.run import METRICS, PHASES
 from bench.study.run_folder import locked
 from bench.study.selection import by_experiment
 from bench.study.statistics import correlation, holm, in_deviations, paired
-from rmsgd.metrics import write_csv
+from rmsgd.inspection.report.csv_table import write_csv
 
 CELL = RunConfig("resnet18", "cifar10", "sgd", budget=True)
 

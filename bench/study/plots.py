@@ -12,6 +12,7 @@ from bench.plots import bands_over_time, save
 from bench.study.records import Record, by_label, finished, is_plain
 from bench.study.statistics import correlation
 from rmsgd.inspection.report.series import Series, in_order_of_training
+from rmsgd.inspection.report.series_figure import plot_series
 from rmsgd.plots import PALETTE, blank, plain
 
 MARKERS = "osD^vP*X<>hd"
@@ -45,7 +46,7 @@ def low_rank_evolution(stem: Path, records: Sequence[Record]) -> list[Path]:
             layers = list(series.by_layer())
             path = stem.with_name(f"{stem.name}-{record.config.network}.png")
             # The paper shows layer 25.
-            series.plot(path, layers[min(24, len(layers) - 1)])
+            plot_series(series, path, layers[min(24, len(layers) - 1)])
             written.append(path)
     return written
 

@@ -1,4 +1,4 @@
-"""``rmsgd.probe``: the metrics of every layer of a model or a checkpoint, from its weights alone."""
+"""Measuring every layer of a model or a checkpoint from its weights alone, a batch of layers at a time."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from rmsgd.inspection.reading.checkpoints import CheckpointError
 from rmsgd.inspection.reading.sources import open_source
 from rmsgd.inspection.reading.stored import NotMeasurableError, StoredTensor, is_plain
 from rmsgd.layers import SUPPORTED_DTYPES, Unfolding, unfoldings
-from rmsgd.metrics import LayerMetrics, Report
+from rmsgd.metrics import LayerMetrics
 
 BATCH_BYTES = 64 << 20
 """Weights measured together: enough to keep every core busy, little enough to stay unnoticed."""
@@ -22,48 +22,10 @@ BATCH_BYTES = 64 << 20
 ProbeSource = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 
 
-def probe(
-    source: ProbeSource,
-    *,
-    filter: str | Sequence[str] | None = None,
-    device: torch.device | str | None = None,
-    progress: Callable[[float], object] | None = None,
-) -> Report:
-    """Measure every layer of a network: stable rank, condition number, quality, rank and noise.
-
-    A layer is a tensor of two or more dimensions. A matrix is measured as it is, a tensor of three to
-    five dimensions ``(o, i, *k)`` in its two unfoldings, "in" ``(i, o k)`` and "out" ``(o, i k)``. That
-    goes for attention's packed q, k, v (one matrix) and for stacked experts ``(experts, m, n)`` too:
-    what a tensor means does not show in a checkpoint, and a report equals that of ``RMSGD.report``.
-    Biases and norms are no layers. A layer that cannot be measured is in the report, with the reason in
-    ``skipped``.
-
-    Args:
-        source: a module; a mapping of names to tensors or NumPy arrays (a state dict, also inside a
-            training checkpoint's dict); or the path of a safetensors file, a torch file, or a folder of
-            shards. Files are read a tensor at a time, and nothing in them is executed.
-        filter: measure only layers whose name matches one of these shell patterns ("*.attn.*"); a
-            pattern without any of ``*?[`` matches anywhere in the name.
-        device: where to measure. By default each tensor is measured where it lies; files, on the CPU.
-        progress: called now and then with the share of the work that is done, in [0, 1].
-
-    Returns:
-        The report. What of a checkpoint could not be read is in ``errors``, the rest is measured.
-
-    Raises:
-        TypeError: ``source`` is none of these.
-        CheckpointError: nothing could be read, or there is no weight in it (a ValueError).
-        ValueError: the device is not available, RMSGD_BACKEND does not run there, or a mapping holds itself.
-    """
-    probing = Probing(source, filter=filter, device=device)
-    probing.run(progress)
-    return probing.report()
-
-
 class Probing:
-    """A probe under way, for callers that show progress or may be interrupted; see ``probe``.
+    """A probe under way, for callers that show progress or may be interrupted; see ``probe.probe``.
 
-    ``report`` tells at any time what has been measured so far.
+    ``layers`` and ``errors`` tell at any time what has been measured so far, and what could not be read.
     """
 
     def __init__(
@@ -108,9 +70,15 @@ class Probing:
         if progress:
             progress(1.0)
 
-    def report(self) -> Report:
+    @property
+    def layers(self) -> tuple[LayerMetrics, ...]:
         """The layers done so far, in the order of the source."""
-        return Report(tuple(self._results[i] for i in sorted(self._results)), tuple(self._errors))
+        return tuple(self._results[i] for i in sorted(self._results))
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        """What could not be read so far, one line each."""
+        return tuple(self._errors)
 
     def weight(self, name: str) -> Tensor:
         """The weight of one layer in a dtype that the backends take, on the device to measure on.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from rmsgd.metrics import Report
+from rmsgd.inspection.report.report import Report
 from rmsgd.optim.device_state import DeviceState, ParamRecord
 from rmsgd.optim.load_state_dict import check_and_complete, check_form, unwrap
 from rmsgd.optim.measurement import Measurement

@@ -4,8 +4,10 @@ import os
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from rmsgd.inspection.report.csv_table import write_csv
+from rmsgd.inspection.report.report import Report
 from rmsgd.inspection.report.series import by_comparable_name
-from rmsgd.metrics import LayerMetrics, Report, write_csv
+from rmsgd.metrics import LayerMetrics
 
 METRICS = ("quality", "stable_rank", "condition_number")
 

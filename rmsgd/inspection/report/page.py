@@ -13,9 +13,10 @@ from torch import Tensor
 
 from rmsgd._version import __version__
 from rmsgd.inspection.probing import ProbeSource, Probing
-from rmsgd.inspection.report.tables import rank_text, shape_text, summary, variance_text
+from rmsgd.inspection.report.report import Report
+from rmsgd.inspection.report.text import rank_text, shape_text, summary, variance_text
 from rmsgd.layers import Unfolding, as_matrix, unfoldings
-from rmsgd.metrics import LayerMetrics, Report
+from rmsgd.metrics import LayerMetrics
 from rmsgd.reference import shrink, threshold
 
 _POINTS = 200  # of a curve: what a chart of this size can show
@@ -80,7 +81,7 @@ def write_page(
     environment.filters.update(shape=shape_text, rank=rank_text, variance=variance_text)
     page = environment.get_template("probe.html").render(
         title=os.fspath(source) if isinstance(source, str | os.PathLike) else type(source).__name__,
-        summary=summary(report),
+        summary=summary(report.layers),
         rows=rows,
         skipped=[layer for layer in report.layers if layer.skipped is not None],
         errors=report.errors,

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rmsgd.inspection.reading.checkpoints import natural_order
-from rmsgd.metrics import LayerMetrics, Report, csv_row, write_csv
+from rmsgd.inspection.report.csv_table import layer_row, write_csv
+from rmsgd.inspection.report.report import Report
+from rmsgd.metrics import LayerMetrics
 
 
 @dataclass(frozen=True)
@@ -50,21 +52,9 @@ class Series:
     def to_csv(self, path: str | os.PathLike[str] | TextIO) -> None:
         """One row per checkpoint and layer: its source, then the columns of ``Report.to_csv``."""
         pairs = zip(self.sources, self.reports, strict=True)
-        write_csv(path, [{"source": source, **csv_row(x)} for source, report in pairs for x in report.layers])
-
-    def plot(self, path: str | os.PathLike[str], layer: str | None = None) -> None:
-        """Draw quality over layers and checkpoints, the metrics' course, and one layer's parts, to a file.
-
-        The parts are low rank and noise of ``layer``, read again from ``sources``, which must be paths; by
-        default of the layer whose quality changed most.
-
-        Raises:
-            ModuleNotFoundError: matplotlib is not installed.
-            ValueError: no layer was measured, or ``layer`` is none of them.
-        """
-        from rmsgd.inspection.report.plots import plot_series
-
-        plot_series(self, path, layer)
+        write_csv(
+            path, [{"source": source, **layer_row(x)} for source, report in pairs for x in report.layers]
+        )
 
 
 def comparable_name(name: str) -> str:

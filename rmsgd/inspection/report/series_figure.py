@@ -1,9 +1,4 @@
-"""Figures of what a probe measured: one network, or a series of its checkpoints.
-
-Written as those of ``rmsgd.plots``: without a display, for every kind of colour vision, matplotlib
-imported when it is needed. Every layer has a row of its own that its name fits beside, so a figure
-grows with the network.
-"""
+"""The figure of a series: the course of its metrics, one layer's parts, and a map of quality."""
 
 import math
 import os
@@ -17,61 +12,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rmsgd.inspection.probing import Probing
+from rmsgd.inspection.report.layer_bars import METRICS, name_rows, rows_height
 from rmsgd.inspection.report.series import Series, comparable_name
-from rmsgd.inspection.report.tables import layers_text
 from rmsgd.layers import as_matrix, unfoldings
 from rmsgd.lowrank import evbmf
-from rmsgd.metrics import LayerMetrics, Report
+from rmsgd.metrics import LayerMetrics
 from rmsgd.plots import DPI, PALETTE, blank, short_name
 
-METRICS = {
-    "stable_rank": "stable rank\n(share of full rank, 0 to 1)",
-    "condition_number": "condition number\n(1 − smallest/largest, 0 to 1)",
-    "quality": "quality\n(angle in rad, 0 to π/2)",
-}
-
-_ROW = 0.15  # inches: a line of 7 points
-_TALLEST = 80.0  # inches: beyond it rows become thinner and only some are named
 _SHOWN = (96, 192)  # entries of a matrix that are drawn
 _PARTS = 5  # checkpoints whose parts are drawn
 
 
-def plot_report(report: Report, path: str | os.PathLike[str]) -> None:
-    """Bars of every measured layer's stable rank, condition number and quality, input at the top.
+def plot_series(series: Series, path: str | os.PathLike[str], layer: str | None = None) -> None:
+    """Draw quality over layers and checkpoints, the metrics' course, and one layer's parts, to a file.
 
-    Layers whose low rank is empty, which have quality 0 and condition number 1 by definition, are grey.
+    The parts are low rank and noise of ``layer``, read again from ``series.sources``, which must be paths;
+    by default of the layer whose quality changed most.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        ValueError: no layer was measured.
-    """
-    layers = report.measured
-    if not layers:
-        raise ValueError("no layer was measured: there is nothing to draw")
-    figure = blank(10.0, 1.4 + _rows_height(len(layers)))
-    panels = figure.subplots(1, len(METRICS), sharey=True)
-    empty = [not any(layer.rank) for layer in layers]
-    rows = np.arange(len(layers))
-    for axes, colour, (metric, label) in zip(panels, PALETTE, METRICS.items(), strict=False):
-        values = [getattr(layer, metric) for layer in layers]
-        colours = ["0.75" if nothing else colour for nothing in empty]
-        axes.barh(rows, values, color=colours, height=0.75)
-        axes.set(xlabel=label, xlim=(0, max(values, default=0) * 1.05 or 1))
-        axes.grid(axis="x", color="0.9", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-        axes.tick_params(axis="x", labeltop=len(layers) > 60)
-    _name_rows(panels[0], [layer.name for layer in layers])
-    note = "; grey: empty low rank" if any(empty) else ""
-    figure.suptitle(f"Q = {report.quality:.3f} over {layers_text(len(layers))}{note}", fontsize=10)
-    figure.savefig(path, dpi=DPI)
-
-
-def plot_series(series: Series, path: str | os.PathLike[str], layer: str | None = None) -> None:
-    """The course of a training: metrics and Q, one layer's parts, and quality by layer and checkpoint.
-
-    See ``Series.plot``.
+        ValueError: no layer was measured, or ``layer`` is none of them.
     """
     by_layer = series.by_layer()
     if not by_layer:
@@ -81,7 +41,7 @@ def plot_series(series: Series, path: str | os.PathLike[str], layer: str | None 
         shown = comparable_name(shown)
     if shown not in by_layer:
         raise ValueError(f"there is no measured layer {layer!r}")
-    heights = [2.6, 3.0, 1.4 + _rows_height(len(by_layer))]
+    heights = [2.6, 3.0, 1.4 + rows_height(len(by_layer))]
     figure = blank(11.0, sum(heights))
     courses, parts, map_ = figure.subfigures(3, 1, height_ratios=heights)
     labels = checkpoint_labels(series.sources)
@@ -193,9 +153,9 @@ def _draw_map(figure: Any, series: Series, names: Sequence[str], labels: Sequenc
     values = series.values("quality")
     axes.set_facecolor("0.85")  # shows where a layer was not measured
     image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
-    _name_rows(axes, names)
+    name_rows(axes, names)
     _name_columns(axes, labels)
-    gap = 0.15 / _rows_height(len(names))  # of so many inches: matplotlib takes a share of the map's height
+    gap = 0.15 / rows_height(len(names))  # of so many inches: matplotlib takes a share of the map's height
     figure.colorbar(image, ax=axes, label="quality (rad)", location="top", aspect=60, pad=gap)
 
 
@@ -211,18 +171,6 @@ def _most_changed(by_layer: dict[str, list[LayerMetrics | None]]) -> str:
 
 
 # -- axes ----------------------------------------------------------------------------------------
-
-
-def _rows_height(rows: int) -> float:
-    return min(max(rows, 6) * _ROW, _TALLEST)
-
-
-def _name_rows(axes: Any, names: Sequence[str]) -> None:
-    """Layers from the top down, as many named as there is room for."""
-    step = math.ceil(len(names) * _ROW / _rows_height(len(names)))
-    named = range(0, len(names), step)
-    axes.set_yticks(list(named), labels=[short_name(names[i], 48) for i in named], fontsize=7)
-    axes.set_ylim(len(names) - 0.5, -0.5)
 
 
 def _name_columns(axes: Any, labels: Sequence[str]) -> None:

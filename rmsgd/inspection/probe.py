@@ -1,0 +1,46 @@
+"""``rmsgd.probe``: the report of a model or a checkpoint, from its weights alone."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from rmsgd.inspection.probing import ProbeSource, Probing
+from rmsgd.inspection.report.report import Report
+
+
+def probe(
+    source: ProbeSource,
+    *,
+    filter: str | Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    progress: Callable[[float], object] | None = None,
+) -> Report:
+    """Measure every layer of a network: stable rank, condition number, quality, rank and noise.
+
+    A layer is a tensor of two or more dimensions. A matrix is measured as it is, a tensor of three to
+    five dimensions ``(o, i, *k)`` in its two unfoldings, "in" ``(i, o k)`` and "out" ``(o, i k)``. That
+    goes for attention's packed q, k, v (one matrix) and for stacked experts ``(experts, m, n)`` too:
+    what a tensor means does not show in a checkpoint, and a report equals that of ``RMSGD.report``.
+    Biases and norms are no layers. A layer that cannot be measured is in the report, with the reason in
+    ``skipped``.
+
+    Args:
+        source: a module; a mapping of names to tensors or NumPy arrays (a state dict, also inside a
+            training checkpoint's dict); or the path of a safetensors file, a torch file, or a folder of
+            shards. Files are read a tensor at a time, and nothing in them is executed.
+        filter: measure only layers whose name matches one of these shell patterns ("*.attn.*"); a
+            pattern without any of ``*?[`` matches anywhere in the name.
+        device: where to measure. By default each tensor is measured where it lies; files, on the CPU.
+        progress: called now and then with the share of the work that is done, in [0, 1].
+
+    Returns:
+        The report. What of a checkpoint could not be read is in ``errors``, the rest is measured.
+
+    Raises:
+        TypeError: ``source`` is none of these.
+        CheckpointError: nothing could be read, or there is no weight in it (a ValueError).
+        ValueError: the device is not available, RMSGD_BACKEND does not run there, or a mapping holds itself.
+    """
+    probing = Probing(source, filter=filter, device=device)
+    probing.run(progress)
+    return Report(probing.layers, probing.errors)

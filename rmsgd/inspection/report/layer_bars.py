@@ -1,0 +1,72 @@
+"""The figure of one network: bars of the metrics of every layer.
+
+A figure is drawn as those of ``rmsgd.plots`` are: without a display, for every kind of colour vision, and
+matplotlib is imported when it is needed. Every layer has a row of its own that its name fits beside, so a
+figure grows with the network.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rmsgd.inspection.report.text import layers_text
+from rmsgd.metrics import LayerMetrics, measured, network_quality
+from rmsgd.plots import DPI, PALETTE, blank, short_name
+
+METRICS = {
+    "stable_rank": "stable rank\n(share of full rank, 0 to 1)",
+    "condition_number": "condition number\n(1 − smallest/largest, 0 to 1)",
+    "quality": "quality\n(angle in rad, 0 to π/2)",
+}
+
+_ROW = 0.15  # inches: a line of 7 points
+_TALLEST = 80.0  # inches: beyond it rows become thinner and only some are named
+
+
+def draw_layers(layers: Sequence[LayerMetrics], path: str | os.PathLike[str]) -> None:
+    """Bars of every measured layer's stable rank, condition number and quality, input at the top.
+
+    Layers whose low rank is empty, which have quality 0 and condition number 1 by definition, are grey.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: no layer was measured.
+    """
+    network = network_quality(layers)
+    layers = measured(layers)
+    if not layers:
+        raise ValueError("no layer was measured: there is nothing to draw")
+    figure = blank(10.0, 1.4 + rows_height(len(layers)))
+    panels = figure.subplots(1, len(METRICS), sharey=True)
+    empty = [not any(layer.rank) for layer in layers]
+    rows = np.arange(len(layers))
+    for axes, colour, (metric, label) in zip(panels, PALETTE, METRICS.items(), strict=False):
+        values = [getattr(layer, metric) for layer in layers]
+        colours = ["0.75" if nothing else colour for nothing in empty]
+        axes.barh(rows, values, color=colours, height=0.75)
+        axes.set(xlabel=label, xlim=(0, max(values, default=0) * 1.05 or 1))
+        axes.grid(axis="x", color="0.9", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="x", labeltop=len(layers) > 60)
+    name_rows(panels[0], [layer.name for layer in layers])
+    note = "; grey: empty low rank" if any(empty) else ""
+    figure.suptitle(f"Q = {network:.3f} over {layers_text(len(layers))}{note}", fontsize=10)
+    figure.savefig(path, dpi=DPI)
+
+
+def rows_height(rows: int) -> float:
+    """Inches of so many rows, at most ``_TALLEST``."""
+    return min(max(rows, 6) * _ROW, _TALLEST)
+
+
+def name_rows(axes: Any, names: Sequence[str]) -> None:
+    """Layers from the top down, as many named as there is room for."""
+    step = math.ceil(len(names) * _ROW / rows_height(len(names)))
+    named = range(0, len(names), step)
+    axes.set_yticks(list(named), labels=[short_name(names[i], 48) for i in named], fontsize=7)
+    axes.set_ylim(len(names) - 0.5, -0.5)

@@ -1,0 +1,69 @@
+"""The report of one network: its layers' metrics and Q, and every form they are shown in."""
+
+import os
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from rmsgd.inspection.report.csv_table import COLUMNS, layer_row, write_csv
+from rmsgd.inspection.report.layer_bars import draw_layers
+from rmsgd.inspection.report.layer_table import html_table
+from rmsgd.metrics import LayerMetrics, measured, network_quality
+
+
+@dataclass(frozen=True)
+class Report:
+    """The metrics of a network's layers. In a notebook it shows itself as a table."""
+
+    layers: tuple[LayerMetrics, ...]
+    errors: tuple[str, ...] = ()
+    """What could not be read, one line each: the layers are the rest."""
+
+    @property
+    def measured(self) -> tuple[LayerMetrics, ...]:
+        """The layers that were not skipped."""
+        return measured(self.layers)
+
+    @property
+    def quality(self) -> float:
+        """Q of the network, ``||q||_2^2 / sqrt(layers)`` over the layers that were measured (Eq. 5)."""
+        return network_quality(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"quality", "layers": [fields]}``, ready for JSON; "errors" only where there are any."""
+        content: dict[str, Any] = {
+            "quality": self.quality,
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+        if self.errors:
+            content["errors"] = list(self.errors)
+        return content
+
+    def to_csv(self, path: str | os.PathLike[str] | TextIO) -> None:
+        """Write one row per layer: the fields, tuples as "64x3x7x7" or "5;9", empty for undefined."""
+        write_csv(path, [layer_row(layer) for layer in self.layers], COLUMNS)
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame with one row per layer and its name as index.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            message = "to_pandas() needs pandas: pip install pandas"
+            raise ModuleNotFoundError(message, name="pandas") from error
+        rows = [[getattr(layer, column) for column in COLUMNS] for layer in self.layers]
+        return pandas.DataFrame(rows, columns=COLUMNS).set_index("name")
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw stable rank, condition number and quality of every measured layer to a file.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+            ValueError: no layer was measured.
+        """
+        draw_layers(self.layers, path)
+
+    def _repr_html_(self) -> str:
+        return html_table(self.layers)

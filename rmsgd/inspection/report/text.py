@@ -1,0 +1,64 @@
+"""How names, shapes and numbers are written in tables, figures and pages, and what terminal tables share."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from rmsgd.metrics import LayerMetrics, measured, network_quality
+
+
+def printable(text: str) -> str:
+    """Text from a file with whatever could steer a terminal made visible."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """ "64 x 3 x 7 x 7" """
+    return " x ".join(map(str, shape))
+
+
+def rank_text(layer: LayerMetrics) -> str:
+    """The ranks with their modes, "12 in, 30 out"; a matrix has one and needs no word."""
+    if layer.modes == ("matrix",):
+        return str(layer.rank[0])
+    return ", ".join(f"{rank} {mode}" for rank, mode in zip(layer.rank, layer.modes, strict=True))
+
+
+def variance_text(layer: LayerMetrics) -> str:
+    """The noise variances of the modes."""
+    return ", ".join(f"{variance:.2e}" for variance in layer.noise_variance)
+
+
+def layers_text(count: int) -> str:
+    """ "1 layer", "2 layers" """
+    return f"{count} layer" if count == 1 else f"{count} layers"
+
+
+def summary(layers: Sequence[LayerMetrics]) -> str:
+    """One line: Q, and over how many layers it is taken."""
+    known = measured(layers)
+    skipped = len(layers) - len(known)
+    left_out = f", {skipped} skipped" if skipped else ""
+    return f"Q = {network_quality(layers):.4f} over {layers_text(len(known))}{left_out}"
+
+
+def from_to(first: float, last: float) -> str:
+    """A number before and after."""
+    return f"{first:.4f} -> {last:.4f}"
+
+
+def terminal_table(title: str, first: str, numbers: Sequence[str]) -> Table:
+    """An empty table with a column of names called ``first`` and then columns of numbers."""
+    table = Table(
+        title=Text(printable(title)), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    table.add_column(first, overflow="fold", min_width=16)
+    for number in numbers:
+        table.add_column(number, justify="right", no_wrap=True)
+    return table
+
+
+def name_cell(name: str) -> Text:
+    """A name from a file as a cell: printed as it is, without rich's markup."""
+    return Text(printable(name))
