@@ -6,11 +6,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 EXTRAS ?= dev
 INTEGRATIONS := $(VENV)/.integrations
+DOCS := $(VENV)/.docs
 NATIVE := $(shell find csrc -type f)
 # The CUDA kernels take minutes to compile: here only where there is a GPU to run them.
 export RMSGD_CUDA ?= $(if $(shell command -v nvidia-smi),1,0)
 
-.PHONY: demo test test-all sanitize fuzz lint format bench clean help
+.PHONY: demo test test-all sanitize fuzz lint format docs bench clean help
 
 help:
 	@echo "make demo      train a small ResNet on digits with RMSGD, SGD and SAM: table, JSON and plots"
@@ -18,6 +19,7 @@ help:
 	@echo "make sanitize  the compiled core under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make fuzz      random hostile spectra, weights, states and files; SECONDS=60 each"
 	@echo "make lint      ruff, mypy, clang-format    make format    apply them"
+	@echo "make docs      the documentation, into site/; a broken link is an error"
 	@echo "make bench     measure speed on this machine (tens of minutes) and rewrite the README's tables"
 
 $(BIN)/python:
@@ -36,8 +38,13 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The trainers of rmsgd.integrations: 300 MB that the other tests do without. CI asks for them by EXTRAS.
+# What is installed already is not built again: only what the extra names is added.
 $(INTEGRATIONS): $(STAMP)
-	$(PIP) install -q -c constraints.txt -e '.[integrations]'
+	$(PIP) install -q -c constraints.txt 'rmsgd-kernels[integrations]'
+	@touch $@
+
+$(DOCS): $(STAMP)
+	$(PIP) install -q -c constraints.txt 'rmsgd-kernels[docs]'
 	@touch $@
 
 test-all: $(INTEGRATIONS)
@@ -63,6 +70,9 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	find csrc -type f | xargs $(BIN)/clang-format -i
 
+docs: $(DOCS)
+	$(BIN)/mkdocs build --strict
+
 bench: $(STAMP)
 	$(BIN)/python -m bench speed --out bench/results --readme README.md
 	$(BIN)/python -m bench epoch-time --optimizers rmsgd,sgd,sam --rounds 10 --out bench/results --readme README.md
@@ -73,4 +83,4 @@ bench: $(STAMP)
 	$(BIN)/python -m bench gate --self-test 10 --out bench/results --readme README.md
 
 clean:
-	rm -rf build *.egg-info rmsgd/*.so $(STAMP) $(INTEGRATIONS)
+	rm -rf build *.egg-info rmsgd/*.so site $(STAMP) $(INTEGRATIONS) $(DOCS)

@@ -263,6 +263,7 @@ def extensions():
 
 if __name__ == "__main__":
     setup(
+        license="MIT",
         ext_modules=extensions(),
         cmdclass={"build_ext": BuildExtensions, "build_py": BuildPython},
     )

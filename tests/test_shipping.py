@@ -10,6 +10,7 @@ import tarfile
 import tomllib
 import venv
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,23 @@ def test_the_sdist_holds_all_that_a_build_needs(sdist):
     tracked = set(run("git", "ls-files", "rmsgd", "csrc").split())
     assert names >= tracked | {"setup.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md"}
     assert not [name for name in names if re.search(r"\.(so|pyc|o)$|__pycache__", name)]
+
+
+def test_the_metadata_tell_licence_pythons_and_extras(pure_wheel):
+    archive = zipfile.ZipFile(pure_wheel)
+    [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = message_from_bytes(archive.read(name))
+    assert metadata["License"] == "MIT"
+    assert metadata.get_all("License-File") == ["LICENSE"]
+    assert set(metadata.get_all("Provides-Extra")) == set(PROJECT["project"]["optional-dependencies"])
+    told = [c for c in metadata.get_all("Classifier") if re.search(r":: 3\.\d+$", c)]
+    wheels = PROJECT["tool"]["cibuildwheel"]["build"].split()
+    assert [c.split(":: 3.")[1] for c in told] == [w[3:].removeprefix("3").removesuffix("-*") for w in wheels]
+
+
+def test_no_metadata_are_stated_in_a_way_that_setuptools_65_rejects():
+    assert not {"license", "license-files"} & set(PROJECT["project"])  # PEP 639, of setuptools 77
+    assert PROJECT["build-system"]["requires"][0] == "setuptools>=65"
 
 
 def test_the_version_stands_in_one_place(sdist, pure_wheel):
