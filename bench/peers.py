@@ -121,6 +121,12 @@ PUBLISHED = RMSGD | {"linear": False, "gamma": 0.98, "step_size": 1}
 
 PEERS: dict[str, Peer] = {
     "rmsgd": Peer(_rmsgd, RMSGD, "Algorithm 1 of the paper", scheduled=False),
+    "rmsgd-paper": Peer(
+        _rmsgd,
+        RMSGD | {"rule": "paper", "initial_rank": "zero"},
+        "Algorithm 1 of the paper to the letter",
+        scheduled=False,
+    ),
     "rmsgd-published": Peer(
         _rmsgd,
         PUBLISHED | {"rule": "published"},
@@ -154,6 +160,9 @@ PEERS: dict[str, Peer] = {
         _collection("SGDP"), SGD | {"nesterov": True}, "projected SGD; the package's default momentum is 0"
     ),
     "adam": Peer(_torch("Adam"), {"lr": 3e-4, "weight_decay": 1e-4}, "torch's Adam"),
+    "adamw": Peer(
+        _torch("AdamW"), {"lr": 3e-3, "weight_decay": 1e-2}, "torch's AdamW; its default rate is 1e-3"
+    ),
     "adamp": Peer(_collection("AdamP"), {"lr": 0.01, "weight_decay": 1e-4}, "projected Adam"),
     "adagrad": Peer(_torch("Adagrad"), {"lr": 0.01, "weight_decay": 1e-4}, "torch's AdaGrad"),
     "adabelief": Peer(

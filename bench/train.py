@@ -48,7 +48,7 @@ def main(given: Sequence[str]) -> int:
     # and many times more on busy ones.
     threads = options.threads or (1 if options.data == "digits" else torch.get_num_threads())
     with arguments.torch_threads(threads):
-        runs = _train(settings, console)
+        runs = _train(settings, console, options.out / "data")
         output.finish(
             options.out / "result.json",
             training.result(settings, runs),
@@ -72,7 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", default=DEFAULTS.model, help="network (default: %(default)s)")
-    add("--data", default=DEFAULTS.data, help="digits, synthetic or a folder (default: %(default)s)")
+    add(
+        "--data",
+        default=DEFAULTS.data,
+        help="digits, synthetic, a folder of images or a zip of class folders (default: %(default)s)",
+    )
     add(
         "--optimizers",
         type=arguments.names,
@@ -124,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(settings: Settings, console: Console) -> list[Run]:
+def _train(settings: Settings, console: Console, cache: Path) -> list[Run]:
     total = len(settings.optimizers) * len(settings.seeds) * settings.epochs
     columns = (
         TextColumn("{task.description}"),
@@ -133,6 +137,7 @@ def _train(settings: Settings, console: Console) -> list[Run]:
         TextColumn("epochs"),
         TimeRemainingColumn(),
     )
+    read = training.dataset(settings, cache)  # images that are decoded now have a bar of their own
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("starting", total=total)
 
@@ -145,7 +150,7 @@ def _train(settings: Settings, console: Console) -> list[Run]:
                 progress.advance(task, settings.epochs - len(run.epochs))
             progress.update(task, advance=1, description=said)
 
-        return training.train(settings, on_epoch)
+        return training.train(settings, on_epoch, read)
 
 
 def table(settings: Settings, summary: dict[str, dict[str, Any]]) -> Table:

@@ -8,6 +8,7 @@ slows all of them alike and the ratio of their epoch times stays honest.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,8 @@ class Settings:
 
     Attributes:
         model: key of `bench.models.ARCHITECTURES`.
-        data: one of `bench.data.NAMES`, or a folder that `bench.data.image_folder` reads.
+        data: one of `bench.data.NAMES`, a folder that `bench.data.image_folder` reads, or an archive that
+            `bench.data.archive` reads.
         optimizers: keys of `bench.peers.PEERS`.
         seeds: one run per seed and optimizer; a seed fixes initial weights and batches.
         epochs: passes over the training set.
@@ -201,24 +203,44 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
 
 
-def prepare(settings: Settings) -> list[list[Run]]:
+def dataset(settings: Settings, cache: Path | None = None) -> data.Dataset:
+    """What is trained on; `cache` is that of `bench.data.load`.
+
+    Raises:
+        UsageError: settings that make no sense, or data that is not there or not what it should be.
+
+    """
+    settings.check()
+    return data.load(settings.data, settings.model, settings.device, settings.samples, cache)
+
+
+def prepare(settings: Settings, read: data.Dataset | None = None) -> list[list[Run]]:
     """Builds every run, nothing trained yet: a list per seed, in the order of the optimizers.
+
+    Args:
+        settings: what is to be trained.
+        read: what `dataset` has read already.
 
     Raises:
         UsageError: settings that make no sense, or that model, data or optimizer refuse.
 
     """
     settings.check()
-    dataset = data.load(settings.data, settings.model, settings.device, settings.samples)
-    return [[Run(settings, dataset, name, seed) for name in settings.optimizers] for seed in settings.seeds]
+    known = read or dataset(settings)
+    return [[Run(settings, known, name, seed) for name in settings.optimizers] for seed in settings.seeds]
 
 
-def train(settings: Settings, on_epoch: Callable[[Run], object] = lambda run: None) -> list[Run]:
+def train(
+    settings: Settings,
+    on_epoch: Callable[[Run], object] = lambda run: None,
+    read: data.Dataset | None = None,
+) -> list[Run]:
     """Trains every optimizer with every seed, epochs interleaved within a seed.
 
     Args:
         settings: what to train.
         on_epoch: called after every epoch with the run it belongs to.
+        read: what `dataset` has read already.
 
     Returns:
         The runs, by seed and then in the order of `settings.optimizers`. A run whose loss stops
@@ -228,7 +250,7 @@ def train(settings: Settings, on_epoch: Callable[[Run], object] = lambda run: No
         UsageError: settings that make no sense, or that model, data or optimizer refuse.
 
     """
-    seeds = prepare(settings)
+    seeds = prepare(settings, read)
     order = np.random.default_rng(0)
     for runs in seeds:
         for _ in range(settings.epochs):

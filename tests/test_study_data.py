@@ -22,8 +22,8 @@ from bench.__main__ import main
 from bench.data import Split, cifar, nats, streaming, study_sets, unpickle
 from bench.data.augment import crop_and_flip, cutout
 from bench.data.source import Augmentation, DatasetError, InMemory, mix
+from bench.locks import locked
 from bench.study import nats_study
-from bench.study.run_folder import locked
 
 CPU = torch.device("cpu")
 COUNTS = {"cifar10": (50, 10), "cifar100": (40, 20)}

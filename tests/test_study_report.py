@@ -11,6 +11,7 @@ from scipy import stats
 
 from bench import measure, models
 from bench.__main__ import main
+from bench.locks import locked
 from bench.study import command, report, tuning
 from bench.study import plots as figures
 from bench.study.config import RunConfig, sorted_settings
@@ -18,7 +19,6 @@ from bench.study.experiments import EXPERIMENTS, experiment, small
 from bench.study.plots import draw
 from bench.study.records import read
 from bench.study.run import METRICS, PHASES
-from bench.study.run_folder import locked
 from bench.study.selection import by_experiment
 from bench.study.statistics import correlation, holm, in_deviations, paired
 from rmsgd.inspection.report.csv_table import write_csv
@@ -590,3 +590,70 @@ def test_no_rate_is_chosen_while_another_process_is_at_the_grid(tmp_path, capsys
         assert main([*arguments, "--seeds", "1", "--factors", "1", "--out", str(tmp_path)]) == 1
     assert "another process is at 1" in capsys.readouterr().err
     assert not (tmp_path / "rates.json").exists()
+
+
+# --- The search of an experiment that tunes its own rates
+
+
+def searched(accuracies):
+    """What a search tries among rates of SGD that come to these accuracies, the best, and if at the edge."""
+    config = RunConfig("resnet8-stride2", "cifar10", "sgd", schedule="cosine")
+    tried, known = [], {}
+    while True:
+        found = tuning.search(config, known.get)
+        if found.best:
+            return tried, dict(found.best.settings)["lr"], found.at_the_edge
+        assert all(run.holdout and run.schedule == "cosine" for run in found.missing)
+        for run in found.missing:
+            rate = dict(run.settings)["lr"]
+            tried.append(rate)
+            known[run] = accuracies[rate]
+
+
+def test_a_search_goes_on_beyond_the_best_rate_until_it_lies_between_two_others():
+    inner = {0.03: 0.5, 0.1: 0.6, 0.3: 0.4}
+    assert searched(inner) == ([0.03, 0.1, 0.3], 0.1, False)
+    low = {0.03: 0.6, 0.1: 0.5, 0.3: 0.4, 0.01: 0.7, 0.003: 0.3}
+    assert searched(low) == ([0.03, 0.1, 0.3, 0.01, 0.003], 0.01, False)
+    high = {0.03: 0.1, 0.1: 0.2, 0.3: 0.3, 1.0: 0.4, 3.0: 0.5}
+    assert searched(high) == ([0.03, 0.1, 0.3, 1.0, 3.0], 3.0, True)
+
+
+def test_a_search_passes_over_rates_that_diverged_and_takes_the_usual_one_of_equals():
+    diverged = {0.03: 0.5, 0.1: 0.6, 0.3: -math.inf}
+    assert searched(diverged) == ([0.03, 0.1, 0.3], 0.1, False)
+    assert searched({0.03: 0.5, 0.1: 0.5, 0.3: 0.5}) == ([0.03, 0.1, 0.3], 0.1, False)
+
+
+def test_an_experiment_that_tunes_trains_the_search_and_then_its_parts_with_the_rates_found(tmp_path, capsys):
+    arguments = [
+        "cifar10-small",
+        "--preset",
+        "small",
+        "--epochs",
+        "1",
+        "--optimizers",
+        "sgd",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(["study", "run", *arguments, "--part", "tuning"]) == 0
+    runs = {folder: json.loads((folder / "config.json").read_text()) for folder in tmp_path.glob("*/sgd*")}
+    assert all(config["holdout"] for config in runs.values())
+    assert {config["schedule"] for config in runs.values()} == {"constant", "step", "cosine", "onecycle"}
+    tuned = {}
+    for folder, config in runs.items():
+        accuracy = json.loads((folder / "result.json").read_text())["final"]["test_accuracy"]
+        tuned.setdefault(config["schedule"], {})[config["settings"]["lr"]] = accuracy
+    assert main(["study", "run", *arguments, "--part", "main", "--seeds", "2"]) == 0
+    for folder in set(tmp_path.glob("*/sgd*")) - runs.keys():
+        config = json.loads((folder / "config.json").read_text())
+        tried = tuned[config["schedule"]]
+        assert tried[config["settings"].get("lr", 0.1)] == max(tried.values())
+    assert "accuracy on the held-out part" in capsys.readouterr().out
+
+
+def test_a_part_that_an_experiment_has_not_is_answered_with_those_it_has(tmp_path, capsys):
+    arguments = ["study", "run", "cifar10-small", "--part", "ratse", "--out", str(tmp_path)]
+    assert main(arguments) == 2
+    assert "Did you mean 'rates'" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from study_jobs import STEPS, TINY, budgets, make, start, weights
 
 from bench import atomic
 from bench.__main__ import main
+from bench.data import study_sets
+from bench.locks import BusyError, locked
 from bench.study import runner
 from bench.study.config import RunConfig, sorted_settings
 from bench.study.run import Run, kept_epochs
-from bench.study.run_folder import BusyError, locked, status
+from bench.study.run_folder import status
 from bench.study.runner import Place, Runner, train_all
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -468,3 +471,101 @@ def test_equal_runs_share_a_folder_and_different_ones_do_not(tmp_path):
         for config in (tiny(), tiny(), tiny(seed=1), tiny(cutout=True), tiny(settings=(("beta", 0.9),)))
     }
     assert len(folders) == 4
+
+
+# --- Schedules and measurements
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule"),
+    [("rmsgd", "cosine"), ("sgd", "onecycle"), ("sam", "step"), ("adamw", "constant")],
+)
+def test_a_run_with_a_schedule_and_measurements_of_its_own_goes_on_as_if_it_had_not_stopped(
+    optimizer, schedule, tmp_path, monkeypatch
+):
+    config = tiny(optimizer=optimizer, schedule=schedule, measurements=5, channels_last=True)
+    make(config, tmp_path / "whole").train()
+    stop_after(make(config, tmp_path / "broken"), STEPS + 2, monkeypatch)
+    assert make(config, tmp_path / "broken").train() == "complete"
+    assert identical(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    assert measured(tmp_path / "whole") == measured(tmp_path / "broken")
+
+
+def rates_of(config, folder, monkeypatch):
+    """The rate that each step of a run takes."""
+    run, taken = make(config, folder), []
+    original = run._take_step
+
+    def step(*batch):
+        taken.append(run._optimizer.param_groups[0]["lr"])
+        return original(*batch)
+
+    monkeypatch.setattr(run, "_take_step", step)
+    run.train()
+    return taken
+
+
+def test_schedules_are_of_the_share_of_the_run_that_is_done(tmp_path, monkeypatch):
+    def rates(schedule):
+        config = tiny(optimizer="sgd", schedule=schedule, epochs=5, settings=(("lr", 0.1),))
+        return rates_of(config, tmp_path / schedule, monkeypatch)
+
+    steps = 5 * STEPS
+    done = np.arange(steps) / steps
+    assert rates("constant") == [0.1] * steps
+    assert rates("cosine") == pytest.approx(0.05 * (1 + np.cos(np.pi * done)))
+    assert rates("step") == pytest.approx(0.1 * 0.5 ** np.repeat(np.arange(10), 2))
+    cycle = rates("onecycle")
+    assert max(cycle) == pytest.approx(0.1)
+    assert 0 < cycle.index(max(cycle)) < steps / 2
+
+
+def test_an_unknown_schedule_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Did you mean 'cosine'"):
+        make(tiny(schedule="cosin"), tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 8, 20])
+def test_a_run_measures_as_often_as_it_is_told_at_equal_distances(count, tmp_path, monkeypatch):
+    config = tiny(epochs=5, measurements=count, schedule="constant")
+    run, after = make(config, tmp_path), []
+    epoch_step = run._optimizer.epoch_step
+    monkeypatch.setattr(
+        run._optimizer,
+        "epoch_step",
+        lambda: (after.append(run._epoch * STEPS + run._step), epoch_step()),
+    )
+    run.train()
+    assert len(after) == count
+    assert after[-1] == 5 * STEPS
+    distances = np.diff([0, *after])
+    assert distances.max() - distances.min() <= 1
+
+
+def test_measuring_once_an_epoch_is_what_is_done_without_a_number(tmp_path):
+    make(tiny(), tmp_path / "own").train()
+    make(tiny(measurements=2), tmp_path / "said").train()
+    assert identical(weights(tmp_path / "own"), weights(tmp_path / "said"))
+
+
+def test_fewer_images_are_always_the_same_and_held_out_ones_are_none_of_them():
+    source = study_sets.load("digits", None, "resnet14-digits", torch.device("cpu"))
+    judged = source.limited(200, 50, holdout=False)
+    held = source.limited(200, 50, holdout=True)
+    again = source.limited(200, 50, holdout=True)
+    assert torch.equal(judged._train.inputs, held._train.inputs)
+    assert torch.equal(held._test.inputs, again._test.inputs)
+    assert len(held._train) == 200
+    assert len(held._test) == len(judged._test) == 50
+    trained = {image.numpy().tobytes() for image in held._train.inputs}
+    assert not trained & {image.numpy().tobytes() for image in held._test.inputs}
+    with pytest.raises(ValueError, match="2000 training images are wanted"):
+        source.limited(2000, 50, holdout=False)
+
+
+def test_fields_that_came_later_leave_the_folders_of_older_runs_where_they_were():
+    config = RunConfig("resnet18", "cifar10", "sgd", settings=(("lr", 0.03),))
+    assert config.folder(Path()).name == "sgd-lr=0.03-seed0-68deb273"
+    later = dataclasses.replace(config, schedule="cosine", images=100)
+    assert later.folder(Path()) != config.folder(Path())
+    assert RunConfig.from_dict(later.to_dict()) == later

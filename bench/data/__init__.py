@@ -7,23 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.data import image_folder
+from bench.data import archive, image_folder
+from bench.data.split import Split
 from bench.errors import UnavailableError, UsageError
 from bench.models import architecture
 from bench.names import look_up
 
 NAMES = ("digits", "synthetic")
-
-
-@dataclass(frozen=True)
-class Split:
-    """Samples, shape (n, *sample), and targets, int64, shape (n,) or (n, length) for tokens."""
-
-    inputs: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.inputs)
 
 
 @dataclass(frozen=True)
@@ -67,16 +57,23 @@ class Batches:
             yield self._split.inputs[chosen], self._split.targets[chosen]
 
 
-def load(name: str, model: str, device: str | torch.device = "cpu", samples: int | None = None) -> Dataset:
+def load(
+    name: str,
+    model: str,
+    device: str | torch.device = "cpu",
+    samples: int | None = None,
+    cache: Path | None = None,
+) -> Dataset:
     """The data set called `name`, in a form that `model` reads.
 
     Args:
         name: "digits", scikit-learn's 1797 images of 8x8 handwritten digits; "synthetic"; or the path
-            of a folder in one of `bench.data.image_folder.LAYOUTS`.
+            of a folder in one of `bench.data.image_folder.LAYOUTS`, or of `bench.data.archive.LAYOUT`.
         model: a key of `bench.models.ARCHITECTURES`.
         device: where the tensors are put.
         samples: size of the synthetic training set (2048 by default; the test set is a quarter of
-            it), or the most images that are read of each split of a folder.
+            it), or the most images that are read of each split of a folder or archive.
+        cache: folder for what an archive is decoded to; None keeps nothing.
 
     Raises:
         UsageError: unknown name, a folder that is not what it claims, or samples that the model
@@ -86,8 +83,8 @@ def load(name: str, model: str, device: str | torch.device = "cpu", samples: int
     if samples is not None and samples < 4:
         raise UsageError(f"samples must be at least 4, got {samples}")
     device = torch.device(device)
-    if name not in NAMES and Path(name).is_dir():
-        dataset = _folder(name, model, device, samples)
+    if name not in NAMES and (Path(name).is_dir() or Path(name).is_file() or name.lower().endswith(".zip")):
+        dataset = _images(name, model, device, samples, cache)
     else:
         make = look_up("data", name, {"digits": _digits, "synthetic": _synthetic})
         dataset = make(model, device, samples)
@@ -123,12 +120,16 @@ def _digits(model: str, device: torch.device, samples: int | None) -> Dataset:
     return _dataset("digits", images, targets, 10, device)
 
 
-def _folder(name: str, model: str, device: torch.device, samples: int | None) -> Dataset:
+def _images(name: str, model: str, device: torch.device, samples: int | None, cache: Path | None) -> Dataset:
     known = architecture(model)
     if known.reads_tokens:
-        raise UsageError(f"{model} reads tokens, {name} is a folder of images")
+        raise UsageError(f"{model} reads tokens, {name} holds images")
     _, height, width = known.sample
-    train, test, classes = image_folder.read(Path(name), (height, width), samples)
+    if Path(name).is_dir():
+        train, test, classes = image_folder.read(Path(name), (height, width), samples)
+    else:
+        train, test, classes = archive.read(Path(name), (height, width), cache)
+        train, test = ((pixels[:samples], targets[:samples]) for pixels, targets in (train, test))
     return _dataset(name, _standardised(train[0], test[0]), (train[1], test[1]), classes, device)
 
 

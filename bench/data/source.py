@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bench.data import Split
 from bench.data.augment import crop_and_flip, cutout
+from bench.data.split import Split
 from bench.errors import UsageError
 
 Batch = tuple[Tensor, Tensor]
@@ -61,6 +61,12 @@ class Source(Protocol):
     def with_holdout(self) -> "Source":
         """The training set alone, a fifth of it (always the same) in the place of the test set."""
 
+    def limited(self, train: int | None, test: int | None, holdout: bool) -> "Source":
+        """So many training images and test images, always the same; None: all.
+
+        With `holdout`, as many training images that are not among those stand in for the test set.
+        """
+
 
 def mix(*parts: int) -> int:
     """A seed of several numbers."""
@@ -68,6 +74,37 @@ def mix(*parts: int) -> int:
     for part in parts:
         seed = (seed * 1_000_003 + part + 1) % (1 << 63)
     return seed
+
+
+def chosen(have: int, wanted: int | None, what: str) -> list[int]:
+    """`wanted` of `have` images in an order that is always the same; UsageError when there are fewer."""
+    if wanted is not None and not 1 <= wanted <= have:
+        raise UsageError(f"{wanted} {what} images are wanted, and there are {have}")
+    return torch.randperm(have, generator=torch.Generator().manual_seed(0))[:wanted].tolist()
+
+
+def limited_parts(
+    have: tuple[int, int], train: int | None, test: int | None, holdout: bool
+) -> tuple[list[int], list[int]]:
+    """The images of `Source.limited`: indices of training images, and of those that are judged by.
+
+    Args:
+        have: training and test images that there are.
+        train, test, holdout: see `Source.limited`.
+
+    Returns:
+        Both from the training set where `holdout` is true.
+
+    Raises:
+        UsageError: there are not so many.
+
+    """
+    if not holdout:
+        return chosen(have[0], train, "training"), chosen(have[1], test, "test")
+    held = have[0] // 5 if test is None else test
+    kept = have[0] - held if train is None else train
+    order = chosen(have[0], kept + held, "training and held-out")
+    return order[:kept], order[kept:]
 
 
 def whole_batches(count: int, size: int) -> int:
@@ -109,6 +146,15 @@ class InMemory:
         cut = len(order) // 5
         held, kept = (part.to(self._device) for part in (order[:cut], order[cut:]))
         parts = [Split(self._train.inputs[part], self._train.targets[part]) for part in (kept, held)]
+        return InMemory(parts[0], parts[1], self.classes, self._augmentation, self.several)
+
+    def limited(self, train: int | None, test: int | None, holdout: bool) -> "InMemory":
+        kept, judged = limited_parts((len(self._train), len(self._test)), train, test, holdout)
+        source = self._train if holdout else self._test
+        parts = [
+            Split(split.inputs[part], split.targets[part])
+            for split, part in ((self._train, kept), (source, judged))
+        ]
         return InMemory(parts[0], parts[1], self.classes, self._augmentation, self.several)
 
     def batches(self, size: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bench.data.image_folder import SUFFIXES
-from bench.data.source import EVALUATED, Batch, DatasetError, mix, whole_batches
+from bench.data.source import EVALUATED, Batch, DatasetError, limited_parts, mix, whole_batches
 
 LAYOUT = (
     "train/CLASS/IMAGE and val/CLASS/IMAGE, CLASS being one of the 1,000 WordNet ids (1,281,167 and 50,000 "
@@ -83,6 +83,12 @@ class Streamed:
         cut = len(order) // 5
         held, kept = ([self._train[index] for index in part] for part in (order[:cut], order[cut:]))
         return Streamed(kept, held, self.classes, self._size, self._device, self._augment)
+
+    def limited(self, train: int | None, test: int | None, holdout: bool) -> "Streamed":
+        kept, judged = limited_parts((len(self._train), len(self._test)), train, test, holdout)
+        source = self._train if holdout else self._test
+        parts = [self._train[index] for index in kept], [source[index] for index in judged]
+        return Streamed(*parts, self.classes, self._size, self._device, self._augment)
 
     def batches(self, size: int) -> int:
         return whole_batches(len(self._train), size)

@@ -8,11 +8,20 @@ import torch
 from torch import Tensor
 
 from bench import data, models
-from bench.data import Split, cifar, pathology, streaming
+from bench.data import archive, cifar, pathology, streaming
 from bench.data.source import Augmentation, DatasetError, InMemory, Source
+from bench.data.split import Split
 from bench.names import look_up
 
-Load = Callable[[Path, tuple[int, int], torch.device], Source]
+Load = Callable[["Where", tuple[int, int], torch.device], Source]
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a data set is, and where what is made of it once may be kept (None: nowhere)."""
+
+    path: Path
+    cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class Kind:
     layout: str = ""
 
 
-def _digits(folder: Path, size: tuple[int, int], device: torch.device) -> InMemory:
+def _digits(where: Where, size: tuple[int, int], device: torch.device) -> InMemory:
     digits = data.load("digits", "resnet14-digits", device)
     return InMemory(digits.train, digits.test, digits.classes, Augmentation(pad=1))
 
@@ -38,7 +47,7 @@ def _digits(folder: Path, size: tuple[int, int], device: torch.device) -> InMemo
 PROPERTIES = ({1, 3, 5, 7, 9}, {2, 3, 5, 7}, {5, 6, 7, 8, 9}, {0, 3, 6, 9}, {0, 4, 6, 8, 9})
 
 
-def _digits_properties(folder: Path, size: tuple[int, int], device: torch.device) -> InMemory:
+def _digits_properties(where: Where, size: tuple[int, int], device: torch.device) -> InMemory:
     digits = data.load("digits", "resnet14-digits", device)
     table = torch.tensor(
         [[float(digit in kind) for kind in PROPERTIES] for digit in range(10)], device=device
@@ -47,22 +56,37 @@ def _digits_properties(folder: Path, size: tuple[int, int], device: torch.device
     return InMemory(parts[0], parts[1], len(PROPERTIES), Augmentation(pad=1), several=True)
 
 
-def _synthetic(folder: Path, size: tuple[int, int], device: torch.device) -> InMemory:
+def _synthetic(where: Where, size: tuple[int, int], device: torch.device) -> InMemory:
     made = data.load("synthetic", "resnet18", device)
     return InMemory(made.train, made.test, made.classes, Augmentation(pad=4, flip=True))
 
 
 def _cifar(name: str) -> Load:
-    def load(folder: Path, size: tuple[int, int], device: torch.device) -> InMemory:
-        train, test, classes = cifar.read(folder, name)
+    def load(where: Where, size: tuple[int, int], device: torch.device) -> InMemory:
+        if where.path.suffix.lower() == ".zip":
+            train, test, classes = archive.read(where.path, size, where.cache)
+            if classes != cifar.FORMS[name].classes:
+                raise DatasetError(
+                    f"{where.path} holds {classes} classes of images, and {name} has another number"
+                )
+        else:
+            train, test, classes = cifar.read(where.path, name)
         return InMemory(_on(device, train), _on(device, test), classes, Augmentation(pad=4, flip=True))
 
     return load
 
 
+def _cifar_layout(name: str) -> str:
+    return f"{cifar.FORMS[name].layout}; or {archive.LAYOUT}"
+
+
+def _imagenet(where: Where, size: tuple[int, int], device: torch.device) -> streaming.Streamed:
+    return streaming.load(where.path, size, device)
+
+
 def _pathology(read: Callable[..., pathology.Images], several: bool) -> Load:
-    def load(folder: Path, size: tuple[int, int], device: torch.device) -> InMemory:
-        train, test, classes = read(folder, size)
+    def load(where: Where, size: tuple[int, int], device: torch.device) -> InMemory:
+        train, test, classes = read(where.path, size)
         return InMemory(
             _on(device, train), _on(device, test), classes, Augmentation(pad=4, flip=True), several
         )
@@ -78,15 +102,17 @@ DATASETS: dict[str, Kind] = {
     "digits": Kind(_digits),
     "digits-properties": Kind(_digits_properties),
     "synthetic": Kind(_synthetic),
-    "cifar10": Kind(_cifar("cifar10"), cifar.FORMS["cifar10"].layout),
-    "cifar100": Kind(_cifar("cifar100"), cifar.FORMS["cifar100"].layout),
-    "imagenet": Kind(streaming.load, streaming.LAYOUT),
+    "cifar10": Kind(_cifar("cifar10"), _cifar_layout("cifar10")),
+    "cifar100": Kind(_cifar("cifar100"), _cifar_layout("cifar100")),
+    "imagenet": Kind(_imagenet, streaming.LAYOUT),
     "mhist": Kind(_pathology(pathology.mhist, several=False), pathology.MHIST),
     "adp": Kind(_pathology(pathology.adp, several=True), pathology.ADP),
 }
 
 
-def load(name: str, folder: Path | None, network: str, device: torch.device) -> Source:
+def load(
+    name: str, folder: Path | None, network: str, device: torch.device, cache: Path | None = None
+) -> Source:
     """The data set called `name` for `network`.
 
     Args:
@@ -94,6 +120,7 @@ def load(name: str, folder: Path | None, network: str, device: torch.device) -> 
         folder: what the user gave as --data; it, or a folder of the data set's name in it, holds it.
         network: a key of `bench.models.ARCHITECTURES`: images are brought to the size that it reads.
         device: where batches are wanted.
+        cache: folder for what an archive is decoded to; None keeps nothing.
 
     Raises:
         DatasetError: the folder is missing or does not hold the data set; the layout is named.
@@ -103,12 +130,12 @@ def load(name: str, folder: Path | None, network: str, device: torch.device) -> 
     kind = look_up("data set", name, DATASETS)
     height, width = models.architecture(network).sample[1:]
     if not kind.layout:
-        return kind.load(Path(), (height, width), device)
+        return kind.load(Where(Path()), (height, width), device)
     if folder is None:
         raise DatasetError(f"{name} needs --data FOLDER. Expected: {kind.layout}")
     inner = folder / name
     try:
-        return kind.load(inner if inner.is_dir() else folder, (height, width), device)
+        return kind.load(Where(inner if inner.is_dir() else folder, cache), (height, width), device)
     except DatasetError as error:
         raise DatasetError(f"{error}. Expected for {name}: {kind.layout}") from error
     except OSError as error:

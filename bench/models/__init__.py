@@ -42,6 +42,7 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "resnet14-digits": Architecture(resnet.resnet14_digits, sample=(1, 8, 8)),
+    "resnet8-stride2": Architecture(resnet.resnet8_stride2),
     "resnet18": Architecture(resnet.resnet18),
     "resnet34": Architecture(resnet.resnet34),
     "resnet50": Architecture(resnet.resnet50),

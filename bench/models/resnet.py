@@ -55,6 +55,7 @@ class ResNet(nn.Module):
         in_channels: channels of the images.
         width: factor on every channel count inside.
         large: a stem that reduces the image four times, for images of 224x224.
+        stem_stride: of the first convolution where the stem is not large.
 
     """
 
@@ -67,10 +68,12 @@ class ResNet(nn.Module):
         in_channels: int,
         width: float,
         large: bool = False,
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
         channels = scaled(planes, width)
-        self.conv1 = conv(in_channels, channels, 7, 2) if large else conv(in_channels, channels)
+        kernel, stride = (7, 2) if large else (3, stem_stride)
+        self.conv1 = conv(in_channels, channels, kernel, stride)
         self.pool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
         self.bn1 = nn.BatchNorm2d(channels)
         stages = []
@@ -120,3 +123,11 @@ def resnet50_imagenet(classes: int, in_channels: int, width: float) -> ResNet:
 def resnet14_digits(classes: int, in_channels: int, width: float) -> ResNet:
     """The 6n + 2 layers of He et al., section 4.2, with n = 2: stages of 16, 32 and 64 channels."""
     return ResNet(BasicBlock, (2, 2, 2), 16, classes, in_channels, width)
+
+
+def resnet8_stride2(classes: int, in_channels: int, width: float) -> ResNet:
+    """The 6n + 2 layers of He et al., section 4.2, with n = 1, on images halved by the first convolution.
+
+    On CIFAR, an epoch takes one CPU core half a minute.
+    """
+    return ResNet(BasicBlock, (1, 1, 1), 16, classes, in_channels, width, stem_stride=2)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,19 +27,21 @@ from rich.progress import (
 from bench import arguments, measure, output, readme
 from bench.data.nats import LAYOUT as NATS_LAYOUT
 from bench.errors import UsageError
+from bench.locks import BusyError
 from bench.study import listing, nats_study, report, tuning
 from bench.study.config import RunConfig
-from bench.study.experiments import EXPERIMENTS, OWN, SEARCHED, experiment
+from bench.study.experiments import EXPERIMENTS, OWN, SEARCH, SEARCHED, experiment
 from bench.study.plots import draw
 from bench.study.records import read
-from bench.study.run_folder import BusyError
 from bench.study.runner import Place, Runner, train_all
-from bench.study.selection import by_experiment, each_once, named
+from bench.study.selection import Search, by_experiment, each_once, named
 
 OUT = Path(".out/study")
 PROGRESS = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
 SCHEMA = "rmsgd-bench-study/1"
 SEEDS_LOOKED_FOR = 20
+WAIT_SECONDS = 5.0
+"""Before asking again for runs that another process is at, where others depend on them."""
 ENDS = {"diverged": "its loss stopped being a number; the others go on", "busy": "another process is at it"}
 
 
@@ -141,7 +144,19 @@ def _selection(parser: argparse.ArgumentParser, seeds: str) -> None:
     add("--dataset", type=arguments.names, metavar="A,B,...", help="only these data sets")
     add("--optimizers", type=arguments.names, metavar="A,B,...", help="only these optimizers")
     add("--seeds", type=arguments.positive, help=f"how many seeds, from 0 on (default: {seeds})")
-    add("--preset", choices=("small",), help="digits, an eighth of the width, 3 epochs: minutes on two cores")
+    add(
+        "--part",
+        type=arguments.names,
+        metavar="A,B,...",
+        help="only these parts of an experiment that has parts (cifar10-small: "
+        f"{', '.join(experiment('cifar10-small').parts)}); rates are tuned before they are needed",
+    )
+    add(
+        "--preset",
+        choices=("small", "full"),
+        help="small: digits, an eighth of the width, 3 epochs, minutes on two cores; "
+        "full: cifar10-small on all images for 8 epochs",
+    )
     add("--all", action="store_true", help="with --preset small: all networks, not two of each experiment")
     add("--epochs", type=arguments.positive, help="instead of the paper's")
     add("--batch", type=arguments.positive, help="instead of the paper's")
@@ -164,7 +179,12 @@ def _rates(parser: argparse.ArgumentParser) -> None:
 
 def _place(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--data", type=Path, metavar="DIR", help="holds the data set, or a folder of its name that does")
+    add(
+        "--data",
+        type=Path,
+        metavar="PATH",
+        help="holds the data set, or a folder of its name that does; or a zip of class folders",
+    )
     add("--out", type=Path, default=OUT, metavar="DIR", help="holds a folder per run (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
     add("--threads", type=arguments.positive, help="threads on the CPU (default: preset small 1, else all)")
@@ -195,14 +215,28 @@ def _list(options: argparse.Namespace, console: Console) -> int:
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
-    configs = each_once(_selected(options, console))
-    place = prepare(options)
+    runner = Runner(prepare(options))
     with arguments.torch_threads(_threads(options)):
-        ends = train_with_progress(Runner(place), configs, console)
+        configs = each_once(_selected(options, console, search=partial(_train_search, runner, console)))
+        ends = {} if options.part == (SEARCH,) else train_with_progress(runner, configs, console)
     said = ", ".join(f"{count} {how}" for how, count in Counter(ends.values()).items())
     again = shlex.join(["report", *options.given[1:]])
     console.print(f"{said}; in {options.out}. Next: python -m bench study {again}", soft_wrap=True)
     return _status(ends, console)
+
+
+def _train_search(runner: Runner, console: Console, configs: Sequence[RunConfig]) -> dict[str, float]:
+    """Trains what the search over the rates of these runs needs and returns the rates, by variant."""
+    while True:
+        found = tuning.searched(configs, runner.records)
+        missing = [run for entry in found.values() for run in entry.missing]
+        if not missing:
+            if found:
+                Console().print(tuning.search_table(found))
+            return tuning.rates(found)
+        ends = train_with_progress(runner, missing, console)
+        if set(ends.values()) == {"busy"}:
+            time.sleep(WAIT_SECONDS)
 
 
 def _status(ends: Mapping[RunConfig, str], console: Console) -> int:
@@ -294,7 +328,8 @@ def _report(options: argparse.Namespace, console: Console) -> int:
     content: dict[str, Any] = {}
     written: list[Path] = []
     machine: dict[str, Any] = {}
-    chosen = _selected(options, console)
+    look = partial(read, options.out)
+    chosen = _selected(options, console, search=lambda runs: tuning.rates(tuning.searched(runs, look)))
     for name, configs in chosen.items():
         records = read(options.out, configs)
         if not records:
@@ -333,10 +368,10 @@ def _report(options: argparse.Namespace, console: Console) -> int:
 
 
 def _selected(
-    options: argparse.Namespace, console: Console, sweeps: bool = True
+    options: argparse.Namespace, console: Console, sweeps: bool = True, search: Search = lambda configs: {}
 ) -> dict[str, list[RunConfig]]:
     """The runs that the arguments name, by experiment; a word about experiments that have none."""
-    chosen = by_experiment(options, sweeps)
+    chosen = by_experiment(options, sweeps, search)
     if without := [name for name in named(options) if name not in chosen]:
         console.print(f"no such cell in {', '.join(without)}", soft_wrap=True)
     return chosen
@@ -356,13 +391,19 @@ def prepare(options: argparse.Namespace) -> Place:
 
 def _threads(options: argparse.Namespace) -> int:
     # Batches of digits are so small that a second thread costs as much as it brings.
-    return options.threads or (1 if options.preset else torch.get_num_threads())
+    return options.threads or (1 if _on_one_thread(options) else torch.get_num_threads())
+
+
+def _on_one_thread(options: argparse.Namespace) -> bool:
+    return options.preset == "small" or any(experiment(name).search for name in options.ids if name != "all")
 
 
 def train_with_progress(
     runner: Runner, configs: Sequence[RunConfig], console: Console
 ) -> dict[RunConfig, str]:
     """Trains the runs under a bar for all and a line for each that ends otherwise than well."""
+    for config in configs:
+        runner.prepare(config)  # images that are decoded now have a bar of their own
     columns = (*PROGRESS, TextColumn("{task.completed:.1f}/{task.total:.0f} runs"))
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("starting", total=len(configs))

@@ -28,6 +28,11 @@ class RunConfig:
         cutout: one hole of half the image's side in every training image, on top of it.
         holdout: judge by a fifth of the training set that is left out of it, for tuning.
         keep_weights: keep the weights of some epochs, for figures.
+        schedule: of the learning rate: a key of `bench.study.schedules.SCHEDULES`, or "own" for the paper's.
+        measurements: epoch ends of RMSGD in the whole run, at equal distances; None: one an epoch.
+        images: training images that are used, always the same; None: all.
+        judged: test images (or held-out ones) that are judged by, always the same; None: all.
+        channels_last: keep images and weights in that memory format.
 
     """
 
@@ -44,6 +49,11 @@ class RunConfig:
     cutout: bool = False
     holdout: bool = False
     keep_weights: bool = False
+    schedule: str = "own"
+    measurements: int | None = None
+    images: int | None = None
+    judged: int | None = None
+    channels_last: bool = False
 
     def folder(self, root: Path) -> Path:
         """Where the run is kept: a name that people can read, and a digest of the whole configuration."""
@@ -55,12 +65,24 @@ class RunConfig:
     @property
     def label(self) -> str:
         """Optimizer and what is unusual about its settings, for people."""
-        changed = ", ".join(f"{name} {value}" for name, value in self.settings)
-        return f"{self.optimizer} ({changed})" if changed else self.optimizer
+        changed = [f"{name} {value}" for name, value in self.settings]
+        if self.measurements is not None:
+            changed.append(f"{self.measurements} measurements")
+        return f"{self.variant} ({', '.join(changed)})" if changed else self.variant
+
+    @property
+    def variant(self) -> str:
+        """Optimizer and schedule: what a learning rate is tuned for."""
+        return self.optimizer if self.schedule == "own" else f"{self.optimizer} {self.schedule}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {**asdict(self), "settings": dict(self.settings)}
+        """Plain values, ready for JSON.
+
+        A field of `LATER` that has its default is left out: the digest of a run, and so its folder, is what
+        it was before there was such a field.
+        """
+        content = {**asdict(self), "settings": dict(self.settings)}
+        return {key: value for key, value in content.items() if LATER.get(key, ...) != value}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "RunConfig":
@@ -68,6 +90,10 @@ class RunConfig:
         if unknown := set(content) - {field.name for field in fields(cls)}:
             raise UsageError(f"no run has {', '.join(sorted(unknown))}")
         return cls(**{**content, "settings": sorted_settings(content.get("settings", {}))})
+
+
+LATER = {field.name: field.default for field in fields(RunConfig)[-5:]}
+"""The fields that runs did not have from the beginning, with their defaults."""
 
 
 def sorted_settings(settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

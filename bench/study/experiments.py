@@ -15,8 +15,12 @@ from bench.study.config import RunConfig, sorted_settings
 SMALL_WIDTH = 0.125
 SMALL_BATCH = 64
 SMALL_EPOCHS = 3
+FULL_EPOCHS = 8
 # How much smaller the preset's batches are than the paper's, for the study of batch sizes.
 SMALL_BATCH_FACTOR = 8
+
+SEARCH = "tuning"
+"""The part of an experiment in which it tunes learning rates."""
 
 # Whose step is searched on every batch: `lr` is where the first search begins, and no rate.
 SEARCHED = ("sls",)
@@ -43,6 +47,8 @@ class Grid:
         sweep: the quantity: "batch", "lr" (values are factors on each optimizer's own rate; one that
             searches its rate runs once) or a setting of the optimizers; None for no sweep.
         values: of the quantity.
+        part: of the experiment, for those that have parts: see `Experiment.search`.
+        seeds: the most seeds it has; None: all that are asked for.
 
     """
 
@@ -52,11 +58,13 @@ class Grid:
     common: Mapping[str, Any] = field(default_factory=dict)
     sweep: str | None = None
     values: tuple[float, ...] = ()
+    part: str = "main"
+    seeds: int | None = None
 
     def runs(self, seeds: Sequence[int]) -> Iterator[RunConfig]:
         """The runs, seeds innermost."""
         for dataset, network, value, optimizer, seed in product(
-            self.datasets, self.networks, self.values or (None,), self.optimizers, seeds
+            self.datasets, self.networks, self.values or (None,), self.optimizers, seeds[: self.seeds]
         ):
             run = RunConfig(network, dataset, optimizer, seed, **self.common)
             yield run if value is None else self._with(run, value)
@@ -80,12 +88,25 @@ class Experiment:
         title: what it shows.
         grids: the runs it needs.
         epochs: at which it reports; empty for the end of the training.
+        search: the experiment has parts and tunes the learning rate of every optimizer and schedule of
+            its main part before any of them, on held-out images, as `bench.study.tuning.search` does.
 
     """
 
     title: str
     grids: tuple[Grid, ...]
     epochs: tuple[int, ...] = ()
+    search: bool = False
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of its parts, in order; the search is the first of one that has it."""
+        parts = tuple(dict.fromkeys(grid.part for grid in self.grids))
+        return (SEARCH, *parts) if self.search else parts
+
+    def part(self, name: str) -> "Experiment":
+        """The experiment with one of its parts alone."""
+        return replace(self, grids=tuple(grid for grid in self.grids if grid.part == name))
 
     def runs(self, seeds: Sequence[int] = (0,)) -> list[RunConfig]:
         """Its runs, each once."""
@@ -165,7 +186,74 @@ EXPERIMENTS: dict[str, Experiment] = {
 _DIGITS = {"batch": 64, "epochs": 20, "width": 0.5}
 _NETWORK = ("resnet14-digits",)
 
+# What one CPU core trains in about half a minute: a fifth of CIFAR-10's images, half of its test set.
+_SHORT = {
+    "batch": 128,
+    "epochs": 6,
+    "images": 10_000,
+    "judged": 5_000,
+    "channels_last": True,
+    "settings": (("weight_decay", 5e-4),),
+}
+_RULES = ("rmsgd", "rmsgd-paper", "rmsgd-published")
+
+
+def _cifar10(
+    optimizers: tuple[str, ...], schedule: str, common: Mapping[str, Any] | None = None, **grid: Any
+) -> Grid:
+    """A grid of the study of CIFAR-10 on one core."""
+    shared = {**_SHORT, "schedule": schedule, **(common or {})}
+    return Grid(("resnet8-stride2",), ("cifar10",), optimizers, shared, **grid)
+
+
+def _counts(count: int, betas: tuple[float, ...], schedule: str = "constant") -> Grid:
+    """RMSGD measuring so many times in the run, with several momenta of its rates."""
+    common = {} if count == _SHORT["epochs"] else {"measurements": count}
+    return _cifar10(("rmsgd",), schedule, common, sweep="beta", values=betas, part="measurements", seeds=2)
+
+
+_CIFAR10_SMALL = Experiment(
+    "Not in the paper: what RMSGD is worth on CIFAR-10, on one CPU core; in parts",
+    (
+        *(_cifar10(_RULES, schedule) for schedule in ("constant", "cosine")),
+        *(_cifar10(("sgd",), schedule) for schedule in ("constant", "step", "cosine", "onecycle")),
+        _cifar10(("adamw",), "cosine", {"settings": ()}),
+        _cifar10(("sgdp", "adamp"), "step"),
+        _cifar10(("sam",), "cosine"),
+        # Its step costs two of the others': as many gradients in half of the epochs.
+        _cifar10(("sam",), "cosine", {"epochs": 3}),
+        # So that beta to the power of the count is about .9, .5 and .1 in turn; .98 is the paper's.
+        _counts(6, (0.98, 0.89, 0.68)),
+        _counts(30, (0.9965, 0.98, 0.926)),
+        _counts(120, (0.9991, 0.9942, 0.98)),
+        _counts(30, (0.98,), "cosine"),
+        *(
+            _cifar10((name,), schedule, sweep="lr", values=(0.1, 0.3, 1.0, 3.0, 10.0), part="rates", seeds=2)
+            for name, schedule in (
+                ("rmsgd", "constant"),
+                ("sgd", "constant"),
+                ("sgd", "step"),
+            )
+        ),
+        _cifar10(
+            ("adamw",),
+            "cosine",
+            {"settings": ()},
+            sweep="lr",
+            values=(0.1, 0.3, 1.0, 3.0, 10.0),
+            part="rates",
+            seeds=2,
+        ),
+        *(
+            _cifar10((name,), schedule, sweep="batch", values=(32, 512), part="batches", seeds=2)
+            for name, schedule in (("rmsgd", "constant"), ("sgd", "step"))
+        ),
+    ),
+    search=True,
+)
+
 OWN: dict[str, Experiment] = {
+    "cifar10-small": _CIFAR10_SMALL,
     "digits": Experiment(
         "Not in the paper: every optimizer on digits; what beta, gamma and the rules of RMSGD do",
         (
@@ -190,6 +278,17 @@ def experiment(name: str) -> Experiment:
     return look_up("experiment", name, EXPERIMENTS | OWN)
 
 
+def full(given: Experiment) -> Experiment:
+    """The experiment on all images of its data sets, for eight epochs, instead of a part of them."""
+    whole = {"images": None, "judged": None, "epochs": FULL_EPOCHS}
+
+    def enlarged(grid: Grid) -> Grid:
+        epochs = grid.common.get("epochs", FULL_EPOCHS) * FULL_EPOCHS // _SHORT["epochs"]
+        return replace(grid, common={**grid.common, **whole, "epochs": epochs})
+
+    return replace(given, grids=tuple(map(enlarged, given.grids)))
+
+
 def small(given: Experiment, every: bool = False) -> Experiment:
     """The experiment on digits, in minutes: two networks of an eighth of the width, three epochs.
 
@@ -205,6 +304,7 @@ def small(given: Experiment, every: bool = False) -> Experiment:
             dict.fromkeys("digits-properties" if name == "adp" else "digits" for name in grid.datasets)
         )
         common = {**grid.common, "batch": SMALL_BATCH, "epochs": SMALL_EPOCHS, "width": SMALL_WIDTH}
+        common |= {"images": None, "judged": None} if "images" in common else {}
         values = grid.values
         if grid.sweep == "batch":
             values = tuple(value / SMALL_BATCH_FACTOR for value in values)
@@ -214,4 +314,4 @@ def small(given: Experiment, every: bool = False) -> Experiment:
                 grid, networks=chosen, datasets=datasets, common={**common, "budget": False}, values=values
             )
         )
-    return Experiment(given.title, tuple(grids))
+    return Experiment(given.title, tuple(grids), search=given.search)

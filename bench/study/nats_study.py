@@ -13,9 +13,9 @@ import rmsgd
 from bench import atomic
 from bench.data import nats
 from bench.data.source import DatasetError
+from bench.locks import locked
 from bench.measure import count
 from bench.plots import save
-from bench.study.run_folder import locked
 from bench.study.statistics import correlation
 from rmsgd.plots import PALETTE, blank, plain
 

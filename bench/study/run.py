@@ -15,9 +15,10 @@ import rmsgd
 from bench import atomic, measure, models, peers
 from bench.data.source import Source, mix
 from bench.errors import UsageError
-from bench.study import randomness
+from bench.locks import locked
+from bench.study import randomness, schedules
 from bench.study.config import RunConfig
-from bench.study.run_folder import locked, status
+from bench.study.run_folder import status
 from bench.training import cross_entropy
 
 FORMAT = 1
@@ -63,7 +64,9 @@ class Run:
     ) -> None:
         self.config, self.folder = config, folder
         self._device, self._budget, self._interval = device, budget, checkpoint_seconds
-        if config.holdout:
+        if config.images is not None or config.judged is not None:
+            source = source.limited(config.images, config.judged, config.holdout)
+        elif config.holdout:
             source = source.with_holdout()
         self._source = source.varied(config.augment, config.cutout)
         self._steps = source.batches(config.batch)
@@ -86,9 +89,12 @@ class Run:
             )
         network = models.build(config.network, self._source.classes, self._source.sample[0], config.width)
         self._network = network.to(self._device)
+        if config.channels_last:
+            self._network = self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._peer = peers.peer(config.optimizer)
         self._optimizer = make_optimizer(config, network, self._steps)
-        self._schedule = peers.schedule(config.optimizer, self._optimizer, config.epochs)
+        self._schedule, self._every_step = schedules.make(config, self._optimizer, self._steps)
+        self._measures = hasattr(self._optimizer, "epoch_step")
 
     # -- training ------------------------------------------------------------------------------------
 
@@ -147,10 +153,19 @@ class Run:
             randomness.begin(mix(self.config.seed, self._epoch))
         self._network.train()
         saved = time.monotonic()
+        rates = self._rates()
         batches = self._source.epoch(self.config.batch, self.config.seed, self._epoch, self._step)
         for inputs, targets in batches:
             self._loss += self._take_step(inputs, targets)
             self._step += 1
+            if self._step == self._steps:
+                rates = self._rates()
+            if self._every_step and self._schedule is not None:
+                self._schedule.step()
+            if self._is_measurement():
+                book("training")
+                self._optimizer.epoch_step()  # type: ignore[attr-defined]
+                book("epoch_end")
             if self._step < self._steps and time.monotonic() - saved >= self._interval:
                 book("training")
                 if not math.isfinite(self._loss.item()):
@@ -161,11 +176,10 @@ class Run:
             tell(self.config.label, (self._epoch + self._step / self._steps) / self.config.epochs)
         train_loss = self._loss.item() / max(self._step, 1)
         book("training")
-        rates = self._rates()
         if math.isfinite(train_loss):
-            if hasattr(self._optimizer, "epoch_step"):
-                self._optimizer.epoch_step()
-            if self._schedule is not None:
+            if self._measures and self.config.measurements is None:
+                self._optimizer.epoch_step()  # type: ignore[attr-defined]
+            if not self._every_step and self._schedule is not None:
                 self._schedule.step()
             book("epoch_end")
         measured = self._measure() if math.isfinite(train_loss) else {}
@@ -189,6 +203,14 @@ class Run:
         self._save()
         measure.write_csv(self.folder / "epochs.csv", self._epochs)
 
+    def _is_measurement(self) -> bool:
+        """Whether one of the run's measurements, at equal distances, follows the step just taken."""
+        count = self.config.measurements
+        if count is None or not self._measures:
+            return False
+        done, total = self._epoch * self._steps + self._step, self.config.epochs * self._steps
+        return done * count // total > (done - 1) * count // total
+
     def _take_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         def gradients() -> Tensor:
             loss = self._criterion(self._network(inputs), targets)
@@ -197,6 +219,8 @@ class Run:
                 loss.backward()
             return loss
 
+        if self.config.channels_last:
+            inputs = inputs.to(memory_format=torch.channels_last)
         loss = gradients().detach()
         self._optimizer.step(*self._peer.step_arguments(gradients, loss))
         return loss
@@ -240,6 +264,8 @@ class Run:
         correct, among_five = torch.zeros_like(loss), torch.zeros_like(loss)
         count = 0
         for inputs, targets in batches:
+            if self.config.channels_last:
+                inputs = inputs.to(memory_format=torch.channels_last)
             logits = self._network(inputs)
             loss += self._criterion(logits, targets, "sum")
             if self._source.several:

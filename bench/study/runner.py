@@ -15,10 +15,13 @@ from bench import measure
 from bench.data import study_sets
 from bench.data.source import Source
 from bench.errors import UsageError
+from bench.locks import BusyError, locked
 from bench.study.config import RunConfig
+from bench.study.records import Record, read
 from bench.study.run import Run, Told, make_optimizer
-from bench.study.run_folder import BusyError, locked, status
+from bench.study.run_folder import status
 
+ENDED = ("complete", "diverged")
 CPU = torch.device("cpu")
 BUDGET_EPOCHS = 4
 """Epochs of SGD that are timed for a budget; the first, which pays for warming up, is not counted."""
@@ -63,7 +66,7 @@ class Runner:
         """
         folder = config.folder(self._place.out)
         done = status(folder)
-        if done in ("complete", "diverged"):
+        if done in ENDED:
             return done
         source = self.source(config)
         budget = self.budget(config, tell) if config.budget else None
@@ -80,6 +83,15 @@ class Runner:
         except BusyError:
             return "busy"
 
+    def records(self, configs: Sequence[RunConfig]) -> list[Record]:
+        """The records of those runs that have ended."""
+        return read(self._place.out, configs)
+
+    def prepare(self, config: RunConfig) -> None:
+        """Reads the data of a run that has not ended."""
+        if status(config.folder(self._place.out)) not in ENDED:
+            self.source(config)
+
     def source(self, config: RunConfig) -> Source:
         """The data of a run."""
         from bench.models import architecture
@@ -87,7 +99,7 @@ class Runner:
         key = (config.dataset, architecture(config.network).sample)
         if key not in self._sources:
             self._sources[key] = study_sets.load(
-                config.dataset, self._place.data, config.network, self._place.device
+                config.dataset, self._place.data, config.network, self._place.device, self._place.out / "data"
             )
         return self._sources[key]
 

@@ -1,7 +1,7 @@
 """Which runs the command's arguments mean."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from bench import arguments, models, peers
@@ -10,7 +10,7 @@ from bench.errors import UsageError
 from bench.names import look_up
 from bench.study import tuning
 from bench.study.config import RunConfig, sorted_settings
-from bench.study.experiments import EXPERIMENTS, Experiment, Grid, experiment, small
+from bench.study.experiments import EXPERIMENTS, SEARCH, Experiment, Grid, experiment, full, small
 
 
 def named(options: argparse.Namespace) -> list[str]:
@@ -18,12 +18,23 @@ def named(options: argparse.Namespace) -> list[str]:
     return list(EXPERIMENTS) if "all" in options.ids else list(dict.fromkeys(options.ids))
 
 
-def by_experiment(options: argparse.Namespace, sweeps: bool = True) -> dict[str, list[RunConfig]]:
+Rates = Mapping[str, float]
+"""Optimizer, or optimizer and schedule as `RunConfig.variant` names them, to learning rate."""
+
+Search = Callable[[Sequence[RunConfig]], Rates]
+"""Finds the rates of runs, each of another optimizer or schedule; what is not known yet is left out."""
+
+
+def by_experiment(
+    options: argparse.Namespace, sweeps: bool = True, search: Search = lambda configs: {}
+) -> dict[str, list[RunConfig]]:
     """The runs that the arguments name, by experiment, without experiments that have none.
 
     Args:
         options: of the command.
         sweeps: also the runs that differ from their optimizer's own settings before `--set` changes any.
+        search: finds the rates of an experiment that tunes them itself; what it does not find leaves the
+            runs out. Not called where `--rates` is given.
 
     Raises:
         UsageError: an experiment, network, data set or optimizer that is not known, or none that has such a
@@ -31,30 +42,64 @@ def by_experiment(options: argparse.Namespace, sweeps: bool = True) -> dict[str,
 
     """
     _check_names(options.network or (), options.dataset or (), options.optimizers or ())
-    seeds = range(options.seeds or (1 if options.preset else 5))
-    known = {name: experiment(name) for name in named(options)}
-    if options.preset:
-        known = {name: small(entry, options.all) for name, entry in known.items()}
-    chosen = {name: _narrow(entry, options).runs(tuple(seeds)) for name, entry in known.items()}
+    seeds = tuple(range(options.seeds or (1 if options.preset == "small" else 5)))
+    known = {name: _sized(experiment(name), options) for name in named(options)}
+    parts = {name: _parts(name, entry, options) for name, entry in known.items()}
+    runs = {
+        (name, part): _narrow(known[name].part(part), options).runs(seeds)
+        for name, wanted in parts.items()
+        for part in wanted
+    }
     if not sweeps:
-        chosen = {name: [run for run in runs if not run.settings] for name, runs in chosen.items()}
-    chosen = {name: runs for name, runs in chosen.items() if runs}
-    if not chosen:
+        runs = {key: [run for run in mine if not run.settings] for key, mine in runs.items()}
+    if not any(runs.values()):
         raise UsageError(_no_cell(known))
     changed = arguments.overrides(options.set)
-    arguments.check_taking_part(changed, (run.optimizer for runs in chosen.values() for run in runs))
+    arguments.check_taking_part(changed, (run.optimizer for mine in runs.values() for run in mine))
     fixed = {key: value for key in ("epochs", "batch") if (value := getattr(options, key)) is not None}
     if options.mode:
         fixed["budget"] = options.mode == "budget"
     rates = tuning.read(options.rates) if options.rates else {}
 
-    def as_said(name: str, config: RunConfig) -> RunConfig:
+    def as_said(config: RunConfig) -> RunConfig:
         settings = {**dict(config.settings), **changed.get(config.optimizer, {})}
-        said = replace(config, settings=sorted_settings(settings), **fixed)
-        # A sweep goes over fixed rates, of which the optimizer's own is one that no setting shows.
-        return said if known[name].sweeps_rates else tuning.with_rates(said, rates)
+        return replace(config, settings=sorted_settings(settings), **fixed)
 
-    return {name: list(dict.fromkeys(as_said(name, run) for run in runs)) for name, runs in chosen.items()}
+    chosen: dict[str, list[RunConfig]] = {}
+    for name, entry in known.items():
+        tuned = entry.search and not options.rates
+        said = {part: [as_said(run) for run in runs[name, part]] for part in parts[name]}
+        # A sweep goes over fixed rates, of which the optimizer's own is one that no setting shows.
+        swept = {part: entry.part(part).sweeps_rates for part in parts[name]}
+        if tuned:
+            wanted = {run.variant for part, mine in said.items() if not swept[part] for run in mine}
+            first = {
+                run.variant: run for run in reversed([as_said(run) for run in entry.part("main").runs()])
+            }
+            found = search([run for variant, run in first.items() if variant in wanted])
+        for part, mine in said.items():
+            if swept[part]:
+                chosen.setdefault(name, []).extend(mine)
+            elif tuned:
+                ready = [run for run in mine if run.variant in found]
+                chosen.setdefault(name, []).extend(tuning.with_rates(run, found) for run in ready)
+            else:
+                chosen.setdefault(name, []).extend(tuning.with_rates(run, rates) for run in mine)
+    return {name: list(dict.fromkeys(mine)) for name, mine in chosen.items() if mine}
+
+
+def _sized(entry: Experiment, options: argparse.Namespace) -> Experiment:
+    if options.preset == "small":
+        return small(entry, options.all)
+    return full(entry) if options.preset == "full" else entry
+
+
+def _parts(name: str, entry: Experiment, options: argparse.Namespace) -> tuple[str, ...]:
+    """The parts of an experiment that the arguments name, the search left out."""
+    wanted = options.part or entry.parts
+    for part in wanted:
+        look_up(f"part of {name}", part, dict.fromkeys(entry.parts))
+    return tuple(part for part in wanted if part != SEARCH) or ("main",)
 
 
 def each_once(chosen: Mapping[str, Sequence[RunConfig]]) -> list[RunConfig]:

@@ -1,8 +1,9 @@
 """Grid search over the initial learning rate, judged by images that are held out of the training set."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,92 @@ def grid(configs: Sequence[RunConfig], factors: Sequence[float] = FACTORS) -> li
         for lr in (scaled_rate(config.optimizer, factor) for factor in factors)
         if lr is not None
     ]
+
+
+LADDER = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+FIRST = (0.3, 1.0, 3.0)
+"""The factors that `search` may try, and those that it tries first."""
+
+Look = Callable[[Sequence[RunConfig]], Sequence[Record]]
+"""Finds the records of those runs that have ended."""
+
+Judge = Callable[[RunConfig], float | None]
+"""What a run of the search came to: its accuracy, -inf where it diverged, None where it has not ended."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search over the rates of one optimizer with one schedule came to.
+
+    Attributes:
+        best: the run with the best rate; None while runs are missing.
+        missing: the runs to be made next.
+        tried: rate to accuracy, of the runs that have ended.
+
+    """
+
+    best: RunConfig | None
+    missing: tuple[RunConfig, ...]
+    tried: dict[float, float]
+
+    @property
+    def at_the_edge(self) -> bool:
+        """Whether a better rate may lie beyond those tried."""
+        rate = self.best and dict(self.best.settings)["lr"]
+        return rate in (min(self.tried), max(self.tried)) if self.tried else False
+
+
+def search(config: RunConfig, judge: Judge) -> Found:
+    """The best rate for one optimizer with one schedule, by its accuracy on held-out images.
+
+    Three rates first; as long as the best of them is the lowest or the highest, one more beyond it.
+    """
+    tried = list(FIRST)
+    while True:
+        runs = {factor: grid([config], [factor])[0] for factor in tried}
+        judged = {factor: judge(run) for factor, run in runs.items()}
+        known = {
+            dict(runs[factor].settings)["lr"]: value for factor, value in judged.items() if value is not None
+        }
+        if missing := tuple(runs[factor] for factor, value in judged.items() if value is None):
+            return Found(None, missing, known)
+        chosen = max(tried, key=lambda factor: (judged[factor], -abs(math.log(factor))))
+        place = LADDER.index(chosen)
+        beyond = place - 1 if chosen == min(tried) else place + 1 if chosen == max(tried) else -1
+        if not 0 <= beyond < len(LADDER):
+            return Found(runs[chosen], (), known)
+        tried.append(LADDER[beyond])
+
+
+def searched(configs: Iterable[RunConfig], look: Look) -> dict[str, Found]:
+    """What the search came to for each of `configs`, by variant, as far as the runs of it have ended."""
+
+    def judge(config: RunConfig) -> float | None:
+        records = look([config])
+        if not records:
+            return None
+        return -math.inf if records[0].diverged else records[0].final["test_accuracy"]
+
+    return {config.variant: search(config, judge) for config in configs}
+
+
+def rates(found: Mapping[str, Found]) -> dict[str, float]:
+    """Variant to its best rate, where the search has ended."""
+    return {name: dict(entry.best.settings)["lr"] for name, entry in found.items() if entry.best}
+
+
+def search_table(found: Mapping[str, Found]) -> Table:
+    """Accuracy of every rate that a search tried."""
+    shown = {
+        name: {
+            "lr": dict(entry.best.settings)["lr"],
+            "at_the_edge": entry.at_the_edge,
+            "accuracy": {rate: 100 * value for rate, value in sorted(entry.tried.items())},
+        }
+        for name, entry in found.items()
+        if entry.best
+    }
+    return table(shown)
 
 
 def best(records: Sequence[Record], factors: Sequence[float] = FACTORS) -> dict[str, dict[str, Any]]:
@@ -101,9 +188,10 @@ def read(path: Path) -> dict[str, float]:
 
 
 def with_rates(config: RunConfig, rates: Mapping[str, float]) -> RunConfig:
-    """The run with its optimizer's tuned rate, where there is one and the run sets none."""
+    """The run with the tuned rate of its optimizer, or of that with its schedule, where it sets none."""
     settings = dict(config.settings)
-    rate = rates.get(config.optimizer, peers.peer(config.optimizer).settings.get("lr"))
+    own = peers.peer(config.optimizer).settings.get("lr")
+    rate = rates.get(config.variant, rates.get(config.optimizer, own))
     if "lr" in settings or rate == peers.peer(config.optimizer).settings.get("lr"):
         return config
     return replace(config, settings=sorted_settings({**settings, "lr": rate}))
