@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rmsgd.backends import backend_for
 from rmsgd.backends.base import NOISE_VARIANCE, RANK
-from rmsgd.backends.torch_ import power_of_two, scaled_singular_values, without_numerical_zeros
+from rmsgd.backends.svd import power_of_two, scaled_singular_values, without_numerical_zeros
 from rmsgd.layers import SUPPORTED_DTYPES
 from rmsgd.reference import shrink
 

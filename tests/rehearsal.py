@@ -81,8 +81,8 @@ def rehearsed(folder: Path, order: str = "launched", seed: int = 0) -> Iterator[
         stack.enter_context(_installed("rmsgd._cuda", kernels))
         stack.enter_context(mock.patch.object(rmsgd, "_cuda", kernels, create=True))
         stack.enter_context(pretended_gpu(order, seed))
-        backends._load.cache_clear()
-        stack.callback(backends._load.cache_clear)
+        backends.forget_loaded()
+        stack.callback(backends.forget_loaded)
         yield
 
 

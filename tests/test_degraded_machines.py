@@ -139,9 +139,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setitem(sys.modules, "cupy", None)
     monkeypatch.setenv("RMSGD_BACKEND", "")
-    backends._load.cache_clear()
+    backends.forget_loaded()
     yield
-    backends._load.cache_clear()
+    backends.forget_loaded()
 
 
 class Outdated:

@@ -1,80 +1,73 @@
-"""The implementations of the four operations behind the optimizer, one table each, chosen by device.
+"""The implementations of what the optimizer needs done on a device, one backend each, chosen by device.
 
 ``native`` is the compiled core, ``numba`` the reference compiled where no compiler was there at
 installation, ``cuda`` the kernels that nvcc compiled at installation, ``cupy`` the same ones
 compiled at run time, ``torch`` plain torch operations for any device, ``reference`` float64 NumPy for
-tests. The environment variable ``RMSGD_BACKEND`` forces one by name.
+tests. Other packages may register more (``rmsgd.backends.plugins``). The environment variable
+``RMSGD_BACKEND`` forces one by name.
 """
 
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from importlib import import_module
 
 import torch
 
+from rmsgd.backends import plugins
 from rmsgd.backends.base import Backend, BackendUnavailable
+from rmsgd.backends.entry import Entry, Status, forget_loaded
+
+__all__ = [
+    "ENTRIES",
+    "Backend",
+    "BackendUnavailable",
+    "Entry",
+    "Status",
+    "backend_for",
+    "forget_loaded",
+    "statuses",
+]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One row of the table: a backend's name, the device type it runs on, and how to load it."""
-
-    name: str
-    device: str
-    module: str
-
-    def load(self) -> Backend:
-        """The backend; raises BackendUnavailable with the reason when it cannot run here."""
-        found = _load(self.module)
-        if isinstance(found, str):
-            raise BackendUnavailable(found)
-        return found
-
-    def status(self) -> "Status":
-        """Whether it can run here; loads it to find out."""
-        try:
-            return Status(self.name, self.device, True, self.load().description)
-        except BackendUnavailable as error:
-            return Status(self.name, self.device, False, str(error))
+def _create(module: str) -> Backend:
+    backend: Backend = import_module(f"rmsgd.backends.{module}").create()
+    return backend
 
 
-@cache
-def _load(module: str) -> Backend | str:
-    """The backend, or why it cannot run here: to find that out may have taken a minute of compilation."""
-    create: Callable[[], Backend] = import_module(f"rmsgd.backends.{module}").create
-    try:
-        return create()
-    except BackendUnavailable as error:
-        return str(error)
+def _entry(name: str, device: str, module: str) -> Entry:
+    return Entry(name, device, partial(_create, module))
 
 
-ENTRIES = (
-    Entry("native", "cpu", "native"),
-    Entry("numba", "cpu", "numba_"),
-    Entry("cuda", "cuda", "cuda"),
-    Entry("cupy", "cuda", "cupy_"),
-    Entry("torch", "any", "torch_"),
-    Entry("reference", "cpu", "reference"),
+_FAST = (
+    _entry("native", "cpu", "native"),
+    _entry("numba", "cpu", "numba_"),
+    _entry("cuda", "cuda", "cuda"),
+    _entry("cupy", "cuda", "cupy_"),
 )
-"""In order of preference. ``reference`` is last: it runs only when asked for."""
+_SLOW = (
+    _entry("torch", "any", "torch_"),
+    _entry("reference", "cpu", "reference"),
+)
+
+ENTRIES = (*_FAST, *_SLOW)
+"""The backends of this package in order of preference. ``reference`` is last: it runs only when asked for."""
+
+_NAMES = [entry.name for entry in ENTRIES]
 
 
-@dataclass(frozen=True)
-class Status:
-    """Whether a backend can run here, and if not, why."""
-
-    name: str
-    device: str
-    available: bool
-    reason: str
+def _entries() -> Iterator[Entry]:
+    """Every backend in order of preference: those of other packages go before plain torch operations only."""
+    yield from _FAST
+    yield from plugins.entries(_NAMES)
+    yield from _SLOW
 
 
 def statuses(*devices: str) -> list[Status]:
     """Every backend's status, in order of preference; of these device types' only, if any are named."""
-    return [entry.status() for entry in ENTRIES if not devices or entry.device in devices]
+    return [entry.status() for entry in _entries() if not devices or entry.device in devices]
 
 
 def backend_for(device: torch.device) -> Backend:
@@ -93,19 +86,25 @@ def backend_for(device: torch.device) -> Backend:
 def _backend_for(device: torch.device) -> Backend:
     forced = os.environ.get("RMSGD_BACKEND", "")
     if forced:
-        for entry in ENTRIES:
-            if entry.name == forced:
-                if entry.device not in ("any", device.type):
-                    raise ValueError(
-                        f"RMSGD_BACKEND={forced} runs on {entry.device}, but a parameter is on {device}"
-                    )
-                return entry.load()
-        names = ", ".join(entry.name for entry in ENTRIES)
-        raise ValueError(f"RMSGD_BACKEND={forced} is unknown; choose one of {names}")
-    for entry in ENTRIES:
+        return _forced(forced, device)
+    for entry in _entries():
         if entry.device in ("any", device.type):
             try:
                 return entry.load()
             except BackendUnavailable:
                 continue
+        if entry.device == plugins.UNKNOWN:  # it may have been meant for this device
+            warnings.warn(f"backend {entry.name}: {entry.status().reason}", stacklevel=2)
     raise BackendUnavailable(f"no backend runs on {device}")
+
+
+def _forced(name: str, device: torch.device) -> Backend:
+    for entry in (*ENTRIES, *plugins.entries(_NAMES, name)):
+        if entry.name == name:
+            if entry.device not in ("any", plugins.UNKNOWN, device.type):
+                raise ValueError(
+                    f"RMSGD_BACKEND={name} runs on {entry.device}, but a parameter is on {device}"
+                )
+            return entry.load()
+    names = ", ".join([*_NAMES, *plugins.names()])
+    raise ValueError(f"RMSGD_BACKEND={name} is unknown; choose one of {names}")

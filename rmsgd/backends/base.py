@@ -1,4 +1,9 @@
-"""What a backend is: four operations on one device, and the tables they work on."""
+"""What a backend is, and the tables it works on.
+
+Four operations on one device: a stepper for mini-batches, ``measure`` and ``measure_spectrum`` for spectra
+with EVBMF, ``update_rates`` for the learning-rate rules. Two more say how these lie in time beside the
+caller's work: ``side_stream`` and ``wait_side_stream``.
+"""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -79,7 +84,7 @@ class Stepper(Protocol):
 
 
 class HostStepper:
-    """Of steppers that the host drives: they read AMP's numbers, and take gradients one by one."""
+    """What steppers that the host drives share: they read AMP's numbers, and take gradients one by one."""
 
     def scaling(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> float | None:
         """See ``Stepper``."""
@@ -126,7 +131,7 @@ class RateTables:
 
 
 class OnHost:
-    """Of backends that the host drives: nothing runs aside."""
+    """What backends that the host drives share: nothing runs beside the caller's work."""
 
     on_host = True
 
@@ -138,8 +143,19 @@ class OnHost:
         """See ``Backend``."""
 
 
+OPERATIONS = ("stepper", "measure", "measure_spectrum", "update_rates", "side_stream", "wait_side_stream")
+"""The methods of a ``Backend``."""
+
+ATTRIBUTES = ("name", "description", "on_host")
+"""Its attributes."""
+
+
 class Backend(Protocol):
-    """One implementation of the step, the spectra with EVBMF, and the learning-rate rules."""
+    """One implementation of the step, the spectra with EVBMF, and the learning-rate rules.
+
+    A backend of another package derives from ``OnHost`` if the host drives it, and then needs the first four
+    of ``OPERATIONS``. Its stepper derives from ``HostStepper`` and needs ``step``.
+    """
 
     name: str
     description: str

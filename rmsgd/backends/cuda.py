@@ -25,7 +25,7 @@ from rmsgd.backends.cuda_spectra import LARGEST, Matrix, SpectraPlan, workspace_
 from rmsgd.backends.cuda_step import CudaStepper
 from rmsgd.backends.kernels import TEAM_SHARED, Kernels, upload
 from rmsgd.backends.streams import Streams
-from rmsgd.backends.torch_ import singular_values
+from rmsgd.backends.svd import singular_values
 from rmsgd.layers import as_matrix
 
 WORKSPACE_BYTES = 224 * 2**20

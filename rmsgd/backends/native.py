@@ -22,7 +22,7 @@ from rmsgd.backends.base import (
     StepTables,
     is_aligned,
 )
-from rmsgd.backends.torch_ import singular_values
+from rmsgd.backends.svd import singular_values
 from rmsgd.layers import Unfolding, as_matrix
 
 _DTYPES = {

@@ -20,6 +20,7 @@ from rmsgd.backends.base import (
 )
 from rmsgd.backends.numpy_ import update_rates
 from rmsgd.backends.per_tensor import OneByOneStepper
+from rmsgd.backends.svd import singular_values
 from rmsgd.layers import Unfolding, as_matrix
 
 
@@ -76,42 +77,6 @@ class TorchBackend(OnHost):
     def update_rates(self, tables: RateTables, groups: Sequence[RateGroup], metrics: Tensor) -> None:
         """See ``base.Backend``."""
         update_rates(tables, groups, metrics)
-
-
-def singular_values(matrix: Tensor, largest: float) -> Tensor:
-    """Singular values of a float64 matrix on its device, zero where they are numerically zero.
-
-    ``largest`` is its largest magnitude, finite. See ``scaled_singular_values``.
-    """
-    scale = power_of_two(largest)
-    return scaled_singular_values(matrix / scale) * scale
-
-
-def power_of_two(largest: float) -> float:
-    """What to divide a matrix of this largest magnitude by, so that no square overflows or vanishes."""
-    return math.ldexp(1.0, math.frexp(largest)[1] - 1)
-
-
-def scaled_singular_values(matrix: Tensor) -> Tensor:
-    """Singular values of a float64 matrix that was divided by its ``power_of_two``.
-
-    Those at or below ``M 2^-52 gamma_1`` are zero. Rows and columns of zeros, as in a pruned weight, cost
-    nothing.
-    """
-    gamma = matrix.new_zeros(min(matrix.shape))
-    M = max(matrix.shape)
-    filled = matrix != 0.0
-    rows, columns = filled.any(1), filled.any(0)
-    if not (rows.all() and columns.all()):
-        matrix = matrix[rows][:, columns]
-    gamma[: min(matrix.shape)] = torch.linalg.svdvals(matrix)
-    return without_numerical_zeros(gamma, M)
-
-
-def without_numerical_zeros(gamma: Tensor, M: int) -> Tensor:
-    """Singular values, descending, with those at or below ``M 2^-52 gamma_1`` set to 0 in place."""
-    gamma[gamma <= M * 2.0**-52 * gamma[0]] = 0.0
-    return gamma
 
 
 def create() -> TorchBackend:

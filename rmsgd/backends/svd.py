@@ -1,0 +1,45 @@
+"""Singular values by torch's SVD in float64: for the matrices that a Gram matrix does not decide.
+
+The torch backend measures every matrix so, the compiled cores those few that are left over.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def singular_values(matrix: Tensor, largest: float) -> Tensor:
+    """Singular values of a float64 matrix on its device, zero where they are numerically zero.
+
+    ``largest`` is its largest magnitude, finite. See ``scaled_singular_values``.
+    """
+    scale = power_of_two(largest)
+    return scaled_singular_values(matrix / scale) * scale
+
+
+def power_of_two(largest: float) -> float:
+    """What to divide a matrix of this largest magnitude by, so that no square overflows or vanishes."""
+    return math.ldexp(1.0, math.frexp(largest)[1] - 1)
+
+
+def scaled_singular_values(matrix: Tensor) -> Tensor:
+    """Singular values of a float64 matrix that was divided by its ``power_of_two``.
+
+    Those at or below ``M 2^-52 gamma_1`` are zero. Rows and columns of zeros, as in a pruned weight, cost
+    nothing.
+    """
+    gamma = matrix.new_zeros(min(matrix.shape))
+    M = max(matrix.shape)
+    filled = matrix != 0.0
+    rows, columns = filled.any(1), filled.any(0)
+    if not (rows.all() and columns.all()):
+        matrix = matrix[rows][:, columns]
+    gamma[: min(matrix.shape)] = torch.linalg.svdvals(matrix)
+    return without_numerical_zeros(gamma, M)
+
+
+def without_numerical_zeros(gamma: Tensor, M: int) -> Tensor:
+    """Singular values, descending, with those at or below ``M 2^-52 gamma_1`` set to 0 in place."""
+    gamma[gamma <= M * 2.0**-52 * gamma[0]] = 0.0
+    return gamma
