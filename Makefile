@@ -8,8 +8,6 @@ EXTRAS ?= dev
 INTEGRATIONS := $(VENV)/.integrations
 DOCS := $(VENV)/.docs
 NATIVE := $(shell find csrc -type f)
-# The CUDA kernels take minutes to compile: here only where there is a GPU to run them.
-export RMSGD_CUDA ?= $(if $(shell command -v nvidia-smi),1,0)
 
 .PHONY: demo test test-all sanitize fuzz lint format docs bench clean help
 

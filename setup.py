@@ -4,13 +4,17 @@
 without a compiler still gets a working installation: the build says so and the numba or the torch
 backend runs instead.
 
-`rmsgd._cuda` is built where nvcc is found (RMSGD_NVCC, the PATH, CUDA_HOME), for the architectures of
-RMSGD_CUDA_ARCHS ("75,90"; the newest one as PTX too); RMSGD_CUDA=0 leaves it out. Where it is missing,
-CuPy compiles the same kernels at run time.
+`rmsgd._cuda` is built where nvcc is found (RMSGD_NVCC, CUDA_HOME, the PATH) and it is known for which GPUs:
+those of RMSGD_CUDA_ARCHS ("75,90"), else of TORCH_CUDA_ARCH_LIST ("7.5;9.0"), else the ones that are visible.
+RMSGD_CUDA=0 leaves it out; RMSGD_CUDA=1 asks for it, and without a GPU compiles for every architecture, which
+takes many minutes. The newest architecture is added as PTX. Where the module is missing, CuPy compiles the
+same kernels at run time.
 """
 
+import ctypes
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -49,7 +53,9 @@ if X86:
 
 # Compiled by nvcc, once per architecture.
 CUDA_SOURCES = ["csrc/sgd/step_cuda.cu", "csrc/spectrum/spectrum_cuda.cu", "csrc/evbmf/rates_cuda.cu"]
-CUDA_ARCHS = "75,80,86,89,90,100,120"
+CUDA_ARCHS = (75, 80, 86, 89, 90, 100, 120)
+# The names that TORCH_CUDA_ARCH_LIST may hold instead of numbers.
+NAMED_ARCHS = {"turing": (75,), "ampere": (80, 86), "ada": (89,), "hopper": (90,), "blackwell": (100, 120)}
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
 
 CXX_FLAGS = [
@@ -159,7 +165,14 @@ class BuildExtensions(build_ext):
         nvcc = find_nvcc()
         if nvcc is None:
             raise RuntimeError("no nvcc: set RMSGD_NVCC or CUDA_HOME, or put it into PATH")
-        archs = os.environ.get("RMSGD_CUDA_ARCHS") or supported_archs(nvcc)
+        numbers = cuda_archs(supported_archs(nvcc))
+        if not numbers:
+            say(
+                "the CUDA kernels are not compiled, since no GPU for them is visible: RMSGD_CUDA_ARCHS=75,90 "
+                "names what to compile for, RMSGD_CUDA=1 means all; else CuPy compiles them at run time"
+            )
+            return
+        archs = as_text(numbers)
         say(f"compiling the CUDA kernels for {archs} with {nvcc}; this takes some minutes")
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +182,7 @@ class BuildExtensions(build_ext):
             target = folder / f"{Path(source).stem}-{archs.replace(',', '-')}.o"
             listed = target.with_suffix(".d")
             if not is_newer(target, listed):
-                flags = [*NVCC_FLAGS, *gencode(archs), *include, "-MD", "-MF", listed]
+                flags = [*NVCC_FLAGS, *gencode(numbers), *include, "-MD", "-MF", listed]
                 run([nvcc, *flags, "-c", source, "-o", target])
             return str(target)
 
@@ -209,17 +222,79 @@ def find_nvcc() -> Path | None:
     return None
 
 
-def supported_archs(nvcc: Path) -> str:
-    """Those of CUDA_ARCHS that this nvcc knows."""
-    known = run([nvcc, "--list-gpu-arch"])
-    return ",".join(arch for arch in CUDA_ARCHS.split(",") if f"compute_{arch}" in known)
+def supported_archs(nvcc: Path) -> list[int]:
+    """The architectures that this nvcc and the kernels know."""
+    known = map(int, re.findall(r"compute_(\d+)", run([nvcc, "--list-gpu-arch"])))
+    return sorted(arch for arch in known if arch >= CUDA_ARCHS[0])
 
 
-def gencode(archs: str) -> list[str]:
+def cuda_archs(supported: list[int]) -> list[int]:
+    """Architectures to compile for, in ascending order; empty where nothing says which.
+
+    Raises:
+        ValueError: RMSGD_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST cannot be read, or names none that is supported.
+
+    """
+    for variable in ("RMSGD_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
+        if text := os.environ.get(variable, "").strip():
+            # Torch's list may be meant for older GPUs too; ours is meant as it stands.
+            named = parsed_archs(variable, text)
+            archs = [arch for arch in named if arch in supported] if variable.startswith("TORCH") else named
+            if not archs:
+                raise ValueError(f"{variable}={text!r} names none of {as_text(supported)}")
+            return archs
+    # A GPU that nvcc does not know yet runs what is compiled for the newest one before it.
+    older = ([arch for arch in supported if arch <= gpu] for gpu in visible_gpus())
+    if archs := sorted({known[-1] for known in older if known}):
+        return archs
+    return [arch for arch in CUDA_ARCHS if arch in supported] if os.environ.get("RMSGD_CUDA") == "1" else []
+
+
+def parsed_archs(variable: str, text: str) -> list[int]:
+    """Numbers of a list such as "75,90", "7.5;9.0a 12.0+PTX" or "Turing Hopper", in ascending order."""
+    archs: set[int] = set()
+    for word in re.split(r"[\s,;]+", text.strip(" ,;").lower()):
+        name = word.removesuffix("+ptx")
+        if name in NAMED_ARCHS:
+            archs.update(NAMED_ARCHS[name])
+        elif number := re.fullmatch(r"(\d+)\.?(\d)[af]?", name):
+            archs.add(int(number[1] + number[2]))
+        else:
+            raise ValueError(
+                f"{variable}={text!r}: expected compute capabilities such as 75,90, got {word!r}"
+            )
+    return sorted(archs)
+
+
+def visible_gpus() -> list[int]:
+    """Compute capabilities (75 for 7.5) of the GPUs that the driver shows to this process."""
+    major_and_minor = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count, value = ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    found = []
+    for device in range(count.value):
+        digits = ""
+        for attribute in major_and_minor:
+            driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+            digits += str(value.value)
+        found.append(int(digits))
+    return found
+
+
+def as_text(archs: list[int]) -> str:
+    """Numbers as RMSGD_CUDA_ARCHS takes them."""
+    return ",".join(map(str, archs))
+
+
+def gencode(archs: list[int]) -> list[str]:
     """nvcc's flags for machine code of every architecture and PTX of the newest."""
-    numbers = sorted((arch.strip() for arch in archs.split(",")), key=int)
-    flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
-    return [*flags, f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
+    flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
 def is_newer(target: Path, listed: Path) -> bool:
@@ -256,8 +331,11 @@ def extensions():
     wanted = os.environ.get("RMSGD_CUDA")
     if wanted == "1" or (wanted != "0" and find_nvcc() is not None):
         names.append("rmsgd._cuda")
+    include, required = ["csrc", pybind11.get_include()], bool(os.environ.get("RMSGD_REQUIRE_NATIVE"))
     return [
-        Extension(name, [], include_dirs=["csrc", pybind11.get_include()], language="c++") for name in names
+        # Optional: an editable installation, too, goes on without a module that could not be built.
+        Extension(name, [], include_dirs=include, language="c++", optional=not required)
+        for name in names
     ]
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from emulated import ROOT
@@ -59,6 +60,113 @@ def test_without_nvcc_the_cuda_kernels_are_left_out_or_an_error_where_they_are_a
     _, cuda = setup.extensions()
     with pytest.raises(RuntimeError, match="no nvcc: set RMSGD_NVCC"):
         setup.BuildExtensions(Distribution()).build_extension(cuda)
+
+
+NVCC = """#!/bin/sh
+echo "$@" >> {said}
+test "$1" = --list-gpu-arch && echo compute_75 compute_80 compute_90 compute_110 compute_103
+"""
+
+
+@pytest.fixture
+def compiled_for(monkeypatch, tmp_path):
+    """The architectures that nvcc is asked for under these variables where these GPUs are visible."""
+    said, nvcc = tmp_path / "said", tmp_path / "nvcc"
+    nvcc.write_text(NVCC.format(said=said))
+    nvcc.chmod(0o755)
+
+    def build(gpus, **environment):
+        for name in ("RMSGD_CUDA", "RMSGD_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "RMSGD_REQUIRE_NATIVE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in {"RMSGD_NVCC": str(nvcc), **environment}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(setup, "visible_gpus", lambda: gpus)
+        said.write_text("")
+        command = setup.BuildExtensions(Distribution())
+        command.build_temp = str(tmp_path)
+        for extension in setup.extensions()[1:]:
+            command.build_extension(extension)
+        return sorted({int(arch) for arch in re.findall(r"code=sm_(\d+)", said.read_text())})
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environment", "archs"),
+    [
+        ([], {}, []),
+        ([90], {}, [90]),
+        ([90, 75, 90], {}, [75, 90]),
+        ([120], {}, [110]),  # newer than nvcc
+        ([89], {}, [80]),
+        ([61], {}, []),  # too old for the kernels
+        ([], {"RMSGD_CUDA": "1"}, [75, 80, 90]),
+        ([90], {"RMSGD_CUDA": "1"}, [90]),
+        ([90], {"RMSGD_CUDA": "0"}, []),
+        ([90], {"RMSGD_CUDA_ARCHS": "80, 75"}, [75, 80]),
+        ([], {"RMSGD_CUDA_ARCHS": "90", "TORCH_CUDA_ARCH_LIST": "7.5"}, [90]),
+        ([90], {"RMSGD_CUDA_ARCHS": "90", "RMSGD_CUDA": "0"}, []),
+        ([], {"TORCH_CUDA_ARCH_LIST": "6.1;7.5;9.0a+PTX"}, [75, 90]),
+        ([75], {"TORCH_CUDA_ARCH_LIST": "Hopper 7.5"}, [75, 90]),
+        ([75], {"TORCH_CUDA_ARCH_LIST": " ", "RMSGD_CUDA_ARCHS": ""}, [75]),
+    ],
+)
+def test_cuda_is_compiled_for_what_is_named_or_else_visible(compiled_for, gpus, environment, archs):
+    assert compiled_for(gpus, **environment) == archs
+
+
+def test_without_a_gpu_one_line_says_how_to_have_the_cuda_kernels(compiled_for, capfd):
+    compiled_for([])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "RMSGD_CUDA_ARCHS=75,90 names what to compile for" in line
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "message"),
+    [
+        (
+            "RMSGD_CUDA_ARCHS",
+            "75,new",
+            "RMSGD_CUDA_ARCHS='75,new': expected compute capabilities such as 75,90",
+        ),
+        ("TORCH_CUDA_ARCH_LIST", "5.0;Pascal", "TORCH_CUDA_ARCH_LIST='5.0;Pascal': expected"),
+        ("TORCH_CUDA_ARCH_LIST", "5.0;6.1", "TORCH_CUDA_ARCH_LIST='5.0;6.1' names none of 75,80,90,103,110"),
+    ],
+)
+def test_a_list_of_architectures_that_says_nothing_is_named(compiled_for, capfd, variable, text, message):
+    assert compiled_for([90], **{variable: text}) == []
+    assert message in capfd.readouterr().err
+    with pytest.raises(ValueError, match="RCH"):
+        compiled_for([90], RMSGD_REQUIRE_NATIVE="1", **{variable: text})
+
+
+def driver(capabilities, status=0):
+    """As much of libcuda as tells the GPUs."""
+
+    def write(pointer, value):
+        pointer._obj.value = value
+        return 0
+
+    return SimpleNamespace(
+        cuInit=lambda flags: status,
+        cuDeviceGetCount=lambda count: write(count, len(capabilities)),
+        cuDeviceGetAttribute=lambda value, which, device: write(value, capabilities[device][which - 75]),
+    )
+
+
+def test_the_driver_says_which_gpus_are_visible(monkeypatch):
+    monkeypatch.setattr(setup.ctypes, "CDLL", lambda name: driver([(7, 5), (12, 0)]))
+    assert setup.visible_gpus() == [75, 120]
+    monkeypatch.setattr(setup.ctypes, "CDLL", lambda name: driver([(7, 5)], status=100))
+    assert setup.visible_gpus() == []
+
+
+def test_without_a_driver_no_gpu_is_visible(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(setup.ctypes, "CDLL", missing)
+    assert setup.visible_gpus() == []
 
 
 def nvrtc_library():

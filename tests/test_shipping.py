@@ -37,18 +37,20 @@ def run(*command, cwd=ROOT, **environment):
     return done.stdout
 
 
-def build(kind, folder, source=ROOT, **environment):
+def copied(folder):
+    """A copy of the checkout: builds of other tests and of the developer use the same folder there."""
+    for name in run("git", "ls-files", "--cached", "--others", "--exclude-standard").splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+def build(kind, folder, **environment):
     """Build an sdist or a wheel with the packages that are installed here; its path."""
     pytest.importorskip("build")
     pytest.importorskip("pybind11")
-    # From a copy: builds of other tests and of the developer use the same folder in the checkout.
-    copy = folder / "source"
-    if not copy.exists():
-        ignored = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=source)
-        for name in filter(None, ignored.splitlines()):
-            if (source / name).is_file():
-                (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                (copy / name).write_bytes((source / name).read_bytes())
+    copy = copied(folder / "source")
     run(sys.executable, "-m", "build", "-n", f"--{kind}", "--outdir", folder, copy, cwd=folder, **environment)
     [made] = folder.glob("*.tar.gz" if kind == "sdist" else "*.whl")
     return made
@@ -79,9 +81,9 @@ def python_of_clean_environment(folder):
     return folder / "bin" / "python"
 
 
-def install(python, package, **environment):
+def install(python, *package, **environment):
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps"]
-    run(*pip, "--no-build-isolation", "--no-index", package, **environment)
+    run(*pip, "--no-build-isolation", "--no-index", *package, **environment)
 
 
 def doctor(python, folder):
@@ -128,7 +130,7 @@ def test_the_sdist_holds_all_that_a_build_needs(sdist):
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     tracked = set(run("git", "ls-files", "rmsgd", "csrc").split())
     assert names >= tracked | {"setup.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md"}
-    assert not [name for name in names if re.search(r"\.(so|pyc|o)$|__pycache__", name)]
+    assert not [name for name in names if re.search(r"\.(so|pyc|o)$|__pycache__|^tests/", name)]
 
 
 def test_the_metadata_tell_licence_pythons_and_extras(pure_wheel):
@@ -198,6 +200,14 @@ def test_an_sdist_installs_with_and_without_compilers(sdist, tmp_path, compilers
     assert (doctor(python, tmp_path)["used"]["cpu"] == "native") == ("_cpu" in modules)
     for name in modules:
         run(python, "-c", f"import rmsgd.{name}", cwd=tmp_path, PYTHONPATH="")
+
+
+def test_an_editable_installation_goes_on_without_a_compiler(tmp_path):
+    copy = copied(tmp_path / "source")
+    python = python_of_clean_environment(tmp_path / "venv")
+    install(python, "-e", copy, **NO_COMPILER)
+    where = run(python, "-c", "import rmsgd; print(rmsgd.__file__)", cwd=tmp_path, PYTHONPATH="")
+    assert str(copy) in where
 
 
 @pytest.mark.slow
