@@ -5,8 +5,11 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "kernels_cuda.h"
 
@@ -39,30 +42,63 @@ Kernel kernel(const std::string& name) {
   throw py::key_error("no kernel is called " + name);
 }
 
-// Makes a device current, and the one before it again at the end.
+// A function of the driver, which the runtime has loaded.
+template <class Function>
+Function driver_function(const char* name) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+  check(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result), name);
+#else
+  check(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result), name);
+#endif
+  if (result != cudaDriverEntryPointSuccess || found == nullptr) {
+    throw std::runtime_error(std::string(name) + " is not in this driver");
+  }
+  return reinterpret_cast<Function>(found);
+}
+
+// The driver's idea of the thread's current context, which may be none.
+struct CurrentContext {
+  int (*get)(void** context) = driver_function<int (*)(void**)>("cuCtxGetCurrent");
+  int (*set)(void* context) = driver_function<int (*)(void*)>("cuCtxSetCurrent");
+
+  static const CurrentContext& functions() {
+    static const CurrentContext found;
+    return found;
+  }
+};
+
+// Makes a device current, and at the end the context that was. Where that was none, the device before is no
+// answer: to choose it would create a context there, half a gigabyte on device 0 for a model on another one.
 class OnDevice {
  public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "asking for the current device");
-    if (device != before_) check(cudaSetDevice(device), "choosing device " + std::to_string(device));
-    changed_ = device != before_;
+  explicit OnDevice(int device) : current_(CurrentContext::functions()) {
+    if (current_.get(&before_) != 0) throw std::runtime_error("asking for the current context");
+    check(cudaSetDevice(device), "choosing device " + std::to_string(device));
   }
-  ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
+  ~OnDevice() { current_.set(before_); }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
  private:
-  int before_ = 0;
-  bool changed_ = false;
+  const CurrentContext& current_;
+  void* before_ = nullptr;
 };
 
-void allow_shared(const Kernel& chosen, int shared_bytes, const std::string& name) {
+// Lets a kernel take so much shared memory; never less than before, for another thread may be about to
+// launch it.
+void allow_shared(const Kernel& chosen, int device, int shared_bytes, const std::string& name) {
   constexpr int WITHOUT_ASKING = 48 * 1024;
+  static std::mutex guard;
+  static std::map<std::pair<const void*, int>, int> allowed;
   if (shared_bytes <= WITHOUT_ASKING) return;
+  const std::lock_guard<std::mutex> one_at_a_time(guard);
+  int& before = allowed[{chosen.function, device}];
+  if (shared_bytes <= before) return;
   check(cudaFuncSetAttribute(chosen.function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
         name + ": asking for " + std::to_string(shared_bytes) + " bytes of shared memory");
+  before = shared_bytes;
 }
 
 void launch(const std::string& name, int device, std::int64_t blocks, int threads, int shared_bytes,
@@ -81,8 +117,10 @@ void launch(const std::string& name, int device, std::int64_t blocks, int thread
     throw py::value_error("threads: expected 1 to 1024, got " + std::to_string(threads));
   }
   if (shared_bytes < 0) throw py::value_error("shared_bytes: negative");
+  // A launch waits while the device's queue is full, and loads the kernel the first time.
+  const py::gil_scoped_release others_may_run;
   const OnDevice on(device);
-  allow_shared(chosen, shared_bytes, name);
+  allow_shared(chosen, device, shared_bytes, name);
   void* parameters[] = {bytes.ptr};
   const dim3 grid{unsigned(blocks)}, block{unsigned(threads)};
   const auto queue = reinterpret_cast<cudaStream_t>(stream);
@@ -95,8 +133,9 @@ void launch(const std::string& name, int device, std::int64_t blocks, int thread
 
 int resident_blocks(const std::string& name, int device, int threads, int shared_bytes) {
   const Kernel chosen = kernel(name);
+  const py::gil_scoped_release others_may_run;
   const OnDevice on(device);
-  allow_shared(chosen, shared_bytes, name);
+  allow_shared(chosen, device, shared_bytes, name);
   int each = 0, multiprocessors = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, chosen.function, threads,
                                                       std::size_t(shared_bytes)),

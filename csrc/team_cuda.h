@@ -128,16 +128,18 @@ class BlockTeam {
   int turn_ = 0;
 };
 
-// Where the blocks of one team meet, in global memory: zero at first, and of one launch only. A block comes
-// to the meetings in turn with a value, in two halves. Above the lower one stands the number of the meeting.
-struct Meeting {
+// Where the blocks of one team wait for each other, in global memory: zero at first, and of one launch only.
+// A block comes to each of its barriers in turn with a value, in two halves. Above the lower one stands the
+// barrier's number.
+struct GridBarrier {
   unsigned long long halves[2][2][WARP];
 };
-static_assert(sizeof(Meeting) == 1024, "_MEETING_BYTES of rmsgd/backends/cuda_spectra.py");
+static_assert(sizeof(GridBarrier) == 1024, "_GRID_BARRIER_BYTES of rmsgd/backends/cuda_spectra.py");
 
-// Who finds a word with `acquire` that was left with `release` sees all that the other thread had written or
-// seen before. A __threadfence() on either side would do it too, at the price of two heavier fences.
-__device__ __forceinline__ void release(unsigned long long* to, unsigned long long word) {
+// Who finds with load_relaxed a word that store_release left, and then passes fence_acquire, sees all that
+// the other thread had written or seen before. Waiting takes many loads and one fence: a load that acquires
+// would empty the multiprocessor's first-level cache each time.
+__device__ __forceinline__ void store_release(unsigned long long* to, unsigned long long word) {
 #ifdef __CUDA_ARCH__
   asm volatile("st.release.gpu.u64 [%0], %1;" : : "l"(to), "l"(word) : "memory");
 #else
@@ -145,21 +147,29 @@ __device__ __forceinline__ void release(unsigned long long* to, unsigned long lo
 #endif
 }
 
-__device__ __forceinline__ unsigned long long acquire(const unsigned long long* from) {
+__device__ __forceinline__ unsigned long long load_relaxed(const unsigned long long* from) {
 #ifdef __CUDA_ARCH__
   unsigned long long word;
-  asm volatile("ld.acquire.gpu.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+  asm volatile("ld.relaxed.gpu.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
   return word;
 #else
-  return __atomic_load_n(from, __ATOMIC_ACQUIRE);
+  return __atomic_load_n(from, __ATOMIC_RELAXED);
+#endif
+}
+
+__device__ __forceinline__ void fence_acquire() {
+#ifdef __CUDA_ARCH__
+  asm volatile("fence.acq_rel.gpu;" : : : "memory");
+#else
+  __atomic_thread_fence(__ATOMIC_ACQUIRE);
 #endif
 }
 
 // Up to 32 blocks. All of them must be resident at once: launch cooperatively.
 class GridTeam {
  public:
-  __device__ __forceinline__ GridTeam(int block, int blocks, Meeting* meeting)
-      : block_number_(block), blocks_(blocks), meeting_(meeting) {}
+  __device__ __forceinline__ GridTeam(int block, int blocks, GridBarrier* grid_barrier)
+      : block_number_(block), blocks_(blocks), grid_barrier_(grid_barrier) {}
 
   __device__ __forceinline__ int rank() const { return block_number_ * block_.size() + block_.rank(); }
   __device__ __forceinline__ int size() const { return blocks_ * block_.size(); }
@@ -177,7 +187,7 @@ class GridTeam {
   __device__ __forceinline__ void barrier() {
     block_.barrier();
     if (blocks_ == 1) return;
-    meet(Sum<int>(), 0);
+    exchange(Sum<int>(), 0);
     block_.barrier();
   }
 
@@ -195,28 +205,29 @@ class GridTeam {
   template <class Operation, class T>
   __device__ __forceinline__ T combine(Operation operation, T x) {
     x = block_.combine(operation, x);
-    return blocks_ == 1 ? x : block_.first(meet(operation, x));
+    return blocks_ == 1 ? x : block_.first(exchange(operation, x));
   }
 
-  // The blocks' meeting, when each block's own threads have met. Its first warp goes there, with one lane to
-  // look out for each block, and comes back with all values combined.
+  // The barrier of the blocks, when each block's own threads have met. Its first warp goes there, with one
+  // lane to look out for each block, and comes back with all values combined.
   template <class Operation, class T>
-  __device__ __forceinline__ T meet(Operation operation, T x) {
-    ++met_;
+  __device__ __forceinline__ T exchange(Operation operation, T x) {
+    ++passed_;
     if (block_.rank() >= WARP) return x;
     const int lane = block_.rank();
-    // A block may have come to the next meeting already, but to none after it.
-    unsigned long long* const low = meeting_->halves[met_ % 2][0];
-    unsigned long long* const high = meeting_->halves[met_ % 2][1];
-    const unsigned long long tag = (unsigned long long)met_ << 32;
+    // A block may have come to the next barrier already, but to none after it.
+    unsigned long long* const low = grid_barrier_->halves[passed_ % 2][0];
+    unsigned long long* const high = grid_barrier_->halves[passed_ % 2][1];
+    const unsigned long long number = (unsigned long long)passed_ << 32;
     if (lane == 0) {
       const unsigned long long bits = bits_of(x);
       if (sizeof(T) > 4) high[block_number_] = bits >> 32;
-      release(&low[block_number_], tag | (bits & 0xffffffffu));
+      store_release(&low[block_number_], number | (bits & 0xffffffffu));
     }
     unsigned long long bits = 0;
     if (lane < blocks_) {
-      while ((bits = acquire(&low[lane])) < tag) __nanosleep(20);
+      while ((bits = load_relaxed(&low[lane])) < number) __nanosleep(20);
+      fence_acquire();
       bits &= 0xffffffffu;
       if (sizeof(T) > 4) bits |= high[lane] << 32;
     }
@@ -226,8 +237,8 @@ class GridTeam {
   BlockTeam block_;
   int block_number_;
   int blocks_;
-  unsigned met_ = 0;
-  Meeting* meeting_;
+  unsigned passed_ = 0;
+  GridBarrier* grid_barrier_;
 };
 
 }  // namespace rmsgd

@@ -11,7 +11,7 @@ it. So work that lacks a wait, or a tensor that is gone too early, gives wrong n
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -225,6 +225,18 @@ def _sleep(cycles: int) -> None:
     QUEUES.current_stream().add(lambda: None)
 
 
+class Ranges:
+    """See ``torch.cuda.nvtx``; keeps the names of the ranges that were entered."""
+
+    names: ClassVar[list[str]] = []
+
+    @staticmethod
+    @contextmanager
+    def range(name: str) -> Iterator[None]:
+        Ranges.names.append(name)
+        yield
+
+
 class _Properties:
     name = "pretended GPU"
     major, minor = 7, 5
@@ -246,7 +258,7 @@ def pretended_gpu(order: str = "launched", seed: int = 0) -> Iterator[None]:
         "synchronize": QUEUES.synchronize,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "is_current_stream_capturing": lambda: QUEUES.current_stream() in QUEUES.captured,
+        "is_current_stream_capturing": QUEUES.is_capturing,
         "_lazy_init": lambda: None,
         "device_count": lambda: 2,
         "current_device": lambda: QUEUES.current_device,
@@ -261,6 +273,7 @@ def pretended_gpu(order: str = "launched", seed: int = 0) -> Iterator[None]:
         "reset_peak_memory_stats": lambda device=None: setattr(Memory, "peak", Memory.allocated),
         "set_sync_debug_mode": QUEUES.set_sync_debug_mode,
         "_sleep": _sleep,
+        "nvtx": Ranges,
     }
     with ExitStack() as stack:
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") goes by way of the CPU

@@ -201,6 +201,10 @@ class Queues:
         finally:
             del self.captured[stream]
 
+    def is_capturing(self) -> bool:
+        """See ``torch.cuda.is_current_stream_capturing``."""
+        return self.current_stream(self.current_device) in self.captured
+
     def synchronize(self, device: Any = None) -> None:
         """See ``torch.cuda.synchronize``; of all devices."""
         self.wait_for(*self.busy)

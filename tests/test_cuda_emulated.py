@@ -3,17 +3,18 @@
 import ctypes
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from emulated import ORDERS, EmulatedKernels, OneStream, emulated_backend
+from emulated import ORDERS, EmulatedKernels, OneStream, compile_cpp, emulated_backend
 from matrices import low_rank
 from torch.nn import Parameter
 
 import rmsgd
 from rmsgd import reference
-from rmsgd.backends import cuda, cuda_spectra, cuda_teams
+from rmsgd.backends import cuda, cuda_spectra, cuda_step, cuda_teams
 from rmsgd.backends.base import (
     CHANGED,
     CONDITION_NUMBER,
@@ -34,6 +35,7 @@ from rmsgd.backends.base import (
 from rmsgd.backends.cuda import _RATES_ARGUMENTS, _VALUES_ARGUMENTS
 from rmsgd.backends.cuda_spectra import _ARGUMENTS
 from rmsgd.backends.cuda_step import _SIZES, _arguments
+from rmsgd.backends.kernels import TEAM_SHARED
 from rmsgd.backends.numpy_ import NumpyBackend, update_rates
 from rmsgd.layers import as_matrix, unfoldings
 from rmsgd.optim import device_state
@@ -156,12 +158,12 @@ def test_matrices_of_all_sizes_and_types_share_the_launches(backend):
 
 
 @pytest.fixture
-def free_meetings(monkeypatch):
+def free_barriers(monkeypatch):
     """Teams as large as they can be, for small matrices too."""
     monkeypatch.setattr(cuda_teams, "_MEETING", 0.0)
 
 
-def test_several_blocks_reduce_one_matrix_in_waves_that_fit_the_device(library, monkeypatch, free_meetings):
+def test_several_blocks_reduce_one_matrix_in_waves_that_fit_the_device(library, monkeypatch, free_barriers):
     capacity = {"rmsgd_tridiagonal": 3, "rmsgd_tridiagonal_double": 2}
     launched = {name: [] for name in capacity}
     plain = EmulatedKernels.launch
@@ -181,7 +183,7 @@ def test_several_blocks_reduce_one_matrix_in_waves_that_fit_the_device(library, 
 
 
 @pytest.mark.parametrize("order", ORDERS[1:])
-def test_the_order_of_threads_changes_no_bit(library, free_meetings, order):
+def test_the_order_of_threads_changes_no_bit(library, free_barriers, order):
     matrices = spectra(
         low_rank(70, 100, 5, 0.2),
         low_rank(33, 50, 5, 1e-3),
@@ -220,8 +222,8 @@ def svd_launches(library, monkeypatch):
         def memory():
             head = arguments[0]
             table = ctypes.string_at(int(head["table"]), int(head["matrices"]) * FIELDS * 8)
-            meetings = (2 * int(head["matrices"]) + 1) * cuda_spectra._MEETING_BYTES
-            return table, ctypes.string_at(int(head["meeting"]), meetings)
+            barriers = (2 * int(head["matrices"]) + 1) * cuda_spectra._GRID_BARRIER_BYTES
+            return table, ctypes.string_at(int(head["grid_barrier"]), barriers)
 
         if name != "rmsgd_svd":
             return plain(kernels, name, device, blocks, threads, shared, stream, arguments, cooperative)
@@ -253,7 +255,7 @@ def test_where_nothing_waits_for_singular_values_blocks_neither_write_nor_meet(l
     assert before == after
 
 
-def test_no_more_blocks_find_singular_values_than_a_meeting_has_room_for(library, svd_launches):
+def test_no_more_blocks_find_singular_values_than_a_grid_barrier_has_room_for(library, svd_launches):
     table = emulated_backend(library, resident=500).measure(spectra(torch.eye(2, 3)))
     assert table[0, STATUS] == MEASURED
     assert svd_launches[0][0] == 32
@@ -615,7 +617,7 @@ def module(backend):
     return backend._kernels.module
 
 
-STRUCTS = {
+TAKEN = {
     "rmsgd_values": _VALUES_ARGUMENTS,
     "rmsgd_rates": _RATES_ARGUMENTS,
     "rmsgd_gram": _ARGUMENTS,
@@ -662,7 +664,8 @@ def test_threads_that_come_together_share_the_streams_of_their_device(library):
         return OneStream(device)
 
     backend = cuda.CudaBackend("cuda", EmulatedKernels(library), "", make)
-    threads = [threading.Thread(target=backend.join, args=(torch.device("cpu"),)) for _ in range(4)]
+    device = torch.device("cpu")
+    threads = [threading.Thread(target=backend.wait_side_stream, args=(device,)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -670,6 +673,103 @@ def test_threads_that_come_together_share_the_streams_of_their_device(library):
     assert len(made) == 1
 
 
+NO_RATES = {
+    **LAUNCH,
+    "name": "rmsgd_rates",
+    "shared_bytes": TEAM_SHARED,
+    "arguments": np.zeros(1, _RATES_ARGUMENTS),
+}
+
+
+@pytest.fixture
+def contexts(library, module):
+    """The emulated driver's: which devices have one, and whose is the thread's."""
+    emulated = ctypes.CDLL(str(library))
+    emulated.emulated_forget_contexts()
+    return emulated
+
+
+def in_a_new_thread(work):
+    """Its result; a new thread has no current context."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+@pytest.mark.parametrize("call", ["launch", "resident_blocks"])
+def test_work_on_one_gpu_makes_no_context_on_another_and_leaves_none_current(module, contexts, call):
+    def work():
+        if call == "launch":
+            module.launch(**{**NO_RATES, "device": 1})
+        else:
+            module.resident_blocks("rmsgd_rates", 1, 256, 60_000)
+        return contexts.emulated_current_device()
+
+    assert in_a_new_thread(work) == -1
+    assert [contexts.emulated_has_context(device) for device in (0, 1)] == [0, 1]
+
+
+def test_the_context_that_was_current_is_current_again(module, contexts):
+    def work():
+        contexts.cudaSetDevice(0)
+        module.launch(**{**NO_RATES, "device": 1})
+        with pytest.raises(RuntimeError, match="choosing device 7"):
+            module.launch(**{**LAUNCH, "device": 7})
+        return contexts.emulated_current_device()
+
+    assert in_a_new_thread(work) == 0
+
+
+def test_other_python_threads_run_while_a_launch_waits_for_the_gpu(library, module):
+    queue_full = ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "emulated_queue_full")
+    queue_full.value = 1
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(module.launch, **NO_RATES)
+        assert not waiting.done()
+        queue_full.value = 0
+        waiting.result()
+
+
+STRUCTS = {
+    "SpectrumArguments": _ARGUMENTS,
+    "CudaMatrix": cuda_spectra._MATRIX,
+    "Side": cuda_spectra._SIDE,
+    "GramItem": cuda_spectra._ITEM,
+    "SpectrumState": cuda_spectra._STATE,
+    "TeamBlock": cuda_spectra._TEAM_BLOCK,
+    "ValuesArguments": _VALUES_ARGUMENTS,
+    "RateGroup": cuda._RATE_GROUP,
+    "RateTables": cuda._RATE_TABLES,
+    "RatesArguments": _RATES_ARGUMENTS,
+    "CudaStepGroup": cuda_step._GROUP,
+    "CudaStepTensor": cuda_step._TENSOR,
+    "CudaStepItem": cuda_step._ITEM,
+    "StepArguments<STEP_SMALL>": _arguments(_SIZES["rmsgd_step"]),
+    "StepArguments<STEP_LARGE>": _arguments(_SIZES["rmsgd_step_large"]),
+}
+"""Of csrc, and the NumPy type that Python packs them with."""
+
+
+def test_every_field_that_python_packs_is_where_the_kernels_look_for_it(tmp_path):
+    lines = ["#include <cstddef>", '#include "kernels_cuda.h"', "using namespace rmsgd;"]
+    for number, (struct, dtype) in enumerate(STRUCTS.items()):
+        lines += [f"using S{number} = {struct};", f"static_assert(sizeof(S{number}) == {dtype.itemsize});"]
+        for field, (kind, offset) in ((name, dtype.fields[name][:2]) for name in dtype.names):
+            lines += [
+                f'static_assert(offsetof(S{number}, {field}) == {offset}, "{struct}::{field}");',
+                f'static_assert(sizeof(S{number}::{field}) == {kind.itemsize}, "{struct}::{field}");',
+            ]
+    source = tmp_path / "offsets.cpp"
+    source.write_text("\n".join(lines))
+    compile_cpp(source, tmp_path / "offsets.o", "-fsyntax-only", "-Wno-invalid-offsetof")
+
+
+def test_no_struct_that_python_packs_is_left_out():
+    known = {id(dtype) for dtype in STRUCTS.values()}
+    for module in (cuda, cuda_spectra, cuda_step):
+        for name, value in vars(module).items():
+            assert not isinstance(value, np.dtype) or id(value) in known, name
+
+
 def test_kernels_take_structs_of_the_size_that_python_packs(module):
-    for name, dtype in STRUCTS.items():
+    for name, dtype in TAKEN.items():
         assert module.argument_bytes(name) == dtype.itemsize

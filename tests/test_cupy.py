@@ -23,13 +23,20 @@ class Driver:
     """CuPy's, over the emulated kernels: like CUDA's it refuses memory not asked for, and another device."""
 
     def __init__(self, kernels):
-        self.kernels, self.current = kernels, [0]
+        self.kernels, self._thread = kernels, threading.local()
         self.functions, self.allowed, self.loaded = [], {}, 0
+        self.ctxGetCurrent = lambda: self.current[0]
+        self.ctxSetCurrent = lambda context: self.current.__setitem__(0, context)
         self.pause = lambda: None  # what takes CUDA a while
+
+    @property
+    def current(self):
+        """The device whose context is the thread's."""
+        return self._thread.__dict__.setdefault("current", [None])
 
     def check(self, function, shared_bytes):
         name, device = self.functions[function]
-        assert device == self.current[-1]
+        assert device == self.current[0]
         assert shared_bytes <= self.allowed.get(function, WITHOUT_ASKING)
         return name
 
@@ -40,7 +47,7 @@ class Driver:
 
     def occupancyMaxActiveBlocksPerMultiprocessor(self, function, threads, shared_bytes):  # noqa: N802
         name = self.check(function, shared_bytes)
-        return self.kernels.resident_blocks(name, self.current[-1], threads, shared_bytes) // 2
+        return self.kernels.resident_blocks(name, self.current[0], threads, shared_bytes) // 2
 
     def launchKernel(self, function, *rest):  # noqa: N802
         assert rest[-1] == 0
@@ -53,7 +60,7 @@ class Driver:
         address = ctypes.c_void_p.from_address(parameters).value
         arguments = np.frombuffer(ctypes.string_at(address, size), np.uint8)
         self.kernels.launch(
-            name, self.current[-1], blocks, threads, shared_bytes, stream, arguments, cooperative
+            name, self.current[0], blocks, threads, shared_bytes, stream, arguments, cooperative
         )
 
 
@@ -71,17 +78,14 @@ def pretended_cupy(driver=None, capability="75", known=(75, 90)):
         def __init__(self, number):
             self.number = number
 
-        def __enter__(self):
-            driver.current.append(self.number)
-
-        def __exit__(self, *_):
-            driver.current.pop()
+        def use(self):
+            driver.current[0] = self.number
 
     class Module:
         def load(self, code):
             driver.pause()
             driver.loaded += 1
-            self.device = driver.current[-1]
+            self.device = driver.current[0]
 
         def get_function(self, name):
             driver.functions.append((name, self.device))
@@ -136,7 +140,7 @@ def test_each_device_has_kernels_of_its_own(library):
     for device in (0, 1, 0):
         assert kernels.resident_blocks("rmsgd_rates", device, 256, 60_000) == driver.kernels.resident
     assert driver.functions == [("rmsgd_rates", 0), ("rmsgd_rates", 1)]
-    assert driver.current == [0]
+    assert driver.current == [None]
 
 
 def test_shared_memory_is_a_blocks_and_then_a_multiprocessors():

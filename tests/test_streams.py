@@ -12,6 +12,7 @@ import streams
 import torch
 from emulated import ROOT
 from matrices import low_rank
+from pretended_cuda import Ranges
 from pretended_streams import ORDERS
 from torch.nn import Parameter
 
@@ -148,6 +149,48 @@ def test_torch_operations_refuse_to_be_captured_in_a_graph(gpu_folder, monkeypat
         optimizer = rmsgd.RMSGD([p])
         with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(RuntimeError, match="CUDA graph"):
             optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["cuda", "torch"])
+def test_an_epoch_end_is_no_part_of_a_graph_and_changes_nothing_there(gpu_folder, monkeypatch, backend):
+    monkeypatch.setenv("RMSGD_BACKEND", backend)
+    with rehearsal.rehearsed(gpu_folder):
+        p = Parameter(low_rank(20, 30, 3, 0.1).cuda())
+        optimizer = rmsgd.RMSGD([p], lr=0.03)
+        before = optimizer.state_dict()["state"][0]["rate"], optimizer.state[p]["epoch"]
+        with (
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+            pytest.raises(RuntimeError, match=r"epoch_step\(\) cannot be captured .* capture step\(\) alone"),
+        ):
+            optimizer.epoch_step()
+        assert (optimizer.state_dict()["state"][0]["rate"], optimizer.state[p]["epoch"]) == before
+        optimizer.epoch_step()
+        assert optimizer.learning_rates() != {"0.0": 0.03}
+
+
+def test_weights_are_not_measured_while_a_graph_is_captured(gpu_folder):
+    with rehearsal.rehearsed(gpu_folder):
+        weight = low_rank(20, 30, 3, 0.1).cuda()
+        matrices = [(weight, u) for u in unfoldings(weight.shape)]
+        backend = backends.backend_for(weight.device)
+        with (
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+            pytest.raises(RuntimeError, match="the measurement of weights cannot be captured"),
+        ):
+            backend.measure(matrices)
+
+
+def test_profilers_see_every_stage_by_its_name(gpu_folder):
+    with rehearsal.rehearsed(gpu_folder):
+        optimizer = rmsgd.RMSGD([p := Parameter(torch.randn(20, 30).cuda())])
+        p.grad = torch.randn_like(p)
+        Ranges.names.clear()
+        optimizer.step()
+        assert Ranges.names == ["rmsgd: step"]
+        optimizer.epoch_step()
+        stages = [name.removeprefix("rmsgd: ") for name in Ranges.names[1:]]
+    assert stages[:4] == ["fingerprint", "Gram matrices", "tridiagonal forms", "eigenvalues and EVBMF"]
+    assert stages[-2:] == ["SVD", "learning rates"]
 
 
 @pytest.fixture(scope="module")

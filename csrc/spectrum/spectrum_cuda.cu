@@ -136,7 +136,8 @@ __device__ __forceinline__ void tridiagonal_block(const SpectrumArguments& argum
   const CudaMatrix& matrix = arguments.matrix[mine.matrix];
   const int n = matrix.L, stride = matrix.stride;
   const int blocks = matrix.blocks[stage_of<T>()];
-  GridTeam team(mine.block, blocks, arguments.meeting + stage_of<T>() * arguments.matrices + mine.matrix);
+  GridTeam team(mine.block, blocks,
+                arguments.grid_barrier + stage_of<T>() * arguments.matrices + mine.matrix);
   T* const gram = reinterpret_cast<T*>(arguments.workspace + matrix.matrix);
   T* const vectors = reinterpret_cast<T*>(arguments.workspace + matrix.vectors);
 
@@ -318,7 +319,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 // for one. Which those are nobody changes meanwhile, so that all blocks go through the same ones.
 extern "C" __global__ void __launch_bounds__(512, 1)
     rmsgd_svd(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
-  rmsgd::GridTeam team(int(blockIdx.x), arguments.svd_blocks, arguments.meeting + 2 * arguments.matrices);
+  rmsgd::GridTeam team(int(blockIdx.x), arguments.svd_blocks,
+                       arguments.grid_barrier + 2 * arguments.matrices);
   int waiting = 0;
   for (int number = team.block().rank(); number < arguments.matrices; number += team.block().size()) {
     waiting += arguments.state[number].stage == rmsgd::STAGE_SVD;

@@ -21,7 +21,7 @@
 
 namespace rmsgd {
 
-struct Meeting;
+struct GridBarrier;
 
 struct SpectrumState {
   unsigned long long fingerprint;  // of the weights
@@ -44,11 +44,11 @@ struct SpectrumArguments {
   const GramItem* item;    // of this launch, one per block (gram, gram_sum)
   const TeamBlock* block;  // of this launch, one per block (tridiagonal)
   unsigned char* workspace;
-  SpectrumState* state;  // (matrices)
-  Meeting* meeting;      // (2 matrices + 1): of the reductions in fp32 and in fp64, and of svd
-  double* table;         // (matrices, METRICS_FIELDS)
-  const int* row;        // (matrices) a matrix's row of the table
-  double* svd_scratch;   // (singular_values_scratch + L) doubles, then counts; one matrix at a time
+  SpectrumState* state;       // (matrices)
+  GridBarrier* grid_barrier;  // (2 matrices + 1): of the reductions in fp32 and in fp64, and of svd
+  double* table;              // (matrices, METRICS_FIELDS)
+  const int* row;             // (matrices) a matrix's row of the table
+  double* svd_scratch;        // (singular_values_scratch + L) doubles, then counts; one matrix at a time
   int matrices;
   int shared_bytes;  // of a block of the tridiagonal reduction
   int svd_blocks;

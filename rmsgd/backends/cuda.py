@@ -24,7 +24,7 @@ from rmsgd.backends.base import (
 from rmsgd.backends.cuda_spectra import LARGEST, Matrix, SpectraPlan, workspace_bytes
 from rmsgd.backends.cuda_step import CudaStepper
 from rmsgd.backends.kernels import TEAM_SHARED, Kernels, upload
-from rmsgd.backends.streams import Streams
+from rmsgd.backends.streams import Streams, check_not_capturing, named_range
 from rmsgd.backends.svd import singular_values
 from rmsgd.layers import as_matrix
 
@@ -48,17 +48,17 @@ _RATE_GROUP = np.dtype(
 )
 _RATE_POINTERS = ("parameter", "group", "spectrum_begin", "weight", "groups", "stable_rank", "ready", "eta")
 _FOLLOWER_POINTERS = ("follower", "leader", "follower_lr")
-_RATES_ARGUMENTS = np.dtype(
+_RATE_TABLES = np.dtype(
     [
         ("layers", "i4"),
         *((name, "u8") for name in _RATE_POINTERS),
         ("followers", "i4"),
         *((name, "u8") for name in _FOLLOWER_POINTERS),
-        ("metrics", "u8"),
-        ("measured", "u8"),
-        ("held", "u8"),
     ],
     align=True,
+)
+_RATES_ARGUMENTS = np.dtype(
+    [("tables", _RATE_TABLES), ("metrics", "u8"), ("measured", "u8"), ("held", "u8")], align=True
 )
 _VALUES_ARGUMENTS = np.dtype(
     [("values", "u8"), ("scratch", "u8"), ("row", "u8"), ("M", "f8"), ("L", "i4"), ("singular", "i4")]
@@ -121,11 +121,13 @@ class CudaBackend:
         1e4) are read once more there. One that has changed by then gets the status ``CHANGED``.
 
         Raises:
+            RuntimeError: a CUDA graph is being captured.
             torch.cuda.OutOfMemoryError: there is no room for the workspace of a single matrix.
         """
         if not matrices:
             return torch.empty(0, FIELDS, dtype=torch.float64)
         device = matrices[0][0].device
+        check_not_capturing((weight for weight, _ in matrices), "the measurement of weights")
         streams = self._streams(device)
         small = [i for i, (_, u) in enumerate(matrices) if u.L <= LARGEST]
         table = torch.empty(len(matrices), FIELDS, dtype=torch.float64, device=device)
@@ -236,20 +238,22 @@ class CudaBackend:
         held = torch.empty(layers, dtype=torch.int32, device=device)
         arguments = np.zeros(1, _RATES_ARGUMENTS)
         head = arguments[0]
-        head["layers"], head["followers"] = layers, followers
+        packed = head["tables"]
+        packed["layers"], packed["followers"] = layers, followers
         for name in (*_RATE_POINTERS, *_FOLLOWER_POINTERS):
-            head[name] = (on_device if name == "groups" else getattr(tables, name)).data_ptr()
+            packed[name] = (on_device if name == "groups" else getattr(tables, name)).data_ptr()
         head["metrics"] = metrics.data_ptr()
         head["measured"], head["held"] = measured.data_ptr(), held.data_ptr()
-        self._kernels.launch(
-            "rmsgd_rates",
-            device.index or 0,
-            1,
-            _RATES_THREADS,
-            TEAM_SHARED,
-            streams.current(),
-            arguments,
-        )
+        with named_range("rmsgd: learning rates"):
+            self._kernels.launch(
+                "rmsgd_rates",
+                device.index or 0,
+                1,
+                _RATES_THREADS,
+                TEAM_SHARED,
+                streams.current(),
+                arguments,
+            )
         for tensor in vars(tables).values():
             streams.record_stream(tensor)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from rmsgd.backends.base import FIELDS
 from rmsgd.backends.cuda_teams import Teams, choose_teams
 from rmsgd.backends.kernels import DTYPES, TEAM_SHARED, Kernels, upload
-from rmsgd.backends.streams import Streams
+from rmsgd.backends.streams import Streams, named_range
 from rmsgd.layers import Unfolding
 
 Matrix = tuple[Tensor, Unfolding]
@@ -27,11 +27,11 @@ _COLUMNS_PER_SPLIT = 2048
 _SPLIT_TILES = 64
 """Matrices of fewer tiles than this are split along their columns too."""
 _GRAM_THREADS, _TRIDIAGONAL_THREADS, _MEASURE_THREADS, _SVD_THREADS = 256, 512, 256, 512
-_MEETING_BYTES = 1024
+_GRID_BARRIER_BYTES = 1024
 _VECTORS = 5
 """Vectors of scratch for a reduction."""
 _MOST_SVD_BLOCKS = 32
-"""All that a meeting has room for."""
+"""All that a grid barrier has room for."""
 
 _SIDE = np.dtype([("size", "i8", 4), ("stride", "i8", 4)])
 _MATRIX = np.dtype(
@@ -72,7 +72,7 @@ _ARGUMENTS = np.dtype(
                 "block",
                 "workspace",
                 "state",
-                "meeting",
+                "grid_barrier",
                 "table",
                 "row",
                 "svd_scratch",
@@ -235,16 +235,16 @@ class SpectraPlan:
         scratch = torch.empty(svd_bytes, dtype=torch.uint8, device=self._device)
         # Their memory, and that of what the current stream made before, is first used on the caller's.
         streams.caller_waits()
-        meetings = 2 * self.count + 1  # of each matrix in either precision, and of the singular values
+        barriers = 2 * self.count + 1  # of each matrix in either precision, and of the singular values
         with streams.caller_stream():
-            meeting = torch.zeros(meetings * _MEETING_BYTES, dtype=torch.uint8, device=self._device)
+            barrier = torch.zeros(barriers * _GRID_BARRIER_BYTES, dtype=torch.uint8, device=self._device)
             state = self._state.clone()
         arguments = np.zeros(1, _ARGUMENTS)
         head = arguments[0]
         head["matrix"], head["item"] = self._matrices.data_ptr(), self._items.data_ptr()
         head["row"] = self._row.data_ptr()
         head["workspace"], head["svd_scratch"] = workspace.data_ptr(), scratch.data_ptr()
-        head["state"], head["meeting"] = state.data_ptr(), meeting.data_ptr()
+        head["state"], head["grid_barrier"] = state.data_ptr(), barrier.data_ptr()
         head["table"], head["matrices"] = table.data_ptr(), self.count
         head["svd_blocks"] = self._svd_blocks
         first_item = self._items.data_ptr()
@@ -261,26 +261,32 @@ class SpectraPlan:
             kernel, shared, teams = self._reductions[double]
             head["shared_bytes"] = shared
             before = sum(self._reductions[0].teams.blocks) if double else 0
-            for first, blocks in teams.waves:
-                head["block"] = self._blocks.data_ptr() + (before + first) * _TEAM_BLOCK.itemsize
-                launch(kernel, blocks, _TRIDIAGONAL_THREADS, shared, stream, True)
-            suffix = "_double" if double else ""
-            shared = _measure_shared(self._rows[0], 8 if double else 4)
-            launch(f"rmsgd_measure{suffix}", self.count, _MEASURE_THREADS, shared, stream)
+            suffix, precision = ("_double", ", fp64") if double else ("", "")
+            with named_range(f"rmsgd: tridiagonal forms{precision}"):
+                for first, blocks in teams.waves:
+                    head["block"] = self._blocks.data_ptr() + (before + first) * _TEAM_BLOCK.itemsize
+                    launch(kernel, blocks, _TRIDIAGONAL_THREADS, shared, stream, True)
+            with named_range(f"rmsgd: eigenvalues and EVBMF{precision}"):
+                shared = _measure_shared(self._rows[0], 8 if double else 4)
+                launch(f"rmsgd_measure{suffix}", self.count, _MEASURE_THREADS, shared, stream)
 
         gram, parts, gram_double = self._item_counts
-        launch("rmsgd_fingerprint", gram, _GRAM_THREADS, TEAM_SHARED, streams.caller())
-        launch("rmsgd_gram", gram, _GRAM_THREADS, _gram_shared(4), streams.caller())
-        head["item"] = first_item + gram * _ITEM.itemsize
-        launch("rmsgd_gram_sum", parts, _GRAM_THREADS, TEAM_SHARED, streams.caller())
+        with named_range("rmsgd: fingerprint"):
+            launch("rmsgd_fingerprint", gram, _GRAM_THREADS, TEAM_SHARED, streams.caller())
+        with named_range("rmsgd: Gram matrices"):
+            launch("rmsgd_gram", gram, _GRAM_THREADS, _gram_shared(4), streams.caller())
+            head["item"] = first_item + gram * _ITEM.itemsize
+            launch("rmsgd_gram_sum", parts, _GRAM_THREADS, TEAM_SHARED, streams.caller())
         streams.side_waits()
         stream = streams.current()
         reduce_and_measure(0, stream)
-        head["item"] = first_item + (gram + parts) * _ITEM.itemsize
-        launch("rmsgd_gram_double", gram_double, _GRAM_THREADS, _gram_shared(8), stream)
+        with named_range("rmsgd: Gram matrices, fp64"):
+            head["item"] = first_item + (gram + parts) * _ITEM.itemsize
+            launch("rmsgd_gram_double", gram_double, _GRAM_THREADS, _gram_shared(8), stream)
         reduce_and_measure(1, stream)
-        launch("rmsgd_svd", self._svd_blocks, _SVD_THREADS, TEAM_SHARED, stream, True)
-        for tensor in (meeting, state, self._matrices, self._items, self._state, self._blocks, self._row):
+        with named_range("rmsgd: SVD"):
+            launch("rmsgd_svd", self._svd_blocks, _SVD_THREADS, TEAM_SHARED, stream, True)
+        for tensor in (barrier, state, self._matrices, self._items, self._state, self._blocks, self._row):
             streams.record_stream(tensor)
 
 

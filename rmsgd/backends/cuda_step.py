@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rmsgd.backends.base import StepGroup, StepTables
 from rmsgd.backends.kernels import DTYPES, Kernels, upload
-from rmsgd.backends.streams import Streams
+from rmsgd.backends.streams import Streams, named_range
 
 THREADS = 256
 WARP = 32
@@ -146,15 +146,16 @@ class CudaStepper:
             launch.hyper[:] = hyper[launch.groups]
             launch.arguments["grad_scale"] = 0 if scale is None else scale.data_ptr()
             launch.arguments["found_inf"] = 0 if found_inf is None else found_inf.data_ptr()
-            self._kernels.launch(
-                launch.kernel,
-                self._device.index or 0,
-                launch.blocks,
-                THREADS,
-                0,
-                self._streams.current(),
-                launch.arguments,
-            )
+            with named_range("rmsgd: step"):
+                self._kernels.launch(
+                    launch.kernel,
+                    self._device.index or 0,
+                    launch.blocks,
+                    THREADS,
+                    0,
+                    self._streams.current(),
+                    launch.arguments,
+                )
 
     def step_parameters(self, groups: Sequence[StepGroup], grad_scale: float = 1.0) -> list[int] | None:
         """See ``base.Stepper``."""

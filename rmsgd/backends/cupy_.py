@@ -116,8 +116,13 @@ class NvrtcKernels:
 
     @contextmanager
     def _function(self, name: str, device: int) -> Iterator[int]:
-        """The kernel's address, with its device current."""
-        with self._cupy.cuda.Device(device):
+        """The kernel's address, with its device current; afterwards the thread's context is what it was.
+
+        To go back to the device before would create a context there, where the thread had none.
+        """
+        before = self._driver.ctxGetCurrent()
+        try:
+            self._cupy.cuda.Device(device).use()
             with self._lock:
                 if device not in self._modules:
                     module = self._cupy.cuda.function.Module()
@@ -127,6 +132,8 @@ class NvrtcKernels:
                     # The object must live as long as its address is used: it holds the module.
                     self._functions[device, name] = self._modules[device].get_function(name).ptr
             yield self._functions[device, name]
+        finally:
+            self._driver.ctxSetCurrent(before)
 
     def _allow_shared(self, function: int, shared_bytes: int) -> None:
         # Never less than before: another thread may be between this and its launch.

@@ -1,8 +1,8 @@
 """Where the work of an epoch end runs on a GPU: a stream beside the caller's, which steps wait for."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -70,6 +70,24 @@ class Streams:
     def record_stream(self, tensor: Tensor) -> None:
         """Keep a tensor's memory until the current stream is done with it."""
         tensor.record_stream(torch.cuda.current_stream(self._device))
+
+
+def check_not_capturing(tensors: Iterable[Tensor], what: str) -> None:
+    """Raise RuntimeError if a CUDA graph is being captured on the device of one of the tensors."""
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"{what} cannot be captured in a CUDA graph: capture step() alone, and call {what} "
+                    "between replays, which then follow its learning rates. Nothing has changed"
+                )
+
+
+def named_range(name: str) -> AbstractContextManager[None]:
+    """Within it, what the host does has this name in NVIDIA's profilers (NVTX)."""
+    if torch.version.cuda is None:
+        return nullcontext()
+    return torch.cuda.nvtx.range(name)
 
 
 def _external_event() -> torch.cuda.Event:

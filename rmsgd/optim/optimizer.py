@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from rmsgd.backends.streams import check_not_capturing
 from rmsgd.inspection.report.report import Report
 from rmsgd.optim.device_state import DeviceState, ParamRecord
 from rmsgd.optim.load_state_dict import check_and_complete, check_form, unwrap
@@ -350,8 +351,10 @@ class RMSGD(Optimizer):
 
         Raises:
             RuntimeError: the ranks of a process group or a mesh do not hold the same layers, a parameter was
-                resized or has no values, or two share memory. Nothing has changed then.
+                resized or has no values, two share memory, or a CUDA graph is being captured. Nothing has
+                changed then.
         """
+        check_not_capturing((p for group in self.param_groups for p in group["params"]), "epoch_step()")
         device_states = self._current_device_states()
         if not all(device_state.probes_the_same(self.param_groups) for device_state in device_states):
             self._write_back()

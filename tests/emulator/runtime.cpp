@@ -1,7 +1,12 @@
 // CUDA's runtime, as far as csrc/bind_cuda.cpp calls it, over the emulator: two GPUs of one multiprocessor
 // that do at once what they are told.
+#include <atomic>
+#include <chrono>
 #include <cstring>
 #include <map>
+#include <mutex>
+#include <string>
+#include <thread>
 
 #include "cuda_runtime.h"
 #include "kernels_cuda.h"
@@ -11,10 +16,12 @@
 RMSGD_KERNELS(RMSGD_DECLARE)
 #undef RMSGD_DECLARE
 
-// What a test chooses: the order of threads, and how many blocks a GPU holds.
+// What a test chooses: the order of threads, how many blocks a GPU holds, and whether its queue is full, so
+// that launches wait.
 extern "C" {
 int emulated_order = emulator::FORWARD;
 int emulated_resident = 6;
+std::atomic<int> emulated_queue_full = 0;
 }
 
 namespace {
@@ -38,7 +45,29 @@ Kernel* find(const void* function) {
   return found == kernels.end() ? nullptr : &found->second;
 }
 
-int current_device = 0;
+// A device's context, which the first use of the device creates. The current one is the thread's own.
+struct Context {
+  bool created = false;
+};
+Context contexts[kDevices];
+thread_local Context* current_context = nullptr;
+
+int get_context(void** context) {
+  *context = current_context;
+  return 0;
+}
+
+int set_context(void* context) {
+  current_context = static_cast<Context*>(context);
+  return 0;
+}
+
+bool queue_is_full() {
+  for (int i = 0; emulated_queue_full && i < 1000; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  return emulated_queue_full;
+}
 
 // A cooperative launch runs all its blocks at once, another one block after the other.
 cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments, std::size_t shared_bytes,
@@ -47,6 +76,10 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments
   if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
   if (block.x % 32 != 0) return cudaErrorInvalidConfiguration;  // teams are whole warps
   if (shared_bytes > std::size_t(kernel->shared_bytes)) return cudaErrorInvalidValue;
+  if (current_context == nullptr) return cudaErrorInvalidDevice;
+  if (queue_is_full()) return cudaErrorLaunchTimeout;
+  static std::mutex guard;
+  const std::lock_guard<std::mutex> one_at_a_time(guard);
   const auto call = [&] { kernel->call(arguments[0]); };
   const emulator::Order order = emulator::Order(emulated_order);
   const int blocks = int(grid.x), threads = int(block.x), shared = int(shared_bytes);
@@ -86,16 +119,30 @@ cudaError_t cudaGetDeviceCount(int* count) {
   return cudaSuccess;
 }
 
-cudaError_t cudaGetDevice(int* device) {
-  *device = current_device;
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
+  current_context = &contexts[device];
+  current_context->created = true;
   return cudaSuccess;
 }
 
-cudaError_t cudaSetDevice(int device) {
-  if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
-  current_device = device;
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
+                                             unsigned long long, cudaDriverEntryPointQueryResult* result) {
+  const std::string name = symbol;
+  *function = name == "cuCtxGetCurrent"   ? reinterpret_cast<void*>(&get_context)
+              : name == "cuCtxSetCurrent" ? reinterpret_cast<void*>(&set_context)
+                                          : nullptr;
+  *result = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
+
+// For a test: whether a device has a context, and which device's is the thread's; -1: none.
+int emulated_has_context(int device) { return contexts[device].created; }
+void emulated_forget_contexts() {
+  for (Context& context : contexts) context.created = false;
+  current_context = nullptr;
+}
+int emulated_current_device() { return current_context ? int(current_context - contexts) : -1; }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
