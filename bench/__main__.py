@@ -20,6 +20,7 @@ COMMANDS = {
     "split": "time the epoch end shared by two processes, and model more of them",
     "spectrum": "time the spectrum of one matrix of each size, part by part, against torch's routines",
     "probe-speed": "time rmsgd.probe against WeightWatcher on the same state dicts",
+    "tables": "write the measured tables of README and docs from the recorded results",
 }
 
 

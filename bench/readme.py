@@ -1,4 +1,4 @@
-"""The README's measured tables, written from the JSON of a run: no figure there is typed by hand.
+"""The measured tables of README and docs, written from the JSON of a run: no figure there is typed by hand.
 
 A table stands between `<!-- measured: NAME -->` and `<!-- /measured -->`.
 """
@@ -49,6 +49,7 @@ def _mark(name: str) -> re.Pattern[str]:
 
 
 HOW = {
+    "cost": "medians of interleaved rounds, ratios within rounds",
     "noise-search": "every free energy in float64",
     "study": "means over seeds",
     "split": "processes over gloo; medians of interleaved rounds",
@@ -67,6 +68,11 @@ def _markdown(headings: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def _interval(figures: Mapping[str, Any], form: str = ".2f") -> str:
+    """A ratio with its 95 % interval; "-" where the rounds were too few for one."""
+    return Interval(figures["median"], figures.get("low"), figures.get("high")).text(form)
+
+
 def step_cells(row: dict[str, Any]) -> list[str]:
     """A row's figures: milliseconds with the ratio to fused SGD of every case, the floor's share."""
     figures = [
@@ -77,10 +83,17 @@ def step_cells(row: dict[str, Any]) -> list[str]:
 
 
 def _step(rows: list[dict[str, Any]]) -> str:
-    headings = ["step, ms (/ fused SGD)", *rows[0]["seconds"], "of the floor's bandwidth"]
-    return _markdown(
-        headings, [[f"{row['model']} ({row['tensors']} tensors)", *step_cells(row)] for row in rows]
-    )
+    headings = ["step, ms; / fused SGD [95 %]", *rows[0]["seconds"], "the floor's bandwidth [95 %]"]
+    lines = []
+    for row in rows:
+        cells = [
+            f"{seconds * 1e3:.2f}<br>{_interval(row['to_sgd_fused'][name])}"
+            for name, seconds in row["seconds"].items()
+        ]
+        lines.append(
+            [f"{row['model']}<br>{row['tensors']} tensors", *cells, _interval(row["bandwidth_of_floor"])]
+        )
+    return _markdown(headings, lines)
 
 
 def epoch_end_cells(row: dict[str, Any]) -> list[str]:
@@ -102,13 +115,20 @@ def _epoch_end(rows: list[dict[str, Any]]) -> str:
         "epoch end",
         "spectra",
         "ms",
-        "/ Gram products",
-        "the same, initial weights",
+        "/ Gram products [95 %]",
+        "the same, initial weights [95 %]",
         "rmsgd 1.0.2, s",
-        "times faster",
+        "times faster [95 %]",
         "fp32 Gram / fp64 Gram / SVD",
     ]
-    return _markdown(headings, [[row["model"], *epoch_end_cells(row)] for row in rows])
+    lines = []
+    for row in rows:
+        cells = epoch_end_cells(row)
+        cells[2:4] = [_interval(row["to_gram"]), _interval(row["to_gram_initial"])]
+        if "faster_than_release" in row:
+            cells[5] = _interval(row["faster_than_release"], ".1f")
+        lines.append([row["model"], *cells])
+    return _markdown(headings, lines)
 
 
 def search_cells(row: dict[str, Any]) -> list[str]:
@@ -143,8 +163,15 @@ def probe_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def _probe_speed(rows: list[dict[str, Any]]) -> str:
-    headings = ["probe, s (times rmsgd's)", "layers", "rmsgd", "full SVD (SciPy)", "WeightWatcher"]
-    return _markdown(headings, [[row["model"], str(row["layers"]), *probe_cells(row)] for row in rows])
+    headings = ["probe, s; times rmsgd's [95 %]", "layers", "rmsgd", "full SVD (SciPy)", "WeightWatcher"]
+    lines = []
+    for row in rows:
+        cells = probe_cells(row)
+        for i, case in enumerate(PROBE_CASES):
+            if case in row["faster"]:
+                cells[i] = f"{row['seconds'][case]:.2f}<br>{_interval(row['faster'][case], '.1f')}"
+        lines.append([row["model"], str(row["layers"]), *cells])
+    return _markdown(headings, lines)
 
 
 def study_cells(row: dict[str, Any]) -> list[str]:
@@ -215,6 +242,58 @@ def _split(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def cost_rows(records: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
+    """What one network's training costs: the rows of the table "cost" from those of the whole tables.
+
+    Args:
+        records: the tables "step", "epoch-end", "epoch-time" and "probe-speed".
+        model: the network of the first three.
+
+    """
+    step, end = (next(row for row in records[table] if row["model"] == model) for table in ("step", "epoch-end"))
+    epoch = {row["optimizer"]: row for row in records["epoch-time"]}
+    probe = records["probe-speed"][0]
+    return [
+        {
+            "what": f"step of {model}, to torch's fused SGD",
+            "seconds": step["seconds"]["rmsgd"],
+            "ratio": step["to_sgd_fused"]["rmsgd"],
+        },
+        {
+            "what": "epoch of it (390 steps and the epoch end), to SGD",
+            "seconds": epoch["rmsgd"]["epoch"]["median"],
+            "ratio": epoch["rmsgd"]["ratio"],
+        },
+        {
+            "what": "the same with SAM, to SGD",
+            "seconds": epoch["sam"]["epoch"]["median"],
+            "ratio": epoch["sam"]["ratio"],
+        },
+        {
+            "what": "epoch end alone, times faster than rmsgd 1.0.2",
+            "seconds": end["seconds"]["rmsgd"],
+            "ratio": end["faster_than_release"],
+        },
+        {
+            "what": f"probe of {probe['model']}, times faster than WeightWatcher",
+            "seconds": probe["seconds"]["rmsgd"],
+            "ratio": probe["faster"]["weightwatcher"],
+        },
+    ]
+
+
+def _cost(rows: list[dict[str, Any]]) -> str:
+    def text(seconds: float) -> str:
+        if seconds < 0.1:
+            return f"{seconds * 1e3:.1f} ms"
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+    return _markdown(
+        ["what it costs", "time", "ratio [95 %]"],
+        [[row["what"], text(row["seconds"]), _interval(row["ratio"])] for row in rows],
+    )
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "step": _step,
     "epoch-end": _epoch_end,
@@ -224,4 +303,5 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "epoch-time": _epoch_time,
     "gate": _gate,
     "split": _split,
+    "cost": _cost,
 }

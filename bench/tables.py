@@ -1,0 +1,64 @@
+"""`python -m bench tables`: the measured tables of README and docs, from the recorded results.
+
+The commands that measure write their own tables with `--readme`. This one measures nothing: it serves when
+the form of a table has changed, and the table "cost", which takes the results of several commands.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import readme
+from bench.errors import UsageError
+from bench.study import report
+
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "study.md", ROOT / "README.md")
+
+
+def recorded(folder: Path) -> list[dict[str, Any]]:
+    """The recorded results of a folder, as `readme.rewrite` takes them.
+
+    Raises:
+        UsageError: a file is missing or damaged.
+
+    """
+
+    def read(name: str) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{folder / name}: {error}") from None
+        return content
+
+    speed, probe = read("speed-cpu.json"), read("probe-speed.json")
+    epoch, digits = read("epoch-time-resnet18-cpu.json"), read("study-digits.json")
+    epoch["epoch-time"] = epoch["optimizers"]
+    digits["study"] = report.readme_rows(digits["experiments"]["digits"])
+    cost = {"machine": speed["machine"], "cost": readme.cost_rows({**speed, **probe, **epoch}, "resnet18")}
+    others = [read(f"{name}.json") for name in ("split-cpu", "noise-search", "gate")]
+    return [speed, probe, epoch, digits, cost, *others]
+
+
+def rewrite(page: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Write every marked table of a page of which there is a result."""
+    text = page.read_text(encoding="utf-8")
+    for result in results:
+        known = {name: rows for name, rows in result.items() if f"<!-- measured: {name} -->" in text}
+        readme.rewrite(page, {"machine": result["machine"], **known})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(prog="python -m bench tables", description=__doc__.split("\n\n")[0])
+    parser.add_argument("pages", nargs="*", type=Path, default=PAGES, metavar="PAGE")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the recorded results")
+    options = parser.parse_args(arguments)
+    results = recorded(options.results)
+    for page in options.pages:
+        rewrite(page, results)
+        print(f"wrote {page}")
+    return 0
