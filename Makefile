@@ -18,7 +18,7 @@ help:
 	@echo "make fuzz      random hostile spectra, weights, states and files; SECONDS=60 each"
 	@echo "make lint      ruff, mypy, clang-format    make format    apply them"
 	@echo "make docs      the documentation, into site/; a broken link is an error"
-	@echo "make bench     measure speed on this machine (tens of minutes) and rewrite the README's tables"
+	@echo "make bench     measure speed on this machine (tens of minutes) and rewrite the tables of docs/ and README"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -72,13 +72,14 @@ docs: $(DOCS)
 	$(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
-	$(BIN)/python -m bench speed --out bench/results --readme README.md
-	$(BIN)/python -m bench epoch-time --optimizers rmsgd,sgd,sam --rounds 10 --out bench/results --readme README.md
-	$(BIN)/python -m bench split --out bench/results --readme README.md
-	$(BIN)/python -m bench probe-speed --out bench/results --readme README.md
-	$(BIN)/python -m bench noise-search --out bench/results --readme README.md
+	$(BIN)/python -m bench speed --out bench/results --readme docs/benchmarks.md
+	$(BIN)/python -m bench epoch-time --optimizers rmsgd,sgd,sam --rounds 10 --out bench/results --readme docs/benchmarks.md
+	$(BIN)/python -m bench split --out bench/results --readme docs/benchmarks.md
+	$(BIN)/python -m bench probe-speed --out bench/results --readme docs/benchmarks.md
+	$(BIN)/python -m bench noise-search --out bench/results --readme docs/benchmarks.md
 	$(BIN)/python -m bench gate --update
-	$(BIN)/python -m bench gate --self-test 10 --out bench/results --readme README.md
+	$(BIN)/python -m bench gate --self-test 10 --out bench/results --readme docs/benchmarks.md
+	$(BIN)/python -m bench tables README.md
 
 clean:
 	rm -rf build *.egg-info rmsgd/*.so site $(STAMP) $(INTEGRATIONS) $(DOCS)

@@ -83,16 +83,19 @@ def step_cells(row: dict[str, Any]) -> list[str]:
 
 
 def _step(rows: list[dict[str, Any]]) -> str:
-    headings = ["step, ms; / fused SGD [95 %]", *rows[0]["seconds"], "the floor's bandwidth [95 %]"]
-    lines = []
-    for row in rows:
-        cells = [
-            f"{seconds * 1e3:.2f}<br>{_interval(row['to_sgd_fused'][name])}"
-            for name, seconds in row["seconds"].items()
+    """A column per network, for there are fewer of them than of optimizers."""
+    headings = [
+        "step, ms<br>/ fused SGD [95 %]",
+        *(f"{row['model']}<br>{row['tensors']} tensors" for row in rows),
+    ]
+    lines = [
+        [
+            name,
+            *(f"{row['seconds'][name] * 1e3:.2f}<br>{_interval(row['to_sgd_fused'][name])}" for row in rows),
         ]
-        lines.append(
-            [f"{row['model']}<br>{row['tensors']} tensors", *cells, _interval(row["bandwidth_of_floor"])]
-        )
+        for name in rows[0]["seconds"]
+    ]
+    lines.append(["bandwidth / plain loop's", *(_interval(row["bandwidth_of_floor"]) for row in rows)])
     return _markdown(headings, lines)
 
 
@@ -250,7 +253,9 @@ def cost_rows(records: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
         model: the network of the first three.
 
     """
-    step, end = (next(row for row in records[table] if row["model"] == model) for table in ("step", "epoch-end"))
+    step, end = (
+        next(row for row in records[table] if row["model"] == model) for table in ("step", "epoch-end")
+    )
     epoch = {row["optimizer"]: row for row in records["epoch-time"]}
     probe = records["probe-speed"][0]
     return [
