@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from emulated import build_emulated_module
+from hypothesis import HealthCheck, settings
 from trainers import import_torchvision
 
 from rmsgd import backends
@@ -61,6 +62,11 @@ def timm():
     pytest.importorskip("timm.scheduler")
     importlib.import_module("rmsgd.integrations.timm").register()
     return timm
+
+
+# How long an example takes says something of the machine alone.
+settings.register_profile("rmsgd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("rmsgd")
 
 
 def pytest_configure(config):

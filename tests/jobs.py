@@ -12,11 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from clock import PATIENCE
 
 from rmsgd.backends import backend_for
-
-PATIENCE = 240.0
-"""Seconds after which a job counts as hanging."""
 
 
 def _work(rank: int, size: int, store: str, pipe: Connection) -> None:
@@ -25,7 +23,7 @@ def _work(rank: int, size: int, store: str, pipe: Connection) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE)
     )
     while (order := pipe.recv()) is not None:
         function, arguments = order

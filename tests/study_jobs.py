@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from clock import PATIENCE
 
 from bench import atomic
 from bench.data import Split, nats, study_sets
@@ -77,14 +78,14 @@ def start(config: RunConfig, folder: Path, where: str = "", count: int = 0):
     settings = {**asdict(config), "settings": dict(config.settings)}
     process = _context.Process(target=child, args=(settings, str(folder), where, count, started))
     process.start()
-    started.wait(60)
+    started.wait(PATIENCE)
     return process
 
 
 def _measure_budget(settings: dict, out: str, together, found) -> None:
     torch.set_num_threads(1)
     runner = Runner(Place(Path(out)))
-    together.wait(60)
+    together.wait(PATIENCE)
     found.put(runner.budget(RunConfig.from_dict(settings)))
 
 
@@ -95,9 +96,9 @@ def budgets(config: RunConfig, out: Path, count: int) -> list[float]:
     processes = [_context.Process(target=_measure_budget, args=arguments) for _ in range(count)]
     for process in processes:
         process.start()
-    told = [found.get(timeout=60) for _ in processes]
+    told = [found.get(timeout=PATIENCE) for _ in processes]
     for process in processes:
-        process.join(60)
+        process.join(PATIENCE)
     return told
 
 
@@ -112,5 +113,5 @@ def killed_measuring(folder: Path, table: Path, last: int) -> int | None:
     """Measures NATS-Bench's networks in a process that is killed when it comes to `last`; its exit code."""
     process = _context.Process(target=_measure_nats, args=(str(folder), str(table), last))
     process.start()
-    process.join(60)
+    process.join(PATIENCE)
     return process.exitcode

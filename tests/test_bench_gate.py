@@ -1,24 +1,40 @@
 """`python -m bench gate`: what it decides, how sure it is, what it counts, and what it refuses."""
 
+import io
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from clock import Clock
+from rich.console import Console
 
+import rmsgd
 from bench import measure
 from bench.__main__ import main
 from bench.gate import baseline as baselines
-from bench.gate import callgrind, cases, command, counts, trial
+from bench.gate import callgrind, cases, command, counts, figures, trial
 from bench.gate.baseline import Baseline
 from bench.gate.figures import FIGURES, OF_CONTROLS, Finding, Session, against, here_over
-from bench.gate.processes import ROOT, GateError
+from bench.gate.processes import ROOT, GateError, Worker
 from bench.gate.rule import BATCHES, LEAST, LOOKS, Verdict, interval, judge
+from rmsgd import backends
+from rmsgd.backends import Status
+
+pytest.importorskip("rmsgd._cpu", reason="the compiled core was not built")
 
 ROUNDS = 320
+
+
+@pytest.fixture(autouse=True)
+def _simulated_clock(request, monkeypatch):
+    """A round takes a millisecond, and a run of the self-test none: slow tests alone read the real clock."""
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(figures, "time", Clock(tick=0.001))
+        monkeypatch.setattr(trial, "time", Clock())
 
 
 def independent(random, n):
@@ -236,6 +252,17 @@ def test_counts_are_compared_exactly_and_only_where_they_mean_something():
     assert rows["spectra per epoch end, cpu"] == "more"
 
 
+@pytest.mark.parametrize(
+    ("there", "here", "advised"),
+    [("avx2", "avx512", True), ("avx512", "avx2", False), ("avx2", "none (torch)", False)],
+)
+def test_other_kernels_are_advised_only_where_the_processor_has_them(tmp_path, there, here, advised):
+    path = written(tmp_path / "baseline.json", machine={**command.describe(1), "isa": there})
+    with pytest.raises(GateError, match="was taken with") as refusal:
+        baselines.load(path, {**command.describe(1), "isa": here}, 1)
+    assert (f"RMSGD_ISA={there} forces the same" in str(refusal.value)) == advised
+
+
 # -- the command -------------------------------------------------------------------------------------
 
 
@@ -373,6 +400,67 @@ def test_bad_arguments_are_status_2(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.fixture
+def without_core(monkeypatch):
+    """As in a checkout whose core was not built."""
+    monkeypatch.delenv("RMSGD_BACKEND", raising=False)
+    monkeypatch.setitem(sys.modules, "rmsgd._cpu", None)
+    monkeypatch.delattr(rmsgd, "_cpu", raising=False)
+    backends.forget_loaded()
+    yield
+    backends.forget_loaded()
+
+
+@pytest.mark.usefixtures("without_core")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--target", "their_training:training_step"],
+        [],
+        ["--update"],
+        ["--against", "HEAD"],
+        ["--self-test", "1"],
+    ],
+    ids=" ".join,
+)
+def test_a_checkout_whose_core_was_not_built_is_refused_in_one_line(tmp_path, capsys, flags):
+    if "--update" in flags:
+        flags = [*flags, "--baseline", str(tmp_path / "new.json")]
+    assert main(["gate", *flags, "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the compiled core does not run here" in line
+    assert f"build it with {sys.executable} -m pip install -e {ROOT}" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_core_that_cannot_run_here_is_refused_and_not_to_be_built(monkeypatch, capsys):
+    reason = "RMSGD_ISA=avx1024: choose baseline"
+    monkeypatch.setattr(command.backends, "statuses", lambda *_: [Status("native", "cpu", False, reason)])
+    assert main(["gate"]) == 2
+    said = capsys.readouterr().err
+    assert reason in said
+    assert "pip install" not in said
+
+
+def test_a_fallback_that_is_asked_for_is_judged(monkeypatch):
+    monkeypatch.setenv("RMSGD_BACKEND", "torch")
+    command.check_core()
+    assert command.describe(1)["isa"] == "none (torch)"
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80])
+def test_no_word_of_a_table_is_lost_on_a_narrow_terminal(width):
+    report = command.Report({}, [Finding(figure, 1.0, 1.05, [0.0]) for figure in FIGURES + OF_CONTROLS])
+    report.counts = [{"name": "spectra redone by SVD", "here": 123456, "expected": None, "verdict": "more"}]
+    console = Console(width=width, file=io.StringIO())
+    command.show(report, console)
+    said = console.file.getvalue()
+    assert "…" not in said
+    for finding in report.findings:
+        assert set(finding.figure.text.split()) <= set(said.split())
+    assert {"redone", "SVD", "123456", "more", "undecided", "1.050"} <= set(said.split())
+
+
 def test_an_unknown_revision_is_status_2(capsys):
     assert main(["gate", "--against", "no-such-revision"]) == 2
     assert "no-such-revision" in capsys.readouterr().err
@@ -414,12 +502,22 @@ def their_project(monkeypatch, tmp_path):
     return ["--target"]
 
 
-def test_a_step_of_the_callers_own_is_timed_against_sgd(their_project, capsys):
-    flags = [*their_project, "their_training:training_step", "--seconds", "2", "--limit", "9", "--json"]
-    assert command.main(flags) == 0
+def test_a_step_of_the_callers_own_and_the_same_with_sgd_are_timed(their_project):
+    with Worker(ROOT, 1, "their_training:training_step") as worker:
+        assert worker.time("target") > 0
+        assert worker.time("target-sgd") > 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "flags", "status"), [(1.0, [], 0), (1.3, [], 1), (1.3, ["--limit", "2"], 0)]
+)
+def test_a_step_of_the_callers_own_is_held_against_sgd(monkeypatch, capsys, seconds, flags, status):
+    monkeypatch.setattr(command, "Worker", SyntheticWorker)
+    monkeypatch.setattr(SyntheticWorker, "slow", {"target": seconds})
+    assert command.main(["--target", "their_training:training_step", "--json", *flags]) == status
     (figure,) = json.loads(capsys.readouterr().out)["figures"]
-    assert figure["limit"] == 9
-    assert 0.2 < figure["ratio"]["median"] < 5
+    assert figure["limit"] == (2 if flags else command.LIMIT)
+    assert figure["ratio"]["median"] == pytest.approx(seconds, rel=0.05)
     assert figure["rounds"] >= LEAST * BATCHES
 
 
@@ -452,10 +550,10 @@ def test_a_step_and_its_control_share_their_tensors(monkeypatch):
 def test_the_switch_slows_a_case_by_the_share_it_names(monkeypatch):
     monkeypatch.setenv(cases.SLOWER, "step:0.1,epoch-end:0.5")
     assert cases.slowed() == {"step": 0.1, "epoch-end": 0.5}
-    clock = iter([0.0, 1.0, 1.2, 1.4, 1.6])
-    monkeypatch.setattr(cases.time, "perf_counter", lambda: next(clock))
-    cases.slower(lambda: None, 0.5)()
-    assert next(clock, None) is None
+    clock = Clock(tick=0.25)
+    monkeypatch.setattr(cases, "time", clock)
+    cases.slower(lambda: clock.sleep(0.75), 0.5)()
+    assert clock.now == 1.75  # 0.25 when it began, 1.25 after the call, until 0.5 later
 
 
 def test_counts_are_the_same_every_time_and_those_of_the_network():
@@ -517,15 +615,11 @@ def test_a_revision_is_built_and_held_against_this_one(capsys):
 
 
 def test_a_process_that_fails_says_why(tmp_path):
-    from bench.gate.processes import Worker
-
     with pytest.raises(GateError, match="rmsgd"):
         Worker(tmp_path, 1)
 
 
 def test_a_checkout_is_timed_through_a_symbolic_link_too(their_project, tmp_path):
-    from bench.gate.processes import Worker
-
     (tmp_path / "link").symlink_to(ROOT)
     Worker(tmp_path / "link", 1, "their_training:training_step").close()
 
@@ -562,7 +656,7 @@ def test_the_self_test_knows_what_is_right(self_test, tmp_path):
 
 def test_a_run_of_the_self_test_may_take_as_long_as_it_may_measure_and_a_little_more(self_test, monkeypatch):
     for seconds, right in ((84.0, True), (86.0, False)):
-        monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=iter((0.0, seconds)).__next__))
+        monkeypatch.setattr(trial, "time", Clock(tick=seconds))
         assert trial.one("unchanged", trial.Settings(Path("b.json"), 1, 60.0))["right"] is right
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 import time
 from functools import partial
@@ -9,6 +10,7 @@ from functools import partial
 import pytest
 import rehearsal
 import torch
+from clock import PATIENCE, Clock
 from rich.console import Console
 
 from bench import models, peers
@@ -139,30 +141,43 @@ def test_no_overrun_of_any_section_takes_the_whole_over_its_time():
 
 
 def test_backends_share_a_sections_time_and_what_one_leaves_the_next_one_gets(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(checks.time, "monotonic", lambda: now[0])
+    clock = Clock()
+    monkeypatch.setattr(checks, "time", clock)
     shares = checks.in_turn(("cuda", "cupy"), 100)
     assert next(shares) == ("cuda", 50)
-    now[0] = 20
+    clock.sleep(20)
     assert next(shares) == ("cupy", 80)
 
 
 # -- processes ---------------------------------------------------------------------------------------
 
 
-def test_a_process_out_of_time_ends_with_its_children_and_what_it_said_is_kept(tmp_path):
-    child = f"{sys.executable} -c 'import time; time.sleep(60)'"
-    code = f"import os; print('row', flush=True); os.system({child!r} + ' & echo $!; wait')"
-    ended = processes.run([sys.executable, "-c", code], 3, tmp_path / "log")
+@pytest.fixture
+def out_of_time(monkeypatch, tmp_path):
+    """Processes whose time is over as soon as they have written to this file."""
+    said = tmp_path / "said"
+
+    class Process(subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout == 3:
+                while not said.exists():
+                    time.sleep(0.01)
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(processes.subprocess, "Popen", Process)
+    return said
+
+
+def test_a_process_out_of_time_ends_with_its_children_and_what_it_said_is_kept(out_of_time, tmp_path):
+    code = f"sleep {PATIENCE} & echo row $!; touch {out_of_time}; wait"
+    ended = processes.run(["sh", "-c", code], 3, tmp_path / "log")
     assert ended.status is None
     assert "stopped for lack of time" in ended.failure()
     row, number = ended.output.split()
     assert row == "row"
-    for _ in range(100):  # it may take the system a moment
-        if not running(int(number)):
-            break
-        time.sleep(0.05)
-    assert not running(int(number))
+    while running(int(number)):  # it may take the system a moment
+        time.sleep(0.01)
 
 
 def running(number):
@@ -502,21 +517,22 @@ def slept(monkeypatch):
     return cycles
 
 
-def test_a_case_that_is_slow_to_queue_is_called_once_behind_a_sleep_that_is_long_enough(slept):
-    calls = {"quick": 0, "slow": 0}
+def test_a_case_that_is_slow_to_queue_is_called_once_behind_a_sleep_that_is_long_enough(slept, monkeypatch):
+    clock, calls = Clock(), {"quick": 0, "slow": 0}
+    monkeypatch.setattr(clocks, "time", clock)
 
     def quick():
         calls["quick"] += 1
 
     def slow():
         calls["slow"] += 1
-        time.sleep(0.02)
+        clock.sleep(0.02)
 
     times = clocks.interleaved({"quick": quick, "slow": slow}, rounds=2)
     # Once for what is done once, then twice per timing: alone, and behind the sleep.
     assert calls == {"quick": 3 + 2 * 2 * clocks.MOST_CALLS, "slow": 3 + 2 * 2 * 1}
     assert all(t.queued for found in times.values() for t in found)
-    assert clocks.host_seconds(times["slow"]) >= 0.02
+    assert clocks.host_seconds(times["slow"]) == pytest.approx(0.02)
     assert max(slept) >= 2 * 0.02 * 1e9
 
 

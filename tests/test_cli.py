@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clock import PATIENCE
 from safetensors.torch import save_file
 from torch import nn
 
@@ -281,7 +282,7 @@ def test_ctrl_c_stops_the_command(tmp_path):
     while not marker.exists() and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert len(json.loads(out)["layers"]) < 200
     assert "Traceback" not in err

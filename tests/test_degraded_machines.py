@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from clock import PATIENCE
 
 import rmsgd
 from rmsgd import backends, doctor
@@ -50,7 +51,7 @@ def train(missing=(), threads=0, prefix=(), **environment):
         env={**os.environ, "PYTHONPATH": str(ROOT), "RMSGD_BACKEND": "", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found, rates = json.loads(done.stdout)

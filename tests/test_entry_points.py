@@ -22,7 +22,7 @@ REFUSALS = (TypeError, ValueError, IndexError, OverflowError)
 INT64 = 2**63 - 1
 PLAIN = (1.0, 0.9, 0.0, 0.0, False, False, True)
 
-many = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=150, suppress_health_check=list(HealthCheck))
 
 anything = st.one_of(
     st.none(),

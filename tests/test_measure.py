@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from clock import Clock
 
 from bench import measure
 
@@ -26,10 +27,18 @@ def test_the_order_changes_between_rounds():
     assert len(rounds) > 2
 
 
-def test_a_quick_case_is_repeated_until_the_round_is_long_enough():
-    calls = []
-    measure.interleave({"quick": lambda: calls.append(None)}, rounds=3, min_seconds=1e-3)
-    assert len(calls) > 30
+def test_a_quick_case_is_repeated_until_the_round_is_long_enough(monkeypatch):
+    clock, calls = Clock(), {"quick": 0, "slow": 0}
+    monkeypatch.setattr(measure, "time", clock)
+
+    def case(name, seconds):
+        calls[name] += 1
+        clock.sleep(seconds)
+
+    cases = {"quick": lambda: case("quick", 1e-3), "slow": lambda: case("slow", 0.1)}
+    seconds = measure.interleave(cases, rounds=3, min_seconds=0.0095)
+    assert calls == {"quick": 1 + 3 * 10, "slow": 1 + 3}
+    assert seconds["quick"] == pytest.approx([1e-3] * 3)
 
 
 def test_more_rounds_are_added_to_the_earlier_ones():

@@ -14,6 +14,7 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+from clock import PATIENCE
 
 import rmsgd
 from setup import find_nvcc
@@ -31,7 +32,7 @@ def run(*command, cwd=ROOT, **environment):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout

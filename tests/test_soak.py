@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clock import PATIENCE
 from torch import nn
 
 import rmsgd
@@ -160,7 +161,7 @@ def work(seed=0, epochs=2):
 """
 
 
-def run_script(body, code=0, timeout=120, **environment):
+def run_script(body, code=0, **environment):
     """Run Python code after PRELUDE in a process of its own, which must end by itself with that code."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run(
@@ -168,7 +169,7 @@ def run_script(body, code=0, timeout=120, **environment):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=PATIENCE,
     )
     assert done.returncode == code, (done.returncode, done.stderr[-2000:])
     assert "Fatal" not in done.stderr
@@ -215,7 +216,7 @@ def test_workers_of_a_data_loader_may_use_it_too(method, tmp_path):
             if __name__ == "__main__":
                 expected = work(epochs=1)
                 loader = torch.utils.data.DataLoader(
-                    Data(), num_workers=2, multiprocessing_context="{method}", timeout=100
+                    Data(), num_workers=2, multiprocessing_context="{method}", timeout={PATIENCE}
                 )
                 assert [float(x[0, 0]) for x in loader] == [float(torch.tensor(expected))] * 4
                 print("done")
@@ -223,7 +224,7 @@ def test_workers_of_a_data_loader_may_use_it_too(method, tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=200
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.stdout == "done\n", done.stderr[-2000:]
 

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from clock import PATIENCE
 
 from rmsgd import backends, reference
 from rmsgd.backends.base import (
@@ -370,7 +371,7 @@ def run(script, **environment):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -7,6 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 import scipy.linalg
+from clock import PATIENCE
 from emulated import ORDERS, ROOT, compile_cpp
 
 from rmsgd import reference
@@ -143,7 +144,7 @@ def races(program, members, skip):
     """Whether ThreadSanitizer reports a data race, and what it said."""
     environment = {**os.environ, "TSAN_OPTIONS": "exitcode=66"}
     done = subprocess.run(
-        [program, str(members), str(skip)], env=environment, capture_output=True, text=True, timeout=300
+        [program, str(members), str(skip)], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     if "unexpected memory mapping" in done.stderr:
         pytest.skip("ThreadSanitizer cannot run under this kernel's address randomisation")

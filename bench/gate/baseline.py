@@ -12,6 +12,9 @@ from bench.gate.processes import GateError
 SCHEMA = "rmsgd-bench-gate/1"
 TOLERANCE_ELSEWHERE = 0.25
 SAME_MACHINE = ("cpu", "cores", "memory_gib", "torch")
+ISAS = ("baseline", "avx2", "avx512")
+"""A processor that has one of these has those before it."""
+
 MATTERS = {
     "allocations": "torch",
     "torch operations": "torch",
@@ -84,9 +87,12 @@ def load(path: Path, machine: Mapping[str, Any], threads: int) -> Baseline:
         content["machine"], content["figures"], content["counts"], content["tolerance_elsewhere"]
     )
     if found.machine["isa"] != machine["isa"]:
+        there, here = (ISAS.index(m["isa"]) if m["isa"] in ISAS else None for m in (found.machine, machine))
+        forceable = there is not None and here is not None and there < here
         raise GateError(
-            f"{path} was taken with the {found.machine['isa']} kernels, here run the {machine['isa']} ones: "
-            f"RMSGD_ISA={found.machine['isa']} forces the same{advice}"
+            f"{path} was taken with the {found.machine['isa']} kernels, here run the {machine['isa']} ones"
+            + (f"; RMSGD_ISA={found.machine['isa']} forces the same" if forceable else "")
+            + advice
         )
     if found.machine["threads"] != threads:
         taken = measure.count(found.machine["threads"], "thread")

@@ -3,6 +3,8 @@
 import argparse
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +21,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from scipy import stats
 
-from bench import arguments, measure, output
+from bench import arguments, measure, output, terminal
 from bench.gate import baseline as baselines
 from bench.gate import callgrind, trial
 from bench.gate.baseline import Baseline
@@ -127,8 +129,9 @@ def main(given: Sequence[str]) -> int:
     elif options.update:
         output.check_file(options.baseline or BASELINE)
     start = time.perf_counter()
-    report = Report(describe(options.threads))
     try:
+        check_core()
+        report = Report(describe(options.threads))
         if options.self_test:
             return self_test(options, report.machine)
         if options.update:
@@ -205,9 +208,31 @@ def _module_and_function(text: str) -> str:
     return text
 
 
+def check_core() -> None:
+    """Sees that what is timed is the compiled core, unless RMSGD_BACKEND asks for something else.
+
+    Raises:
+        GateError: the core was not built or cannot run here, so that a fallback would be timed.
+
+    """
+    asked_for = os.environ.get("RMSGD_BACKEND", "")
+    (core,) = (status for status in backends.statuses("cpu") if status.name == "native")
+    if core.available or asked_for not in ("", core.name):
+        return
+    try:
+        import_module("rmsgd._cpu")
+        remedy = ""
+    except ImportError:
+        remedy = f"build it with {sys.executable} -m pip install -e {ROOT}, or "
+    raise GateError(
+        f"the compiled core does not run here, and a fallback would be timed in its place ({core.reason}); "
+        f"{remedy}name the fallback that is to be judged, as in RMSGD_BACKEND=torch"
+    )
+
+
 def describe(threads: int) -> dict[str, Any]:
     """This machine, with the instruction set and the compiler of the optimizer's core."""
-    used = backends.backend_for(torch.device("cpu")).name
+    used = os.environ.get("RMSGD_BACKEND") or backends.backend_for(torch.device("cpu")).name
     isa = import_module("rmsgd._cpu").isa() if used == "native" else f"none ({used})"
     return measure.machine() | {"threads": threads, "isa": isa, "compiler": callgrind.compiler(ROOT)}
 
@@ -348,7 +373,7 @@ def update(options: argparse.Namespace, machine: Mapping[str, Any], console: Con
             notes.append(
                 f"{figure.text}: processes differ, so that its tolerance is {entry['tolerance']:.1%}"
             )
-    Console().print(table)
+    terminal.show(table, Console())
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
     console.print(f"wrote {path}", soft_wrap=True)
@@ -390,13 +415,13 @@ def show(report: Report, console: Console) -> None:
             str(len(finding.logs)),
             finding.verdict.value,
         )
-    console.print(table)
+    terminal.show(table, console)
     if report.counts:
         table = Table("count", "here", "expected", "verdict", box=SIMPLE_HEAD, show_edge=False)
         for row in report.counts:
             cells = ("" if row[key] is None else str(row[key]) for key in ("here", "expected"))
             table.add_row(row["name"], *cells, row["verdict"])
-        console.print(table)
+        terminal.show(table, console)
     for note in report.notes:
         console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
     if report.status == UNDECIDED:

@@ -1,0 +1,25 @@
+"""Tables on terminals of any width."""
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+
+def show(table: Table, console: Console) -> None:
+    """Prints a table where all of its words fit; else a block of lines for each row, so that none is cut.
+
+    A block begins with the cell of the first column; the others follow on lines of their own.
+    """
+    for column in table.columns:
+        texts = [str(cell) for cell in (column.header, *column.cells)]
+        words = texts if column.no_wrap else [word for text in texts for word in text.split()]
+        column.min_width = max(map(cell_len, words), default=0)
+    if Measurement.get(console, console.options.update(max_width=10**6), table).minimum <= console.width:
+        console.print(table)
+        return
+    for first, *others in zip(*(column.cells for column in table.columns), strict=True):
+        console.print(first, markup=False, highlight=False)
+        for column, cell in zip(table.columns[1:], others, strict=True):
+            if cell:
+                console.print(f"  {column.header}: {cell}", markup=False, highlight=False)
