@@ -120,7 +120,9 @@ RMSGD = {"lr": 0.03, "beta": 0.98, "momentum": 0.9, "weight_decay": 1e-4}
 PUBLISHED = RMSGD | {"linear": False, "gamma": 0.98, "step_size": 1}
 
 PEERS: dict[str, Peer] = {
-    "rmsgd": Peer(_rmsgd, RMSGD, "Algorithm 1 of the paper", scheduled=False),
+    "rmsgd": Peer(
+        _rmsgd, RMSGD, "Algorithm 1 with rates within bounds, the package's default", scheduled=False
+    ),
     "rmsgd-paper": Peer(
         _rmsgd,
         RMSGD | {"rule": "paper", "initial_rank": "zero"},

@@ -143,8 +143,8 @@ py::array_t<double> measure_spectrum(const py::array_t<double, py::array::c_styl
 
 // -- learning rates ----------------------------------------------------------------------------
 
-// initial_lr, beta, zeta, decay, floor, rule, first
-using RateTuple = std::tuple<double, double, double, double, double, int, bool>;
+// initial_lr, beta, zeta, decay, floor, lowest, highest, rule, first
+using RateTuple = std::tuple<double, double, double, double, double, double, double, int, bool>;
 
 template <class T>
 using Table = py::array_t<T, py::array::c_style>;
@@ -165,19 +165,20 @@ void expect_apart(std::vector<std::pair<const char*, py::array>> arrays) {
 
 void update_rates(const Table<int>& parameter, const Table<int>& group, const Table<int>& spectrum_begin,
                   const Table<double>& weight, Table<double>& stable_rank, Table<int>& ready,
-                  Table<double>& eta, const Table<int>& follower, const Table<int>& leader,
-                  const Table<double>& follower_lr, const std::vector<RateTuple>& groups,
-                  const Table<double>& metrics) {
+                  Table<double>& unbounded, Table<double>& eta, const Table<int>& follower,
+                  const Table<int>& leader, const Table<int>& follower_group,
+                  const std::vector<RateTuple>& groups, const Table<double>& metrics) {
   expect_apart({{"parameter", parameter},
                 {"group", group},
                 {"spectrum_begin", spectrum_begin},
                 {"weight", weight},
                 {"stable_rank", stable_rank},
                 {"ready", ready},
+                {"unbounded", unbounded},
                 {"eta", eta},
                 {"follower", follower},
                 {"leader", leader},
-                {"follower_lr", follower_lr},
+                {"follower_group", follower_group},
                 {"metrics", metrics}});
   const std::size_t layers = std::size_t(parameter.size());
   const auto expect = [](const char* name, std::size_t size, std::size_t expected) {
@@ -197,19 +198,21 @@ void update_rates(const Table<int>& parameter, const Table<int>& group, const Ta
   expect("spectrum_begin", spectrum_begin.size(), layers + 1);
   expect("stable_rank", stable_rank.size(), layers);
   expect("ready", ready.size(), layers);
+  expect("unbounded", unbounded.size(), layers);
   expect("leader", leader.size(), follower.size());
-  expect("follower_lr", follower_lr.size(), follower.size());
+  expect("follower_group", follower_group.size(), follower.size());
   expect("metrics", metrics.size(), weight.size() * rmsgd::METRICS_FIELDS);
   expect_indices("parameter", parameter, 0, eta.size());
   expect_indices("group", group, 0, std::int64_t(groups.size()));
   expect_indices("spectrum_begin", spectrum_begin, 0, weight.size() + 1);
   expect_indices("follower", follower, 0, eta.size());
   expect_indices("leader", leader, -2, std::int64_t(layers));
+  expect_indices("follower_group", follower_group, 0, std::int64_t(groups.size()));
 
   std::vector<rmsgd::RateGroup> rate_groups;
-  for (const auto& [initial_lr, beta, zeta, decay, floor, rule, first] : groups) {
+  for (const auto& [initial_lr, beta, zeta, decay, floor, lowest, highest, rule, first] : groups) {
     if (rule < 0 || rule > 2) throw py::value_error("groups: expected rule 0, 1 or 2");
-    rate_groups.push_back({initial_lr, beta, zeta, decay, floor, rule, first});
+    rate_groups.push_back({initial_lr, beta, zeta, decay, floor, lowest, highest, rule, first});
   }
   const rmsgd::RateTables tables = {int(layers),
                                     parameter.data(),
@@ -219,11 +222,12 @@ void update_rates(const Table<int>& parameter, const Table<int>& group, const Ta
                                     rate_groups.data(),
                                     stable_rank.mutable_data(),
                                     ready.mutable_data(),
+                                    unbounded.mutable_data(),
                                     eta.mutable_data(),
                                     int(follower.size()),
                                     follower.data(),
                                     leader.data(),
-                                    follower_lr.data()};
+                                    follower_group.data()};
   std::vector<double> measured(layers);
   std::vector<int> held(layers);
   rmsgd::Solo team;
@@ -241,7 +245,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("measure_spectrum", &measure_spectrum, "gamma"_a.noconvert(), "M"_a);
   m.def("update_rates", &update_rates, "parameter"_a.noconvert(), "group"_a.noconvert(),
         "spectrum_begin"_a.noconvert(), "weight"_a.noconvert(), "stable_rank"_a.noconvert(),
-        "ready"_a.noconvert(), "eta"_a.noconvert(), "follower"_a.noconvert(), "leader"_a.noconvert(),
-        "follower_lr"_a.noconvert(), "groups"_a, "metrics"_a.noconvert());
+        "ready"_a.noconvert(), "unbounded"_a.noconvert(), "eta"_a.noconvert(), "follower"_a.noconvert(),
+        "leader"_a.noconvert(), "follower_group"_a.noconvert(), "groups"_a, "metrics"_a.noconvert());
   m.def("isa", [] { return rmsgd::isa_name(rmsgd::active_isa()); });
 }

@@ -184,17 +184,18 @@ def update_rates(
     weight: NDArray[np.float64],
     stable_rank: NDArray[np.float64],
     ready: NDArray[np.int32],
+    unbounded: NDArray[np.float64],
     eta: NDArray[np.float64],
     follower: NDArray[np.int32],
     leader: NDArray[np.int32],
-    follower_lr: NDArray[np.float64],
-    groups: Sequence[tuple[float, float, float, float, float, int, bool]],
+    follower_group: NDArray[np.int32],
+    groups: Sequence[tuple[float, float, float, float, float, float, float, int, bool]],
     metrics: NDArray[np.float64],
 ) -> None:
-    """One epoch end: ``eta``, ``stable_rank`` and ``ready`` are updated in place.
+    """One epoch end: ``eta``, ``unbounded``, ``stable_rank`` and ``ready`` are updated in place.
 
     Args:
-        parameter: and all up to ``follower_lr``: see ``backends.base.RateTables``.
+        parameter: and all up to ``follower_group``: see ``backends.base.RateTables``.
         groups: see ``backends.base.RateGroup``.
         metrics: (rows, 7), what ``measure`` gives.
 

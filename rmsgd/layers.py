@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rmsgd.optim.rules import RULES
+from rmsgd.reference import PAPER, PUBLISHED
+
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -76,9 +79,10 @@ def is_probed(weight: Tensor, group: Mapping[str, Any]) -> bool:
         return False
     if not 2 <= weight.ndim <= 5 or (weight.ndim == 2 and not group["linear"]):
         return False
-    if group["rule"] != "paper" and weight.ndim not in (2, 4):
+    arithmetic = RULES[group["rule"]].arithmetic
+    if arithmetic != PAPER and weight.ndim not in (2, 4):
         return False
-    if group["rule"] == "published" and weight.ndim == 4 and 1 in shape[2:]:
+    if arithmetic == PUBLISHED and weight.ndim == 4 and 1 in shape[2:]:
         return False
     return bool(unfoldings(shape))
 
@@ -86,11 +90,11 @@ def is_probed(weight: Tensor, group: Mapping[str, Any]) -> bool:
 def measurement_weights(shape: Sequence[int], rule: str) -> list[float]:
     """What each unfolding's metric counts for in the layer's measurement s.
 
-    "paper": s is the mean of the stable rank over the modes. The other rules: the mean of
+    "bounded" and "paper": s is the mean of the stable rank over the modes. The other rules: the mean of
     ``sum d_i / (d_1 rows)`` over both modes, one without a spectrum counting as 0.
     """
     parts = unfoldings(shape)
-    if rule == "paper":
+    if RULES[rule].arithmetic == PAPER:
         modes = sum(len(u.modes) for u in parts)
         return [len(u.modes) / modes for u in parts]
     modes = 1 if len(shape) == 2 else 2

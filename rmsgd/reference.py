@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-RULES = ("paper", "release", "published")
+PAPER, RELEASE, PUBLISHED = range(3)
+"""Algorithm 1, what rmsgd 1.0.2 computes, and what the branch behind the paper's tables computes."""
 
 
 def threshold(L: int, M: int) -> tuple[float, float, float]:
@@ -200,9 +201,9 @@ def next_rate(
     rate of a layer whose low-rank part is empty. ``decay`` is gamma at an epoch end that decays,
     else 1, and ``zeta`` the value before it. Compiled by numba.
     """
-    if rule == 0:
+    if rule == PAPER:
         return max(beta * (decay * eta) + zeta * decay * gain, floor)
-    release = rule == 1
+    release = rule == RELEASE
     previous = decay * eta if release else eta
     if first:
         gain = initial_lr
@@ -213,6 +214,16 @@ def next_rate(
         if release:
             gain = gain / zeta
     return max(beta * previous + zeta * decay * gain, floor)
+
+
+def applied_rate(eta: float, lowest: float, highest: float) -> float:
+    """The rate that a step takes where its rule has come to ``eta``: ``min(max(eta, lowest), highest)``.
+
+    The rule goes on from eta itself. Its gains add up to the stable rank, so a bound on what it remembers
+    would forget the gains and keep the losses: a layer that was held at the bound would fall below its
+    first rate as soon as its stable rank shrank.
+    """
+    return min(max(eta, lowest), highest)
 
 
 def held_layers(measured: Array, ready: NDArray[np.int32], watched: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -243,19 +254,20 @@ def update_rates(
     weight: Array,
     stable_rank: Array,
     ready: NDArray[np.int32],
+    unbounded: Array,
     eta: Array,
     follower: NDArray[np.int32],
     leader: NDArray[np.int32],
-    follower_lr: Array,
-    groups: Sequence[tuple[float, float, float, float, float, int, bool]],
+    follower_group: NDArray[np.int32],
+    groups: Sequence[tuple[float, float, float, float, float, float, float, int, bool]],
     stable_ranks: Array,
     nuclear: Array,
 ) -> None:
-    """One epoch end over all layers; ``eta``, ``stable_rank`` and ``ready`` are updated in place.
+    """One epoch end over all layers: updates ``eta``, ``unbounded``, ``stable_rank`` and ``ready`` in place.
 
-    Arguments up to ``follower_lr`` are those of ``backends.base.RateTables``; ``groups`` holds
-    ``(initial_lr, beta, zeta, decay, floor, rule, first)``. ``stable_ranks`` and ``nuclear`` (rows,)
-    are what ``low_rank_metrics`` gives for every matrix. A NaN there keeps its layer as it is.
+    Arguments up to ``follower_group`` are those of ``backends.base.RateTables``; ``groups`` holds
+    ``(initial_lr, beta, zeta, decay, floor, lowest, highest, rule, first)``. ``stable_ranks`` and ``nuclear``
+    (rows,) are what ``low_rank_metrics`` gives for every matrix. A NaN there keeps its layer as it is.
     """
     layers = len(parameter)
     measured = np.empty(layers)
@@ -263,23 +275,27 @@ def update_rates(
     for layer in range(layers):
         rows = slice(spectrum_begin[layer], spectrum_begin[layer + 1])
         *_, rule, first = groups[group[layer]]
-        measured[layer] = (weight[rows] * (stable_ranks if rule == 0 else nuclear)[rows]).sum()
-        watched[layer] = rule != 0 and not first
+        measured[layer] = (weight[rows] * (stable_ranks if rule == PAPER else nuclear)[rows]).sum()
+        watched[layer] = rule != PAPER and not first
     held = held_layers(measured, ready, watched)
 
     ratio = np.empty(layers)
     for layer in range(layers):
-        initial_lr, beta, zeta, decay, floor, rule, first = groups[group[layer]]
-        at = parameter[layer]
+        initial_lr, beta, zeta, decay, floor, lowest, highest, rule, first = groups[group[layer]]
         if not math.isnan(measured[layer]):
             gain = measured[layer] - stable_rank[layer]
-            eta[at] = next_rate(rule, first, eta[at], gain, held[layer], initial_lr, beta, zeta, decay, floor)
+            unbounded[layer] = next_rate(
+                rule, first, unbounded[layer], gain, held[layer], initial_lr, beta, zeta, decay, floor
+            )
             stable_rank[layer] = measured[layer]
-        ratio[layer] = eta[at] / initial_lr
+        eta[parameter[layer]] = applied_rate(unbounded[layer], lowest, highest)
+        ratio[layer] = eta[parameter[layer]] / initial_lr
 
-    for at, lead, lr in zip(follower, leader, follower_lr, strict=True):
+    for at, lead, its_group in zip(follower, leader, follower_group, strict=True):
         if lead != -2 and layers:
-            eta[at] = lr * (ratio.sum() / layers if lead == -1 else ratio[lead])
+            initial_lr, *_, lowest, highest, _, _ = groups[its_group]
+            rate = initial_lr * (ratio.sum() / layers if lead == -1 else ratio[lead])
+            eta[at] = applied_rate(rate, lowest, highest)
 
 
 def momentum_update(

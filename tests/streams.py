@@ -42,7 +42,7 @@ def train(folder: Path, order: str) -> tuple[list[Tensor], dict[str, float], lis
     with rehearsed(folder, order):
         backends.backend_for(torch.device("cuda"))._budget = WORKSPACE_BYTES
         parameters = [Parameter(w.cuda()) for w in weights()]
-        optimizer = rmsgd.RMSGD(parameters, lr=0.03)
+        optimizer = rmsgd.RMSGD(parameters, lr=0.03, rule="paper")
         for _ in range(3):
             for _ in range(2):
                 for p in parameters:

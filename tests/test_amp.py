@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 import rmsgd
 
-CASES = pytest.mark.parametrize("rule", ["paper", "release"])
+CASES = pytest.mark.parametrize("rule", ["bounded", "paper", "release"])
 
 
 def parameter(dtype=torch.float32):
@@ -30,7 +30,7 @@ def scaled_step(scaler, optimizer, *losses):
     scaler.update()
 
 
-def ours(params, rule="paper", **options):
+def ours(params, rule="bounded", **options):
     return rmsgd.RMSGD(params, lr=0.1, momentum=0.9, rule=rule, **options)
 
 

@@ -9,6 +9,7 @@ import rmsgd
 from rmsgd import backends, reference
 from rmsgd.backends.base import CONDITION_NUMBER, NOISE_VARIANCE, NUCLEAR, RANK, STABLE_RANK
 from rmsgd.layers import as_matrix, unfoldings
+from rmsgd.optim.rules import RULES
 
 
 def planted(shape, rank, seed, dtype=torch.float64, strength=1.0):
@@ -92,7 +93,7 @@ def trained_rates(rule):
     return optimizer.learning_rates()
 
 
-@pytest.mark.parametrize("rule", reference.RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_learning_rates_after_20_epochs_of_training_agree(backend, rule, monkeypatch):
     ours = trained_rates(rule)
     monkeypatch.setenv("RMSGD_BACKEND", "reference")

@@ -62,7 +62,7 @@ def run(backend, **options):
 
 
 @pytest.mark.parametrize("name", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("options", [{}, {"rule": "release", "nesterov": True}])
+@pytest.mark.parametrize("options", [{}, {"rule": "paper"}, {"rule": "release", "nesterov": True}], ids=str)
 def test_a_compiled_step_is_one_graph_compiled_once_and_equals_the_eager_one(name, options):
     weights, rates = run(None, **options)
     backend = Counted(name)

@@ -1,6 +1,7 @@
 """The CUDA backend gives what the reference gives, whatever the order in which its threads run."""
 
 import ctypes
+import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,7 @@ from rmsgd.backends.kernels import TEAM_SHARED
 from rmsgd.backends.numpy_ import NumpyBackend, update_rates
 from rmsgd.layers import as_matrix, unfoldings
 from rmsgd.optim import device_state
+from rmsgd.reference import PAPER, PUBLISHED, RELEASE
 
 
 @pytest.fixture
@@ -530,9 +532,13 @@ def test_a_group_for_every_parameter_takes_one_launch_too(backend):
 # -- learning rates --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", [0, 1, 2], ids=["paper", "release", "published"])
+@pytest.mark.parametrize(
+    ("rule", "lowest", "highest"),
+    [(PAPER, 0.0, math.inf), (PAPER, 0.1, 0.3), (RELEASE, 0.0, math.inf), (PUBLISHED, 0.0, math.inf)],
+    ids=["paper", "bounded", "release", "published"],
+)
 @pytest.mark.parametrize("order", ORDERS)
-def test_rates_move_as_in_the_reference(library, rule, order):
+def test_rates_move_as_in_the_reference(library, rule, lowest, highest, order):
     layers, followers = 300, 40
     generator = torch.Generator().manual_seed(rule)
 
@@ -552,20 +558,22 @@ def test_rates_move_as_in_the_reference(library, rule, order):
         weight=torch.full((2 * layers,), 0.5, dtype=torch.float64),
         stable_rank=uniform(layers),
         ready=torch.arange(layers, dtype=torch.int32) % 3 // 2,
+        unbounded=uniform(layers),
         eta=uniform(layers + followers),
         follower=torch.arange(layers, layers + followers, dtype=torch.int32),
         leader=torch.arange(followers, dtype=torch.int32) - 2,
-        follower_lr=uniform(followers),
+        follower_group=torch.arange(followers, dtype=torch.int32) % 2,
     )
     groups = [
-        RateGroup(0.03, 0.98, 1.0, 0.9, 1e-10, rule, False),
-        RateGroup(0.1, 0.9, 0.5, 1.0, 0.0, rule, True),
+        RateGroup(0.03, 0.98, 1.0, 0.9, 1e-10, lowest, highest, rule, False),
+        RateGroup(0.1, 0.9, 0.5, 1.0, 0.0, lowest, highest, rule, True),
     ]
     expected = RateTables(*(tensor.clone() for tensor in vars(tables).values()))
     update_rates(expected, groups, metrics)
     emulated_backend(library, order).update_rates(tables, groups, metrics)
     assert torch.equal(tables.ready, expected.ready)
     torch.testing.assert_close(tables.stable_rank, expected.stable_rank, rtol=1e-14, atol=0)
+    torch.testing.assert_close(tables.unbounded, expected.unbounded, rtol=1e-13, atol=0)
     torch.testing.assert_close(tables.eta, expected.eta, rtol=1e-13, atol=0)
 
 
@@ -591,8 +599,8 @@ def train(parameters, scaled, **options):
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"rule": "release", "dampening": 0.5}, {"initial_rank": "measure", "nesterov": True}],
-    ids=["paper", "release", "measured start"],
+    [{"rule": "paper"}, {"rule": "release", "dampening": 0.5}, {"nesterov": True}],
+    ids=["paper", "release", "bounded, from a measured start"],
 )
 def test_the_optimizer_runs_on_it_as_on_the_cpu(library, monkeypatch, options, scaled):
     weights = [low_rank(20, 30, 3, 0.5), torch.randn(20), torch.randn(8, 4, 3, 3), low_rank(12, 12, 2, 0.3)]

@@ -94,11 +94,11 @@ def train_ddp(options):
     return optimizer.learning_rates(), weights, counting.count, optimizer.report().to_dict()
 
 
-@pytest.mark.parametrize("options", [{}, {"rule": "release"}, {"initial_rank": "measure"}])
+@pytest.mark.parametrize("options", [{"rule": "paper"}, {"rule": "release"}, {}], ids=str)
 def test_replicas_share_the_epoch_end_and_reproduce_one_process(job, options):
     expected, weights = job.run(alone, options)[0]
     results = job.run(train_ddp, options)
-    ends = 3 if "initial_rank" in options else 2
+    ends = 2 if options else 3  # by default the first step measures too
     assert sum(count for *_, count, _ in results) == ends * MATRICES
     assert min(count for *_, count, _ in results) > 0
     for rates, theirs, _, report in results:
@@ -173,10 +173,10 @@ def stages_of_a_pipeline():
     rank = dist.get_rank()
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     model = network()[:2] if rank < 2 else network()[4:]
-    optimizer = rmsgd.RMSGD(model.named_parameters(), process_group=groups[rank // 2])
+    optimizer = rmsgd.RMSGD(model.named_parameters(), process_group=groups[rank // 2], rule="paper")
     with Counting() as counting:
         optimizer.epoch_step()
-    twin = rmsgd.RMSGD(model.named_parameters())
+    twin = rmsgd.RMSGD(model.named_parameters(), rule="paper")
     twin.epoch_step()
     return counting.count, len(spectra(model)), optimizer.learning_rates(), twin.learning_rates()
 
@@ -253,11 +253,11 @@ def test_an_optimizer_of_sharded_parameters_that_refer_to_it_is_collected(job):
     assert all(job.run(leave_sharded_parameters))
 
 
-@pytest.mark.parametrize("options", [{}, {"rule": "release", "nesterov": True}])
+@pytest.mark.parametrize("options", [{"rule": "paper"}, {"rule": "release", "nesterov": True}, {}], ids=str)
 def test_sharded_weights_are_measured_whole_and_reproduce_one_process(job, options):
     expected, weights = job.run(alone, options)[0]
     results = job.run(train_fsdp, (job.size,), options)
-    assert sum(count for *_, count, _ in results) == 2 * MATRICES
+    assert sum(count for *_, count, _ in results) == (2 if options else 3) * MATRICES
     assert sum(empty for *_, empty in results) > (0 if job.size == 4 else -1)
     for rates, theirs, _, _ in results:
         assert rates == results[0][0]
@@ -269,8 +269,8 @@ def test_sharded_weights_are_measured_whole_and_reproduce_one_process(job, optio
 def test_a_mesh_of_replicas_and_shards_shares_the_epoch_end(job):
     if job.size != 4:
         pytest.skip("needs 2 x 2 ranks")
-    expected, _ = job.run(alone, {})[0]
-    results = job.run(train_fsdp, (2, 2), {})
+    expected, _ = job.run(alone, {"rule": "paper"})[0]
+    results = job.run(train_fsdp, (2, 2), {"rule": "paper"})
     assert sum(count for *_, count, _ in results) == 2 * MATRICES
     for rates, *_ in results:
         assert rates == results[0][0]
@@ -293,7 +293,7 @@ def checkpointed(folder, flat):
 
     def make():
         model = sharded()
-        return model, rmsgd.RMSGD(model.named_parameters(), lr=0.0301, step_size=1, gamma=0.9)
+        return model, rmsgd.RMSGD(model.named_parameters(), lr=0.0301, step_size=1, gamma=0.9, rule="paper")
 
     def run(model, optimizer, begin, end):
         for t in range(begin, end):

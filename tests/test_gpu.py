@@ -207,10 +207,10 @@ def test_several_gpus_work_in_one_process(route):
 @pytest.mark.parametrize("network", NETWORKS)
 def test_an_epoch_end_is_that_of_the_cpu(route, monkeypatch, network):
     model = trained_like(network)
-    gpu = rmsgd.RMSGD(copy.deepcopy(model).cuda().named_parameters(), lr=LR, beta=BETA)
+    gpu = rmsgd.RMSGD(copy.deepcopy(model).cuda().named_parameters(), lr=LR, beta=BETA, rule="paper")
     gpu.epoch_step()
     monkeypatch.delenv("RMSGD_BACKEND")
-    cpu = rmsgd.RMSGD(model.named_parameters(), lr=LR, beta=BETA)
+    cpu = rmsgd.RMSGD(model.named_parameters(), lr=LR, beta=BETA, rule="paper")
     cpu.epoch_step()
     assert moved(cpu.learning_rates())
     for a, b in zip(gpu.report().layers, cpu.report().layers, strict=True):
@@ -260,7 +260,7 @@ def test_the_users_tf32_setting_changes_no_bit(quick):
     for allowed in (False, True):
         torch.backends.cuda.matmul.allow_tf32 = allowed
         try:
-            optimizer = rmsgd.RMSGD(model.parameters(), lr=LR, beta=BETA)
+            optimizer = rmsgd.RMSGD(model.parameters(), lr=LR, beta=BETA, rule="paper")
             optimizer.epoch_step()
             results.append(optimizer.learning_rates())
         finally:
@@ -274,11 +274,11 @@ def test_weights_may_change_right_after_an_epoch_end(quick):
     matrices = [(p.detach(), u) for p in parameters for u in unfoldings(p.shape)]
     # What the fp32 Gram matrices do not decide is read from the weights once more.
     assert set(entry(quick).load().measure(matrices)[:, STAGE].tolist()) == {0}
-    optimizer = rmsgd.RMSGD(parameters, lr=LR, beta=BETA)
+    optimizer = rmsgd.RMSGD(parameters, lr=LR, beta=BETA, rule="paper")
     optimizer.epoch_step()
     expected = optimizer.learning_rates()
     assert moved(expected)
-    again = rmsgd.RMSGD(parameters, lr=LR, beta=BETA)
+    again = rmsgd.RMSGD(parameters, lr=LR, beta=BETA, rule="paper")
     torch.cuda._sleep(int(cycles_per_second() / 10))
     again.epoch_step()
     with torch.no_grad():

@@ -146,7 +146,9 @@ def test_followers_take_their_leaders_ratio_times_their_own_groups_lr():
 def test_a_follower_in_a_group_without_layers_goes_by_name_and_not_by_order():
     conv, norm, head = nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Linear(8, 9)
     layers = [("block.conv.weight", conv.weight), ("head.weight", head.weight)]
-    optimizer = rmsgd.RMSGD([{"params": layers}, {"params": [("block.norm.weight", norm.weight)]}], beta=0.5)
+    optimizer = rmsgd.RMSGD(
+        [{"params": layers}, {"params": [("block.norm.weight", norm.weight)]}], beta=0.5, initial_rank="zero"
+    )
     with torch.no_grad():
         head.weight[0] += 10.0
     optimizer.epoch_step()

@@ -9,19 +9,20 @@ from torch import nn
 import rmsgd
 from bench.peers import load_rmsgd_1_0_2
 from rmsgd import reference
-
-RULE = {name: index for index, name in enumerate(reference.RULES)}
+from rmsgd.optim.rules import RULES
 
 
 def rates(rule, measured, groups=None, *, layers=2, gamma=1.0, step_size=None, zeta=1.0, **options):
     """eta of every layer after each epoch end, by the reference, from the measurements s(1), s(2), ..."""
     options = {"lr": 0.03, "beta": 0.98, "floor": 0.0} | options
-    eta, s = np.full(layers, options["lr"]), np.zeros(layers)
+    lr0, of_rule = options["lr"], RULES[rule]
+    unbounded, eta, s = np.full(layers, lr0), np.full(layers, lr0), np.zeros(layers)
     ready = np.zeros(layers, dtype=np.int32)
     history = []
     for t, now in enumerate(measured):
         decay = gamma if step_size and t and t % step_size == 0 else 1.0
-        group = (options["lr"], options["beta"], zeta, decay, options["floor"], RULE[rule], t == 0)
+        numbers = (lr0, options["beta"], zeta, decay, options["floor"])
+        group = (*numbers, of_rule.lowest * lr0, of_rule.highest * lr0, of_rule.arithmetic, t == 0)
         empty = np.zeros(0, dtype=np.int32)
         reference.update_rates(
             np.arange(layers, dtype=np.int32),
@@ -30,10 +31,11 @@ def rates(rule, measured, groups=None, *, layers=2, gamma=1.0, step_size=None, z
             np.ones(layers),
             s,
             ready,
+            unbounded,
             eta,
             empty,
             empty,
-            np.zeros(0),
+            empty,
             [group],
             np.array(now, dtype=float),
             np.array(now, dtype=float),

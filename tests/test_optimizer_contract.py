@@ -53,7 +53,7 @@ KEYWORDS = (
     ("nesterov", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
     ("rule of the release", {"rule": "release", "step_size": 2, "gamma": 0.9}),
     ("rule of the tables", {"rule": "published", "linear": False}),
-    ("pretrained", {"initial_rank": "measure"}),
+    ("letter of the paper", {"rule": "paper"}),
 )
 
 INVALID = (
@@ -76,7 +76,7 @@ INVALID = (
     ({"zeta": float("nan")}, "zeta must be"),
     ({"min_lr": -1.0}, "min_lr must be 0 or more"),
     ({"min_lr": float("nan")}, "min_lr must be"),
-    ({"rule": "adam"}, "rule must be one of paper, release, published, got 'adam'"),
+    ({"rule": "adam"}, "rule must be one of bounded, paper, release, published, got 'adam'"),
     ({"initial_rank": "full"}, "initial_rank must be one of zero, measure"),
     ({"lr": "0.1"}, "lr must be above 0.*got '0.1'"),
     ({"momentum": None}, "momentum must be 0 or more, got None"),

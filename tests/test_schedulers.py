@@ -73,9 +73,9 @@ def test_no_scheduler_of_torch_is_left_out():
 def test_a_scheduler_multiplies_every_rate(name, tensor_lr):
     model, alone = network(), network()
     scheduled = rmsgd.RMSGD(
-        model.named_parameters(), lr=torch.tensor(LR, dtype=torch.float64) if tensor_lr else LR
+        model.named_parameters(), lr=torch.tensor(LR, dtype=torch.float64) if tensor_lr else LR, rule="paper"
     )
-    plain = rmsgd.RMSGD(alone.named_parameters(), lr=LR)
+    plain = rmsgd.RMSGD(alone.named_parameters(), lr=LR, rule="paper")
     scheduler = SCHEDULERS[name](scheduled)
     seen = set()
     for _ in range(8):

@@ -40,7 +40,7 @@ class Run:
             nn.Parameter(torch.randn(s, generator=self.generator, dtype=torch.float64).to(dtype))
             for s in SHAPES
         ]
-        self.options = {"lr": 0.02, "beta": 0.98, "momentum": 0.9, "weight_decay": 1e-3}
+        self.options = {"lr": 0.02, "beta": 0.98, "momentum": 0.9, "weight_decay": 1e-3, "rule": "paper"}
         self.optimizer = rmsgd.RMSGD(self.parameters, **self.options)
         self.weights = [p.detach().double().numpy().copy() for p in self.parameters]
         self.velocities = [np.zeros(s) for s in SHAPES]

@@ -281,7 +281,7 @@ def test_a_layer_that_changes_before_it_is_measured_keeps_its_rate_and_says_so(g
         parameters = [Parameter(w.cuda()) for w in (quick, fp64.to(dtype), svd.to(dtype))]
 
         def end_an_epoch(change):
-            optimizer = rmsgd.RMSGD(parameters, lr=0.03)
+            optimizer = rmsgd.RMSGD(parameters, lr=0.03, rule="paper")
             optimizer.epoch_step()
             with torch.no_grad():
                 for p in parameters if change else ():

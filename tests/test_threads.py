@@ -83,7 +83,7 @@ def trained(seed, steps=6):
     """The weights after some steps and epoch ends on random gradients."""
     generator = torch.Generator().manual_seed(seed)
     parameters = [nn.Parameter(torch.randn(s, generator=generator)) for s in (*SHAPES, (70_000,))]
-    optimizer = rmsgd.RMSGD(parameters, lr=0.03)
+    optimizer = rmsgd.RMSGD(parameters, lr=0.03, rule="paper")
     for step in range(steps):
         for p in parameters:
             p.grad = torch.randn(p.shape, generator=generator)

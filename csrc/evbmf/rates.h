@@ -14,11 +14,12 @@ enum class RateRule : int { paper = 0, release = 1, published = 2 };
 struct RateGroup {
   double initial_lr;  // lr0, the rate the group was created with
   double beta;
-  double zeta;   // before this epoch end
-  double decay;  // gamma when this epoch end decays, else 1
-  double floor;  // smallest eta
-  int rule;      // RateRule
-  int first;     // whether this is the group's first epoch end
+  double zeta;             // before this epoch end
+  double decay;            // gamma when this epoch end decays, else 1
+  double floor;            // smallest eta
+  double lowest, highest;  // bounds of the rate that is applied; eta itself moves beyond them
+  int rule;                // RateRule
+  int first;               // whether this is the group's first epoch end
 };
 
 // The state of all layers, in registration order, and of all parameters.
@@ -31,12 +32,13 @@ struct RateTables {
   const RateGroup* groups;
   double* stable_rank;  // (layers) s(t), becomes s(t + 1)
   int* ready;           // (layers) whether the layer has left the release's not_ready list
-  double* eta;          // (parameters)
+  double* unbounded;    // (layers) eta as the rule moves it
+  double* eta;          // (parameters) the rates applied, within the bounds of their groups
 
   int followers;              // parameters that are not probed
   const int* follower;        // (followers) index into eta
   const int* leader;          // (followers) layer whose ratio it takes; -1 the mean; -2 none
-  const double* follower_lr;  // (followers) lr0 of its group
+  const int* follower_group;  // (followers) index into groups
 };
 
 // beta eta + zeta (s(t+1) - s(t)) and its relatives, for one layer; `held` is the release's way to
@@ -61,6 +63,12 @@ RMSGD_FN double next_rate(const RateGroup& group, double eta, double gain, bool 
   }
   const double rate = group.beta * previous + zeta * gain;
   return rate > group.floor ? rate : group.floor;
+}
+
+// The rate that is applied where a rule has come to `eta`. The rule goes on from eta itself: its gains add up
+// to the stable rank, so that a bound on them would forget the gains and keep the losses.
+RMSGD_FN double applied_rate(const RateGroup& group, double eta) {
+  return eta < group.lowest ? group.lowest : eta > group.highest ? group.highest : eta;
 }
 
 // One epoch end. `metrics` is the table of MetricsField rows. A layer whose weight has no spectrum
@@ -105,12 +113,14 @@ RMSGD_FN void update_rates(Team& team, const RateTables& t, const double* metric
   double ratios = 0.0;
   for (int layer = team.rank(); layer < t.layers; layer += team.size()) {
     const RateGroup& group = t.groups[t.group[layer]];
-    double& eta = t.eta[t.parameter[layer]];
+    double& eta = t.unbounded[layer];
     if (measured[layer] == measured[layer]) {
       eta = next_rate(group, eta, measured[layer] - t.stable_rank[layer], held[layer] != 0);
       t.stable_rank[layer] = measured[layer];
     }
-    ratios += eta / group.initial_lr;
+    const double applied = applied_rate(group, eta);
+    t.eta[t.parameter[layer]] = applied;
+    ratios += applied / group.initial_lr;
   }
   ratios = team.sum(ratios);
   team.barrier();
@@ -120,7 +130,8 @@ RMSGD_FN void update_rates(Team& team, const RateTables& t, const double* metric
     if (leader == -2 || t.layers == 0) continue;
     const double ratio =
         leader == -1 ? ratios / t.layers : t.eta[t.parameter[leader]] / t.groups[t.group[leader]].initial_lr;
-    t.eta[t.follower[i]] = ratio * t.follower_lr[i];
+    const RateGroup& group = t.groups[t.follower_group[i]];
+    t.eta[t.follower[i]] = applied_rate(group, ratio * group.initial_lr);
   }
 }
 

@@ -105,6 +105,8 @@ class RateGroup(NamedTuple):
     zeta: float
     decay: float
     floor: float
+    lowest: float
+    highest: float
     rule: int
     first: bool
 
@@ -114,8 +116,9 @@ class RateTables:
     """All layers of one device in registration order, and the parameters that follow them.
 
     Layer l measures the rows ``[spectrum_begin[l], spectrum_begin[l + 1])`` of the metrics table,
-    weighted by ``weight``. ``leader`` is, per follower, the layer whose ratio eta / lr0 it takes: -1 is the
-    mean ratio, -2 leaves it alone.
+    weighted by ``weight``. Its rule moves ``unbounded``; ``eta``, the rate that is applied, is that within
+    the bounds of its group. ``leader`` is, per follower, the layer whose ratio eta / lr0 it takes, within the
+    bounds of its own group: -1 is the mean ratio, -2 leaves it alone.
     """
 
     parameter: Tensor  # (layers,) int32: index into eta
@@ -124,10 +127,11 @@ class RateTables:
     weight: Tensor  # (rows,) float64
     stable_rank: Tensor  # (layers,) float64, updated
     ready: Tensor  # (layers,) int32, updated
+    unbounded: Tensor  # (layers,) float64, updated
     eta: Tensor  # (parameters,) float64, updated
     follower: Tensor  # (followers,) int32: index into eta
     leader: Tensor  # (followers,) int32
-    follower_lr: Tensor  # (followers,) float64
+    follower_group: Tensor  # (followers,) int32
 
 
 class OnHost:

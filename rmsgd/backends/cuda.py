@@ -42,12 +42,17 @@ _RATE_GROUP = np.dtype(
         ("zeta", "f8"),
         ("decay", "f8"),
         ("floor", "f8"),
+        ("lowest", "f8"),
+        ("highest", "f8"),
         ("rule", "i4"),
         ("first", "i4"),
     ]
 )
-_RATE_POINTERS = ("parameter", "group", "spectrum_begin", "weight", "groups", "stable_rank", "ready", "eta")
-_FOLLOWER_POINTERS = ("follower", "leader", "follower_lr")
+_RATE_POINTERS = (
+    *("parameter", "group", "spectrum_begin", "weight", "groups"),
+    *("stable_rank", "ready", "unbounded", "eta"),
+)
+_FOLLOWER_POINTERS = ("follower", "leader", "follower_group")
 _RATE_TABLES = np.dtype(
     [
         ("layers", "i4"),

@@ -31,10 +31,17 @@ from rmsgd.layers import Unfolding, is_probed, leader_of, measurement_weights, u
 from rmsgd.optim.distributed import SharedMeasurement, is_dtensor, local, local_gradient
 from rmsgd.optim.layouts import Layouts, check_apart, dense_forms
 from rmsgd.optim.measurement import Measurement
+from rmsgd.optim.options import applied_rate
+from rmsgd.optim.rules import RULES
 from rmsgd.optim.state import State, buffer_key
+from rmsgd.reference import PAPER
 
 _PROBING = ("probe", "linear")
 """The options of a group that decide which of its parameters are probed; its rule makes new device_states."""
+
+
+_LARGE = 10.0
+"""How many times its first a learning rate may be before a warning names its layer."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,10 @@ class DeviceState:
             for m, buffer in zip(self.records, self._buffers, strict=True)
             if buffer is None and groups[m.group]["momentum"] != 0
         ]
-        rates = [state["rate"] for state in self._states]
+        rates = [
+            applied_rate(groups[m.group], state["rate"])
+            for m, state in zip(self.records, self._states, strict=True)
+        ]
         fresh = [state["fresh"] for state in self._states]
         place = torch.device("cpu") if self._backend.on_host else self.device
         self._eta = torch.tensor(rates, dtype=torch.float64, device=place)
@@ -110,7 +120,7 @@ class DeviceState:
             p, group = self._parameters[i], groups[self.records[i].group]
             self._spectra += [(p, u) for u in unfoldings(p.shape)]
             weight += measurement_weights(p.shape, group["rule"])
-            column += [STABLE_RANK if group["rule"] == "paper" else NUCLEAR] * (len(weight) - len(column))
+            column += [STABLE_RANK if _is_paper(group) else NUCLEAR] * (len(weight) - len(column))
             begin.append(len(self._spectra))
 
         layer_of = {i: layer for layer, i in enumerate(self._probed)}
@@ -123,7 +133,7 @@ class DeviceState:
                 latest[m.group] = latest_of_all = layer_of[i]
                 continue
             followers.append(i)
-            if groups[m.group]["rule"] == "paper":
+            if _is_paper(groups[m.group]):
                 leaders.append(leader_of(m.name if m.named else None, latest.get(m.group), names))
             else:
                 leaders.append(-2 if latest_of_all is None else latest_of_all)
@@ -141,10 +151,11 @@ class DeviceState:
             weight=tensor(weight, torch.float64),
             stable_rank=tensor([self._states[i]["stable_rank"] for i in self._probed], torch.float64),
             ready=tensor([int(self._states[i]["ready"]) for i in self._probed], torch.int32),
+            unbounded=tensor([self._states[i]["rate"] for i in self._probed], torch.float64),
             eta=self._eta,
             follower=tensor(followers, torch.int32),
             leader=tensor(leaders, torch.int32),
-            follower_lr=tensor([groups[self.records[i].group]["lr0"] for i in followers], torch.float64),
+            follower_group=tensor([self.records[i].group for i in followers], torch.int32),
         )
         lacking = [i for i in self._probed if math.isnan(self._states[i]["stable_rank"])]
         self._lacks_ranks = bool(lacking)
@@ -206,13 +217,17 @@ class DeviceState:
 
     # -- epoch ends ------------------------------------------------------------------------------
 
+    @property
+    def on_host(self) -> bool:
+        """Whether rates and metrics can be read without waiting for a device."""
+        return self._backend.on_host
+
     def measure_first(self) -> None:
         """Take s(0) from the weights as they are, for layers that ask for it and have none yet."""
-        if self._first_measurement_due:
+        if self._first_measurement_due and self.device.type != "meta":
             self._first_measurement_due = False
-            self._backend.wait_side_stream(
-                self.device
-            )  # an epoch end may have come first, and still be at it
+            # An epoch end may have come first, and still be at it.
+            self._backend.wait_side_stream(self.device)
             self._fill_in(self._measure())
 
     def _measure(self) -> Tensor:
@@ -263,10 +278,11 @@ class DeviceState:
 
     def _description(self, groups: Sequence[RateGroup]) -> list[str]:
         """What all ranks have to hold alike, a line for each layer. Rates only where no wait is needed."""
-        eta = self._eta.tolist() if self._backend.on_host else [math.nan] * len(self.records)
+        layers = [self.records[i] for i in self._probed]
+        eta = self._tables.unbounded.tolist() if self._backend.on_host else [math.nan] * len(layers)
         return [
-            f"{m.name} {tuple(m.parameter.shape)} {m.parameter.dtype} rate {eta[i]} {groups[m.group]}"
-            for i, m in ((i, self.records[i]) for i in self._probed)
+            f"{m.name} {tuple(m.parameter.shape)} {m.parameter.dtype} rate {rate} {groups[m.group]}"
+            for m, rate in zip(layers, eta, strict=True)
         ]
 
     def rates(self) -> list[float]:
@@ -274,15 +290,26 @@ class DeviceState:
         self._backend.wait_side_stream(self.device)
         return self._eta.tolist()
 
+    def large_rates(self, groups: Sequence[Mapping[str, Any]]) -> list[tuple[ParamRecord, float]]:
+        """The layers whose eta is more than ten times their first, and that eta."""
+        eta = self._eta.tolist()
+        layers = ((self.records[i], eta[i]) for i in self._probed)
+        return [(m, rate) for m, rate in layers if rate > _LARGE * groups[m.group]["lr0"]]
+
     def write_back(self) -> None:
         """Bring rates, measurements and flags to the optimizer's state, as plain numbers."""
         self._backend.wait_side_stream(self.device)
         eta, fresh = self._eta.tolist(), self._fresh.tolist()
         for state, rate, flag in zip(self._states, eta, fresh, strict=True):
             state["rate"], state["fresh"] = rate, flag
-        ranks, ready = self._tables.stable_rank.tolist(), self._tables.ready.tolist()
-        for i, s, r in zip(self._probed, ranks, ready, strict=True):
-            self._states[i]["stable_rank"], self._states[i]["ready"] = s, bool(r)
+        t = self._tables
+        layers = zip(t.unbounded.tolist(), t.stable_rank.tolist(), t.ready.tolist(), strict=True)
+        for i, (rate, s, ready) in zip(self._probed, layers, strict=True):
+            self._states[i].update(rate=rate, stable_rank=s, ready=bool(ready))
+
+
+def _is_paper(group: Mapping[str, Any]) -> bool:
+    return RULES[group["rule"]].arithmetic == PAPER
 
 
 def _check_gradient(grad: Tensor, name: str) -> None:

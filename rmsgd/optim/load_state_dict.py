@@ -13,6 +13,7 @@ from rmsgd.optim.distributed import is_dtensor
 from rmsgd.optim.options import (
     ABOVE_0,
     AT_LEAST_0,
+    INITIAL_RANK,
     OPTIONS,
     YES_OR_NO,
     Range,
@@ -23,7 +24,12 @@ from rmsgd.optim.options import (
 )
 from rmsgd.optim.state import BUFFERS, Group, State
 
-_GROUP: Mapping[str, Range] = {**OPTIONS, "lr0": ABOVE_0, "lr": AT_LEAST_0}
+_GROUP: Mapping[str, Range] = {
+    **OPTIONS,
+    "lr0": ABOVE_0,
+    "lr": AT_LEAST_0,
+    "initial_rank": INITIAL_RANK,
+}
 """The ranges of a checkpoint's options: its lr may be where a schedule ends."""
 
 _STATE: Mapping[str, tuple[Callable[[float], float], Range]] = {

@@ -28,6 +28,7 @@ from rmsgd.optim.options import (
     refuse,
     step_group,
 )
+from rmsgd.optim.rules import RULES
 from rmsgd.optim.state import State, check_shape, complete, follow
 from rmsgd.optim.torch_compile import register_step, trace_step
 
@@ -38,7 +39,10 @@ class RMSGD(Optimizer):
     A mini-batch step is Algorithm 1 of Hosseini, Tuli, Plataniotis, "Exploiting Explainable Metrics
     for Augmented SGD": ``v <- momentum v - eta g``, ``w <- w + v``. An epoch end factorises every
     weight into low rank and noise (EVBMF), measures the stable rank s of the low-rank part, and
-    sets ``eta <- max(beta eta + zeta (s(t+1) - s(t)), min_lr)``, with ``eta(0) = lr`` and ``s(0) = 0``.
+    moves ``eta <- max(beta eta + zeta (s(t+1) - s(t)), min_lr)``, with ``eta(0) = lr``. The rate applied to
+    the layer is eta, kept between half of lr and twice lr; the rule itself goes on from eta. Without these
+    bounds a classifier's head of ten rows, whose stable rank moves in steps of a tenth, would go from .03 to
+    .58. ``RMSGD(params, rule="paper")`` is the letter of Algorithm 1, without bounds and with ``s(0) = 0``.
     A parameter without a spectrum (a bias, a norm) follows a layer that has one.
 
     ::
@@ -69,13 +73,16 @@ class RMSGD(Optimizer):
         weight_decay: L2 penalty, 0 or more; ``p.grad`` is left as it is.
         nesterov: Nesterov momentum; needs ``momentum`` and no ``dampening``.
         zeta: gain of the stable rank's change, above 0.
-        min_lr: floor of eta, before the multiplier. The rules of the released code have their own.
+        min_lr: floor of eta, before the multiplier; also where it is above the bounds of the rule "bounded".
+            The rules of the released code have their own.
         maximize: ascend instead.
-        rule: "paper" (Algorithm 1), "release" (the arithmetic of rmsgd 1.0.2) or "published" (that of
-            the branch that made the paper's tables). The last two keep gradients as torch's SGD does.
-        initial_rank: "zero" takes s(0) = 0, right for random weights. "measure" takes it from the
-            weights before the first step: for pretrained ones, whose rates "zero" would throw up by
-            s(1) in one epoch.
+        rule: "bounded" (Algorithm 1, the rate applied within bounds), "paper" (Algorithm 1 to the letter),
+            "release" (the arithmetic of rmsgd 1.0.2) or "published" (that of the branch that made the paper's
+            tables). The last two keep gradients as torch's SGD does.
+        initial_rank: "measure" takes s(0) from the weights before the first step: 0 for random ones, in
+            which no low rank is found, and the right value for pretrained ones. "zero" takes s(0) = 0, and
+            would throw the rates of pretrained weights up by s(1) in one epoch. None is "measure" for
+            the rule "bounded" and "zero", as in their sources, for the others.
         process_group: for replicated parameters; every rank then calls ``epoch_step``, and the first ``step``
             under ``initial_rank="measure"``.
 
@@ -103,8 +110,8 @@ class RMSGD(Optimizer):
         zeta: float = 1.0,
         min_lr: float = 1e-10,
         maximize: bool = False,
-        rule: str = "paper",
-        initial_rank: str = "zero",
+        rule: str = "bounded",
+        initial_rank: str | None = None,
         process_group: Any = None,
         **refused: Never,
     ) -> None:
@@ -142,6 +149,8 @@ class RMSGD(Optimizer):
             check_options(group)
             group.setdefault("lr0", float(group["lr"]))
             check_ranges(group, {"lr0": ABOVE_0})
+            if group["initial_rank"] is None:
+                group["initial_rank"] = RULES[group["rule"]].initial_rank
             for index, p in enumerate(group["params"]):
                 check_parameter(p, parameter_name(group, len(self.param_groups) - 1, index))
         except Exception:
@@ -164,6 +173,7 @@ class RMSGD(Optimizer):
         self._memory_needs_then: list[tuple[int, bool, str]] = []
         self._state_objects: list[Any] = []
         self._measured: list[Measurement] | None = None
+        self._named_for_large_rates: set[Tensor] = set()
 
     def _device_states_are_current(self) -> bool:
         """Whether groups, state, parameters and their memory are what the device states were made from."""
@@ -371,6 +381,7 @@ class RMSGD(Optimizer):
         asked_for = any(group["probe"] for group in self.param_groups)
         if asked_for and not any(measurement.names for measurement in self._measured):
             warnings.warn(_NOTHING_TO_MEASURE, stacklevel=3)
+        self._warn_of_large_rates([part for part in device_states if part.on_host], stacklevel=4)
         bad = [
             name
             for measurement in self._measured
@@ -383,6 +394,19 @@ class RMSGD(Optimizer):
                 stacklevel=3,
             )
 
+    def _warn_of_large_rates(self, device_states: Sequence[DeviceState], stacklevel: int) -> None:
+        """Name the layers whose rate has grown tenfold, each of them once."""
+        large = [
+            (record, rate)
+            for device_state in device_states
+            for record, rate in device_state.large_rates(self.param_groups)
+            if record.parameter not in self._named_for_large_rates
+        ]
+        if large:
+            self._named_for_large_rates.update(record.parameter for record, _ in large)
+            rates = ", ".join(f"{record.name} ({rate:.3g})" for record, rate in large)
+            warnings.warn(_LARGE_RATES.format(rates), stacklevel=stacklevel)
+
     # -- what to look at -------------------------------------------------------------------------
 
     def learning_rates(self) -> dict[str, float]:
@@ -392,7 +416,9 @@ class RMSGD(Optimizer):
         one that a group holds more than once is followed by "#" and its index there.
         """
         rates: dict[Tensor, float] = {}
-        for device_state in self._current_device_states():
+        device_states = self._current_device_states()
+        self._warn_of_large_rates(device_states, stacklevel=3)
+        for device_state in device_states:
             rates.update(zip((m.parameter for m in device_state.records), device_state.rates(), strict=True))
         return {
             name: rates[p] * multiplier(group)
@@ -415,6 +441,13 @@ class RMSGD(Optimizer):
 _NOTHING_TO_MEASURE = (
     "no layer is measured, so every learning rate stays as it is: RMSGD measures convolutions and, unless "
     "linear=False, matrices. FullyShardedDataParallel flattens them: use torch.distributed.fsdp.fully_shard"
+)
+
+
+_LARGE_RATES = (
+    "learning rates have grown to more than ten times their first: {}. The stable rank of a layer of few "
+    "rows moves in large steps, and this rule puts no bound on the rate: use rule='bounded', or a smaller "
+    "zeta; for pretrained weights also initial_rank='measure'"
 )
 
 

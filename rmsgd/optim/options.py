@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rmsgd import reference
 from rmsgd.backends.base import RateGroup, StepGroup
 from rmsgd.layers import SUPPORTED_DTYPES
 from rmsgd.optim.layouts import extent
-from rmsgd.reference import RULES
+from rmsgd.optim.rules import RULES
 
 INITIAL_RANKS = ("zero", "measure")
 
@@ -51,9 +52,11 @@ AT_LEAST_0: Range = (lambda x: 0.0 <= number(x) < math.inf, "0 or more")
 YES_OR_NO: Range = (lambda x: number(x) in (0.0, 1.0), "True or False")
 
 
-def _one_of(names: tuple[str, ...]) -> Range:
+def _one_of(names: Collection[str]) -> Range:
     return lambda x: isinstance(x, str) and x in names, f"one of {', '.join(names)}"
 
+
+INITIAL_RANK = _one_of(INITIAL_RANKS)
 
 OPTIONS: Mapping[str, Range] = {
     "lr": (ABOVE_0[0], "above 0 (a scheduler may take it to 0 later)"),
@@ -69,7 +72,7 @@ OPTIONS: Mapping[str, Range] = {
     "dampening": (lambda x: math.isfinite(number(x)), "finite"),
     "zeta": ABOVE_0,
     "rule": _one_of(RULES),
-    "initial_rank": _one_of(INITIAL_RANKS),
+    "initial_rank": (lambda x: x is None or INITIAL_RANK[0](x), INITIAL_RANK[1]),
     "linear": YES_OR_NO,
     "nesterov": YES_OR_NO,
     "maximize": YES_OR_NO,
@@ -169,8 +172,25 @@ def step_group(group: Mapping[str, Any], device: torch.device) -> StepGroup:
         float(group["weight_decay"]),
         bool(group["nesterov"]),
         bool(group["maximize"]),
-        group["rule"] == "paper",
+        RULES[group["rule"]].velocity,
     )
+
+
+def floor(group: Mapping[str, Any]) -> float:
+    """The smallest eta of a group's rule."""
+    of_rule = RULES[group["rule"]].floor
+    return float(group["min_lr"]) if of_rule is None else of_rule
+
+
+def bounds(group: Mapping[str, Any]) -> tuple[float, float]:
+    """The smallest and the largest rate that a group's parameters may be given, before its multiplier."""
+    rule, lr0 = RULES[group["rule"]], float(group["lr0"])
+    return rule.lowest * lr0, max(rule.highest * lr0, floor(group))
+
+
+def applied_rate(group: Mapping[str, Any], rate: float) -> float:
+    """What a group's multiplier is applied to where its rule has come to ``rate``."""
+    return reference.applied_rate(rate, *bounds(group))
 
 
 def rate_group(group: Mapping[str, Any], epoch: int, decay: float) -> RateGroup:
@@ -180,13 +200,13 @@ def rate_group(group: Mapping[str, Any], epoch: int, decay: float) -> RateGroup:
     """
     step_size = group["step_size"]
     decays = step_size is not None and epoch > 0 and epoch % step_size == 0
-    floor = {"paper": group["min_lr"], "release": 0.0, "published": 1e-10}[group["rule"]]
     return RateGroup(
         group["lr0"],
         group["beta"],
         group["zeta"] * decay,
         float(group["gamma"]) if decays else 1.0,
-        floor,
-        RULES.index(group["rule"]),
+        floor(group),
+        *bounds(group),
+        RULES[group["rule"]].arithmetic,
         epoch == 0,
     )

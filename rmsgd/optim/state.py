@@ -4,7 +4,7 @@
 
     velocity or momentum_buffer   past gradients; float64 for a float64 parameter, else float32
     fresh                         whether no gradient has entered it yet
-    rate                          eta, the learning rate before its group's multiplier
+    rate                          eta as the rule moves it, before its bounds and its group's multiplier
     stable_rank                   s at the last epoch end (NaN: to be measured before the first step)
     epoch                         how many epoch ends there have been
     decay                         product of the gammas that zeta has been multiplied by
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from rmsgd.backends.base import buffer_dtype
-from rmsgd.optim.options import multiplier
+from rmsgd.optim.options import applied_rate, multiplier
+from rmsgd.optim.rules import RULES
 
 State = dict[str, Any]
 Group = dict[str, Any]
@@ -31,7 +32,7 @@ BUFFERS = ("velocity", "momentum_buffer")
 
 def buffer_key(group: Mapping[str, Any]) -> str:
     """What a group's state calls its memory of past gradients."""
-    return "velocity" if group["rule"] == "paper" else "momentum_buffer"
+    return BUFFERS[0] if RULES[group["rule"]].velocity else BUFFERS[1]
 
 
 def _buffer_like(p: Tensor) -> Tensor:
@@ -45,7 +46,8 @@ def complete(p: Tensor, state: State, group: Group) -> None:
     that is frozen has none until it has a gradient.
     """
     state.setdefault("rate", group["lr0"])
-    state.setdefault("stable_rank", math.nan if group["initial_rank"] == "measure" else 0.0)
+    to_measure = group["initial_rank"] == "measure" and p.ndim > 1
+    state.setdefault("stable_rank", math.nan if to_measure else 0.0)
     state.setdefault("epoch", 0)
     state.setdefault("decay", 1.0)
     state.setdefault("ready", False)
@@ -53,7 +55,7 @@ def complete(p: Tensor, state: State, group: Group) -> None:
     other = state.pop(BUFFERS[key == BUFFERS[0]], None)
     if state.get(key) is None:
         state.pop(key, None)
-        rate = state["rate"] * multiplier(group)
+        rate = applied_rate(group, state["rate"]) * multiplier(group)
         if other is not None and (rate != 0.0 or key == "velocity"):
             factor = -rate if key == "velocity" else -1.0 / rate
             state[key] = other.to(buffer_dtype(p)) * factor

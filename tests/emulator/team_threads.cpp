@@ -79,19 +79,19 @@ void singular_values(int members, int L, int M) {
 
 void update_rates(int members, int layers) {
   std::vector<int> parameter(layers), group(layers), begin(layers + 1), ready(layers), held(layers);
-  std::vector<double> weight(layers, 1.0), rank(layers), eta(layers + 1, 0.1), measured(layers);
+  std::vector<double> weight(layers, 1.0), rank(layers), measured(layers);
+  std::vector<double> unbounded(layers, 0.1), eta(layers + 1, 0.1);
   std::vector<double> metrics(std::size_t(layers) * rmsgd::METRICS_FIELDS);
   for (int l = 0; l < layers; ++l) {
     parameter[l] = begin[l] = l;
     metrics[l * rmsgd::METRICS_FIELDS + rmsgd::NUCLEAR] = l % 3;
   }
   begin[layers] = layers;
-  const rmsgd::RateGroup groups[] = {{0.1, 0.9, 1.0, 1.0, 0.0, 1, 0}};
-  const int follower[] = {layers}, leader[] = {-1};
-  const double follower_lr[] = {0.1};
-  const rmsgd::RateTables tables = {layers,   parameter.data(), group.data(), begin.data(), weight.data(),
-                                    groups,   rank.data(),      ready.data(), eta.data(),   1,
-                                    follower, leader,           follower_lr};
+  const rmsgd::RateGroup groups[] = {{0.1, 0.9, 1.0, 1.0, 0.0, 0.05, 0.2, 1, 0}};
+  const int follower[] = {layers}, leader[] = {-1}, follower_group[] = {0};
+  const rmsgd::RateTables tables = {layers, parameter.data(), group.data(), begin.data(),     weight.data(),
+                                    groups, rank.data(),      ready.data(), unbounded.data(), eta.data(),
+                                    1,      follower,         leader,       follower_group};
   run(members,
       [&](Member& team) { rmsgd::update_rates(team, tables, metrics.data(), measured.data(), held.data()); });
 }

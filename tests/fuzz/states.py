@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import rmsgd
+from rmsgd.optim.rules import RULES
 
 Path = tuple[Any, ...]
 NAMED = [
@@ -19,7 +20,6 @@ NAMED = [
     ("head.weight", (6, 5), torch.bfloat16),
     ("head.bias", (6,), torch.float64),
 ]
-RULES = ("paper", "release", "published")
 
 
 def optimizer_of(kind: str, named: bool, seed: int) -> torch.optim.Optimizer:
@@ -150,8 +150,8 @@ class Case(NamedTuple):
 def draw(seed: int) -> Case:
     """The case of that number."""
     rng = np.random.default_rng(seed)
-    kind, named = RULES[int(rng.integers(3))], rng.random() < 0.5
-    source = "sgd" if rng.random() < 0.3 else RULES[int(rng.integers(3))]
+    kind, named = list(RULES)[int(rng.integers(len(RULES)))], rng.random() < 0.5
+    source = "sgd" if rng.random() < 0.3 else list(RULES)[int(rng.integers(len(RULES)))]
     state_dict: Any = deepcopy(sound(source, rng.random() < 0.5))
     paths: list[Path] = []
     for _ in range(int(rng.choice([1, 1, 1, 2, 4]))):

@@ -1,0 +1,219 @@
+"""The default rule: Algorithm 1, with the rate that is applied kept between bounds."""
+
+import warnings
+
+import pytest
+import torch
+from matrices import low_rank, planted
+from torch import nn
+from torch.nn import Parameter
+
+import rmsgd
+from rmsgd.optim.rules import RULES
+
+LOWEST, HIGHEST = RULES["bounded"].lowest, RULES["bounded"].highest
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 4))
+
+
+def epochs(optimizer, model, ranks=(2,)):
+    """Epoch ends at which the low-rank part of every weight has these ranks, the same for every optimizer."""
+    optimizer.step()  # without a gradient: it takes s(0)
+    for epoch, rank in enumerate(ranks):
+        torch.manual_seed(epoch)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.ndim > 1:
+                    p.copy_(low_rank(len(p), p[0].numel(), rank, 0.01).view(p.shape))
+        optimizer.epoch_step()
+
+
+def memory(optimizer):
+    """eta of every parameter as a checkpoint carries it, by name."""
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    return dict(zip(names, (s["rate"] for s in optimizer.state_dict()["state"].values()), strict=True))
+
+
+def head_of_ten_rows(make):
+    """Loss on its training set of a small classifier, whose head's stable rank moves in steps of a tenth."""
+    torch.manual_seed(0)
+    x = torch.randn(2048, 64)
+    y = (x @ torch.randn(64, 10) + torch.randn(2048, 10)).argmax(1)
+    model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 10))
+    optimizer = make(model.named_parameters())
+    for _ in range(8):
+        for i in range(0, 2048, 64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[i : i + 64]), y[i : i + 64]).backward()
+            optimizer.step()
+        if isinstance(optimizer, rmsgd.RMSGD):
+            optimizer.epoch_step()
+    with torch.no_grad():
+        return float(nn.functional.cross_entropy(model(x), y)), optimizer
+
+
+def test_a_network_with_a_narrow_head_is_learned_as_by_sgd_and_the_rates_move():
+    loss, optimizer = head_of_ten_rows(lambda params: rmsgd.RMSGD(params, lr=0.03))
+    expected, _ = head_of_ten_rows(lambda params: torch.optim.SGD(params, lr=0.03, momentum=0.9))
+    assert loss < expected + 0.05
+    assert any(rate != pytest.approx(0.03, rel=0.05) for rate in optimizer.learning_rates().values())
+
+
+def test_the_rule_remembers_the_rates_of_algorithm_1_and_applies_them_within_bounds(backend):
+    models = network(), network()
+    bounded, letter = (
+        rmsgd.RMSGD(model.named_parameters(), lr=0.03, beta=0.5, rule=rule)
+        for model, rule in zip(models, ("bounded", "paper"), strict=True)
+    )
+    seen = set()
+    for rank in (1, 2, 2, 1, 1, 2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            epochs(bounded, models[0], [rank])
+            epochs(letter, models[1], [rank])
+        for name, rate in letter.learning_rates().items():
+            applied = bounded.learning_rates()[name]
+            assert applied == min(max(rate, LOWEST * 0.03), HIGHEST * 0.03)
+            seen.add((rate < applied) - (rate > applied))
+        for name in ("0.weight", "3.weight"):
+            assert memory(bounded)[name] == letter.learning_rates()[name]
+    assert seen == {-1, 0, 1}
+
+
+def test_a_run_out_of_bounds_resumes_at_the_rates_applied_and_remembers_its_own():
+    model = network()
+    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03)
+    epochs(optimizer, model, (1, 2, 1))
+    assert memory(optimizer)["3.weight"] > HIGHEST * 0.03
+    resumed = rmsgd.RMSGD(model.named_parameters())
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.learning_rates() == optimizer.learning_rates()
+    assert memory(resumed) == memory(optimizer)
+
+
+@pytest.mark.parametrize("way", ["probe", "requires_grad"])
+def test_a_layer_that_is_no_longer_measured_keeps_the_rate_that_was_applied(way):
+    model = nn.Sequential(nn.Linear(6, 5, bias=False))
+    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03)
+    epochs(optimizer, model)
+    assert memory(optimizer)["0.weight"] > HIGHEST * 0.03
+    if way == "probe":
+        optimizer.param_groups[0]["probe"] = False
+    else:
+        model[0].weight.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # nothing is left to measure
+        optimizer.epoch_step()
+    assert optimizer.learning_rates() == {"0.weight": HIGHEST * 0.03}
+
+
+def test_a_follower_stays_within_the_bounds_of_its_own_group(backend):
+    weights = [Parameter(0.01 * torch.randn(6, 8)), Parameter(torch.zeros(6)), Parameter(torch.zeros(6))]
+    names = ["block.weight", "block.bias", "block.scale"]
+    groups = [
+        {"params": [(name, p)], "lr": lr, "rule": rule}
+        for name, p, lr, rule in zip(
+            names, weights, (0.03, 0.1, 0.1), ("paper", "paper", "bounded"), strict=True
+        )
+    ]
+    optimizer = rmsgd.RMSGD(groups)
+    with torch.no_grad():
+        weights[0][0] += 1.0
+    optimizer.epoch_step()
+    leader, letter, bounded = optimizer.learning_rates().values()
+    assert leader > HIGHEST * 0.03
+    assert letter == pytest.approx(leader / 0.03 * 0.1)
+    assert bounded == HIGHEST * 0.1
+
+
+def test_min_lr_is_the_floor_even_above_the_bounds():
+    model = network()
+    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03, min_lr=0.2, beta=0.5)
+    optimizer.epoch_step()
+    assert optimizer.learning_rates()["0.weight"] == 0.2
+
+
+def test_past_gradients_become_a_velocity_by_the_rate_that_is_applied():
+    p = Parameter(0.01 * torch.randn(6, 8))
+    optimizer = rmsgd.RMSGD([p], lr=0.03, rule="release")
+    p.grad = torch.randn(6, 8)
+    optimizer.step()
+    past = optimizer.state[p]["momentum_buffer"].clone()
+    state_dict = optimizer.state_dict()
+    state_dict["state"][0]["rate"] = 0.5
+    state_dict["param_groups"][0]["rule"] = "bounded"
+    other = rmsgd.RMSGD([p])
+    other.load_state_dict(state_dict)
+    torch.testing.assert_close(other.state[p]["velocity"], -HIGHEST * 0.03 * past)
+
+
+# -- the letter of Algorithm 1 -------------------------------------------------------------------
+
+
+def test_a_rule_of_the_sources_begins_at_rank_zero_and_the_default_measures():
+    groups = [{"params": [Parameter(torch.zeros(3, 4))], "rule": rule} for rule in RULES]
+    optimizer = rmsgd.RMSGD(groups)
+    found = {group["rule"]: group["initial_rank"] for group in optimizer.param_groups}
+    assert found == {"bounded": "measure", "paper": "zero", "release": "zero", "published": "zero"}
+    asked = rmsgd.RMSGD(
+        [{"params": [p], "rule": "paper"} for p in groups[0]["params"]], initial_rank="measure"
+    )
+    assert asked.param_groups[0]["initial_rank"] == "measure"
+
+
+def test_random_weights_begin_at_rank_zero_by_measurement():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3), nn.Linear(32, 10), nn.Linear(512, 1000))
+    optimizer = rmsgd.RMSGD(model.named_parameters())
+    optimizer.step()
+    assert {state["stable_rank"] for state in optimizer.state_dict()["state"].values()} == {0.0}
+
+
+def test_pretrained_weights_keep_their_rates():
+    model = planted(network())
+    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03)
+    optimizer.step()
+    optimizer.epoch_step()
+    assert optimizer.learning_rates() == dict.fromkeys(optimizer.learning_rates(), 0.98 * 0.03)
+    assert memory(optimizer) == optimizer.learning_rates()
+
+
+def test_a_checkpoint_of_the_letter_keeps_its_rule_in_a_default_optimizer():
+    model = planted(network())
+    letter = rmsgd.RMSGD(model.named_parameters(), lr=0.03, rule="paper", zeta=0.1)
+    letter.epoch_step()
+    resumed = rmsgd.RMSGD(model.named_parameters())
+    resumed.load_state_dict(letter.state_dict())
+    assert (resumed.param_groups[0]["rule"], resumed.param_groups[0]["initial_rank"]) == ("paper", "zero")
+    assert resumed.learning_rates() == letter.learning_rates()
+    assert max(letter.learning_rates().values()) > HIGHEST * 0.03
+
+
+# -- the warning ---------------------------------------------------------------------------------
+
+
+def test_a_layer_whose_rate_grew_tenfold_is_named_once():
+    torch.manual_seed(0)
+    parameters = {"head": Parameter(0.01 * low_rank(4, 60, 2, 0.1)), "wide": Parameter(torch.randn(40, 60))}
+    optimizer = rmsgd.RMSGD(parameters.items(), lr=0.03, rule="paper")
+    with pytest.warns(
+        UserWarning, match=r"ten times their first: head \(0\.\d+\)\. .*rule='bounded'"
+    ) as caught:
+        optimizer.epoch_step()
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.epoch_step()
+        optimizer.learning_rates()
+
+
+def test_no_layer_is_named_where_the_rate_applied_is_bounded():
+    model = network()
+    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        epochs(optimizer, model)
+    assert memory(optimizer)["3.weight"] > 0.1
