@@ -13,6 +13,7 @@ from itertools import groupby
 from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,6 +104,7 @@ class DeviceState:
         place = torch.device("cpu") if self._backend.on_host else self.device
         self._eta = torch.tensor(rates, dtype=torch.float64, device=place)
         self._fresh = torch.tensor(fresh, dtype=torch.bool, device=place)
+        self._known_fresh = sum(fresh)  # how many flags the state holds
         self._stepped, self._copies = dense_forms([local(p) for p in self._parameters])
         self._empty = [i for i, p in enumerate(self._stepped) if p.numel() == 0]
         check_apart([local(p) for p in self._parameters], [m.name for m in self.records])
@@ -296,12 +298,23 @@ class DeviceState:
         layers = ((self.records[i], eta[i]) for i in self._probed)
         return [(m, rate) for m, rate in layers if rate > _LARGE * groups[m.group]["lr0"]]
 
+    def write_back_first_gradients(self) -> None:
+        """Bring the flags that a step has changed to the optimizer's state, where nothing is waited for."""
+        if self.on_host and self._known_fresh and np.count_nonzero(self._fresh.numpy()) != self._known_fresh:
+            self._write_back_flags()
+
+    def _write_back_flags(self) -> None:
+        fresh = self._fresh.tolist()
+        for state, flag in zip(self._states, fresh, strict=True):
+            state["fresh"] = flag
+        self._known_fresh = sum(fresh)
+
     def write_back(self) -> None:
         """Bring rates, measurements and flags to the optimizer's state, as plain numbers."""
         self._backend.wait_side_stream(self.device)
-        eta, fresh = self._eta.tolist(), self._fresh.tolist()
-        for state, rate, flag in zip(self._states, eta, fresh, strict=True):
-            state["rate"], state["fresh"] = rate, flag
+        self._write_back_flags()
+        for state, rate in zip(self._states, self._eta.tolist(), strict=True):
+            state["rate"] = rate
         t = self._tables
         layers = zip(t.unbounded.tolist(), t.stable_rank.tolist(), t.ready.tolist(), strict=True)
         for i, (rate, s, ready) in zip(self._probed, layers, strict=True):

@@ -1,7 +1,9 @@
 """How a checkpoint's memory becomes the optimizer's: all of it is checked before anything changes."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy as copy_of
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -22,7 +24,7 @@ from rmsgd.optim.options import (
     number,
     parameter_name,
 )
-from rmsgd.optim.state import BUFFERS, Group, State
+from rmsgd.optim.state import BUFFERS, Group
 
 _GROUP: Mapping[str, Range] = {
     **OPTIONS,
@@ -45,9 +47,9 @@ _STATE: Mapping[str, tuple[Callable[[float], float], Range]] = {
 
 @dataclass(frozen=True)
 class AsItIs:
-    """A value on its way through ``Optimizer.load_state_dict``.
+    """A parameter's state, or what others keep beside it, on its way through ``Optimizer.load_state_dict``.
 
-    torch would cast a tensor to the parameter's type, and a bfloat16 velocity loses what float32 held.
+    torch would cast its tensors to the parameter's type, and a bfloat16 velocity loses what float32 held.
     """
 
     value: Any
@@ -80,26 +82,36 @@ def check_and_complete(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> d
         for g, (group, theirs) in enumerate(zip(groups, saved, strict=True))
         for i, (p, key) in enumerate(zip(group["params"], theirs["params"], strict=True))
     }
-    _check_states(owners, state_dict["state"])
+    ours = {key for group in saved if _is_ours(group) for key in group["params"]}
+    _check_states(owners, state_dict["state"], ours, all(map(_is_ours, saved)))
     return {
         **state_dict,
         "state": {
-            key: {k: AsItIs(_plain(k, v)) for k, v in state.items()}
+            key: AsItIs({k: _plain(k, v) for k, v in state.items()} if key in owners else state)
             for key, state in state_dict["state"].items()
         },
         "param_groups": completed,
     }
 
 
-def unwrap(p: Tensor, state: State) -> None:
-    """Take what ``check_and_complete`` wrapped: tensors as copies, on the parameter's device."""
-    for key, wrapped in state.items():
-        if isinstance(wrapped, AsItIs):
-            value = wrapped.value
-            if isinstance(value, Tensor):
-                value = value.detach()
-                value = value.clone() if value.device == p.device else value.to(p.device)
-            state[key] = value
+def unwrap(state: Any, device: torch.device | None) -> Any:
+    """What ``check_and_complete`` wrapped, as a copy, on the parameter's device if there is one."""
+    return _copied(state.value, device) if isinstance(state, AsItIs) else state
+
+
+def _copied(value: Any, device: torch.device | None) -> Any:
+    """A value whose tensors are copies, also those in dicts and lists. Keys stay: they may be parameters."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        return value.clone() if device is None or value.device == device else value.to(device)
+    if type(value) in (dict, OrderedDict, defaultdict):
+        copy = copy_of(value)
+        for key, item in value.items():  # torch leaves a counter of steps on the host, too
+            copy[key] = _copied(item, None if key == "step" else device)
+        return copy
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item, device) for item in value)
+    return value
 
 
 def _is_nan(value: Any) -> bool:
@@ -150,7 +162,7 @@ def check_form(state_dict: object) -> None:
     if not isinstance(states, Mapping):
         refuse("state of the checkpoint", "a dict", states)
     for key, state in states.items():
-        if not isinstance(state, Mapping):
+        if key in seen and not isinstance(state, Mapping):
             refuse(f"state of parameter {in_short(key)} in the checkpoint", "a dict", state)
 
 
@@ -176,20 +188,51 @@ def _check_parameters(groups: Sequence[Group], saved: Sequence[Group]) -> None:
         raise ValueError(f"the checkpoint lists {its} where the optimizer has {mine}: the order differs")
 
 
-def _check_states(owners: Mapping[Any, tuple[Tensor, str]], states: Mapping[Any, Mapping[str, Any]]) -> None:
-    strangers = [in_short(key) for key in states if key not in owners]
+def _is_ours(group: Mapping[str, Any]) -> bool:
+    """Whether RMSGD wrote a checkpoint's group: another optimizer's has no ``lr0``."""
+    return {"lr0", "rule"} <= group.keys()
+
+
+def _is_of_a_parameter(key: Any, state: Mapping[str, Any]) -> bool:
+    """Whether it is what RMSGD remembers of a parameter, by the number torch gives it or by another key."""
+    return not _STATE.keys().isdisjoint(state) if isinstance(key, int) else _STATE.keys() <= state.keys()
+
+
+def _check_states(
+    owners: Mapping[Any, tuple[Tensor, str]],
+    states: Mapping[Any, Any],
+    ours: Collection[Any],
+    all_ours: bool,
+) -> None:
+    """Raise ValueError for a state that RMSGD cannot go on from.
+
+    What others keep in RMSGD's state, as a wrapper does, is none of its business. In another optimizer's
+    checkpoint an unknown tensor is the memory of another rule, and going on without it would be wrong.
+
+    Args:
+        owners: parameter and name by the key of its state.
+        states: those of the checkpoint.
+        ours: keys of the parameters whose groups RMSGD wrote.
+        all_ours: whether it wrote all groups.
+    """
+    strangers = [
+        in_short(key)
+        for key, state in states.items()
+        if key not in owners
+        and (not all_ours or (isinstance(state, Mapping) and _is_of_a_parameter(key, state)))
+    ]
     if strangers:
         raise ValueError(f"the checkpoint has state for parameters in none of its groups: {_list(strangers)}")
     different = []
-    for key, state in states.items():
-        p, name = owners[key]
+    for key in [key for key in states if key in owners]:
+        state, (p, name) = states[key], owners[key]
         for kind, value in state.items():
             if isinstance(value, Tensor) and value.is_meta and not p.is_meta:
                 raise ValueError(f"{name} in the checkpoint: {kind} is on the meta device, without values")
         numbers = {kind: what for kind, (_, what) in _STATE.items() if kind in state}
         check_ranges(state, numbers, f"{name} in the checkpoint: ")
-        foreign = [k for k, v in state.items() if isinstance(v, Tensor) and k not in (*BUFFERS, *_STATE)]
-        if foreign:
+        foreign = [str(k) for k, v in state.items() if isinstance(v, Tensor) and k not in (*BUFFERS, *_STATE)]
+        if foreign and key not in ours:
             raise ValueError(
                 f"{name} in the checkpoint has {_list(foreign)}: it is another optimizer's checkpoint, "
                 "neither RMSGD's nor torch.optim.SGD's"

@@ -136,6 +136,7 @@ class RMSGD(Optimizer):
         check_options(defaults)
         self.process_group = process_group
         self._number = register_step(self._step_compiled)
+        self._order: list[Tensor] = []
         self._forget_device_states()
         super().__init__(params, defaults)
 
@@ -158,6 +159,7 @@ class RMSGD(Optimizer):
             raise
         for p in group["params"]:
             complete(p, self.state[p], group)
+        self._forget_departed()
         self._order = self._all_parameters()
 
     def _all_parameters(self) -> list[Tensor]:
@@ -172,6 +174,7 @@ class RMSGD(Optimizer):
         self._device_states: list[DeviceState] | None = None
         self._memory_needs_then: list[tuple[int, bool, str]] = []
         self._state_objects: list[Any] = []
+        self._own_states: list[State] = []
         self._measured: list[Measurement] | None = None
         self._named_for_large_rates: set[Tensor] = set()
 
@@ -181,10 +184,23 @@ class RMSGD(Optimizer):
             self._device_states is not None
             and self._memory_needs_then == _memory_needs(self.param_groups)
             and self._holds_its_parameters()
-            and len(self._state_objects) == len(self.state)
-            and all(map(is_, self.state.values(), self._state_objects))
+            and self._holds_its_states()
             and all(device_state.is_current() for device_state in self._device_states)
         )
+
+    def _holds_its_states(self) -> bool:
+        """Whether each parameter's state is the dict that the device states were made from."""
+        now = list(self.state.values())
+        if len(now) == len(self._state_objects) and all(map(is_, now, self._state_objects)):
+            return True
+        # Others may keep entries of their own beside the parameters', and put new ones in at every step.
+        self._state_objects = now
+        return all(self.state.get(p) is state for p, state in zip(self._order, self._own_states, strict=True))
+
+    def _forget_departed(self) -> None:
+        """Drop the state of parameters that have left the groups; whatever else others keep there stays."""
+        for p in set(self._order).difference(self._all_parameters()):
+            self.state.pop(p, None)
 
     def _current_device_states(self) -> list[DeviceState]:
         if not self._device_states_are_current():
@@ -193,9 +209,11 @@ class RMSGD(Optimizer):
         assert self._device_states is not None
         return self._device_states
 
-    def _write_back(self) -> None:
+    def _write_back(self, wait: bool = True) -> None:
+        """Bring the numbers to the state; those of a GPU, which have to be waited for, only if asked to."""
         for device_state in self._device_states or ():
-            device_state.write_back()
+            if wait or device_state.on_host:
+                device_state.write_back()
 
     @torch.inference_mode(False)  # its tables outlive the mode of whoever happens to call first
     @torch.no_grad()  # which leaving that mode would switch off
@@ -208,8 +226,7 @@ class RMSGD(Optimizer):
                 records.setdefault(p, ParamRecord(p, g, len(records), name, "param_names" in group))
         for p, record in records.items():
             check_shape(p, self.state[p], record.name)
-        for p in [p for p in self.state if p not in records]:
-            del self.state[p]
+        self._forget_departed()
         by_device: dict[torch.device, list[ParamRecord]] = {}
         for p, record in records.items():
             group = self.param_groups[record.group]
@@ -223,10 +240,15 @@ class RMSGD(Optimizer):
         self._order = self._all_parameters()
         self._memory_needs_then = _memory_needs(self.param_groups)
         self._state_objects = list(self.state.values())
+        self._own_states = [self.state[p] for p in self._order]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to go on: tensors and plain numbers only; see ``rmsgd.optim.state``."""
+        """Everything a run needs to go on: tensors and plain numbers only; see ``rmsgd.optim.state``.
+
+        What others keep in ``optimizer.state``, as wrappers do, is in it as it is.
+        """
         self._write_back()
+        self._forget_departed()
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:  # a schedule may compute with NumPy
             group.update({k: v.item() for k, v in group.items() if isinstance(v, np.generic)})
@@ -261,9 +283,10 @@ class RMSGD(Optimizer):
         if "_number" not in self.__dict__:
             self._number = register_step(self._step_compiled)
         self._forget_device_states()
+        for key in self.state:
+            self.state[key] = unwrap(self.state[key], key.device if isinstance(key, Tensor) else None)
         for group in self.param_groups:
             for p in group["params"]:
-                unwrap(p, self.state[p])
                 complete(p, self.state[p], group)
         self._order = self._all_parameters()
 
@@ -347,6 +370,7 @@ class RMSGD(Optimizer):
                 device_state.step(
                     [step_group(group, device_state.device) for group in self.param_groups], scale
                 )
+                device_state.write_back_first_gradients()
 
     @torch.no_grad()
     def epoch_step(self) -> None:
@@ -378,6 +402,7 @@ class RMSGD(Optimizer):
         for group, moved, (epoch, decay) in zip(self.param_groups, groups, counts, strict=True):
             for p in group["params"]:
                 self.state[p].update(epoch=epoch + 1, decay=decay * moved.decay)
+        self._write_back(wait=False)
         asked_for = any(group["probe"] for group in self.param_groups)
         if asked_for and not any(measurement.names for measurement in self._measured):
             warnings.warn(_NOTHING_TO_MEASURE, stacklevel=3)
@@ -418,6 +443,7 @@ class RMSGD(Optimizer):
         rates: dict[Tensor, float] = {}
         device_states = self._current_device_states()
         self._warn_of_large_rates(device_states, stacklevel=3)
+        self._write_back()
         for device_state in device_states:
             rates.update(zip((m.parameter for m in device_state.records), device_state.rates(), strict=True))
         return {

@@ -11,7 +11,13 @@
     ready                         whether the release's ``not_ready`` list has let go of the layer
 
 While the optimizer runs, rate, fresh, stable_rank and ready are kept where the kernels read and write them
-(``rmsgd.optim.device_state``); ``state_dict()``, pickling and copying bring them here first.
+(``rmsgd.optim.device_state``). On a CPU every change is brought here at once, for wrappers that save the
+state by themselves. From a GPU, which is not waited for, ``state_dict()``, ``learning_rates()``, pickling and
+copying bring it.
+
+Whatever else others keep in ``optimizer.state``, under keys of their own or beside ours in the state of a
+parameter, stays where it is, and goes through checkpoints and copies. The state of a parameter that leaves
+the groups is forgotten.
 """
 
 import math

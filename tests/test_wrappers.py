@@ -1,0 +1,192 @@
+"""RMSGD inside other people's wrappers, the real packages: a run goes on after a resume as if nothing was.
+
+A package that is not installed is skipped; the extra ``integrations`` brings them.
+"""
+
+import importlib
+import io
+from copy import deepcopy
+
+import pytest
+import torch
+from matrices import planted
+from torch import nn
+
+import rmsgd
+
+STEPS, EPOCH, STOP = 12, 3, 7
+
+
+def network(dtype=torch.float32):
+    torch.manual_seed(0)
+    return planted(nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 8))).to(dtype)
+
+
+class Plain:
+    """A wrapper around one optimizer: what the others do beside it is theirs."""
+
+    def __init__(self, model, make, optimizer, **options):
+        self.model = model
+        self.base = optimizer(model.named_parameters(), lr=0.03, **options)
+        self.outer = make(self.base) if make is not None else self.base
+        self.others = ()
+
+    def step(self, closure):
+        closure()
+        self.outer.step()
+
+    def mode(self, name):
+        getattr(self.outer, name, lambda: None)()
+
+    def state_dicts(self):
+        self.mode("eval")
+        return [thing.state_dict() for thing in (self.model, self.outer, *self.others)]
+
+    def load(self, state_dicts):
+        for thing, state_dict in zip((self.model, self.outer, *self.others), state_dicts, strict=True):
+            thing.load_state_dict(state_dict)
+
+
+class Sam(Plain):
+    """SAM makes its base optimizer itself, and wants a closure for its second pass."""
+
+    def __init__(self, model, make, optimizer, **options):
+        self.model = model
+        self.outer = make(model.named_parameters(), optimizer, lr=0.03, **options)
+        self.base = self.outer.base_optimizer
+        self.others = ()
+
+    def step(self, closure):
+        closure()
+        self.outer.step(closure)
+
+
+class Averaged(Plain):
+    """Averages of the weights beside an optimizer that nobody wraps."""
+
+    def __init__(self, model, make, optimizer, **options):
+        super().__init__(model, None, optimizer, **options)
+        self.others = (make(model),)
+
+    def step(self, closure):
+        super().step(closure)
+        average = self.others[0]
+        getattr(average, "update_parameters", getattr(average, "update", None))(self.model)
+
+
+def named(path):
+    """The class or function at that path; skips the test where its package is not installed."""
+    module, name = path.rsplit(".", 1)
+    importlib.import_module("trainers").import_torchvision()
+    pytest.importorskip(module.split(".")[0])
+    return getattr(importlib.import_module(module), name)
+
+
+def with_ema(model):
+    return torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    )
+
+
+WRAPPERS = {
+    "none": (Plain, None, {}),
+    "schedulefree": (Plain, "schedulefree.ScheduleFreeWrapper", {"momentum": 0.0}),
+    "schedulefree, both momenta": (Plain, "schedulefree.ScheduleFreeWrapper", {}),
+    "timm's Lookahead": (Plain, "timm.optim.Lookahead", {}),
+    "Lookahead": (Plain, "pytorch_optimizer.Lookahead", {}),
+    "TRAC": (Plain, "pytorch_optimizer.TRAC", {}),
+    "OrthoGrad": (Plain, "pytorch_optimizer.OrthoGrad", {}),
+    "ScheduleFree": (Plain, "pytorch_optimizer.ScheduleFreeWrapper", {"momentum": 0.0}),
+    "SAM": (Sam, "pytorch_optimizer.SAM", {}),
+    "torch's EMA": (Averaged, "test_wrappers.with_ema", {}),
+    "timm's EMA": (Averaged, "timm.utils.ModelEmaV3", {}),
+}
+
+
+COPIED = ("none", "schedulefree", "schedulefree, both momenta", "torch's EMA", "timm's EMA")
+"""The wrappers whose deep copies work; those of the others do not around SGD either."""
+
+
+@pytest.fixture(params=WRAPPERS, ids=lambda name: name)
+def wrapped(request):
+    """Makes RMSGD for a model within one of the wrappers."""
+    kind, path, options = WRAPPERS[request.param]
+    make = path and (with_ema if path == "test_wrappers.with_ema" else named(path))
+
+    def wrap(model, optimizer=rmsgd.RMSGD, **more):
+        return kind(model, make, optimizer, **({"momentum": 0.9} | options | more))
+
+    wrap.name = request.param
+    return wrap
+
+
+def train(run, begin, end, epoch=EPOCH):
+    run.mode("train")
+    for t in range(begin, end):
+        generator = torch.Generator().manual_seed(t)
+        x = torch.randn(16, 20, generator=generator).to(run.model[0].weight)
+
+        def closure(x=x):
+            run.base.zero_grad()
+            loss = run.model(x).square().mean()
+            loss.backward()
+            return loss
+
+        run.step(closure)
+        if (t + 1) % epoch == 0:
+            run.base.epoch_step()
+
+
+def through_a_file(state_dicts):
+    file = io.BytesIO()
+    torch.save(state_dicts, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)  # TRAC and Lookahead have keys of their own
+
+
+def assert_same(run, other):
+    run.mode("eval")
+    other.mode("eval")
+    torch.testing.assert_close(
+        run.model.state_dict(), other.model.state_dict(), rtol=0, atol=0, equal_nan=True
+    )
+    assert run.base.learning_rates() == other.base.learning_rates()
+    assert len(set(run.base.learning_rates().values())) > 1
+    for mine, theirs in zip(run.others, other.others, strict=True):
+        torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+
+def test_a_wrapped_run_resumes_bit_for_bit(wrapped):
+    whole, first, second = (wrapped(network(), rule="paper") for _ in range(3))
+    train(whole, 0, STOP)
+    whole.mode("eval")  # as the other one is saved
+    train(whole, STOP, STEPS)
+    train(first, 0, STOP)
+    second.load(through_a_file(first.state_dicts()))
+    train(second, STOP, STEPS)
+    assert_same(second, whole)
+
+
+def test_a_deep_copy_of_a_wrapped_run_goes_on_as_the_original(wrapped):
+    if wrapped.name not in COPIED:
+        pytest.skip("this wrapper's copies lack its settings, around any optimizer")
+    run = wrapped(network(), rule="paper")
+    train(run, 0, STOP)
+    copy = deepcopy(run)
+    for one in (run, copy):
+        train(one, STOP, STEPS)
+    assert_same(copy, run)
+
+
+@pytest.mark.parametrize("rule", ["paper", "release"])
+def test_a_wrapped_run_whose_rates_stay_is_the_one_around_sgd(wrapped, rule):
+    ours, theirs = (
+        wrapped(network(torch.float64), rule=rule),
+        wrapped(network(torch.float64), torch.optim.SGD),
+    )
+    start = network(torch.float64)
+    for run in (ours, theirs):
+        train(run, 0, STEPS, epoch=STEPS + 1)
+        run.mode("eval")
+    torch.testing.assert_close(ours.model.state_dict(), theirs.model.state_dict(), rtol=1e-9, atol=1e-12)
+    assert not torch.equal(ours.model[0].weight, start[0].weight)
