@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from bench.errors import UnavailableError, UsageError
 from bench.names import look_up
+from rmsgd.extras import install_command
 
 CACHE = Path(__file__).parents[1] / ".out" / "peers"
 RELEASE_WHEEL = "rmsgd-1.0.2-py3-none-any.whl"
@@ -310,5 +311,5 @@ def _pytorch_optimizer() -> ModuleType:
     try:
         import pytorch_optimizer
     except ImportError as error:
-        raise PeerUnavailableError("this optimizer needs the extra: pip install -e '.[bench]'") from error
+        raise PeerUnavailableError(f"this optimizer needs the extra: {install_command('bench')}") from error
     return pytorch_optimizer

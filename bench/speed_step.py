@@ -13,6 +13,7 @@ from bench import peers, readme
 from bench.errors import UnavailableError
 from bench.measure import interleave, median, ratio
 from bench.networks import network
+from rmsgd.extras import install_command
 
 MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenetv2", "vit-b16")
 PEERS = ("rmsgd", "sgd-fused", "sgd-foreach", "sgd-single", "sgd-per-layer")
@@ -28,7 +29,7 @@ def plain_loop(elements: int) -> Callable[[], object]:
     try:
         import numba
     except ImportError as error:
-        raise UnavailableError("the plain loop needs numba: pip install -e '.[bench]'") from error
+        raise UnavailableError(f"the plain loop needs numba: {install_command('bench')}") from error
 
     @numba.njit(parallel=True, fastmath=True)
     def update(w, g, v):  # type: ignore[no-untyped-def]

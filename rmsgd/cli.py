@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rmsgd import doctor
 from rmsgd._version import __version__
 from rmsgd.backends.base import BackendUnavailable
+from rmsgd.extras import install_command
 from rmsgd.inspection.probing import Probing, usable_device
 from rmsgd.inspection.reading.checkpoints import TORCH_SUFFIXES, CheckpointError, checkpoint_files
 from rmsgd.inspection.report.comparison import Comparison
@@ -30,8 +31,9 @@ from rmsgd.inspection.report.series_figure import plot_series
 from rmsgd.inspection.report.series_table import series_table
 from rmsgd.inspection.report.text import printable
 
-OK, FAILED, INTERRUPTED = 0, 2, 130
-"""Exit codes: all was read; something could not be read, written or understood; Ctrl-C."""
+OK, NOTHING, FAILED, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes: something was measured; all was read, but nothing in it could be measured; something could not
+be read, written or understood; Ctrl-C."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Measures every layer of a checkpoint from its weights alone: rank and noise variance "
         "(EVBMF), stable rank, condition number and quality, and Q of the network. Several paths are a "
         "series: the same network at several points of its training.",
-        epilog="Exit code 0, also where layers were skipped; 2 where something could not be read.",
+        epilog="Exit code 0: layers were measured; others may have been skipped. 1: every layer was skipped, "
+        "and nothing was measured. 2: something could not be read or written.",
     )
     probe.add_argument(
         "paths",
@@ -130,7 +133,7 @@ def _probe(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             _write_files(options, result)
         except (OSError, ValueError) as error:
             _complain(str(error))
-            return code or FAILED
+            return max(code, FAILED)
     return code
 
 
@@ -149,7 +152,7 @@ def _check_usage(options: argparse.Namespace, parser: argparse.ArgumentParser) -
         if target in (None, "-"):
             continue
         if needs and find_spec(needs) is None:
-            parser.error(f"--{option} needs {needs}: pip install 'rmsgd-kernels[plot]'")
+            parser.error(f"--{option} needs {needs}: {install_command('plot')}")
         path = Path(target)
         if _is_checkpoint(target, options.paths):
             parser.error(f"--{option} {target} would overwrite a checkpoint")
@@ -189,6 +192,8 @@ def _measure(paths: Sequence[str], options: argparse.Namespace) -> tuple[list[Re
             if interrupted:
                 _complain(f"interrupted at {path}: what follows is what was measured until then")
                 return reports, INTERRUPTED
+    if code == OK and not any(report.measured for report in reports):
+        code = NOTHING
     return reports, code
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 from rmsgd._version import __version__
 from rmsgd.backends import backend_for, statuses
 from rmsgd.backends.base import BackendUnavailable
+from rmsgd.extras import install_command, reinstall_command
 
 _CUPY = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
 
@@ -92,7 +93,7 @@ def _warnings() -> list[str]:
         return []
     return [
         f"the distribution rmsgd {theirs} (the authors' own) is installed beside rmsgd-kernels, and both are "
-        "imported as rmsgd: pip uninstall rmsgd, then pip install --force-reinstall --no-deps rmsgd-kernels"
+        f"imported as rmsgd: pip uninstall rmsgd, then {reinstall_command()}"
     ]
 
 
@@ -103,10 +104,9 @@ def _advice(device: str, used: str) -> str | None:
     if device == "cuda":
         major = (torch.version.cuda or "").split(".")[0]
         extra = f"cuda{major}" if major in ("12", "13") else "cuda12"
-        return f"cuda runs on plain torch operations: pip install 'rmsgd-kernels[{extra}]' for CUDA kernels"
-    slower = "" if used == "numba" else " (or pip install 'rmsgd-kernels[numba]', slower)"
+        return f"cuda runs on plain torch operations: {install_command(extra)} for CUDA kernels"
+    slower = "" if used == "numba" else f" (or, slower: {install_command('numba')})"
     return (
         f"cpu runs on {used}: unset RMSGD_BACKEND if it is set, else install a C++17 compiler (Debian: apt "
-        "install g++; macOS: xcode-select --install) and reinstall: pip install --force-reinstall --no-deps "
-        f"--no-binary rmsgd-kernels rmsgd-kernels{slower}"
+        f"install g++; macOS: xcode-select --install) and reinstall: {reinstall_command()}{slower}"
     )

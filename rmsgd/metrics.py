@@ -1,42 +1,169 @@
-"""What a network looks like from its weights: the metrics of its layers, and Q of them all."""
+"""The metrics of a network's weights: each is declared once, here, and every view reads its declaration.
+
+A new metric is a field of ``LayerMetrics``, an entry of ``METRICS``, and the place that computes it: a column
+of the backends' table (``csrc/evbmf/metrics.h``, ``reference.py``), or ``derive``, a function of the metrics
+before it. Tables, CSV, JSON, figures, the page, comparisons and logs follow.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rmsgd import reference
-from rmsgd.backends.base import (
-    CHANGED,
-    CONDITION_NUMBER,
-    MEASURED,
-    NOISE_VARIANCE,
-    RANK,
-    STABLE_RANK,
-    STATUS,
-)
+from rmsgd.backends import base
 from rmsgd.layers import unfoldings
 
 
 @dataclass(frozen=True)
-class LayerMetrics:
-    """One weight as EVBMF sees it.
+class Metric:
+    """What a metric is called, what it means and how it is written."""
 
-    ``rank`` and ``noise_variance`` have one entry per mode; ``stable_rank`` (Eq. 2) and
-    ``condition_number`` (Eq. 3) are the means over the modes and ``quality`` is
-    ``arctan(stable_rank / condition_number)`` (Eq. 4). A skipped layer has no modes, NaN metrics and
-    the reason in ``skipped``.
+    name: str
+    """The field of ``LayerMetrics``, the column of a CSV file, the key in JSON and in logs."""
+    label: str
+    """On the axis of a figure."""
+    heading: str
+    """Over the column of a table."""
+    symbol: str
+    formula: str
+    """In the shrunk singular values d_1 >= ... >= d_r of a matrix L x M, L <= M."""
+    meaning: str
+    """What the number is, in three or four words, its unit among them."""
+    range: str
+    better: Literal["higher", "lower"] | None
+    """Which direction goes with better learning, according to the paper; None where neither does."""
+    format: str
+    """How Python writes it."""
+    help: str
+    """One sentence for people who meet it for the first time."""
+    column: int | None = None
+    """Where backends put it in their table, which has a row per matrix; None where it is derived."""
+    derive: Callable[[Mapping[str, float]], float] | None = None
+    """What it is, given the metrics declared before it."""
+    per_mode: bool = False
+    """Whether a layer has one number per mode; else it has their mean."""
+
+    def text(self, value: float) -> str:
+        """One value as tables show it; "-" for NaN, which stands for undefined."""
+        return "-" if math.isnan(value) else f"{value:{self.format}}"
+
+
+RANK = Metric(
+    "rank",
+    label="rank",
+    heading="rank",
+    symbol="r",
+    formula="number of singular values above the noise threshold of EVBMF",
+    meaning="number of directions",
+    range="0 to L",
+    better=None,
+    format="d",
+    help="How many directions of the weight stand out from its noise.",
+    column=base.RANK,
+    per_mode=True,
+)
+STABLE_RANK = Metric(
+    "stable_rank",
+    label="stable rank",
+    heading="stable rank",
+    symbol="s",
+    formula="sum of d_i^2 / (L d_1^2)",
+    meaning="share of full rank",
+    range="0 to 1",
+    better="higher",
+    format=".4f",
+    help="The energy of the low-rank part over that of a matrix whose L values all equal its largest; 0 "
+    "where nothing stands out from the noise.",
+    column=base.STABLE_RANK,
+)
+CONDITION_NUMBER = Metric(
+    "condition_number",
+    label="condition number",
+    heading="condition",
+    symbol="κ",
+    formula="1 - d_r / d_1",
+    meaning="1 − smallest/largest",
+    range="0 to 1",
+    better="lower",
+    format=".4f",
+    help="How far the smallest singular value of the low-rank part lies below its largest; 1 where nothing "
+    "stands out from the noise.",
+    column=base.CONDITION_NUMBER,
+)
+QUALITY = Metric(
+    "quality",
+    label="quality",
+    heading="quality",
+    symbol="q",
+    formula="arctan(s / κ)",
+    meaning="angle in rad",
+    range="0 to π/2",
+    better="higher",
+    format=".4f",
+    help="Large where the stable rank is high and the condition number low; 0 where nothing stands out from "
+    "the noise.",
+    derive=lambda known: reference.quality(known["stable_rank"], known["condition_number"]),
+)
+NOISE_VARIANCE = Metric(
+    "noise_variance",
+    label="noise variance",
+    heading="noise variance",
+    symbol="σ²",
+    formula="global minimiser of the free energy of EVBMF",
+    meaning="per entry, in squared units of the weight",
+    range="0 to the mean square of the entries",
+    better=None,
+    format=".2e",
+    help="The variance of what is left of an entry when the low-rank part is taken away.",
+    column=base.NOISE_VARIANCE,
+    per_mode=True,
+)
+
+METRICS = (RANK, STABLE_RANK, CONDITION_NUMBER, QUALITY, NOISE_VARIANCE)
+"""What is known of a layer, in the order of tables."""
+SCALARS = tuple(metric for metric in METRICS if not metric.per_mode)
+"""Those of which a layer has one number: they are drawn, compared and logged."""
+AVERAGED = tuple(metric for metric in SCALARS if metric is not QUALITY)
+"""Those that a network is described by through their mean over its layers; the quality goes into Q."""
+
+NETWORK_QUALITY = Metric(
+    "quality",
+    label="Q of the network",
+    heading="Q",
+    symbol="Q",
+    formula="sum of q^2 / root of the number of layers",
+    meaning="rad² √layers",
+    range="0 to π²/4 √layers",
+    better="higher",
+    format=".4f",
+    help="How well all layers together have learned; compare it only between networks of one architecture.",
+)
+"""The metric of a whole network."""
+
+
+@dataclass(frozen=True)
+class LayerMetrics:
+    """One weight as EVBMF sees it; ``METRICS`` says what each number is.
+
+    ``rank`` and ``noise_variance`` have one entry per mode; ``stable_rank`` (Eq. 2, 0 to 1) and
+    ``condition_number`` (Eq. 3, 0 to 1) are the means over the modes and ``quality`` is
+    ``arctan(stable_rank / condition_number)`` (Eq. 4, 0 to pi/2, in rad). A skipped layer has no modes, NaN
+    metrics and the reason in ``skipped``.
     """
 
     name: str
+    """The key under which the weight is stored."""
     shape: tuple[int, ...]
     modes: tuple[str, ...]
+    """("in", "out") of a kernel, as far as they have a spectrum; ("matrix",) of a 2-D weight."""
     rank: tuple[int, ...]
     noise_variance: tuple[float, ...]
     stable_rank: float
     condition_number: float
     quality: float
     skipped: str | None = None
+    """Why the weight was not measured; None where it was."""
 
     @classmethod
     def from_rows(cls, name: str, shape: tuple[int, ...], rows: Sequence[Sequence[float]]) -> "LayerMetrics":
@@ -45,39 +172,41 @@ class LayerMetrics:
         An empty low rank has quality 0. A NaN or an Inf in the weight makes it a skipped layer, and so
         does a change of it while it was measured.
         """
-        if any(row[STATUS] == CHANGED for row in rows):
+        if any(row[base.STATUS] == base.CHANGED for row in rows):
             return cls.skip(name, shape, "changed before it was measured")
-        if any(row[STATUS] != MEASURED for row in rows):
+        if any(row[base.STATUS] != base.MEASURED for row in rows):
             return cls.skip(name, shape, "NaN or infinite entries")
         # A 1 x 1 kernel's two modes share one spectrum.
         modes = [(mode, row) for row, u in zip(rows, unfoldings(shape), strict=True) for mode in u.modes]
-        s = sum(row[STABLE_RANK] for _, row in modes) / len(modes)
-        kappa = sum(row[CONDITION_NUMBER] for _, row in modes) / len(modes)
-        return cls(
-            name,
-            shape,
-            tuple(mode for mode, _ in modes),
-            tuple(int(row[RANK]) for _, row in modes),
-            tuple(row[NOISE_VARIANCE] for _, row in modes),
-            s,
-            kappa,
-            reference.quality(s, kappa),
-        )
+        values: dict[str, Any] = {}
+        for metric in METRICS:
+            if metric.column is None:
+                assert metric.derive is not None
+                values[metric.name] = metric.derive(values)
+                continue
+            column = [row[metric.column] for _, row in modes]
+            if metric.per_mode:
+                values[metric.name] = tuple(map(int, column)) if metric.format == "d" else tuple(column)
+            else:
+                values[metric.name] = sum(column) / len(column)
+        return cls(name, shape, tuple(mode for mode, _ in modes), **values)
 
     @classmethod
     def skip(cls, name: str, shape: tuple[int, ...], reason: str) -> "LayerMetrics":
         """A layer that was not measured."""
-        return cls(name, shape, (), (), (), math.nan, math.nan, math.nan, reason)
+        values: dict[str, Any] = {metric.name: () if metric.per_mode else math.nan for metric in METRICS}
+        return cls(name, shape, (), **values, skipped=reason)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them: lists for tuples, None for what is undefined."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, float) and math.isnan(value):
-                return None
-            return list(value) if isinstance(value, tuple) else value
-
         return {key: plain(value) for key, value in vars(self).items()}
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: None for NaN, which stands for undefined, and a list for a tuple."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return list(value) if isinstance(value, tuple) else value
 
 
 def measured(layers: Sequence[LayerMetrics]) -> tuple[LayerMetrics, ...]:
@@ -86,5 +215,14 @@ def measured(layers: Sequence[LayerMetrics]) -> tuple[LayerMetrics, ...]:
 
 
 def network_quality(layers: Sequence[LayerMetrics]) -> float:
-    """Q of a network, ``||q||_2^2 / sqrt(layers)`` over the layers that were measured (Eq. 5)."""
+    """Q of a network, ``||q||_2^2 / sqrt(layers)`` over the layers that were measured (Eq. 5).
+
+    NaN where none was: that nothing is known of a network is another thing than that it has learned nothing.
+    """
     return reference.network_quality([layer.quality for layer in measured(layers)])
+
+
+def mean(metric: Metric, layers: Sequence[LayerMetrics]) -> float:
+    """The mean of one of ``SCALARS`` over the layers that were measured; NaN where none was."""
+    values = [float(getattr(layer, metric.name)) for layer in measured(layers)]
+    return sum(values) / len(values) if values else math.nan

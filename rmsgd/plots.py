@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rmsgd.extras import install_command
+
 # Okabe and Ito's palette (2008), black last: it is easily taken for an axis.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 DPI = 150
@@ -70,7 +72,7 @@ def require_matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        message = "figures need matplotlib: pip install 'rmsgd-kernels[plot]'"
+        message = f"figures need matplotlib: {install_command('plot')}"
         raise ModuleNotFoundError(message, name="matplotlib") from error
     return matplotlib
 

@@ -177,9 +177,9 @@ def quality(stable_rank: float, condition: float) -> float:
 
 
 def network_quality(qualities: Sequence[float]) -> float:
-    """Quality of a network, ``Q = ||q||_2^2 / sqrt(layers)`` (Eq. 5); 0 without layers."""
+    """Quality of a network, ``Q = ||q||_2^2 / sqrt(layers)`` (Eq. 5); NaN without layers."""
     q = np.asarray(qualities, dtype=np.float64)
-    return float((q * q).sum() / math.sqrt(len(q))) if len(q) else 0.0
+    return float((q * q).sum() / math.sqrt(len(q))) if len(q) else math.nan
 
 
 def next_rate(

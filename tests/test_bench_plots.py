@@ -1,11 +1,13 @@
 """Figures that only benchmarks draw."""
 
+import re
 import sys
 
 import numpy as np
 import pytest
 
 from bench import plots
+from rmsgd.extras import install_command
 
 PNG = b"\x89PNG"
 
@@ -51,5 +53,5 @@ def test_shapes_that_do_not_fit_are_named(tmp_path):
 
 def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ModuleNotFoundError, match=r"rmsgd-kernels\[plot\]"):
+    with pytest.raises(ModuleNotFoundError, match=re.escape(install_command("plot"))):
         plots.stacked_bars(tmp_path / "f.png", ["a"], {"b": [1.0]}, xlabel="s")

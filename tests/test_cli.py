@@ -19,6 +19,7 @@ from torch import nn
 
 from rmsgd import cli, doctor
 from rmsgd.backends import Status
+from rmsgd.extras import install_command
 from rmsgd.inspection.probing import Probing
 
 
@@ -174,11 +175,20 @@ def test_one_bad_checkpoint_leaves_the_rest_of_the_series(capsys, epochs, tmp_pa
     assert "epoch_3.pt" in err
 
 
-def test_skipped_layers_are_no_failure(capsys, tmp_path):
+def test_skipped_layers_are_no_failure_and_nothing_measured_is_exit_code_1(capsys, tmp_path, checkpoint):
     torch.save({"packed": torch.ones(4, 4, dtype=torch.uint8)}, tmp_path / "packed.pt")
-    code, out, _ = run(capsys, tmp_path / "packed.pt")
-    assert code == 0
+    packed = tmp_path / "packed.pt"
+    code, out, err = run(capsys, packed)
+    assert code == 1
     assert "quantised or packed" in out
+    assert "Q = - over 0 layers, 1 skipped" in out
+    assert err == ""
+    assert run(capsys, packed, "--csv")[0] == 1
+    assert run(capsys, packed, packed, "--json")[0] == 1
+    code, out, _ = run(capsys, packed, checkpoint, "--json")  # a series in which something was measured
+    assert code == 0
+    assert json.loads(out)["series"][0]["quality"] is None
+    assert run(capsys, packed, "--plot", tmp_path / "out.png")[0] == 2  # what was asked for was not written
 
 
 def test_bad_usage_is_found_before_anything_is_measured(capsys, checkpoint, tmp_path, monkeypatch):
@@ -218,7 +228,7 @@ def test_a_missing_extra_is_named(capsys, checkpoint, tmp_path, monkeypatch, opt
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     message = bad_usage(capsys, checkpoint, option, tmp_path / "out")
     assert module in message
-    assert "rmsgd-kernels[plot]" in message
+    assert install_command("plot") in message
 
 
 def test_csv_needs_no_extra(capsys, checkpoint, tmp_path, monkeypatch):
@@ -374,7 +384,7 @@ def test_doctor_says_what_to_do_where_only_a_slow_backend_runs(monkeypatch):
     monkeypatch.setenv("RMSGD_BACKEND", "torch")
     [advice] = doctor.examine()["advice"]
     assert "C++17 compiler" in advice
-    assert "rmsgd-kernels[numba]" in advice
+    assert install_command("numba") in advice
 
 
 def test_doctor_tells_of_a_backend_that_cannot_run(monkeypatch, capsys):

@@ -17,6 +17,7 @@ import rmsgd
 from rmsgd import backends, doctor
 from rmsgd.backends import cupy_
 from rmsgd.backends.base import BackendUnavailable
+from rmsgd.extras import install_command
 
 pytest.importorskip("rmsgd._cpu", reason="the compiled core was not built")
 
@@ -105,7 +106,7 @@ def test_an_instruction_set_that_is_not_there_leaves_the_core_out_and_doctor_say
 def test_without_a_compiler_and_numba_torch_runs_and_doctor_says_what_to_install(sound):
     found, rates = train(missing=["rmsgd._cpu", "numba", "cupy"])
     assert found["used"]["cpu"] == "torch"
-    assert "pip install rmsgd-kernels[numba]" in status(found, "numba")["reason"]
+    assert install_command("numba") in status(found, "numba")["reason"]
     assert "C++17 compiler" in found["advice"][0]
     assert not status(found, "cupy")["available"]
     assert rates == pytest.approx(sound[1], rel=1e-5)
@@ -173,9 +174,9 @@ def test_a_gpu_without_nvcc_and_cupy_runs_torch_and_doctor_says_what_to_install(
     monkeypatch.setitem(sys.modules, "rmsgd._cuda", None)
     found = doctor.examine()
     assert "nvcc" in status(found, "cuda")["reason"]
-    assert "pip install 'rmsgd-kernels[cuda13]'" in status(found, "cupy")["reason"]
+    assert install_command("cuda13") in status(found, "cupy")["reason"]
     assert found["used"]["cuda"] == "torch"
-    assert "pip install 'rmsgd-kernels[cuda13]'" in found["advice"][-1]
+    assert install_command("cuda13") in found["advice"][-1]
 
 
 @pytest.mark.usefixtures("gpu")

@@ -1,5 +1,6 @@
 """Figures are drawn without a display, from plain values, and say what they need."""
 
+import re
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from rmsgd import plots
+from rmsgd.extras import install_command
 
 PNG = b"\x89PNG"
 
@@ -33,7 +35,7 @@ def test_no_curve_is_an_error(tmp_path):
 
 def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ModuleNotFoundError, match=r"rmsgd-kernels\[plot\]"):
+    with pytest.raises(ModuleNotFoundError, match=re.escape(install_command("plot"))):
         plots.layer_curves(tmp_path / "f.png", {"a": [1.0]}, ylabel="")
 
 

@@ -12,6 +12,7 @@ from bench.data.split import Split
 from bench.errors import UnavailableError, UsageError
 from bench.models import architecture
 from bench.names import look_up
+from rmsgd.extras import install_command
 
 NAMES = ("digits", "synthetic")
 
@@ -111,7 +112,7 @@ def _digits(model: str, device: torch.device, samples: int | None) -> Dataset:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise UnavailableError("the digits need scikit-learn: pip install -e '.[bench]'") from error
+        raise UnavailableError(f"the digits need scikit-learn: {install_command('bench')}") from error
 
     pixels, labels = load_digits(return_X_y=True)
     parts = train_test_split(pixels, labels, test_size=0.2, stratify=labels, random_state=0)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -16,12 +15,12 @@ from bench.data.source import DatasetError
 from bench.locks import locked
 from bench.measure import count
 from bench.plots import save
+from bench.study.network_metrics import LABELS, network_metrics
 from bench.study.statistics import correlation
 from rmsgd.plots import PALETTE, blank, plain
 
-METRICS = ("Q", "stable_rank", "condition_number")
 TARGETS = {"test_accuracy": "test accuracy (%)", "gap": "generalisation gap (%)"}
-COLUMNS = ("index", "epochs", "seed", *METRICS, "train_accuracy", "test_accuracy")
+COLUMNS = ("index", "epochs", "seed", *LABELS, "train_accuracy", "test_accuracy")
 
 
 def measure(
@@ -77,9 +76,7 @@ def _row(trained: nats.Trained) -> dict[str, float]:
         "index": trained.index,
         "epochs": trained.epochs,
         "seed": trained.seed,
-        "Q": report.quality,
-        "stable_rank": float(np.mean([layer.stable_rank for layer in report.measured])),
-        "condition_number": float(np.mean([layer.condition_number for layer in report.measured])),
+        **network_metrics(report),
         "train_accuracy": trained.train_accuracy,
         "test_accuracy": trained.test_accuracy,
     }
@@ -106,7 +103,7 @@ def correlations(rows: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
     found = []
     for epochs in sorted({row["epochs"] for row in rows}):
         mine = [row for row in rows if row["epochs"] == epochs]
-        for metric in METRICS:
+        for metric in LABELS:
             for target in TARGETS:
                 result = correlation([row[metric] for row in mine], [value(row, target) for row in mine])
                 if result is not None:

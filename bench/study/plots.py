@@ -9,6 +9,7 @@ import numpy as np
 import rmsgd
 from bench import peers
 from bench.plots import bands_over_time, save
+from bench.study.network_metrics import AXES
 from bench.study.records import Record, by_label, finished, is_plain
 from bench.study.statistics import correlation
 from rmsgd.inspection.report.series import Series, in_order_of_training
@@ -21,7 +22,6 @@ STYLED = (
     *("sgd", "adam", "sam", "rmsgd", "rmsgd-published", "sgdp", "adamp", "adabound"),
     *("adabelief", "adagrad", "sls", "rmsgd-release"),
 )
-SCATTERED = {"Q": "Q", "stable_rank": "stable rank, mean", "condition_number": "condition number, mean"}
 
 
 def draw(name: str, records: Sequence[Record], folder: Path) -> list[Path]:
@@ -87,19 +87,19 @@ def quality_maps(stem: Path, records: Sequence[Record]) -> list[Path]:
 
 
 def scatter(stem: Path, records: Sequence[Record]) -> list[Path]:
-    """Figure 2: Q, stable rank and condition number against test accuracy and gap, a point per run."""
+    """Figure 2: Q and the means of the other metrics against test accuracy and gap, a point per run."""
     written = []
     for dataset in dict.fromkeys(record.config.dataset for record in records):
         mine = [record for record in records if record.config.dataset == dataset]
         networks = list(dict.fromkeys(record.config.network for record in mine))
         optimizers = list(dict.fromkeys(record.config.optimizer for record in mine))
-        figure = blank(9.6, 9.0)
-        panels = figure.subplots(3, 2, sharex="row", sharey="col")
+        figure = blank(9.6, 3.0 * len(AXES))
+        panels = figure.subplots(len(AXES), 2, sharex="row", sharey="col")
         targets: tuple[tuple[str, Callable[[Record], float]], ...] = (
             ("test accuracy (%)", lambda record: 100 * record.final["test_accuracy"]),
             ("generalisation gap (%)", lambda record: 100 * record.gap),
         )
-        for row, (metric, label) in zip(panels, SCATTERED.items(), strict=True):
+        for row, (metric, label) in zip(panels, AXES.items(), strict=True):
             for axes, (target, value) in zip(row, targets, strict=True):
                 for record in mine:
                     colour, marker = _style_of(record.config.optimizer)
@@ -126,7 +126,7 @@ def scatter(stem: Path, records: Sequence[Record]) -> list[Path]:
 
 
 def courses(stem: Path, records: Sequence[Record]) -> list[Path]:
-    """Figure 3: stable rank, condition, Q and rates over the epochs; test accuracy by beta."""
+    """Figure 3: Q, the other metrics and rates over the epochs; test accuracy by beta."""
     ours = [record for record in records if record.config.optimizer == "rmsgd"]
     ours = [record for record in ours if dict(record.config.settings).keys() <= {"beta", "lr"}]
     swept = {record.config.network for record in ours if "beta" in dict(record.config.settings)}
@@ -140,16 +140,12 @@ def courses(stem: Path, records: Sequence[Record]) -> list[Path]:
 
 def _over_the_epochs(path: Path, records: Sequence[Record]) -> Path:
     """Means over the layers and seeds of every optimizer."""
-    figure = blank(11.0, 6.4)
-    panels = figure.subplots(2, 2)
-    quantities = {
-        "stable_rank": "stable rank, mean",
-        "condition_number": "condition number, mean",
-        "Q": "Q of the network",
-        "learning_rate": "learning rate, mean",
-    }
+    quantities = {**AXES, "learning_rate": "learning rate, mean"}
+    rows = -(-len(quantities) // 2)
+    figure = blank(11.0, 3.2 * rows)
+    panels = figure.subplots(rows, 2)
     groups = by_label(records)
-    for axes, (name, label) in zip(panels.flat, quantities.items(), strict=True):
+    for axes, (name, label) in zip(panels.flat, quantities.items(), strict=False):
         for optimizer, mine in groups.items():
             values = _mean([record.column(name) for record in mine])
             epochs = np.arange(1, len(values) + 1)
@@ -160,6 +156,8 @@ def _over_the_epochs(path: Path, records: Sequence[Record]) -> Path:
         _whole_numbers(axes)
         if name == "learning_rate":
             axes.set_yscale("log")
+    for axes in panels.flat[len(quantities) :]:
+        axes.set_visible(False)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=5)
     first = records[0].config

@@ -12,12 +12,12 @@ from rich.table import Table
 from bench.study import published
 from bench.study.config import RunConfig
 from bench.study.experiments import EXPERIMENTS, experiment
+from bench.study.network_metrics import LABELS
 from bench.study.published import Value
 from bench.study.records import Record, by_label, finished, is_plain
 from bench.study.statistics import Difference, correlation, holm, in_deviations, paired
 
 UNKNOWN = Difference(math.nan, math.nan, math.nan, math.nan)
-METRICS = {"Q": "Q", "stable_rank": "stable rank", "condition_number": "condition number"}
 
 
 def counterpart(name: str, config: RunConfig) -> RunConfig | None:
@@ -311,7 +311,7 @@ def _seeds_left_out(entries: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def correlations(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Q, stable rank and condition number against test accuracy and generalisation gap.
+    """Q and the means of the other metrics against test accuracy and generalisation gap.
 
     Over the optimizers, rates and seeds of each network, and of all networks together.
     """
@@ -323,7 +323,7 @@ def correlations(records: Sequence[Record]) -> list[dict[str, Any]]:
     if len(groups) > 1:
         groups["all"] = good
     for name, mine in groups.items():
-        for metric in METRICS:
+        for metric in LABELS:
             for target in ("test_accuracy", "gap"):
                 result = correlation(
                     [record.final[metric] for record in mine],
@@ -355,5 +355,5 @@ def correlation_table(entries: Sequence[dict[str, Any]]) -> Table:
         found = [pairs.get((group, metric, against)) for against in ("test_accuracy", "gap")]
         count = next(entry["n"] for entry in found if entry)
         cells = [f"{entry[kind]:+.2f}" if entry else "-" for entry in found for kind in ("plcc", "rocc")]
-        table.add_row(METRICS[metric], str(count), *cells)
+        table.add_row(LABELS[metric], str(count), *cells)
     return table

@@ -18,12 +18,14 @@ from bench.errors import UsageError
 from bench.locks import locked
 from bench.study import randomness, schedules
 from bench.study.config import RunConfig
+from bench.study.network_metrics import LABELS, network_metrics
 from bench.study.run_folder import status
 from bench.training import cross_entropy
+from rmsgd.metrics import SCALARS
 
 FORMAT = 1
 PHASES = ("training", "epoch_end", "evaluation", "checkpoint")
-METRICS = ("stable_rank", "condition_number", "quality", "rate")
+METRICS = (*(metric.name for metric in SCALARS), "rate")
 KEPT = 6
 """How many epochs' weights a run keeps that is to keep some, the initial ones not counted."""
 
@@ -247,15 +249,12 @@ class Run:
         _, train_accuracy, _ = self._evaluate(self._source.train_sample())
         # The same metrics for every optimizer; the rules of RMSGD that the authors released report others.
         self._report = rmsgd.probe(self._network)
-        layers = self._report.measured
         return {
             "train_accuracy": train_accuracy,
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
             "test_top5": test_top5,
-            "Q": self._report.quality,
-            "stable_rank": float(np.mean([layer.stable_rank for layer in layers])),
-            "condition_number": float(np.mean([layer.condition_number for layer in layers])),
+            **network_metrics(self._report),
         }
 
     def _evaluate(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float, float]:
@@ -283,9 +282,7 @@ class Run:
             return
         layers = self._report.measured
         self._layer_names = [layer.name for layer in layers]
-        rows = [
-            [layer.stable_rank, layer.condition_number, layer.quality, rates[layer.name]] for layer in layers
-        ]
+        rows = [[*(getattr(layer, metric.name) for metric in SCALARS), rates[layer.name]] for layer in layers]
         self._layers.append(torch.tensor(rows, dtype=torch.float64))
 
     # -- keeping -------------------------------------------------------------------------------------
@@ -362,9 +359,7 @@ MEASURED = (
     "test_loss",
     "test_accuracy",
     "test_top5",
-    "Q",
-    "stable_rank",
-    "condition_number",
+    *LABELS,
 )
 """What an epoch's record holds of the network at its end."""
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rmsgd._version import __version__
 from rmsgd.backends.base import BackendUnavailable
 from rmsgd.backends.cuda import CudaBackend, check_torch, try_out
+from rmsgd.extras import install_command
 
 SOURCES = ("sgd/step_cuda.cu", "spectrum/spectrum_cuda.cu", "evbmf/rates_cuda.cu")
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -189,9 +190,7 @@ def create() -> CudaBackend:
     try:
         import cupy
     except ImportError as error:
-        raise BackendUnavailable(
-            f"CuPy is not there ({error}): pip install 'rmsgd-kernels[cuda{major}]'"
-        ) from None
+        raise BackendUnavailable(f"CuPy is not there ({error}): {install_command(f'cuda{major}')}") from None
     try:
         kernels = NvrtcKernels(cupy)
         try_out(kernels)

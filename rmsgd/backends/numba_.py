@@ -8,6 +8,7 @@ import numpy as np
 from rmsgd import reference
 from rmsgd.backends.base import BackendUnavailable
 from rmsgd.backends.numpy_ import NumpyBackend
+from rmsgd.extras import install_command
 
 _COMPILED = (
     "threshold",
@@ -40,9 +41,7 @@ def create() -> NumpyBackend:
     try:
         import numba
     except ImportError as error:
-        raise BackendUnavailable(
-            f"numba cannot be imported ({error}): pip install rmsgd-kernels[numba]"
-        ) from None
+        raise BackendUnavailable(f"numba cannot be imported ({error}): {install_command('numba')}") from None
 
     scope = _compile_reference()
     element = scope["momentum_update"]

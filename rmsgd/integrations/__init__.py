@@ -7,6 +7,7 @@ optimizer of timm. Each module needs its framework; ``import rmsgd`` needs none 
 
 from typing import Any
 
+from rmsgd.metrics import NETWORK_QUALITY, SCALARS
 from rmsgd.optim.optimizer import RMSGD
 
 _WRAPPED_AS = ("optimizer", "optim")
@@ -32,8 +33,9 @@ def log_dict(optimizer: Any) -> dict[str, float]:
     """Learning rates and metrics of every layer as one flat dict, which any tracker takes.
 
     ``learning_rate/NAME`` for every parameter; from the first ``epoch_step`` on also ``stable_rank/NAME``,
-    ``condition_number/NAME`` and ``quality/NAME`` of every measured layer, and ``quality``, Q of the
-    network. On a GPU this waits for the last ``epoch_step``, so call it after one, not at every step.
+    ``condition_number/NAME`` and ``quality/NAME`` of every measured layer (one for each of
+    ``rmsgd.metrics.SCALARS``), and ``quality``, Q of the network, where a layer was measured. On a GPU this
+    waits for the last ``epoch_step``, so call it after one, not at every step.
 
     Raises:
         TypeError: there is no RMSGD in the optimizer.
@@ -42,9 +44,10 @@ def log_dict(optimizer: Any) -> dict[str, float]:
     values = {f"learning_rate/{name}": rate for name, rate in inner.learning_rates().items()}
     if inner._measured is not None:
         report = inner.report()
-        for metric in ("stable_rank", "condition_number", "quality"):
-            values |= {f"{metric}/{layer.name}": getattr(layer, metric) for layer in report.measured}
-        values["quality"] = report.quality
+        for metric in SCALARS:
+            values |= {f"{metric.name}/{x.name}": getattr(x, metric.name) for x in report.measured}
+        if report.measured:
+            values[NETWORK_QUALITY.name] = report.quality
     return values
 
 

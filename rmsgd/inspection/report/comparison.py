@@ -7,9 +7,10 @@ from typing import Any, TextIO
 from rmsgd.inspection.report.csv_table import write_csv
 from rmsgd.inspection.report.report import Report
 from rmsgd.inspection.report.series import by_comparable_name
-from rmsgd.metrics import LayerMetrics
+from rmsgd.metrics import QUALITY, SCALARS, LayerMetrics, Metric, plain
 
-METRICS = ("quality", "stable_rank", "condition_number")
+COMPARED = (QUALITY, *(metric for metric in SCALARS if metric is not QUALITY))
+"""The metrics of a comparison; layers are ordered by the change of the first."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class LayerChange:
         assert layer is not None
         return layer.shape
 
-    def change(self, metric: str) -> float | None:
+    def change(self, metric: Metric) -> float | None:
         """After minus before; None where either is missing."""
         if self.before is None or self.after is None:
             return None
-        return float(getattr(self.after, metric)) - float(getattr(self.before, metric))
+        return float(getattr(self.after, metric.name)) - float(getattr(self.before, metric.name))
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Comparison:
         changes = [LayerChange(n, before.get(n), after.get(n)) for n in dict.fromkeys([*before, *after])]
 
         def size(change: LayerChange) -> list[float]:
-            return [-1.0 if (d := change.change(metric)) is None else abs(d) for metric in METRICS]
+            return [-1.0 if (d := change.change(metric)) is None else abs(d) for metric in COMPARED]
 
         return sorted(changes, key=size, reverse=True)
 
@@ -60,14 +61,14 @@ class Comparison:
         """``{"sources", "quality": [before, after], "layers": [...]}``, ready for JSON."""
         return {
             "sources": list(self.sources),
-            "quality": [self.before.quality, self.after.quality],
+            "quality": [plain(self.before.quality), plain(self.after.quality)],
             "layers": [
                 {
                     "name": change.name,
                     "shape": list(change.shape),
                     "before": None if change.before is None else change.before.to_dict(),
                     "after": None if change.after is None else change.after.to_dict(),
-                    "change": {metric: change.change(metric) for metric in METRICS},
+                    "change": {metric.name: change.change(metric) for metric in COMPARED},
                 }
                 for change in self.changes()
             ],
@@ -78,9 +79,9 @@ class Comparison:
         rows = []
         for change in self.changes():
             row: dict[str, Any] = {"name": change.name, "shape": "x".join(map(str, change.shape))}
-            for metric in METRICS:
-                row[f"{metric}_before"] = None if change.before is None else getattr(change.before, metric)
-                row[f"{metric}_after"] = None if change.after is None else getattr(change.after, metric)
-                row[f"{metric}_change"] = change.change(metric)
+            for metric in COMPARED:
+                for when, layer in (("before", change.before), ("after", change.after)):
+                    row[f"{metric.name}_{when}"] = None if layer is None else getattr(layer, metric.name)
+                row[f"{metric.name}_change"] = change.change(metric)
             rows.append(row)
         write_csv(path, rows)

@@ -3,31 +3,26 @@
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from rmsgd.inspection.report.comparison import Comparison
-from rmsgd.inspection.report.text import from_to, name_cell, shape_text, terminal_table
+from rmsgd.inspection.report.comparison import COMPARED, Comparison
+from rmsgd.inspection.report.text import from_to, metric_text, name_cell, shape_text, terminal_table
+from rmsgd.metrics import NETWORK_QUALITY
 
 
 def comparison_table(comparison: Comparison) -> RenderableType:
     """A row per layer, what changed most first."""
     before, after = comparison.sources
-    names = ("shape", "quality", "change", "stable rank", "condition")
+    first, *others = COMPARED
+    names = ("shape", first.heading, "change", *(metric.heading for metric in others))
     table = terminal_table(f"{before} -> {after}", "layer", names)
     for change in comparison.changes():
+        cells: list[Text | str] = [name_cell(change.name), shape_text(change.shape)]
         if change.before is None or change.after is None:
             there = change.before or change.after
-            where = "only in the first" if change.after is None else "only in the second"
             assert there is not None
-            table.add_row(
-                name_cell(change.name), shape_text(change.shape), f"{there.quality:.4f}", where, "", ""
-            )
+            where = "only in the first" if change.after is None else "only in the second"
+            table.add_row(*cells, metric_text(first, there), where, *("" for _ in others))
             continue
-        table.add_row(
-            name_cell(change.name),
-            shape_text(change.shape),
-            from_to(change.before.quality, change.after.quality),
-            f"{change.change('quality'):+.4f}",
-            from_to(change.before.stable_rank, change.after.stable_rank),
-            from_to(change.before.condition_number, change.after.condition_number),
-        )
-    q = f"Q = {from_to(comparison.before.quality, comparison.after.quality)}"
-    return Group(table, Text(q, style="bold"))
+        pairs = [from_to(m, getattr(change.before, m.name), getattr(change.after, m.name)) for m in COMPARED]
+        table.add_row(*cells, pairs[0], f"{change.change(first):+{first.format}}", *pairs[1:])
+    q = from_to(NETWORK_QUALITY, comparison.before.quality, comparison.after.quality)
+    return Group(table, Text(f"{NETWORK_QUALITY.symbol} = {q}", style="bold"))

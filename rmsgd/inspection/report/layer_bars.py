@@ -8,19 +8,14 @@ figure grows with the network.
 import math
 import os
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 
-from rmsgd.inspection.report.text import layers_text
-from rmsgd.metrics import LayerMetrics, measured, network_quality
+from rmsgd.inspection.report.text import summary
+from rmsgd.metrics import SCALARS, LayerMetrics, Metric, measured
 from rmsgd.plots import DPI, PALETTE, blank, short_name
-
-METRICS = {
-    "stable_rank": "stable rank\n(share of full rank, 0 to 1)",
-    "condition_number": "condition number\n(1 − smallest/largest, 0 to 1)",
-    "quality": "quality\n(angle in rad, 0 to π/2)",
-}
 
 _ROW = 0.15  # inches: a line of 7 points
 _TALLEST = 80.0  # inches: beyond it rows become thinner and only some are named
@@ -35,19 +30,18 @@ def draw_layers(layers: Sequence[LayerMetrics], path: str | os.PathLike[str]) ->
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: no layer was measured.
     """
-    network = network_quality(layers)
     layers = measured(layers)
     if not layers:
         raise ValueError("no layer was measured: there is nothing to draw")
     figure = blank(10.0, 1.4 + rows_height(len(layers)))
-    panels = figure.subplots(1, len(METRICS), sharey=True)
+    panels = figure.subplots(1, len(SCALARS), sharey=True)
     empty = [not any(layer.rank) for layer in layers]
     rows = np.arange(len(layers))
-    for axes, colour, (metric, label) in zip(panels, PALETTE, METRICS.items(), strict=False):
-        values = [getattr(layer, metric) for layer in layers]
+    for axes, colour, metric in zip(panels, cycle(PALETTE), SCALARS, strict=False):
+        values = [getattr(layer, metric.name) for layer in layers]
         colours = ["0.75" if nothing else colour for nothing in empty]
         axes.barh(rows, values, color=colours, height=0.75)
-        axes.set(xlabel=label, xlim=(0, max(values, default=0) * 1.05 or 1))
+        axes.set(xlabel=axis_label(metric), xlim=(0, max(values, default=0) * 1.05 or 1))
         axes.grid(axis="x", color="0.9", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -55,8 +49,13 @@ def draw_layers(layers: Sequence[LayerMetrics], path: str | os.PathLike[str]) ->
         axes.tick_params(axis="x", labeltop=len(layers) > 60)
     name_rows(panels[0], [layer.name for layer in layers])
     note = "; grey: empty low rank" if any(empty) else ""
-    figure.suptitle(f"Q = {network:.3f} over {layers_text(len(layers))}{note}", fontsize=10)
+    figure.suptitle(f"{summary(layers)}{note}", fontsize=10)
     figure.savefig(path, dpi=DPI)
+
+
+def axis_label(metric: Metric) -> str:
+    """What a metric is called on an axis, and below it what its numbers mean."""
+    return f"{metric.label}\n({metric.meaning}, {metric.range})"
 
 
 def rows_height(rows: int) -> float:

@@ -7,14 +7,13 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from rmsgd.inspection.report.text import (
+    metric_text,
     name_cell,
-    rank_text,
     shape_text,
     summary,
     terminal_table,
-    variance_text,
 )
-from rmsgd.metrics import LayerMetrics, measured
+from rmsgd.metrics import METRICS, LayerMetrics, measured
 
 
 def layer_table(layers: Sequence[LayerMetrics], source: str) -> RenderableType:
@@ -22,11 +21,10 @@ def layer_table(layers: Sequence[LayerMetrics], source: str) -> RenderableType:
     parts: list[RenderableType] = []
     known = measured(layers)
     if known:
-        names = ("shape", "rank", "stable rank", "condition", "quality", "noise variance")
-        table = terminal_table(source, "layer", names)
-        for x in known:
-            numbers = (f"{v:.4f}" for v in (x.stable_rank, x.condition_number, x.quality))
-            table.add_row(name_cell(x.name), shape_text(x.shape), rank_text(x), *numbers, variance_text(x))
+        table = terminal_table(source, "layer", ("shape", *(metric.heading for metric in METRICS)))
+        for layer in known:
+            numbers = (metric_text(metric, layer) for metric in METRICS)
+            table.add_row(name_cell(layer.name), shape_text(layer.shape), *numbers)
         parts.append(table)
     skipped = [layer for layer in layers if layer.skipped is not None]
     if skipped:
@@ -40,16 +38,16 @@ def layer_table(layers: Sequence[LayerMetrics], source: str) -> RenderableType:
 
 def html_table(layers: Sequence[LayerMetrics]) -> str:
     """The layers as an HTML table, for notebooks; complete in itself."""
-    names = ("layer", "shape", "rank", "stable rank", "condition", "quality", "noise variance")
-    head = "".join(f"<th>{name}</th>" for name in names)
+    head = "<th>layer</th><th>shape</th>" + "".join(
+        f'<th title="{html.escape(metric.help)}">{html.escape(metric.heading)}</th>' for metric in METRICS
+    )
     rows = []
-    for x in layers:
-        cells = [x.name, shape_text(x.shape)]
-        if x.skipped is None:
-            cells += [rank_text(x), *(f"{v:.4f}" for v in (x.stable_rank, x.condition_number, x.quality))]
-            cells.append(variance_text(x))
+    for layer in layers:
+        cells = f"<td>{html.escape(layer.name)}</td><td>{shape_text(layer.shape)}</td>"
+        if layer.skipped is None:
+            cells += "".join(f"<td>{html.escape(metric_text(metric, layer))}</td>" for metric in METRICS)
         else:
-            cells += [f"skipped: {x.skipped}", "", "", "", ""]
-        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+            cells += f'<td colspan="{len(METRICS)}">skipped: {html.escape(layer.skipped)}</td>'
+        rows.append(f"<tr>{cells}</tr>")
     caption = f"<caption>{html.escape(summary(layers))}</caption>"
     return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"

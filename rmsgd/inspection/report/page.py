@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,11 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rmsgd._version import __version__
+from rmsgd.extras import install_command
 from rmsgd.inspection.probing import ProbeSource, Probing
 from rmsgd.inspection.report.report import Report
-from rmsgd.inspection.report.text import rank_text, shape_text, summary, variance_text
+from rmsgd.inspection.report.text import metric_text, shape_text, summary
 from rmsgd.layers import Unfolding, as_matrix, unfoldings
-from rmsgd.metrics import LayerMetrics
+from rmsgd.metrics import METRICS, NETWORK_QUALITY, SCALARS, LayerMetrics
+from rmsgd.plots import PALETTE
 from rmsgd.reference import shrink, threshold
 
 _POINTS = 200  # of a curve: what a chart of this size can show
@@ -60,7 +63,7 @@ def write_page(
     try:
         import jinja2
     except ImportError as error:
-        message = "the page needs jinja2: pip install 'rmsgd-kernels[plot]'"
+        message = f"the page needs jinja2: {install_command('plot')}"
         raise ModuleNotFoundError(message, name="jinja2") from error
     probing = Probing(source)
     rows = []
@@ -69,8 +72,8 @@ def write_page(
         if progress:
             progress((index + 1) / len(report.measured))
     largest = {
-        field: max((getattr(layer, field) for layer in report.measured), default=0.0) or 1.0
-        for field in ("stable_rank", "condition_number", "quality")
+        metric.name: max((getattr(layer, metric.name) for layer in report.measured), default=0.0) or 1.0
+        for metric in SCALARS
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -78,14 +81,18 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(shape=shape_text, rank=rank_text, variance=variance_text)
+    environment.filters.update(shape=shape_text)
+    environment.globals.update(metric_text=metric_text, getattr=getattr)
     page = environment.get_template("probe.html").render(
         title=os.fspath(source) if isinstance(source, str | os.PathLike) else type(source).__name__,
         summary=summary(report.layers),
         rows=rows,
         skipped=[layer for layer in report.layers if layer.skipped is not None],
         errors=report.errors,
+        metrics=METRICS,
+        explained=(*METRICS, NETWORK_QUALITY),
         largest=largest,
+        colours={m.name: colour for m, colour in zip(SCALARS, cycle(PALETTE), strict=False)},
         width=_WIDTH,
         height=_HEIGHT,
         version=__version__,
@@ -95,8 +102,8 @@ def write_page(
 
 def _sort_keys(index: int, layer: LayerMetrics) -> list[float]:
     """What the table is sorted by, a number per column."""
-    metrics = (layer.stable_rank, layer.condition_number, layer.quality)
-    return [index, math.prod(layer.shape), sum(layer.rank), *metrics, layer.noise_variance[0]]
+    values = (getattr(layer, metric.name) for metric in METRICS)
+    return [index, math.prod(layer.shape), *(sum(v) / len(v) if isinstance(v, tuple) else v for v in values)]
 
 
 @torch.no_grad()

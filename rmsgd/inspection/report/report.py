@@ -7,7 +7,7 @@ from typing import Any, TextIO
 from rmsgd.inspection.report.csv_table import COLUMNS, layer_row, write_csv
 from rmsgd.inspection.report.layer_bars import draw_layers
 from rmsgd.inspection.report.layer_table import html_table
-from rmsgd.metrics import LayerMetrics, measured, network_quality
+from rmsgd.metrics import LayerMetrics, measured, network_quality, plain
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,19 @@ class Report:
 
     @property
     def quality(self) -> float:
-        """Q of the network, ``||q||_2^2 / sqrt(layers)`` over the layers that were measured (Eq. 5)."""
+        """Q of the network, ``||q||_2^2 / sqrt(layers)`` over the layers that were measured (Eq. 5).
+
+        NaN where no layer was measured.
+        """
         return network_quality(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"quality", "layers": [fields]}``, ready for JSON; "errors" only where there are any."""
+        """``{"quality", "layers": [fields]}``, ready for JSON; "errors" only where there are any.
+
+        What is undefined is None, also the quality of a network of which no layer was measured.
+        """
         content: dict[str, Any] = {
-            "quality": self.quality,
+            "quality": plain(self.quality),
             "layers": [layer.to_dict() for layer in self.layers],
         }
         if self.errors:

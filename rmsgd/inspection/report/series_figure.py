@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import cycle, takewhile
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rmsgd.inspection.probing import Probing
-from rmsgd.inspection.report.layer_bars import METRICS, name_rows, rows_height
+from rmsgd.inspection.report.layer_bars import axis_label, name_rows, rows_height
 from rmsgd.inspection.report.series import Series, comparable_name
 from rmsgd.layers import as_matrix, unfoldings
 from rmsgd.lowrank import evbmf
-from rmsgd.metrics import LayerMetrics
+from rmsgd.metrics import AVERAGED, NETWORK_QUALITY, QUALITY, LayerMetrics
 from rmsgd.plots import DPI, PALETTE, blank, short_name
 
 _SHOWN = (96, 192)  # entries of a matrix that are drawn
@@ -81,10 +81,10 @@ def low_rank_and_noise(weight: Tensor) -> tuple[NDArray[np.float64], NDArray[np.
 
 def _draw_courses(figure: Any, series: Series, labels: Sequence[str]) -> None:
     """Mean and range of stable rank and condition over the layers, and Q (the paper's Figure 3)."""
-    panels = figure.subplots(1, 3)
+    panels = figure.subplots(1, len(AVERAGED) + 1)
     across = np.arange(len(labels))
-    for axes, colour, metric in zip(panels, PALETTE, ("stable_rank", "condition_number"), strict=False):
-        values = series.values(metric)
+    for axes, colour, metric in zip(panels, cycle(PALETTE), AVERAGED, strict=False):
+        values = series.values(metric.name)
         known = ~np.isnan(values).all(axis=0)
         at, columns = across[known], values[:, known]
         axes.fill_between(
@@ -97,11 +97,11 @@ def _draw_courses(figure: Any, series: Series, labels: Sequence[str]) -> None:
             label="lowest to highest layer",
         )
         axes.plot(at, np.nanmean(columns, axis=0), color=colour, marker=_marker(labels), label="mean")
-        axes.set_ylabel(METRICS[metric])
+        axes.set_ylabel(axis_label(metric))
         axes.legend(frameon=False, fontsize=7)
-    q = [report.quality if report.measured else math.nan for report in series.reports]
-    panels[2].plot(across, q, color=PALETTE[2], marker=_marker(labels))
-    panels[2].set_ylabel("Q of the network\n(rad² √layers)")
+    q = [report.quality for report in series.reports]
+    panels[-1].plot(across, q, color=PALETTE[len(AVERAGED)], marker=_marker(labels))
+    panels[-1].set_ylabel(f"{NETWORK_QUALITY.label}\n({NETWORK_QUALITY.meaning})")
     for axes in panels:
         _name_columns(axes, labels)
         axes.grid(color="0.9", linewidth=0.6)
@@ -150,13 +150,15 @@ def _draw_parts(
 def _draw_map(figure: Any, series: Series, names: Sequence[str], labels: Sequence[str]) -> None:
     """Quality over layers and checkpoints (the paper's Figure 1b)."""
     axes = figure.subplots()
-    values = series.values("quality")
+    values = series.values(QUALITY.name)
     axes.set_facecolor("0.85")  # shows where a layer was not measured
     image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     name_rows(axes, names)
     _name_columns(axes, labels)
     gap = 0.15 / rows_height(len(names))  # of so many inches: matplotlib takes a share of the map's height
-    figure.colorbar(image, ax=axes, label="quality (rad)", location="top", aspect=60, pad=gap)
+    figure.colorbar(
+        image, ax=axes, label=f"{QUALITY.label} ({QUALITY.meaning})", location="top", aspect=60, pad=gap
+    )
 
 
 def _most_changed(by_layer: dict[str, list[LayerMetrics | None]]) -> str:

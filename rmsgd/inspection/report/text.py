@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from rmsgd.metrics import LayerMetrics, measured, network_quality
+from rmsgd.metrics import NETWORK_QUALITY, LayerMetrics, Metric, measured, network_quality
 
 
 def printable(text: str) -> str:
@@ -18,16 +18,17 @@ def shape_text(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def rank_text(layer: LayerMetrics) -> str:
-    """The ranks with their modes, "12 in, 30 out"; a matrix has one and needs no word."""
-    if layer.modes == ("matrix",):
-        return str(layer.rank[0])
-    return ", ".join(f"{rank} {mode}" for rank, mode in zip(layer.rank, layer.modes, strict=True))
+def metric_text(metric: Metric, layer: LayerMetrics) -> str:
+    """A metric of a measured layer; of several modes, "12 in, 30 out" or "5.1e-03, 4.8e-03".
 
-
-def variance_text(layer: LayerMetrics) -> str:
-    """The noise variances of the modes."""
-    return ", ".join(f"{variance:.2e}" for variance in layer.noise_variance)
+    Whole numbers are short enough to have the name of their mode beside them.
+    """
+    value = getattr(layer, metric.name)
+    if not metric.per_mode:
+        return metric.text(value)
+    if len(value) == 1 or metric.format != "d":
+        return ", ".join(map(metric.text, value))
+    return ", ".join(f"{metric.text(v)} {mode}" for v, mode in zip(value, layer.modes, strict=True))
 
 
 def layers_text(count: int) -> str:
@@ -40,12 +41,13 @@ def summary(layers: Sequence[LayerMetrics]) -> str:
     known = measured(layers)
     skipped = len(layers) - len(known)
     left_out = f", {skipped} skipped" if skipped else ""
-    return f"Q = {network_quality(layers):.4f} over {layers_text(len(known))}{left_out}"
+    q = NETWORK_QUALITY.text(network_quality(layers))
+    return f"{NETWORK_QUALITY.symbol} = {q} over {layers_text(len(known))}{left_out}"
 
 
-def from_to(first: float, last: float) -> str:
-    """A number before and after."""
-    return f"{first:.4f} -> {last:.4f}"
+def from_to(metric: Metric, first: float, last: float) -> str:
+    """A number before and after, "0.1200 -> 0.3400"."""
+    return f"{metric.text(first)} -> {metric.text(last)}"
 
 
 def terminal_table(title: str, first: str, numbers: Sequence[str]) -> Table:

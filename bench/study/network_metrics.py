@@ -1,0 +1,16 @@
+"""What describes a network's weights in a study: Q, and the means of the other metrics over its layers."""
+
+from rmsgd import Report
+from rmsgd.metrics import AVERAGED, NETWORK_QUALITY, mean
+
+Q = NETWORK_QUALITY.symbol
+
+LABELS = {Q: Q, **{metric.name: metric.label for metric in AVERAGED}}
+"""The columns of records, and what tables call them."""
+AXES = {Q: Q, **{metric.name: f"{metric.label}, mean" for metric in AVERAGED}}
+"""What figures call them."""
+
+
+def network_metrics(report: Report) -> dict[str, float]:
+    """The columns' values; NaN where no layer was measured."""
+    return {Q: report.quality, **{metric.name: mean(metric, report.layers) for metric in AVERAGED}}
