@@ -143,8 +143,8 @@ py::array_t<double> measure_spectrum(const py::array_t<double, py::array::c_styl
 
 // -- learning rates ----------------------------------------------------------------------------
 
-// initial_lr, beta, zeta, decay, floor, lowest, highest, rule, first
-using RateTuple = std::tuple<double, double, double, double, double, double, double, int, bool>;
+// initial_lr, beta, zeta, decay, floor, anchor, lowest, highest, rule, first
+using RateTuple = std::tuple<double, double, double, double, double, double, double, double, int, bool>;
 
 template <class T>
 using Table = py::array_t<T, py::array::c_style>;
@@ -210,9 +210,9 @@ void update_rates(const Table<int>& parameter, const Table<int>& group, const Ta
   expect_indices("follower_group", follower_group, 0, std::int64_t(groups.size()));
 
   std::vector<rmsgd::RateGroup> rate_groups;
-  for (const auto& [initial_lr, beta, zeta, decay, floor, lowest, highest, rule, first] : groups) {
+  for (const auto& [initial_lr, beta, zeta, decay, floor, anchor, lowest, highest, rule, first] : groups) {
     if (rule < 0 || rule > 2) throw py::value_error("groups: expected rule 0, 1 or 2");
-    rate_groups.push_back({initial_lr, beta, zeta, decay, floor, lowest, highest, rule, first});
+    rate_groups.push_back({initial_lr, beta, zeta, decay, floor, anchor, lowest, highest, rule, first});
   }
   const rmsgd::RateTables tables = {int(layers),
                                     parameter.data(),

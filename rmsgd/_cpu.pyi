@@ -189,7 +189,7 @@ def update_rates(
     follower: NDArray[np.int32],
     leader: NDArray[np.int32],
     follower_group: NDArray[np.int32],
-    groups: Sequence[tuple[float, float, float, float, float, float, float, int, bool]],
+    groups: Sequence[tuple[float, float, float, float, float, float, float, float, int, bool]],
     metrics: NDArray[np.float64],
 ) -> None:
     """One epoch end: ``eta``, ``unbounded``, ``stable_rank`` and ``ready`` are updated in place.

@@ -193,16 +193,18 @@ def next_rate(
     zeta: float,
     decay: float,
     floor: float,
+    anchor: float,
 ) -> float:
     """The learning rate of one layer after an epoch end, from the one before, ``eta``.
 
-    Paper (Algorithm 1): ``max(beta eta + zeta gain, floor)`` with ``gain = s(t+1) - s(t)``.
+    Paper: ``max(a + beta (eta - a) + zeta gain, floor)`` with ``gain = s(t+1) - s(t)`` and the anchor
+    ``a``, which is 0 in Algorithm 1: without gains a rate decays to it.
     Release and published: as the authors' code computes it; ``held`` is its way of keeping the
     rate of a layer whose low-rank part is empty. ``decay`` is gamma at an epoch end that decays,
     else 1, and ``zeta`` the value before it. Compiled by numba.
     """
     if rule == PAPER:
-        return max(beta * (decay * eta) + zeta * decay * gain, floor)
+        return max(anchor + (beta * (decay * eta - anchor) + zeta * decay * gain), floor)
     release = rule == RELEASE
     previous = decay * eta if release else eta
     if first:
@@ -259,14 +261,14 @@ def update_rates(
     follower: NDArray[np.int32],
     leader: NDArray[np.int32],
     follower_group: NDArray[np.int32],
-    groups: Sequence[tuple[float, float, float, float, float, float, float, int, bool]],
+    groups: Sequence[tuple[float, float, float, float, float, float, float, float, int, bool]],
     stable_ranks: Array,
     nuclear: Array,
 ) -> None:
     """One epoch end over all layers: updates ``eta``, ``unbounded``, ``stable_rank`` and ``ready`` in place.
 
     Arguments up to ``follower_group`` are those of ``backends.base.RateTables``; ``groups`` holds
-    ``(initial_lr, beta, zeta, decay, floor, lowest, highest, rule, first)``. ``stable_ranks`` and ``nuclear``
+    ``(initial_lr, beta, zeta, decay, floor, anchor, lowest, highest, rule, first)``. ``stable_ranks`` and ``nuclear``
     (rows,) are what ``low_rank_metrics`` gives for every matrix. A NaN there keeps its layer as it is.
     """
     layers = len(parameter)
@@ -281,11 +283,21 @@ def update_rates(
 
     ratio = np.empty(layers)
     for layer in range(layers):
-        initial_lr, beta, zeta, decay, floor, lowest, highest, rule, first = groups[group[layer]]
+        initial_lr, beta, zeta, decay, floor, anchor, lowest, highest, rule, first = groups[group[layer]]
         if not math.isnan(measured[layer]):
             gain = measured[layer] - stable_rank[layer]
             unbounded[layer] = next_rate(
-                rule, first, unbounded[layer], gain, held[layer], initial_lr, beta, zeta, decay, floor
+                rule,
+                first,
+                unbounded[layer],
+                gain,
+                held[layer],
+                initial_lr,
+                beta,
+                zeta,
+                decay,
+                floor,
+                anchor,
             )
             stable_rank[layer] = measured[layer]
         eta[parameter[layer]] = applied_rate(unbounded[layer], lowest, highest)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import Parameter
 
 import rmsgd
+from rmsgd.layers import measurement_weights
 from rmsgd.optim.rules import RULES
 
 LOWEST, HIGHEST = RULES["bounded"].lowest, RULES["bounded"].highest
@@ -62,30 +63,68 @@ def test_a_network_with_a_narrow_head_is_learned_as_by_sgd_and_the_rates_move():
     assert any(rate != pytest.approx(0.03, rel=0.05) for rate in optimizer.learning_rates().values())
 
 
-def test_the_rule_remembers_the_rates_of_algorithm_1_and_applies_them_within_bounds(backend):
-    models = network(), network()
-    bounded, letter = (
-        rmsgd.RMSGD(model.named_parameters(), lr=0.03, beta=0.5, rule=rule)
-        for model, rule in zip(models, ("bounded", "paper"), strict=True)
-    )
-    seen = set()
-    for rank in (1, 2, 2, 1, 1, 2):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            epochs(bounded, models[0], [rank])
-            epochs(letter, models[1], [rank])
-        for name, rate in letter.learning_rates().items():
-            applied = bounded.learning_rates()[name]
-            assert applied == min(max(rate, LOWEST * 0.03), HIGHEST * 0.03)
-            seen.add((rate < applied) - (rate > applied))
-        for name in ("0.weight", "3.weight"):
-            assert memory(bounded)[name] == letter.learning_rates()[name]
-    assert seen == {-1, 0, 1}
+def test_the_rule_is_algorithm_1_around_the_first_rate_worked_out_by_hand(backend):
+    # A matrix of 6 rows at lr0 = .5 has n = 6 * .5 = 3, so that its gains count for 9 / 10. eta goes
+    # lr0 + beta (eta - lr0) + zeta .9 (s(t+1) - s(t)), the rate applied is that between .25 and 1.
+    weight = Parameter(torch.randn(6, 40))
+    optimizer = rmsgd.RMSGD([("w", weight)], lr=0.5, beta=0.5, zeta=10.0)
+    optimizer.step()
+    eta, s = 0.5, measured(weight)
+    applied = set()
+    for rank in 5 * [6] + 5 * [1]:
+        torch.manual_seed(rank)
+        with torch.no_grad():
+            weight.copy_(low_rank(6, 40, rank, 1e-3))
+        optimizer.epoch_step()
+        now = measured(weight)
+        eta, s = 0.5 + 0.5 * (eta - 0.5) + 9.0 * (now - s), now
+        assert memory(optimizer)["w"] == pytest.approx(eta, rel=1e-5)
+        rate = optimizer.learning_rates()["w"]
+        assert rate == pytest.approx(min(max(eta, 0.25), 1.0), rel=1e-5)
+        applied.add((eta < 0.25) - (eta > 1.0))
+    assert applied == {-1, 0, 1}
+
+
+def measured(weight):
+    (layer,) = rmsgd.probe({"w": weight.detach()}).layers
+    return layer.stable_rank
+
+
+def test_without_gains_a_rate_returns_to_the_first_one():
+    model = network()
+    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03, beta=0.5)
+    epochs(optimizer, model)
+    before = optimizer.learning_rates()
+    for _ in range(40):
+        optimizer.epoch_step()
+    assert max(before.values()) > 0.03
+    assert optimizer.learning_rates() == pytest.approx(dict.fromkeys(before, 0.03), rel=1e-9)
+
+
+def test_gammas_shrink_the_bounds_as_they_shrink_the_rates():
+    model = network()
+    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03, step_size=1, gamma=0.5)
+    for _ in range(5):  # four of which decay
+        optimizer.epoch_step()
+    expected = dict.fromkeys(optimizer.learning_rates(), 0.03 / 16)
+    assert optimizer.learning_rates() == pytest.approx(expected)
+    resumed = rmsgd.RMSGD(model.named_parameters())
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.learning_rates() == optimizer.learning_rates()
+
+
+@pytest.mark.parametrize(("rows", "weight"), [(3, 0.0080), (10, 0.0826), (64, 0.7866), (512, 0.9958)])
+def test_a_coarse_stable_rank_counts_for_little(rows, weight):
+    (found,) = measurement_weights((rows, 1000), "bounded", 0.03)
+    assert found == pytest.approx(weight, abs=5e-5)
+    assert measurement_weights((rows, 1000), "paper", 0.03) == [1.0]
+    # One kept direction more moves a rate by less than half of lr0, whatever the number of rows.
+    assert found / rows <= 0.5 * 0.03
 
 
 def test_a_run_out_of_bounds_resumes_at_the_rates_applied_and_remembers_its_own():
     model = network()
-    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03)
+    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03, zeta=1000.0)
     epochs(optimizer, model, (1, 2, 1))
     assert memory(optimizer)["3.weight"] > HIGHEST * 0.03
     resumed = rmsgd.RMSGD(model.named_parameters())
@@ -97,7 +136,7 @@ def test_a_run_out_of_bounds_resumes_at_the_rates_applied_and_remembers_its_own(
 @pytest.mark.parametrize("way", ["probe", "requires_grad"])
 def test_a_layer_that_is_no_longer_measured_keeps_the_rate_that_was_applied(way):
     model = nn.Sequential(nn.Linear(6, 5, bias=False))
-    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03)
+    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03, zeta=1000.0)
     epochs(optimizer, model)
     assert memory(optimizer)["0.weight"] > HIGHEST * 0.03
     if way == "probe":
@@ -177,7 +216,7 @@ def test_pretrained_weights_keep_their_rates():
     optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03)
     optimizer.step()
     optimizer.epoch_step()
-    assert optimizer.learning_rates() == dict.fromkeys(optimizer.learning_rates(), 0.98 * 0.03)
+    assert optimizer.learning_rates() == dict.fromkeys(optimizer.learning_rates(), 0.03)
     assert memory(optimizer) == optimizer.learning_rates()
 
 
@@ -212,7 +251,7 @@ def test_a_layer_whose_rate_grew_tenfold_is_named_once():
 
 def test_no_layer_is_named_where_the_rate_applied_is_bounded():
     model = network()
-    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.01)
+    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.01, zeta=1000.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         epochs(optimizer, model)

@@ -565,8 +565,8 @@ def test_rates_move_as_in_the_reference(library, rule, lowest, highest, order):
         follower_group=torch.arange(followers, dtype=torch.int32) % 2,
     )
     groups = [
-        RateGroup(0.03, 0.98, 1.0, 0.9, 1e-10, lowest, highest, rule, False),
-        RateGroup(0.1, 0.9, 0.5, 1.0, 0.0, lowest, highest, rule, True),
+        RateGroup(0.03, 0.98, 1.0, 0.9, 1e-10, lowest / 2, lowest, highest, rule, False),
+        RateGroup(0.1, 0.9, 0.5, 1.0, 0.0, lowest / 2, lowest, highest, rule, True),
     ]
     expected = RateTables(*(tensor.clone() for tensor in vars(tables).values()))
     update_rates(expected, groups, metrics)

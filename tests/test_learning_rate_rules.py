@@ -22,7 +22,14 @@ def rates(rule, measured, groups=None, *, layers=2, gamma=1.0, step_size=None, z
     for t, now in enumerate(measured):
         decay = gamma if step_size and t and t % step_size == 0 else 1.0
         numbers = (lr0, options["beta"], zeta, decay, options["floor"])
-        group = (*numbers, of_rule.lowest * lr0, of_rule.highest * lr0, of_rule.arithmetic, t == 0)
+        group = (
+            *numbers,
+            of_rule.anchor * lr0,
+            of_rule.lowest * lr0,
+            of_rule.highest * lr0,
+            of_rule.arithmetic,
+            t == 0,
+        )
         empty = np.zeros(0, dtype=np.int32)
         reference.update_rates(
             np.arange(layers, dtype=np.int32),

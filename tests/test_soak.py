@@ -78,12 +78,12 @@ class Run:
                 self.rates[k] = self.rates[k - 1]  # of the layer before it
                 continue
             weight, s = torch.from_numpy(self.weights[k]), 0.0
-            for u, share in zip(unfoldings(shape), measurement_weights(shape, "paper"), strict=True):
+            for u, share in zip(unfoldings(shape), measurement_weights(shape, "paper", 0.02), strict=True):
                 gamma = reference.singular_values(as_matrix(weight, u).numpy())
                 s += share * reference.measure_singular_values(gamma, u.L, u.M)[2]
             gain = s - self.ranks[k]
             self.rates[k] = reference.next_rate(
-                0, False, self.rates[k], gain, False, 0.02, 0.98, 1.0, 1.0, 1e-10
+                0, False, self.rates[k], gain, False, 0.02, 0.98, 1.0, 1.0, 1e-10, 0.0
             )
             self.ranks[k] = s
 

@@ -17,6 +17,7 @@ struct RateGroup {
   double zeta;             // before this epoch end
   double decay;            // gamma when this epoch end decays, else 1
   double floor;            // smallest eta
+  double anchor;           // what eta decays to: 0 in Algorithm 1
   double lowest, highest;  // bounds of the rate that is applied; eta itself moves beyond them
   int rule;                // RateRule
   int first;               // whether this is the group's first epoch end
@@ -47,7 +48,7 @@ RMSGD_FN double next_rate(const RateGroup& group, double eta, double gain, bool 
   const RateRule rule = RateRule(group.rule);
   const double zeta = group.zeta * group.decay;
   if (rule == RateRule::paper) {
-    const double rate = group.beta * (group.decay * eta) + zeta * gain;
+    const double rate = group.anchor + (group.beta * (group.decay * eta - group.anchor) + zeta * gain);
     return rate > group.floor ? rate : group.floor;
   }
   // The release decays its rates too; in the paper branch only zeta decays, and before its first

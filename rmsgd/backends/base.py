@@ -105,6 +105,7 @@ class RateGroup(NamedTuple):
     zeta: float
     decay: float
     floor: float
+    anchor: float
     lowest: float
     highest: float
     rule: int

@@ -42,6 +42,7 @@ _RATE_GROUP = np.dtype(
         ("zeta", "f8"),
         ("decay", "f8"),
         ("floor", "f8"),
+        ("anchor", "f8"),
         ("lowest", "f8"),
         ("highest", "f8"),
         ("rule", "i4"),

@@ -97,7 +97,7 @@ class DeviceState:
             if buffer is None and groups[m.group]["momentum"] != 0
         ]
         rates = [
-            applied_rate(groups[m.group], state["rate"])
+            applied_rate(groups[m.group], state["rate"], state["decay"])
             for m, state in zip(self.records, self._states, strict=True)
         ]
         fresh = [state["fresh"] for state in self._states]
@@ -121,7 +121,7 @@ class DeviceState:
         for i in self._probed:
             p, group = self._parameters[i], groups[self.records[i].group]
             self._spectra += [(p, u) for u in unfoldings(p.shape)]
-            weight += measurement_weights(p.shape, group["rule"])
+            weight += measurement_weights(p.shape, group["rule"], group["lr0"])
             column += [STABLE_RANK if _is_paper(group) else NUCLEAR] * (len(weight) - len(column))
             begin.append(len(self._spectra))
 

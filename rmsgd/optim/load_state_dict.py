@@ -15,6 +15,7 @@ from rmsgd.optim.distributed import is_dtensor
 from rmsgd.optim.options import (
     ABOVE_0,
     AT_LEAST_0,
+    FINITE,
     INITIAL_RANK,
     OPTIONS,
     YES_OR_NO,
@@ -35,7 +36,7 @@ _GROUP: Mapping[str, Range] = {
 """The ranges of a checkpoint's options: its lr may be where a schedule ends."""
 
 _STATE: Mapping[str, tuple[Callable[[float], float], Range]] = {
-    "rate": (float, AT_LEAST_0),
+    "rate": (float, FINITE),
     "stable_rank": (float, (lambda x: AT_LEAST_0[0](x) or _is_nan(x), "0 or more, or NaN")),
     "epoch": (int, (lambda x: AT_LEAST_0[0](x) and number(x).is_integer(), "a whole number")),
     "decay": (float, AT_LEAST_0),

@@ -38,12 +38,20 @@ class RMSGD(Optimizer):
 
     A mini-batch step is Algorithm 1 of Hosseini, Tuli, Plataniotis, "Exploiting Explainable Metrics
     for Augmented SGD": ``v <- momentum v - eta g``, ``w <- w + v``. An epoch end factorises every
-    weight into low rank and noise (EVBMF), measures the stable rank s of the low-rank part, and
-    moves ``eta <- max(beta eta + zeta (s(t+1) - s(t)), min_lr)``, with ``eta(0) = lr``. The rate applied to
-    the layer is eta, kept between half of lr and twice lr; the rule itself goes on from eta. Without these
-    bounds a classifier's head of ten rows, whose stable rank moves in steps of a tenth, would go from .03 to
-    .58. ``RMSGD(params, rule="paper")`` is the letter of Algorithm 1, without bounds and with ``s(0) = 0``.
-    A parameter without a spectrum (a bias, a norm) follows a layer that has one.
+    weight into low rank and noise (EVBMF) and measures the stable rank s of the low-rank part. With
+    ``eta(0) = lr``, Algorithm 1 (``rule="paper"``) then moves the rate of the layer by
+
+        ``eta <- max(beta eta + zeta (s(t+1) - s(t)), min_lr)``.
+
+    The stable rank of L rows moves in steps of 1/L, so that the letter takes a classifier's head of ten rows
+    from .03 to .58 and loses the network; and beta takes a rate without gains to 0. The default rule,
+    "bounded", is the same around lr in place of 0, with gains that count for less where s is coarse:
+
+        ``eta <- lr + beta (eta - lr) + zeta n^2 / (1 + n^2) (s(t+1) - s(t))``, ``n = L lr``.
+
+    One kept direction so moves a rate by lr / 2 at most. The rate applied is eta, kept between lr / 2 and
+    2 lr; the rule goes on from eta itself. A parameter without a spectrum (a bias, a norm) follows a layer
+    that has one.
 
     ::
 
@@ -73,12 +81,11 @@ class RMSGD(Optimizer):
         weight_decay: L2 penalty, 0 or more; ``p.grad`` is left as it is.
         nesterov: Nesterov momentum; needs ``momentum`` and no ``dampening``.
         zeta: gain of the stable rank's change, above 0.
-        min_lr: floor of eta, before the multiplier; also where it is above the bounds of the rule "bounded".
-            The rules of the released code have their own.
+        min_lr: smallest rate, before the multiplier. The rules of the released code have their own.
         maximize: ascend instead.
-        rule: "bounded" (Algorithm 1, the rate applied within bounds), "paper" (Algorithm 1 to the letter),
-            "release" (the arithmetic of rmsgd 1.0.2) or "published" (that of the branch that made the paper's
-            tables). The last two keep gradients as torch's SGD does.
+        rule: "bounded" (the default, safe on every network that SGD trains at the same lr), "paper"
+            (Algorithm 1 to the letter), "release" (the arithmetic of rmsgd 1.0.2) or "published" (that of the
+            branch that made the paper's tables). The last two keep gradients as torch's SGD does.
         initial_rank: "measure" takes s(0) from the weights before the first step: 0 for random ones, in
             which no low rank is found, and the right value for pretrained ones. "zero" takes s(0) = 0, and
             would throw the rates of pretrained weights up by s(1) in one epoch. None is "measure" for

@@ -49,6 +49,7 @@ def number(value: object) -> float:
 
 ABOVE_0: Range = (lambda x: 0.0 < number(x) < math.inf, "above 0")
 AT_LEAST_0: Range = (lambda x: 0.0 <= number(x) < math.inf, "0 or more")
+FINITE: Range = (lambda x: math.isfinite(number(x)), "finite")
 YES_OR_NO: Range = (lambda x: number(x) in (0.0, 1.0), "True or False")
 
 
@@ -69,7 +70,7 @@ OPTIONS: Mapping[str, Range] = {
     "momentum": AT_LEAST_0,
     "weight_decay": AT_LEAST_0,
     "min_lr": AT_LEAST_0,
-    "dampening": (lambda x: math.isfinite(number(x)), "finite"),
+    "dampening": FINITE,
     "zeta": ABOVE_0,
     "rule": _one_of(RULES),
     "initial_rank": (lambda x: x is None or INITIAL_RANK[0](x), INITIAL_RANK[1]),
@@ -182,15 +183,19 @@ def floor(group: Mapping[str, Any]) -> float:
     return float(group["min_lr"]) if of_rule is None else of_rule
 
 
-def bounds(group: Mapping[str, Any]) -> tuple[float, float]:
-    """The smallest and the largest rate that a group's parameters may be given, before its multiplier."""
-    rule, lr0 = RULES[group["rule"]], float(group["lr0"])
-    return rule.lowest * lr0, max(rule.highest * lr0, floor(group))
+def bounds(group: Mapping[str, Any], decay: float) -> tuple[float, float]:
+    """The smallest and the largest rate that a group's parameters may be given, before its multiplier.
+
+    ``decay`` is the product of the gammas so far: where they shrink the rates, they shrink the bounds.
+    """
+    rule, lr0 = RULES[group["rule"]], float(group["lr0"]) * decay
+    lowest = max(rule.lowest * lr0, float(group["min_lr"])) if rule.lowest else 0.0
+    return lowest, max(rule.highest * lr0, lowest)
 
 
-def applied_rate(group: Mapping[str, Any], rate: float) -> float:
-    """What a group's multiplier is applied to where its rule has come to ``rate``."""
-    return reference.applied_rate(rate, *bounds(group))
+def applied_rate(group: Mapping[str, Any], rate: float, decay: float) -> float:
+    """What a group's multiplier is applied to where its rule has come to ``rate``; see ``bounds``."""
+    return reference.applied_rate(rate, *bounds(group, decay))
 
 
 def rate_group(group: Mapping[str, Any], epoch: int, decay: float) -> RateGroup:
@@ -200,13 +205,15 @@ def rate_group(group: Mapping[str, Any], epoch: int, decay: float) -> RateGroup:
     """
     step_size = group["step_size"]
     decays = step_size is not None and epoch > 0 and epoch % step_size == 0
+    now, rule = float(group["gamma"]) if decays else 1.0, RULES[group["rule"]]
     return RateGroup(
         group["lr0"],
         group["beta"],
         group["zeta"] * decay,
-        float(group["gamma"]) if decays else 1.0,
+        now,
         floor(group),
-        *bounds(group),
-        RULES[group["rule"]].arithmetic,
+        rule.anchor * group["lr0"] * decay * now,
+        *bounds(group, decay * now),
+        rule.arithmetic,
         epoch == 0,
     )

@@ -20,6 +20,10 @@ class Rule:
     """What ``initial_rank=None`` means."""
     floor: float | None = None
     """The smallest eta; None: the option ``min_lr``."""
+    anchor: float = 0.0
+    """What eta decays to without gains, as a multiple of lr0; 0 in Algorithm 1."""
+    weighs_resolution: bool = False
+    """Whether a gain counts for less where the stable rank is coarse; see ``layers.resolution_weight``."""
     lowest: float = 0.0
     highest: float = math.inf
     """Bounds of the rate that is applied, as multiples of lr0. eta itself moves beyond them."""
@@ -28,7 +32,17 @@ class Rule:
 RULES: Mapping[str, Rule] = {
     rule.name: rule
     for rule in (
-        Rule("bounded", reference.PAPER, velocity=True, initial_rank="measure", lowest=0.5, highest=2.0),
+        Rule(
+            "bounded",
+            reference.PAPER,
+            velocity=True,
+            initial_rank="measure",
+            floor=-math.inf,
+            anchor=1.0,
+            weighs_resolution=True,
+            lowest=0.5,
+            highest=2.0,
+        ),
         Rule("paper", reference.PAPER, velocity=True, initial_rank="zero"),
         Rule("release", reference.RELEASE, velocity=False, initial_rank="zero", floor=0.0),
         Rule("published", reference.PUBLISHED, velocity=False, initial_rank="zero", floor=1e-10),

@@ -5,7 +5,8 @@
     velocity or momentum_buffer   past gradients; float64 for a float64 parameter, else float32
     fresh                         whether no gradient has entered it yet
     rate                          eta as the rule moves it, before its bounds and its group's multiplier
-    stable_rank                   s at the last epoch end (NaN: to be measured before the first step)
+    stable_rank                   what the rule measured at the last epoch end (NaN: to be measured before the
+                                  first step); see ``layers.measurement_weights``
     epoch                         how many epoch ends there have been
     decay                         product of the gammas that zeta has been multiplied by
     ready                         whether the release's ``not_ready`` list has let go of the layer
@@ -61,7 +62,7 @@ def complete(p: Tensor, state: State, group: Group) -> None:
     other = state.pop(BUFFERS[key == BUFFERS[0]], None)
     if state.get(key) is None:
         state.pop(key, None)
-        rate = applied_rate(group, state["rate"]) * multiplier(group)
+        rate = applied_rate(group, state["rate"], state["decay"]) * multiplier(group)
         if other is not None and (rate != 0.0 or key == "velocity"):
             factor = -rate if key == "velocity" else -1.0 / rate
             state[key] = other.to(buffer_dtype(p)) * factor
