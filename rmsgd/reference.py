@@ -268,8 +268,9 @@ def update_rates(
     """One epoch end over all layers: updates ``eta``, ``unbounded``, ``stable_rank`` and ``ready`` in place.
 
     Arguments up to ``follower_group`` are those of ``backends.base.RateTables``; ``groups`` holds
-    ``(initial_lr, beta, zeta, decay, floor, anchor, lowest, highest, rule, first)``. ``stable_ranks`` and ``nuclear``
-    (rows,) are what ``low_rank_metrics`` gives for every matrix. A NaN there keeps its layer as it is.
+    ``(initial_lr, beta, zeta, decay, floor, anchor, lowest, highest, rule, first)``. ``stable_ranks`` and
+    ``nuclear`` (rows,) are what ``low_rank_metrics`` gives for every matrix. A NaN there keeps its layer as
+    it is.
     """
     layers = len(parameter)
     measured = np.empty(layers)
