@@ -52,6 +52,7 @@ HOW = {
     "cost": "medians of interleaved rounds, ratios within rounds",
     "noise-search": "every free energy in float64",
     "study": "means over seeds",
+    "same-lr": "means over seeds",
     "split": "processes over gloo; medians of interleaved rounds",
     "gate": "each run against a baseline of the machine when it was quiet",
 }
@@ -189,6 +190,38 @@ def study_cells(row: dict[str, Any]) -> list[str]:
     return [*cells, interval.text("+.2f"), f"{difference['p_corrected']:.2g}"]
 
 
+SAME_LR_HEADINGS = (
+    "task",
+    "SGD",
+    "RMSGD",
+    "RMSGD minus SGD [95 %]",
+    "loss: SGD",
+    "RMSGD minus SGD [95 %]",
+    "rates / lr",
+    "the letter: accuracy; loss",
+)
+
+
+def same_lr_cells(row: Mapping[str, Any]) -> list[str]:
+    """A task: held-out accuracies in percent, training losses in nats, and the range of RMSGD's rates."""
+    sgd, ours, letter = row["sgd"], row["rmsgd"], row["rmsgd-paper"]
+    behind = Interval(*(100 * value for value in ours["accuracy_difference"]))
+    return [
+        row["task"],
+        f"{100 * sgd['accuracy']:.1f}",
+        f"{100 * ours['accuracy']:.1f}",
+        behind.text("+.2f"),
+        f"{sgd['loss']:.3f}",
+        Interval(*ours["loss_difference"]).text("+.3f"),
+        f"{ours['lowest']:.2f} to {ours['highest']:.2f}",
+        f"{100 * letter['accuracy']:.1f}; {letter['loss']:.3f}",
+    ]
+
+
+def _same_lr(rows: list[dict[str, Any]]) -> str:
+    return _markdown(list(SAME_LR_HEADINGS), [same_lr_cells(row) for row in rows])
+
+
 def _study(rows: list[dict[str, Any]]) -> str:
     headings = ["digits, test accuracy (%)", "mean ± std", "gap", "Q", "rmsgd minus it [95 %]", "p (Holm)"]
     return _markdown(headings, [[row["optimizer"], *study_cells(row)] for row in rows])
@@ -305,6 +338,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "noise-search": _noise_search,
     "probe-speed": _probe_speed,
     "study": _study,
+    "same-lr": _same_lr,
     "epoch-time": _epoch_time,
     "gate": _gate,
     "split": _split,
