@@ -34,6 +34,8 @@ from bench.study.experiments import EXPERIMENTS, OWN, SEARCH, SEARCHED, experime
 from bench.study.plots import draw
 from bench.study.records import read
 from bench.study.runner import Place, Runner, train_all
+from bench.study.schedules import OWN as OWN_SCHEDULE
+from bench.study.schedules import SCHEDULES
 from bench.study.selection import Search, by_experiment, each_once, named
 
 OUT = Path(".out/study")
@@ -143,6 +145,12 @@ def _selection(parser: argparse.ArgumentParser, seeds: str) -> None:
     add("--network", type=arguments.names, metavar="A,B,...", help="only these networks")
     add("--dataset", type=arguments.names, metavar="A,B,...", help="only these data sets")
     add("--optimizers", type=arguments.names, metavar="A,B,...", help="only these optimizers")
+    add(
+        "--schedules",
+        type=arguments.some_of("schedule", dict.fromkeys((OWN_SCHEDULE, *SCHEDULES))),
+        metavar="A,B,...",
+        help=f"only runs with these schedules of the rate: {', '.join((OWN_SCHEDULE, *SCHEDULES))}",
+    )
     add("--seeds", type=arguments.positive, help=f"how many seeds, from 0 on (default: {seeds})")
     add(
         "--part",

@@ -50,6 +50,8 @@ def by_experiment(
         for name, wanted in parts.items()
         for part in wanted
     }
+    if options.schedules:
+        runs = {key: [run for run in mine if run.schedule in options.schedules] for key, mine in runs.items()}
     if not sweeps:
         runs = {key: [run for run in mine if not run.settings] for key, mine in runs.items()}
     if not any(runs.values()):
