@@ -15,6 +15,36 @@ import numpy.typing as npt
 from rmsgd.plots import DPI, PALETTE, one_panel
 
 DASHES = ("-", "--", "-.", ":")
+MARKERS = "osD^vP*X<>hd"
+# An optimizer looks the same in every figure; those that are compared most differ most.
+STYLES = {
+    "sgd": (0, "o"),
+    "adam": (1, "s"),
+    "sam": (2, "D"),
+    "rmsgd": (3, "^"),
+    "rmsgd-published": (4, "v"),
+    "sgdp": (5, "P"),
+    "adamp": (6, "*"),
+    "adabound": (7, "X"),
+    "adabelief": (0, "<"),
+    "adagrad": (1, ">"),
+    "sls": (2, "h"),
+    "rmsgd-release": (3, "d"),
+    "rmsgd-paper": (1, "v"),
+    "adamw": (7, "s"),
+}
+"""Optimizer to its colour's index in the palette and its marker."""
+
+
+def style_of(optimizer: str) -> tuple[str, str]:
+    """The colour and the marker of an optimizer, the same in every figure."""
+    colour, marker = STYLES.get(optimizer, (len(PALETTE) - 1, "d"))
+    return PALETTE[colour], marker
+
+
+def style(index: int) -> tuple[str, str]:
+    """The colour and the marker of what is no optimizer, by its place."""
+    return PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
 
 
 def bands_over_time(
@@ -57,7 +87,8 @@ def bands_over_time(
         if not known.any():
             continue
         across, heights = np.where(np.isnan(heights), np.nan, across)[:, known], heights[:, known]
-        colour = PALETTE[index % len(PALETTE)]
+        plain_name = name.split(" ")[0]
+        colour = style_of(plain_name)[0] if plain_name in STYLES else style(index)[0]
         dash = DASHES[index // len(PALETTE) % len(DASHES)]
         centre = np.nanmean(across, axis=0)
         low, high = np.nanmin(heights, axis=0), np.nanmax(heights, axis=0)

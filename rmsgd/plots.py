@@ -51,7 +51,7 @@ def layer_curves(
     if not curves:
         raise ValueError("curves is empty: there is no layer to draw")
     figure, axes = one_panel(title, xlabel, ylabel)
-    colours = _depth_colours(figure, axes, list(curves))
+    colours = depth_colours(figure, axes, list(curves))
     thin = 1.6 if len(curves) <= 30 else 0.8
     for colour, values in zip(colours, curves.values(), strict=True):
         heights = np.asarray(values, dtype=np.float64)
@@ -63,7 +63,7 @@ def layer_curves(
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-    _whole_numbers(axes)
+    whole_numbers(axes)
     figure.savefig(path, dpi=DPI)
 
 
@@ -102,7 +102,7 @@ def one_panel(title: str, xlabel: str, ylabel: str, height: float = 4.4) -> tupl
     return figure, axes
 
 
-def _depth_colours(figure: Any, axes: Any, names: Sequence[str], most: int = 8) -> list[Any]:
+def depth_colours(figure: Any, axes: Any, names: Sequence[str], most: int = 8) -> list[Any]:
     """One colour per layer, and a colour bar that names a few of them from input to output."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -131,7 +131,8 @@ def _marker(values: npt.NDArray[np.float64]) -> str:
     return "o" if np.count_nonzero(~np.isnan(values)) == 1 else ""
 
 
-def _whole_numbers(axes: Any) -> None:
+def whole_numbers(axes: Any) -> None:
+    """Ticks of the horizontal axis at whole numbers alone: epochs have no halves."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -12,15 +12,16 @@ from scipy import stats
 from bench import measure, models
 from bench.__main__ import main
 from bench.locks import locked
-from bench.study import command, report, tuning
+from bench.study import command, fit, part_plots, parts, report, tuning
 from bench.study import plots as figures
 from bench.study.config import RunConfig, sorted_settings
 from bench.study.experiments import EXPERIMENTS, experiment, small
 from bench.study.plots import draw
 from bench.study.records import read
 from bench.study.run import METRICS, PHASES
+from bench.study.runner import Place, Runner
 from bench.study.selection import by_experiment
-from bench.study.statistics import correlation, holm, in_deviations, paired
+from bench.study.statistics import bootstrapped, correlation, detectable, holm, in_deviations, paired
 from rmsgd.inspection.report.csv_table import write_csv
 
 CELL = RunConfig("resnet18", "cifar10", "sgd", budget=True)
@@ -403,7 +404,7 @@ def test_tuned_rates_leave_a_sweep_over_rates_as_it_is(tmp_path):
     def labels(name, *flags):
         given = ["run", name, "--network", "resnet18", "--dataset", "cifar10", "--optimizers", "sgd"]
         options = command._parser().parse_args([*given, "--seeds", "1", *flags])
-        return [run.label for run in by_experiment(options)[name]]
+        return [run.label for runs in by_experiment(options)[name].values() for run in runs]
 
     rates = ("--rates", str(tmp_path / "rates.json"))
     swept = ["sgd (lr 0.01)", "sgd (lr 0.03)", "sgd", "sgd (lr 0.3)"]
@@ -657,3 +658,157 @@ def test_a_part_that_an_experiment_has_not_is_answered_with_those_it_has(tmp_pat
     arguments = ["study", "run", "cifar10-small", "--part", "ratse", "--out", str(tmp_path)]
     assert main(arguments) == 2
     assert "Did you mean 'rates'" in capsys.readouterr().err
+
+
+# --- Parts, and the table of records
+
+
+def test_the_smallest_difference_seen_has_the_power_that_is_asked_for():
+    # Student's t by simulation: so many experiments of five pairs with that true difference.
+    least = detectable(2.0, 5)
+    drawn = np.random.default_rng(0).normal(least, 2.0, size=(20_000, 5))
+    assert np.mean(stats.ttest_1samp(drawn, 0.0, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.01)
+    assert detectable(2.0, 50) < least
+    assert math.isnan(detectable(2.0, 2))
+    assert math.isnan(detectable(0.0, 5))
+
+
+def test_a_bootstrap_interval_covers_the_correlation_that_the_points_were_drawn_with():
+    random = np.random.default_rng(0)
+    covered = 0
+    for _ in range(60):
+        x, y = random.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], size=60).T
+        _, low, high = bootstrapped(x, y, range(60), resamples=200)["plcc"]
+        covered += low <= 0.6 <= high
+    assert 50 <= covered <= 60
+
+
+def test_within_clusters_only_what_differs_inside_them_counts():
+    # Between the two clusters y falls as x rises, within each it rises.
+    x, y = np.array([0, 1, 2, 10, 11, 12]), np.array([10, 11, 12, 0, 1, 2])
+    clusters = "aaabbb"
+    assert bootstrapped(x, y, clusters, centred=True)["plcc"][0] == pytest.approx(1.0)
+    assert bootstrapped(x, y, range(6))["plcc"][0] < -0.9
+    assert bootstrapped(x, y, clusters) is None
+    assert bootstrapped(x, np.zeros(6), range(6)) is None
+
+
+def test_labels_say_what_tells_configurations_apart_and_no_more(tmp_path):
+    cosine = RunConfig("resnet18", "cifar10", "sam", schedule="cosine", settings=(("lr", 0.3),))
+    fewer = replace(cosine, epochs=100)
+    many = RunConfig("resnet18", "cifar10", "rmsgd", schedule="constant", measurements=30)
+    other = replace(many, settings=(("beta", 0.9),))
+    for config in (cosine, fewer, many, other):
+        seeds(tmp_path, config, (0.5, 0.6))
+    configs = [replace(config, seed=seed) for config in (cosine, fewer, many, other) for seed in (0, 1)]
+    assert list(parts.grouped(read(tmp_path, configs))) == [
+        "sam cosine, 250 epochs",
+        "sam cosine, 100 epochs",
+        "rmsgd constant, beta 0.98",
+        "rmsgd constant, beta 0.9",
+    ]
+
+
+SMALL = ("cifar10-small", "--preset", "small", "--epochs", "1", "--optimizers", "sgd,rmsgd", "--seeds", "2")
+
+
+def test_the_report_is_the_same_from_the_table_of_records_alone(tmp_path, capsys):
+    out, kept = tmp_path / "out", tmp_path / "records" / "kept.csv"
+    chosen = [*SMALL, "--schedules", "constant", "--part", "main"]
+    assert main(["study", "run", *chosen, "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert main(["study", "report", *chosen, "--out", str(out), "--save-records", str(kept)]) == 0
+    first = capsys.readouterr().out
+    (out / "digits-resnet8-stride2").rename(tmp_path / "away")
+    alone = tmp_path / "alone"
+    assert main(["study", "report", *chosen, "--out", str(alone), "--records", str(kept)]) == 0
+    assert capsys.readouterr().out == first
+    assert "rmsgd constant" in first
+    drawn = {path.name for path in (alone / "figures").iterdir()}
+    assert drawn == {path.name for path in (out / "figures").iterdir()}
+    assert {"cifar10-small.png", "cifar10-small-layers.png", "cifar10-small-tuning.png"} <= drawn
+
+
+def test_every_part_is_drawn_and_has_a_table(tmp_path):
+    ended = {}
+    for part in experiment("cifar10-small").parts[1:]:
+        runs = experiment("cifar10-small").part(part).runs((0, 1) if part == "main" else (0,))
+        for index, config in enumerate(runs):
+            if not config.folder(tmp_path).exists():  # parts share runs
+                write_run(tmp_path, config, 0.4 + 0.01 * (index % 7), quality=0.1 * (index % 5), epochs=3)
+        ended[part] = read(tmp_path, runs)
+    content, tables = parts.tables(ended, {})
+    assert len(tables) > len(ended)
+    assert content["main"]["comparisons"][0]["reference"] == "rmsgd constant"
+    assert "10,000 training images" in content["main"]["size"]
+    written = part_plots.draw(tmp_path / "figures" / "study", ended, {})
+    assert [path.name for path in written] == [
+        "study.png",
+        "study-layers.png",
+        "study-measurements.png",
+        "study-rates.png",
+        "study-metrics-cifar10.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "optimizer,seed\nsgd,0\n", "optimizer,settings,seed,run,status,epoch\nsgd\n"]
+)
+def test_what_is_no_table_of_records_is_refused(content, tmp_path, capsys):
+    path = tmp_path / "records.csv"
+    path.write_text(content)
+    arguments = ["study", "report", *SMALL, "--out", str(tmp_path), "--records", str(path)]
+    assert main(arguments) == 2
+    assert "no table of records" in capsys.readouterr().err
+
+
+# --- Runs that fit a time
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (10_000, (30, 5)),  # everything that is wanted
+        (500, (30, 4)),  # all epochs with three seeds leave time for a fourth
+        (300, (25, 3)),  # three seeds come before further epochs
+        (60, (7, 2)),  # three seeds of five epochs would be less than a fifth of thirty
+        (8, (2, 1)),  # one seed of whatever fits
+    ],
+)
+def test_three_seeds_come_first_then_epochs_then_seeds(seconds, expected):
+    found = fit.fitting([1.0, 3.0], seconds, most_epochs=30, most_seeds=5)
+    assert (found.epochs, found.seeds) == expected
+    assert found.seconds <= seconds
+
+
+def test_a_time_in_which_nothing_fits_is_refused():
+    with pytest.raises(ValueError, match="an epoch of every optimizer takes 4 s"):
+        fit.fitting([1.0, 3.0], 3, 30, 5)
+
+
+def test_what_fits_a_time_is_decided_once_run_seed_by_seed_and_reported(tmp_path, capsys, monkeypatch):
+    arguments = ["cifar10-gpu", "--preset", "small", "--minutes", "1", "--seeds", "2", "--device", "cpu"]
+    arguments += ["--optimizers", "rmsgd,sgd", "--out", str(tmp_path)]
+    monkeypatch.setattr(fit, "_seconds_per_epoch", lambda runner, config: 6.0)
+    assert main(["study", "run", *arguments]) == 0
+    monkeypatch.setattr(fit, "_seconds_per_epoch", None)
+    assert main(["study", "run", *arguments]) == 0
+    assert "1 epoch with 2 seeds of every optimizer" in capsys.readouterr().err
+    kept = [json.loads(path.read_text()) for path in tmp_path.glob("digits-resnet18/*/config.json")]
+    assert {config["epochs"] for config in kept} == {1}
+    assert {config["precision"] for config in kept} == {"bf16"}
+    assert len(kept) == 6
+    assert main(["study", "report", *arguments]) == 0
+    assert "rmsgd cosine" in capsys.readouterr().out
+
+
+def test_steps_are_timed_on_the_runs_own_network(tmp_path):
+    place = Runner(Place(tmp_path))
+    config = RunConfig("resnet14-digits", "digits", "sam", batch=64, epochs=1)
+    assert 0 < fit._seconds_per_epoch(place, config) < 600
+
+
+def test_minutes_that_no_run_was_given_are_said_to_be_unknown_to_the_report(tmp_path, capsys):
+    arguments = ["study", "report", "cifar10-gpu", "--preset", "small", "--minutes", "1"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 2
+    assert "knows of no such runs" in capsys.readouterr().err

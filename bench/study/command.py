@@ -28,20 +28,23 @@ from bench import arguments, measure, output, readme
 from bench.data.nats import LAYOUT as NATS_LAYOUT
 from bench.errors import UsageError
 from bench.locks import BusyError
-from bench.study import listing, nats_study, report, tuning
+from bench.study import fit, listing, nats_study, part_plots, parts, report, table, tuning
 from bench.study.config import RunConfig
 from bench.study.experiments import EXPERIMENTS, OWN, SEARCH, SEARCHED, experiment
 from bench.study.plots import draw
-from bench.study.records import read
+from bench.study.records import Record, read
 from bench.study.runner import Place, Runner, train_all
 from bench.study.schedules import OWN as OWN_SCHEDULE
 from bench.study.schedules import SCHEDULES
-from bench.study.selection import Search, by_experiment, each_once, named
+from bench.study.selection import Parts, Search, by_experiment, each_once, named
 
 OUT = Path(".out/study")
 PROGRESS = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
 SCHEMA = "rmsgd-bench-study/1"
 SEEDS_LOOKED_FOR = 20
+FIT = "fit.json"
+"""In the folder of the runs: how many epochs and seeds --minutes allows."""
+
 WAIT_SECONDS = 5.0
 """Before asking again for runs that another process is at, where others depend on them."""
 ENDS = {"diverged": "its loss stopped being a number; the others go on", "busy": "another process is at it"}
@@ -99,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     _selection(run, "5; preset small: 1")
     _rates(run)
     _place(run)
+    _minutes(run)
     run.set_defaults(act=_run)
 
     tune = commands.add_parser("tune", help="search every optimizer's initial learning rate", epilog=known)
@@ -134,6 +138,19 @@ def _parser() -> argparse.ArgumentParser:
     _selection(tell, f"all that there are, up to {SEEDS_LOOKED_FOR}")
     _rates(tell)
     _place(tell)
+    _minutes(tell)
+    tell.add_argument(
+        "--records",
+        type=Path,
+        metavar="FILE",
+        help="read the runs from this table, which --save-records wrote, instead of --out",
+    )
+    tell.add_argument(
+        "--save-records",
+        type=Path,
+        metavar="FILE",
+        help="of an experiment that has parts: write a table with a row for every run and epoch",
+    )
     tell.add_argument("--json", type=Path, metavar="FILE", help="also write what is printed, as JSON")
     tell.add_argument("--readme", type=Path, metavar="FILE", help="rewrite the table of digits in this file")
     tell.set_defaults(act=_report)
@@ -185,6 +202,16 @@ def _rates(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _minutes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--minutes",
+        type=arguments.above_zero,
+        metavar="N",
+        help="as many epochs with as many seeds as every optimizer can have in this time: run decides that "
+        "once, by timing some steps, and report looks for those runs",
+    )
+
+
 def _place(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
@@ -226,6 +253,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     runner = Runner(prepare(options))
     with arguments.torch_threads(_threads(options)):
         configs = each_once(_selected(options, console, search=partial(_train_search, runner, console)))
+        if options.minutes:
+            configs = _fitted(runner, configs, options, console)
         ends = {} if options.part == (SEARCH,) else train_with_progress(runner, configs, console)
     said = ", ".join(f"{count} {how}" for how, count in Counter(ends.values()).items())
     again = shlex.join(["report", *options.given[1:]])
@@ -245,6 +274,15 @@ def _train_search(runner: Runner, console: Console, configs: Sequence[RunConfig]
         ends = train_with_progress(runner, missing, console)
         if set(ends.values()) == {"busy"}:
             time.sleep(WAIT_SECONDS)
+
+
+def _fitted(
+    runner: Runner, configs: Sequence[RunConfig], options: argparse.Namespace, console: Console
+) -> list[RunConfig]:
+    """The runs that fit into the minutes given: seed by seed, of so many epochs that all optimizers end."""
+    chosen = fit.chosen(runner, configs, 60 * options.minutes, options.out / FIT)
+    console.print(chosen.text(), soft_wrap=True)
+    return chosen.runs(configs)
 
 
 def _status(ends: Mapping[RunConfig, str], console: Console) -> int:
@@ -336,11 +374,36 @@ def _report(options: argparse.Namespace, console: Console) -> int:
     content: dict[str, Any] = {}
     written: list[Path] = []
     machine: dict[str, Any] = {}
-    look = partial(read, options.out)
-    chosen = _selected(options, console, search=lambda runs: tuning.rates(tuning.searched(runs, look)))
-    for name, configs in chosen.items():
-        records = read(options.out, configs)
+    look = _records(options)
+    searches: dict[str, tuning.Found] = {}
+
+    def rates(runs: Sequence[RunConfig]) -> dict[str, float]:
+        searches.update(tuning.searched(runs, look))
+        return tuning.rates(searches)
+
+    chosen = _selected(options, console, search=rates)
+    if options.minutes:
+        fitted = fit.decided(each_once(chosen), options.out / FIT)
+        chosen = {
+            name: {part: fitted.runs(runs) for part, runs in by_part.items()}
+            for name, by_part in chosen.items()
+        }
+    for name, by_part in chosen.items():
+        configs = each_once({name: by_part})
+        records = look(configs)
         if not records:
+            continue
+        if experiment(name).scheduled:
+            machine = machine or records[0].machine
+            ended_parts = {part: look(mine) for part, mine in by_part.items()}
+            content[name], tables = parts.tables(ended_parts, searches)
+            for shown in tables:
+                out.print(shown)
+            if options.save_records:
+                kept = look([run for found in searches.values() for run in tuning.tried(found)])
+                written += _save(options.save_records, [*kept, *records], ended_parts)
+            stem = options.out / "figures" / name
+            written += output.figures(partial(part_plots.draw, stem, ended_parts, searches), console)
             continue
         ended = {record.config.optimizer for record in records}
         if missing := dict.fromkeys(c.optimizer for c in configs if c.optimizer not in ended):
@@ -367,17 +430,33 @@ def _report(options: argparse.Namespace, console: Console) -> int:
     if options.readme:
         if "digits" not in content:
             raise UsageError("--readme is for the table of digits: report digits")
-        table = {"machine": machine, "study": report.readme_rows(content["digits"])}
-        readme.rewrite(options.readme, table)
+        rows = {"machine": machine, "study": report.readme_rows(content["digits"])}
+        readme.rewrite(options.readme, rows)
         written.append(options.readme)
     if written:
         output.say(written, console)
     return 0
 
 
+def _records(options: argparse.Namespace) -> tuning.Look:
+    """Where a report finds the records of runs."""
+    if options.records is None:
+        return partial(read, options.out)
+    known = table.read(options.records)
+    return lambda configs: [known[config] for config in configs if config in known]
+
+
+def _save(path: Path, records: Sequence[Record], ended: Mapping[str, Sequence[Record]]) -> list[Path]:
+    """Writes the table of records, with the layers of the best runs of RMSGD and SGD."""
+    output.check_file(path)
+    main = ended.get("main", ())
+    in_full = [run for name in ("rmsgd", "sgd") if (run := parts.best(main, name))]
+    return table.write(path, list({record.config: record for record in records}.values()), in_full)
+
+
 def _selected(
     options: argparse.Namespace, console: Console, sweeps: bool = True, search: Search = lambda configs: {}
-) -> dict[str, list[RunConfig]]:
+) -> dict[str, Parts]:
     """The runs that the arguments name, by experiment; a word about experiments that have none."""
     chosen = by_experiment(options, sweeps, search)
     if without := [name for name in named(options) if name not in chosen]:

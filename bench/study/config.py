@@ -33,6 +33,7 @@ class RunConfig:
         images: training images that are used, always the same; None: all.
         judged: test images (or held-out ones) that are judged by, always the same; None: all.
         channels_last: keep images and weights in that memory format.
+        precision: of the forward and backward pass: "fp32", or "bf16" by autocast.
 
     """
 
@@ -54,6 +55,7 @@ class RunConfig:
     images: int | None = None
     judged: int | None = None
     channels_last: bool = False
+    precision: str = "fp32"
 
     def folder(self, root: Path) -> Path:
         """Where the run is kept: a name that people can read, and a digest of the whole configuration."""
@@ -92,7 +94,7 @@ class RunConfig:
         return cls(**{**content, "settings": sorted_settings(content.get("settings", {}))})
 
 
-LATER = {field.name: field.default for field in fields(RunConfig)[-5:]}
+LATER = {field.name: field.default for field in fields(RunConfig)[-6:]}
 """The fields that runs did not have from the beginning, with their defaults."""
 
 

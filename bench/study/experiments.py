@@ -104,6 +104,11 @@ class Experiment:
         parts = tuple(dict.fromkeys(grid.part for grid in self.grids))
         return (SEARCH, *parts) if self.search else parts
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether it chooses the schedules: its report is that of `bench.study.parts`."""
+        return any("schedule" in grid.common for grid in self.grids)
+
     def part(self, name: str) -> "Experiment":
         """The experiment with one of its parts alone."""
         return replace(self, grids=tuple(grid for grid in self.grids if grid.part == name))
@@ -252,7 +257,25 @@ _CIFAR10_SMALL = Experiment(
     search=True,
 )
 
+_CIFAR10_GPU = Experiment(
+    "Not in the paper: ResNet18 at full width on CIFAR-10, as long as a GPU is lent (--minutes)",
+    tuple(
+        Grid(
+            ("resnet18",),
+            ("cifar10",),
+            optimizers,
+            {"schedule": schedule, "epochs": 30, "channels_last": True, "precision": "bf16"},
+        )
+        for optimizers, schedule in (
+            (("rmsgd",), "constant"),
+            (("sgd", "sam"), "step"),
+            (("rmsgd",), "cosine"),
+        )
+    ),
+)
+
 OWN: dict[str, Experiment] = {
+    "cifar10-gpu": _CIFAR10_GPU,
     "cifar10-small": _CIFAR10_SMALL,
     "digits": Experiment(
         "Not in the paper: every optimizer on digits; what beta, gamma and the rules of RMSGD do",

@@ -8,20 +8,13 @@ import numpy as np
 
 import rmsgd
 from bench import peers
-from bench.plots import bands_over_time, save
+from bench.plots import bands_over_time, save, style, style_of
 from bench.study.network_metrics import AXES
 from bench.study.records import Record, by_label, finished, is_plain
 from bench.study.statistics import correlation
 from rmsgd.inspection.report.series import Series, in_order_of_training
 from rmsgd.inspection.report.series_figure import plot_series
-from rmsgd.plots import PALETTE, blank, plain
-
-MARKERS = "osD^vP*X<>hd"
-# An optimizer looks the same in every figure; those that are compared most differ most.
-STYLED = (
-    *("sgd", "adam", "sam", "rmsgd", "rmsgd-published", "sgdp", "adamp", "adabound"),
-    *("adabelief", "adagrad", "sls", "rmsgd-release"),
-)
+from rmsgd.plots import PALETTE, blank, plain, whole_numbers
 
 
 def draw(name: str, records: Sequence[Record], folder: Path) -> list[Path]:
@@ -40,6 +33,8 @@ def low_rank_evolution(stem: Path, records: Sequence[Record]) -> list[Path]:
     """Figure 1a: low rank and noise of one layer over the epochs, and how its metrics go."""
     written = []
     for record in records:
+        if record.folder is None:
+            continue
         paths = in_order_of_training([str(path) for path in sorted((record.folder / "weights").glob("*.pt"))])
         if paths:
             series = Series(tuple(paths), tuple(rmsgd.probe(path) for path in paths))
@@ -73,7 +68,7 @@ def quality_maps(stem: Path, records: Sequence[Record]) -> list[Path]:
             values, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest", extent=extent
         )
         axes.set_title(f"{label}: {100 * groups[label].final['test_accuracy']:.1f} %", fontsize=8)
-        _whole_numbers(axes)
+        whole_numbers(axes)
     for axes in panels[-1]:
         axes.set_xlabel("epoch", fontsize=8)
     for axes in panels[:, 0]:
@@ -102,7 +97,7 @@ def scatter(stem: Path, records: Sequence[Record]) -> list[Path]:
         for row, (metric, label) in zip(panels, AXES.items(), strict=True):
             for axes, (target, value) in zip(row, targets, strict=True):
                 for record in mine:
-                    colour, marker = _style_of(record.config.optimizer)
+                    colour, marker = style_of(record.config.optimizer)
                     axes.plot(
                         record.final[metric],
                         value(record),
@@ -149,11 +144,11 @@ def _over_the_epochs(path: Path, records: Sequence[Record]) -> Path:
         for optimizer, mine in groups.items():
             values = _mean([record.column(name) for record in mine])
             epochs = np.arange(1, len(values) + 1)
-            colour, marker = _style_of(mine[0].config.optimizer)
+            colour, marker = style_of(mine[0].config.optimizer)
             marker = marker if len(values) <= 20 else ""
             axes.plot(epochs, values, color=colour, marker=marker, label=optimizer)
         plain(axes, "epoch", label)
-        _whole_numbers(axes)
+        whole_numbers(axes)
         if name == "learning_rate":
             axes.set_yscale("log")
     for axes in panels.flat[len(quantities) :]:
@@ -176,11 +171,11 @@ def _by_beta(path: Path, records: Sequence[Record]) -> Path:
     axes = figure.subplots()
     for index, (label, mine) in enumerate(groups.items()):
         values = 100 * _mean([record.column("test_accuracy") for record in mine])
-        colour, marker = _style(index)
+        colour, marker = style(index)
         epochs = np.arange(1, len(values) + 1)
         axes.plot(epochs, values, color=colour, marker=marker if len(values) <= 20 else "", label=label)
     plain(axes, "epoch", "test accuracy (%)")
-    _whole_numbers(axes)
+    whole_numbers(axes)
     axes.legend(frameon=False)
     axes.set_title(
         f"{ordered[0].config.network}, {ordered[0].config.dataset}: momentum β of RMSGD's rates",
@@ -298,7 +293,7 @@ def _batch_sizes(path: Path, records: Sequence[Record]) -> Path:
             100 * np.mean([r.final["test_accuracy"] for r in mine if r.config.batch == size])
             for size in sizes
         ]
-        colour, marker = _style_of(mine[0].config.optimizer)
+        colour, marker = style_of(mine[0].config.optimizer)
         axes.plot(sizes, values, color=colour, marker=marker, label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(_sizes(records), labels=map(str, _sizes(records)))
@@ -320,25 +315,11 @@ def _mean(curves: Sequence[np.ndarray]) -> np.ndarray:
     return np.mean([curve[:shortest] for curve in curves], axis=0)
 
 
-def _style(index: int) -> tuple[str, str]:
-    return PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
-
-
-def _style_of(optimizer: str) -> tuple[str, str]:
-    return _style(STYLED.index(optimizer) if optimizer in STYLED else len(STYLED))
-
-
 def _optimizer_legend(figure: Any, optimizers: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = []
     for name in optimizers:
-        colour, marker = _style_of(name)
+        colour, marker = style_of(name)
         handles.append(Line2D([], [], color=colour, marker=marker, linestyle="", label=name))
     figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=6, fontsize=8)
-
-
-def _whole_numbers(axes: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))

@@ -2,8 +2,8 @@
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,20 @@ class Record:
 
     Attributes:
         config: what was trained.
-        folder: where it is kept.
+        folder: where it is kept; None for one that was read from a table of records.
         diverged: its loss stopped being a number.
         epochs: one dictionary per epoch, the columns of `epochs.csv`.
         budget: seconds that it could train for; None where only epochs counted.
+        tabled: its layers as `layers` gives them, for one that was read from a table of records.
 
     """
 
     config: RunConfig
-    folder: Path
+    folder: Path | None
     diverged: bool
     epochs: tuple[dict[str, float], ...]
     budget: float | None = None
+    tabled: Mapping[str, Mapping[str, Floats]] = field(default_factory=dict, compare=False)
 
     @property
     def final(self) -> dict[str, float]:
@@ -57,25 +59,33 @@ class Record:
 
     @property
     def machine(self) -> dict[str, Any]:
-        """What it was begun on."""
+        """What it was begun on; empty where only a table of records is left of it."""
+        if self.folder is None:
+            return {}
         return json.loads((self.folder / "environment.json").read_text(encoding="utf-8"))
 
     @cached_property
-    def layers(self) -> dict[str, dict[str, Floats]]:
-        """Layer name to metric to its values, one per epoch; empty where the first epoch diverged."""
+    def layers(self) -> Mapping[str, Mapping[str, Floats]]:
+        """Layer name to metric to its values, one per epoch; empty where they were not kept."""
+        if self.folder is None:
+            return self.tabled
         path = self.folder / "layers.csv"
         if not path.exists():
             return {}
-        layers: dict[str, dict[str, list[float]]] = {}
         with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                known = layers.setdefault(row["layer"], {metric: [] for metric in METRICS})
-                for metric in METRICS:
-                    known[metric].append(float(row[metric]))
-        return {
-            name: {metric: np.array(values) for metric, values in known.items()}
-            for name, known in layers.items()
-        }
+            return by_layer(csv.DictReader(file))
+
+
+def by_layer(rows: Iterable[Mapping[str, str]]) -> dict[str, dict[str, Floats]]:
+    """Rows of one run, an epoch and a layer each, as `Record.layers`."""
+    layers: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        known = layers.setdefault(row["layer"], {metric: [] for metric in METRICS})
+        for metric in METRICS:
+            known[metric].append(float(row[metric]))
+    return {
+        name: {metric: np.array(values) for metric, values in known.items()} for name, known in layers.items()
+    }
 
 
 def read(out: Path, configs: Iterable[RunConfig]) -> list[Record]:

@@ -15,7 +15,7 @@ from bench.study.experiments import EXPERIMENTS, experiment
 from bench.study.network_metrics import LABELS
 from bench.study.published import Value
 from bench.study.records import Record, by_label, finished, is_plain
-from bench.study.statistics import Difference, correlation, holm, in_deviations, paired
+from bench.study.statistics import Difference, correlation, detectable, holm, in_deviations, paired
 
 UNKNOWN = Difference(math.nan, math.nan, math.nan, math.nan)
 
@@ -205,23 +205,32 @@ def comparisons(records: Sequence[Record], reference: str = "rmsgd") -> list[dic
         own = [label for label, runs in groups.items() if _is_own(runs[0], reference)]
         if len(own) != 1 or len(shared[cell]) > 1:
             continue
-        ours = groups.pop(own[0])
-        entries = []
-        for label, theirs in groups.items():
-            good = [_accuracies(runs) for runs in (ours, theirs)]
-            pairs = sorted(good[0].keys() & good[1].keys())
-            left_out = _left_out({own[0]: ours, label: theirs})
-            if len(pairs) > 1 or left_out:
-                mine, other = ([accuracy[seed] for seed in pairs] for accuracy in good)
-                difference = paired(mine, other) if pairs[1:] else UNKNOWN
-                entry = {"dataset": cell[0], "network": cell[1], "reference": own[0], "other": label}
-                entries.append({**entry, "seeds": len(pairs), "left_out": left_out, **difference._asdict()})
-        tested = [entry["p"] for entry in entries if entry["seeds"] > 1]
-        corrected = iter(holm(tested))
-        found += [
-            {**entry, "p_corrected": next(corrected) if entry["seeds"] > 1 else math.nan} for entry in entries
-        ]
+        found += against(own[0], groups)
     return found
+
+
+def against(reference: str, groups: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
+    """One group's test accuracy against that of every other, as `comparisons` has it: a family of tests."""
+    ours = groups[reference]
+    cell = {"dataset": ours[0].config.dataset, "network": ours[0].config.network}
+    entries: list[dict[str, Any]] = []
+    for label, theirs in groups.items():
+        if label == reference:
+            continue
+        good = [_accuracies(runs) for runs in (ours, theirs)]
+        pairs = sorted(good[0].keys() & good[1].keys())
+        left_out = _left_out({reference: ours, label: theirs})
+        if len(pairs) > 1 or left_out:
+            mine, other = ([accuracy[seed] for seed in pairs] for accuracy in good)
+            difference = paired(mine, other) if pairs[1:] else UNKNOWN
+            spread = detectable(deviation(np.subtract(mine, other)), len(pairs))
+            entry = {**cell, "reference": reference, "other": label, "seeds": len(pairs)}
+            entries.append({**entry, "left_out": left_out, **difference._asdict(), "detectable": spread})
+    tested = [entry["p"] for entry in entries if entry["seeds"] > 1]
+    corrected = iter(holm(tested))
+    return [
+        {**entry, "p_corrected": next(corrected) if entry["seeds"] > 1 else math.nan} for entry in entries
+    ]
 
 
 def _is_own(record: Record, reference: str) -> bool:

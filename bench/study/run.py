@@ -129,6 +129,24 @@ class Run:
             self._conclude()
         return status(self.folder)
 
+    def seconds_of_steps(self, count: int, warm: int) -> float:
+        """Seconds of a step, the median of `count` after `warm`: the run is of no use afterwards."""
+        self._network.train()
+        taken = []
+        for index in range(warm + count):
+            inputs, targets = next(self._source.epoch(self.config.batch, 0, index, 0))
+            measure.synchronise(self._device)
+            begun = time.perf_counter()
+            self._take_step(inputs, targets)
+            measure.synchronise(self._device)
+            taken.append(time.perf_counter() - begun)
+        return float(np.median(taken[warm:]))
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return self._steps
+
     def epoch_seconds(self) -> list[float]:
         """Training and epoch end of every epoch so far: the time that is the optimizer's."""
         return [epoch["seconds_training"] + epoch["seconds_epoch_end"] for epoch in self._epochs]
@@ -215,17 +233,22 @@ class Run:
 
     def _take_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         def gradients() -> Tensor:
-            loss = self._criterion(self._network(inputs), targets)
+            loss = self._criterion(self._logits(inputs), targets)
             if torch.is_grad_enabled():  # a line search asks for the loss alone
                 self._optimizer.zero_grad()
                 loss.backward()
             return loss
 
-        if self.config.channels_last:
-            inputs = inputs.to(memory_format=torch.channels_last)
         loss = gradients().detach()
         self._optimizer.step(*self._peer.step_arguments(gradients, loss))
         return loss
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        if self.config.channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            logits: Tensor = self._network(inputs)
+        return logits.float()
 
     def _criterion(self, logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         if not self._source.several:
@@ -263,9 +286,7 @@ class Run:
         correct, among_five = torch.zeros_like(loss), torch.zeros_like(loss)
         count = 0
         for inputs, targets in batches:
-            if self.config.channels_last:
-                inputs = inputs.to(memory_format=torch.channels_last)
-            logits = self._network(inputs)
+            logits = self._logits(inputs)
             loss += self._criterion(logits, targets, "sum")
             if self._source.several:
                 correct += ((logits > 0) == (targets > 0.5)).double().mean(1).sum()

@@ -87,6 +87,11 @@ class Runner:
         """The records of those runs that have ended."""
         return read(self._place.out, configs)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._place.device
+
     def prepare(self, config: RunConfig) -> None:
         """Reads the data of a run that has not ended."""
         if status(config.folder(self._place.out)) not in ENDED:

@@ -25,10 +25,14 @@ Search = Callable[[Sequence[RunConfig]], Rates]
 """Finds the rates of runs, each of another optimizer or schedule; what is not known yet is left out."""
 
 
+Parts = dict[str, list[RunConfig]]
+"""Part of an experiment to its runs."""
+
+
 def by_experiment(
     options: argparse.Namespace, sweeps: bool = True, search: Search = lambda configs: {}
-) -> dict[str, list[RunConfig]]:
-    """The runs that the arguments name, by experiment, without experiments that have none.
+) -> dict[str, Parts]:
+    """The runs that the arguments name, by experiment and part, without experiments that have none.
 
     Args:
         options: of the command.
@@ -67,7 +71,7 @@ def by_experiment(
         settings = {**dict(config.settings), **changed.get(config.optimizer, {})}
         return replace(config, settings=sorted_settings(settings), **fixed)
 
-    chosen: dict[str, list[RunConfig]] = {}
+    chosen: dict[str, Parts] = {}
     for name, entry in known.items():
         tuned = entry.search and not options.rates
         said = {part: [as_said(run) for run in runs[name, part]] for part in parts[name]}
@@ -80,14 +84,13 @@ def by_experiment(
             }
             found = search([run for variant, run in first.items() if variant in wanted])
         for part, mine in said.items():
-            if swept[part]:
-                chosen.setdefault(name, []).extend(mine)
-            elif tuned:
-                ready = [run for run in mine if run.variant in found]
-                chosen.setdefault(name, []).extend(tuning.with_rates(run, found) for run in ready)
-            else:
-                chosen.setdefault(name, []).extend(tuning.with_rates(run, rates) for run in mine)
-    return {name: list(dict.fromkeys(mine)) for name, mine in chosen.items() if mine}
+            if tuned and not swept[part]:
+                mine = [tuning.with_rates(run, found) for run in mine if run.variant in found]
+            elif not swept[part]:
+                mine = [tuning.with_rates(run, rates) for run in mine]
+            if mine:
+                chosen.setdefault(name, {})[part] = list(dict.fromkeys(mine))
+    return chosen
 
 
 def _sized(entry: Experiment, options: argparse.Namespace) -> Experiment:
@@ -104,9 +107,11 @@ def _parts(name: str, entry: Experiment, options: argparse.Namespace) -> tuple[s
     return tuple(part for part in wanted if part != SEARCH) or ("main",)
 
 
-def each_once(chosen: Mapping[str, Sequence[RunConfig]]) -> list[RunConfig]:
+def each_once(chosen: Mapping[str, Parts]) -> list[RunConfig]:
     """The runs of all experiments; one that several need is there once."""
-    return list(dict.fromkeys(config for runs in chosen.values() for config in runs))
+    return list(
+        dict.fromkeys(config for parts in chosen.values() for runs in parts.values() for config in runs)
+    )
 
 
 def _no_cell(known: dict[str, Experiment]) -> str:

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy import stats
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize, stats
+
+Floats = NDArray[np.float64]
 
 
 class Difference(NamedTuple):
@@ -82,6 +84,114 @@ def correlation(x: ArrayLike, y: ArrayLike) -> Correlation | None:
         float(ranked.pvalue),
         int(across.size),
     )
+
+
+def detectable(deviation: float, pairs: int, alpha: float = 0.05, power: float = 0.8) -> float:
+    """The smallest mean difference that a paired t test of so many pairs would see.
+
+    Args:
+        deviation: of the differences of single pairs.
+        pairs: how many there are; NaN is returned for fewer than three, with which it is many deviations.
+        alpha: below which p counts as seen.
+        power: probability of that.
+
+    Returns:
+        The difference, in the unit of `deviation`.
+
+    """
+    if pairs < 3 or not deviation > 0:
+        return float("nan")
+    beyond = stats.t.ppf(1 - alpha / 2, pairs - 1)
+
+    def excess(shift: float) -> float:
+        seen = stats.nct.sf(beyond, pairs - 1, shift) + stats.nct.cdf(-beyond, pairs - 1, shift)
+        # Far out, where any test sees the difference, SciPy's distribution is no number.
+        return float(np.nan_to_num(seen, nan=1.0)) - power
+
+    # Solved for in standard errors, so that the answer is proportional to the deviation.
+    return float(optimize.brentq(excess, 0.0, 10 * beyond)) * deviation / float(np.sqrt(pairs))
+
+
+def bootstrapped(
+    x: ArrayLike,
+    y: ArrayLike,
+    clusters: Sequence[object],
+    centred: bool = False,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+) -> dict[str, tuple[float, float, float]] | None:
+    """PLCC and ROCC with bootstrap intervals (percentiles, clusters resampled with replacement).
+
+    Args:
+        x, y: the two quantities.
+        clusters: what each point belongs to: points of one cluster are drawn together.
+        centred: correlate what is left of both when each cluster's means are taken away; then points are
+            drawn within their clusters.
+        resamples: draws.
+        confidence: of the interval.
+
+    Returns:
+        "plcc" and "rocc" to (value, low, high); None for fewer than three points, a constant quantity, or,
+        unless `centred`, fewer than three clusters.
+
+    """
+    across, up = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    known = np.isfinite(across) & np.isfinite(up)
+    of_cluster = np.unique([str(name) for name in clusters], return_inverse=True)[1]
+    if centred:
+        sizes = np.bincount(of_cluster[known], minlength=of_cluster.max(initial=0) + 1)
+        known &= sizes[of_cluster] > 1
+    across, up = across[known], up[known]
+    member = np.eye(of_cluster.max(initial=-1) + 1)[of_cluster[known]]  # (points, clusters)
+    member = member[:, member.any(0)]
+    if len(across) < 3 or (not centred and member.shape[1] < 3):
+        return None
+    # How often each point is in a resample; the first is the sample itself.
+    times = np.ones((resamples + 1, len(across)))
+    random = np.random.default_rng(0)
+    if centred:
+        for column in member.T.astype(bool):
+            count = int(column.sum())
+            times[1:, column] = random.multinomial(count, np.full(count, 1 / count), size=resamples)
+    else:
+        count = member.shape[1]
+        times[1:] = random.multinomial(count, np.full(count, 1 / count), size=resamples) @ member.T
+    a, b = (np.broadcast_to(values, times.shape) for values in (across, up))
+    if centred:
+        a, b = (values - (times * values) @ member / (times @ member) @ member.T for values in (a, b))
+    found = {"plcc": _pearson(a, b, times), "rocc": _pearson(_ranks(a, times), _ranks(b, times), times)}
+    if any(np.isnan(values[0]) for values in found.values()):
+        return None
+    tail = 50 * (1 - confidence)
+    ends = {name: np.nanpercentile(values[1:], [tail, 100 - tail]) for name, values in found.items()}
+    return {
+        name: (float(values[0]), float(ends[name][0]), float(ends[name][1])) for name, values in found.items()
+    }
+
+
+def _pearson(a: Floats, b: Floats, times: Floats) -> Floats:
+    """Pearson's correlation along the rows of (samples, points), each point so many times; NaN: constant."""
+    total = times.sum(1, keepdims=True)
+    a, b = (values - (times * values).sum(1, keepdims=True) / total for values in (a, b))
+    product, squares = (times * a * b).sum(1), (times * a * a).sum(1) * (times * b * b).sum(1)
+    return np.where(squares > 1e-24, product / np.sqrt(np.maximum(squares, 1e-24)), np.nan)
+
+
+def _ranks(values: Floats, times: Floats) -> Floats:
+    """Ranks along the rows of (samples, points), each point so many times, ties at their mean rank."""
+    order = np.argsort(values, axis=1, kind="stable")
+    ordered, weights = (np.take_along_axis(array, order, axis=1) for array in (values, times))
+    ends = np.cumsum(weights, axis=1)
+    new = np.ones(values.shape, dtype=bool)
+    new[:, 1:] = np.diff(ordered, axis=1) > 1e-12
+    # The mean rank of a run of ties lies between the weight before it and the weight at its end.
+    before = np.maximum.accumulate(np.where(new, ends - weights, 0.0), axis=1)
+    last = np.ones(values.shape, dtype=bool)
+    last[:, :-1] = new[:, 1:]
+    after = np.flip(np.minimum.accumulate(np.flip(np.where(last, ends, np.inf), 1), axis=1), 1)
+    ranks = np.empty_like(ends)
+    np.put_along_axis(ranks, order, (before + after + 1) / 2, axis=1)
+    return ranks
 
 
 def in_deviations(mean: float, deviation: float, other: float, other_deviation: float) -> float:

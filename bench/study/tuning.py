@@ -101,6 +101,14 @@ def searched(configs: Iterable[RunConfig], look: Look) -> dict[str, Found]:
     return {config.variant: search(config, judge) for config in configs}
 
 
+def tried(found: Found) -> list[RunConfig]:
+    """The runs of a search that has ended."""
+    if found.best is None:
+        return []
+    settings = dict(found.best.settings)
+    return [replace(found.best, settings=sorted_settings({**settings, "lr": rate})) for rate in found.tried]
+
+
 def rates(found: Mapping[str, Found]) -> dict[str, float]:
     """Variant to its best rate, where the search has ended."""
     return {name: dict(entry.best.settings)["lr"] for name, entry in found.items() if entry.best}
