@@ -152,7 +152,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--models", type=networks, default=MODELS, help=f"comma-separated (default: {','.join(MODELS)})"
     )
-    parser.add_argument("--rounds", type=positive, default=3, help="interleaved rounds (default 3)")
+    parser.add_argument("--rounds", type=positive, default=6, help="interleaved rounds (default 6)")
     parser.add_argument("--readme", type=Path, help="rewrite the table of this file")
     options = parser.parse_args(arguments)
     output.check(options.out, options.readme, ["probe-speed"])

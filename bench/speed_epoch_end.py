@@ -24,7 +24,7 @@ from rmsgd.layers import Unfolding, as_matrix, unfoldings
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 MODELS = (*RESNETS, "mobilenetv2", "vit-b16", "linear-4096")
 WITHOUT_RELEASE = ("vit-b16", "linear-4096")  # minutes per call
-RELEASE_ROUNDS = 3
+RELEASE_ROUNDS = 6  # the fewest that an interval can be given for
 STAGES = ("fp32 Gram", "fp64 Gram", "SVD")
 
 

@@ -207,7 +207,7 @@ def figures(folder: Path, settings: Settings, runs: Sequence[Run]) -> list[Path]
         for quantity, label in (("learning_rates", "learning rate"), ("stable_rank", "stable rank")):
             if probed:
                 path = folder / f"{name}-{quantity.replace('_', '-')}.png"
-                title = f"{name} on {subject}: {label} of every layer"
+                title = f"The {label} of each layer moves by itself under {name}\n({subject})"
                 layer_curves(path, layer_means(probed, quantity), ylabel=label, title=title)
                 written.append(path)
     over_time = plots.bands_over_time(

@@ -10,7 +10,7 @@ which extra brings it.
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,12 @@ from rmsgd.extras import install_command
 # Okabe and Ito's palette (2008), black last: it is easily taken for an axis.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 DPI = 150
+
+_MOST_LABELLED = 30
+"""Curves that are labelled at their ends."""
+
+_LINE = 0.045
+"""Height of a label of 7 points, as a share of a panel's."""
 
 
 def layer_curves(
@@ -32,12 +38,16 @@ def layer_curves(
     first: int = 1,
     log: bool = False,
 ) -> None:
-    """One curve per layer over the epochs, coloured by depth: of `learning_rates()`, say.
+    """Draw one curve per layer over the epochs, coloured by depth: the course of ``learning_rates()``, say.
+
+    Curves are labelled at their ends, curves that end at the same height together. Where there are more than
+    ``_MOST_LABELLED`` of them, a colour bar tells how deep a layer lies.
 
     Args:
         path: file to write, in the format of its suffix.
-        curves: layer name to values, one per epoch, in the order of the network. NaN leaves a gap.
-        ylabel: label of the vertical axis, with its unit.
+        curves: layer name to values, one per epoch and in one unit, in the order of the network. NaN leaves a
+            gap.
+        ylabel: label of the vertical axis, with the unit of the values.
         title: above the axes.
         xlabel: label of the horizontal axis.
         first: number of the first epoch.
@@ -51,18 +61,24 @@ def layer_curves(
     if not curves:
         raise ValueError("curves is empty: there is no layer to draw")
     figure, axes = one_panel(title, xlabel, ylabel)
-    colours = depth_colours(figure, axes, list(curves))
-    thin = 1.6 if len(curves) <= 30 else 0.8
-    for colour, values in zip(colours, curves.values(), strict=True):
+    labelled = len(curves) <= _MOST_LABELLED
+    colours = depth_colours(figure, axes, list(curves), bar=not labelled)
+    ends: list[_End] = []
+    for (name, values), colour in zip(curves.items(), colours, strict=True):
         heights = np.asarray(values, dtype=np.float64)
         if log:
             heights = np.where(heights > 0, heights, np.nan)
         epochs = np.arange(first, first + len(heights))
-        axes.plot(epochs, heights, color=colour, linewidth=thin, alpha=0.85, marker=_marker(heights))
+        axes.plot(epochs, heights, color=colour, linewidth=1.6 if labelled else 0.8, marker=_marker(heights))
+        known = heights[~np.isnan(heights)]
+        if known.size:
+            ends.append(_End(name, float(known[-1]), colour))
     if log:
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    if labelled:
+        _label_ends(axes, ends)
     whole_numbers(axes)
     figure.savefig(path, dpi=DPI)
 
@@ -102,8 +118,10 @@ def one_panel(title: str, xlabel: str, ylabel: str, height: float = 4.4) -> tupl
     return figure, axes
 
 
-def depth_colours(figure: Any, axes: Any, names: Sequence[str], most: int = 8) -> list[Any]:
-    """One colour per layer, and a colour bar that names a few of them from input to output."""
+def depth_colours(
+    figure: Any, axes: Any, names: Sequence[str], most: int = 8, *, bar: bool = True
+) -> list[Any]:
+    """One colour per layer; the colour bar names a few of them from input to output."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -112,12 +130,49 @@ def depth_colours(figure: Any, axes: Any, names: Sequence[str], most: int = 8) -
     colourmap = colormaps["viridis"].resampled(256)
     last = max(len(names) - 1, 1)
     scale = ScalarMappable(Normalize(0, last / 0.9), colourmap)
-    bar = figure.colorbar(scale, ax=axes, label="layer, from input to output", pad=0.02)
-    bar.ax.set_ylim(0, last)
-    ticks = np.unique(np.linspace(0, len(names) - 1, min(most, len(names))).round().astype(int))
-    bar.set_ticks(ticks, labels=[short_name(names[tick]) for tick in ticks])
-    bar.ax.tick_params(labelsize=7)
+    if bar:
+        legend = figure.colorbar(scale, ax=axes, label="layer, from input to output", pad=0.02)
+        legend.ax.set_ylim(0, last)
+        ticks = np.unique(np.linspace(0, len(names) - 1, min(most, len(names))).round().astype(int))
+        legend.set_ticks(ticks, labels=[short_name(names[tick]) for tick in ticks])
+        legend.ax.tick_params(labelsize=7)
     return list(scale.to_rgba(np.arange(len(names))))
+
+
+class _End(NamedTuple):
+    """Where a curve ends."""
+
+    name: str
+    value: float
+    colour: Any
+
+
+def _label_ends(axes: Any, ends: Sequence[_End]) -> None:
+    """Name the curves beside their ends, from the highest down; those that end alike have one label."""
+    to_share = axes.transData + axes.transAxes.inverted()
+    heights = [float(to_share.transform((1.0, end.value))[1]) for end in ends]
+    groups: list[tuple[float, list[int]]] = []
+    for i in sorted(range(len(ends)), key=lambda i: -heights[i]):
+        if groups and groups[-1][0] - heights[i] < _LINE / 2:
+            groups[-1][1].append(i)
+        else:
+            groups.append((heights[i], [i]))
+    free = 1.0 + _LINE
+    for height, members in groups:
+        free = min(height, free - _LINE)
+        end = ends[min(members)]  # the first of the network
+        more = f" and {len(members) - 1} more" if len(members) > 1 else ""
+        axes.annotate(
+            short_name(end.name) + more,
+            (1.0, height),
+            (1.04, free),
+            xycoords="axes fraction",
+            fontsize=7,
+            color=end.colour,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": end.colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
+            annotation_clip=False,
+        )
 
 
 def short_name(name: str, most: int = 28) -> str:

@@ -21,6 +21,21 @@ def test_layer_curves_are_drawn_for_any_number_of_layers(tmp_path, layers):
     assert path.read_bytes().startswith(PNG)
 
 
+def test_curves_are_named_at_their_ends_and_those_that_end_alike_together(tmp_path):
+    ends = {
+        "a.weight": 0.03,
+        "b.weight": 0.03,
+        "c.weight": 0.09,
+        "d.weight": 0.03,
+        "e.weight": float("nan"),
+    }  # a gap: it ended before
+    plots.layer_curves(tmp_path / "f.svg", {name: [0.03, end] for name, end in ends.items()}, ylabel="rate")
+    drawn = (tmp_path / "f.svg").read_text()
+    assert "<!-- a and 3 more -->" in drawn
+    assert "<!-- c -->" in drawn
+    assert "<!-- b -->" not in drawn
+
+
 def test_gaps_single_epochs_and_logarithms_are_drawn(tmp_path):
     plots.layer_curves(tmp_path / "one.png", {"a": [0.1]}, ylabel="stable rank")
     plots.layer_curves(tmp_path / "gap.svg", {"a": [0.1, float("nan"), 0.3]}, ylabel="stable rank")
