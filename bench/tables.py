@@ -16,7 +16,10 @@ from bench.study import report
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "study.md", ROOT / "README.md")
+PAGES = (
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "learning-rates", "study")),
+    ROOT / "README.md",
+)
 
 
 def recorded(folder: Path) -> list[dict[str, Any]]:
@@ -40,6 +43,7 @@ def recorded(folder: Path) -> list[dict[str, Any]]:
     digits["study"] = report.readme_rows(digits["experiments"]["digits"])
     cost = {"machine": speed["machine"], "cost": readme.cost_rows({**speed, **probe, **epoch}, "resnet18")}
     others = [read(f"{name}.json") for name in ("split-cpu", "noise-search", "gate")]
+    others += [read(path.name) for path in folder.glob("same-lr.json")]
     return [speed, probe, epoch, digits, cost, *others]
 
 
