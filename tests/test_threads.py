@@ -1,6 +1,7 @@
 """Threads, forks and exits: the same bits whatever the number of threads, and nothing hangs or crashes."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -120,3 +121,28 @@ def test_optimizers_in_several_threads_do_not_disturb_each_other():
     expected = [trained(seed) for seed in range(3)]
     for ours, theirs in zip(on_threads(*[lambda s=s: trained(s) for s in range(3)]), expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+NUMBA = """
+import json, numba, torch, rmsgd
+torch.set_num_threads(1)
+given, set_num_threads = [], numba.set_num_threads
+numba.set_num_threads = lambda count: given.append(count) or set_num_threads(count)
+parameter = torch.nn.Parameter(torch.randn(8, 8))
+optimizer = rmsgd.RMSGD([parameter])
+parameter.grad = torch.ones(8, 8)
+optimizer.step()
+print(json.dumps([given, numba.get_num_threads(), torch.get_num_threads()]))
+"""
+
+
+def test_numba_steps_on_as_many_threads_as_torch_has_and_leaves_both_settings():
+    numba = pytest.importorskip("numba")
+    most = numba.config.NUMBA_NUM_THREADS
+    command, environment = [sys.executable, "-c", NUMBA], {**os.environ, "RMSGD_BACKEND": "numba"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [[1, most], most, 1]
+
+
+def test_threads_that_wait_do_not_spin_in_the_tests():
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"

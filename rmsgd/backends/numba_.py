@@ -1,14 +1,18 @@
 """The reference compiled by numba: the fallback where no compiler was there at installation."""
 
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from rmsgd import reference
 from rmsgd.backends.base import BackendUnavailable
 from rmsgd.backends.numpy_ import NumpyBackend
 from rmsgd.extras import install_command
+
+Array = NDArray[np.floating[Any]]
 
 _COMPILED = (
     "threshold",
@@ -36,6 +40,13 @@ def _compile_reference() -> dict[str, Any]:
     return scope
 
 
+def _launch_threads(numba: ModuleType) -> None:
+    """Start numba's threads, which would else change the number of torch's at the first step."""
+    before = torch.get_num_threads()
+    numba.get_num_threads()
+    torch.set_num_threads(before)
+
+
 def create() -> NumpyBackend:
     """The backend; raises BackendUnavailable where numba cannot be imported."""
     try:
@@ -43,11 +54,12 @@ def create() -> NumpyBackend:
     except ImportError as error:
         raise BackendUnavailable(f"numba cannot be imported ({error}): {install_command('numba')}") from None
 
+    _launch_threads(numba)
     scope = _compile_reference()
     element = scope["momentum_update"]
 
     @numba.njit(nogil=True, parallel=True, error_model="numpy")
-    def update(  # type: ignore[no-untyped-def]
+    def compiled(  # type: ignore[no-untyped-def]
         w, grad, v, eta, momentum, dampening, weight_decay, nesterov, maximize, fresh, velocity
     ):
         new_w, new_v = np.empty_like(w), np.empty_like(v)
@@ -66,6 +78,16 @@ def create() -> NumpyBackend:
                 velocity,
             )
         return new_w, new_v
+
+    def update(*arguments: Any) -> tuple[Array, Array]:
+        # As many threads as torch has: more would spin, waiting for each other, on a machine that is busy.
+        before = numba.get_num_threads()
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        try:
+            new: tuple[Array, Array] = compiled(*arguments)
+        finally:
+            numba.set_num_threads(before)
+        return new
 
     description = f"numba {numba.__version__}, compiled on first use"
     return NumpyBackend("numba", description, scope["measure_singular_values"], update)
