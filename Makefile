@@ -1,6 +1,8 @@
-# Everything runs in .venv, made on first use with the versions of constraints.txt.
+# Everything runs in .venv, made on first use with the versions of constraints.txt. The oldest versions that are
+# promised are tried with `make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt`.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
@@ -9,7 +11,7 @@ INTEGRATIONS := $(VENV)/.integrations
 DOCS := $(VENV)/.docs
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: demo test test-all sanitize fuzz lint format docs bench clean help
+.PHONY: install demo test test-all sanitize fuzz lint format docs bench clean help
 
 help:
 	@echo "make demo      train a small ResNet on digits with RMSGD, SGD and SAM: table, JSON and plots"
@@ -24,9 +26,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Editable: Python changes need no reinstall, a change under csrc/ rebuilds the core.
-$(STAMP): $(BIN)/python pyproject.toml setup.py constraints.txt $(NATIVE)
-	$(PIP) install -q -c constraints.txt -e '.[$(EXTRAS)]'
+$(STAMP): $(BIN)/python pyproject.toml setup.py $(CONSTRAINTS) $(NATIVE)
+	$(PIP) install -q -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	@touch $@
+
+install: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python -m bench train --out .out/demo
@@ -38,11 +42,11 @@ test: $(STAMP)
 # The trainers of rmsgd.integrations: 300 MB that the other tests do without. CI asks for them by EXTRAS.
 # What is installed already is not built again: only what the extra names is added.
 $(INTEGRATIONS): $(STAMP)
-	$(PIP) install -q -c constraints.txt 'rmsgd-kernels[integrations]'
+	$(PIP) install -q -c $(CONSTRAINTS) 'rmsgd-kernels[integrations]'
 	@touch $@
 
 $(DOCS): $(STAMP)
-	$(PIP) install -q -c constraints.txt 'rmsgd-kernels[docs]'
+	$(PIP) install -q -c $(CONSTRAINTS) 'rmsgd-kernels[docs]'
 	@touch $@
 
 test-all: $(INTEGRATIONS)

@@ -247,6 +247,37 @@ def test_code_that_uses_it_passes_mypy_strict(tmp_path):
     run(*mypy, cwd=tmp_path, MYPYPATH=str(ROOT))
 
 
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_actions_are_pinned_by_hash_and_no_job_is_without_a_time_limit(workflow):
+    text = workflow.read_text()
+    used = re.findall(r"uses: (.*)", text)
+    assert used
+    assert [line for line in used if not re.fullmatch(r"\S+@[0-9a-f]{40} # v[\d.]+", line)] == []
+    assert text.count("\n    timeout-minutes: ") == text.count("\n    runs-on: ")
+    assert "\nconcurrency:\n" in text
+
+
+@pytest.mark.parametrize(
+    "script", [*WORKFLOWS, ROOT / ".ci" / "run", ROOT / ".pre-commit-config.yaml"], ids=str
+)
+def test_what_ci_makes_the_makefile_has(script):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    made = set(re.findall(r"(?:run:|entry:|part \w+) make ([\w-]+)", script.read_text()))
+    assert made
+    assert made <= targets
+
+
+def test_the_oldest_versions_are_those_that_are_promised():
+    promised = [r for r in PROJECT["project"]["dependencies"] if ">=" in r]
+    oldest = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    for requirement in promised:
+        name, version = requirement.split(">=")
+        assert any(line == f"{name}=={version}" or line.startswith(f"{name}=={version}.") for line in oldest)
+
+
 def test_wheels_are_configured_for_every_python_and_machine_that_is_promised():
     configured = PROJECT["tool"]["cibuildwheel"]["build"].split()
     assert configured == ["cp311-*", "cp312-*", "cp313-*", "cp314-*"]
