@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench import models, peers
-from bench.data import image_folder
+from bench.data import registry
 from bench.errors import UsageError
 from bench.names import look_up
 
@@ -19,7 +19,7 @@ WIDEST = 100
 
 KNOWN = (
     f"Models: {', '.join(models.ARCHITECTURES)}.  Optimizers: {', '.join(peers.PEERS)}.  "
-    f"A folder holds {image_folder.LAYOUTS}."
+    f"A path given as data holds {registry.layouts()}."
 )
 
 

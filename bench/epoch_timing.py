@@ -35,7 +35,6 @@ import torch
 from torch import Tensor
 
 from bench import data, measure, models, peers
-from bench.data import image_folder
 from bench.errors import UsageError, is_out_of_memory
 from bench.training import cross_entropy
 
@@ -109,7 +108,7 @@ def workload(settings: Settings) -> Workload:
     if settings.data == "digits":
         train, test = len(dataset.train), len(dataset.test)
     elif settings.data != "synthetic":
-        train, test = image_folder.sizes(Path(settings.data))
+        train, test = data.sizes(Path(settings.data))
     # As `data.Batches` makes them: what is left of the training set after the last whole batch is not used.
     steps, evaluations = train // settings.batch, math.ceil(test / count)
     return Workload(batches, held_out, steps, evaluations, dataset.classes)

@@ -29,8 +29,7 @@ class Settings:
 
     Attributes:
         model: key of `bench.models.ARCHITECTURES`.
-        data: one of `bench.data.NAMES`, a folder that `bench.data.image_folder` reads, or an archive that
-            `bench.data.archive` reads.
+        data: one of `bench.data.registry.TRAINED`, or a folder or archive that the registry recognises.
         optimizers: keys of `bench.peers.PEERS`.
         seeds: one run per seed and optimizer; a seed fixes initial weights and batches.
         epochs: passes over the training set.

@@ -10,7 +10,7 @@ import torch
 from clock import PATIENCE
 
 from bench import atomic
-from bench.data import Split, nats, study_sets
+from bench.data import Split, nats, registry
 from bench.data.source import Augmentation, InMemory
 from bench.study import nats_study
 from bench.study.config import RunConfig
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def make(config: RunConfig, folder: Path, **options) -> Run:
     """A run on 260 digits that writes a checkpoint after every step."""
-    source = study_sets.load(config.dataset, None, config.network, CPU)
+    source = registry.source(config.dataset, None, config.network, CPU)
     splits = [Split(part.inputs[:260], part.targets[:260]) for part in (source._train, source._test)]
     source = InMemory(*splits, source.classes, Augmentation(pad=1), source.several)
     return Run(config, source, folder, CPU, **{"checkpoint_seconds": 0.0, **options})

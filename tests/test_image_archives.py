@@ -13,11 +13,18 @@ from PIL import Image
 
 from bench import atomic, data
 from bench.__main__ import main
-from bench.data import archive, study_sets
+from bench.data import registry
+from bench.data.dataset import Request
+from bench.data.sets import images
 from bench.data.source import DatasetError
+from bench.models import Architecture
 
 SIZE = (4, 4)
 CLASSES = ("cat", "dog")
+
+
+def read(path, size, cache):
+    return images.read(Request(Architecture(None, (3, *size)), path, cache))
 
 
 def jpeg(value, size=SIZE):
@@ -50,7 +57,7 @@ def greys(images):
 
 
 def test_the_classes_of_an_archive_take_turns_in_the_order_of_their_names(tmp_path):
-    (train, targets), (test, test_targets), classes = archive.read(write(tmp_path / "a.zip"), SIZE, tmp_path)
+    (train, targets), (test, test_targets), classes = read(write(tmp_path / "a.zip"), SIZE, tmp_path)
     assert classes == 2
     assert targets.tolist() == [0, 1, 0, 1, 0, 1]
     assert test_targets.tolist() == [0, 1, 0, 1]
@@ -63,9 +70,14 @@ def test_the_classes_of_an_archive_take_turns_in_the_order_of_their_names(tmp_pa
 
 @pytest.mark.parametrize("options", [{"root": "cifar10/"}, {"classes": ("a", "b", "c")}])
 def test_a_folder_around_the_splits_and_any_number_of_classes_will_do(options, tmp_path):
-    train, _, classes = archive.read(write(tmp_path / "a.zip", **options), SIZE, None)
+    train, _, classes = read(write(tmp_path / "a.zip", **options), SIZE, None)
     assert classes == len(options.get("classes", CLASSES))
     assert len(train[0]) == 3 * classes
+
+
+def test_the_test_set_of_an_archive_with_a_validation_set_too_is_the_test_set(tmp_path):
+    path = write(tmp_path / "a.zip", [*names(), "val/cat/0.jpg"])
+    assert len(read(path, SIZE, None)[1][0]) == 4
 
 
 def test_what_a_packer_leaves_in_an_archive_is_no_image(tmp_path):
@@ -73,40 +85,40 @@ def test_what_a_packer_leaves_in_an_archive_is_no_image(tmp_path):
     with zipfile.ZipFile(path, "a") as file:
         for name in ("README.md", "train/", "__MACOSX/train/cat/._0000.jpg", "train/cat/.thumb.jpg"):
             file.writestr(name, b"")
-    assert len(archive.read(path, SIZE, None)[0][0]) == 6
+    assert len(read(path, SIZE, None)[0][0]) == 6
 
 
 def test_images_of_other_sizes_are_brought_to_the_one_that_the_network_reads(tmp_path):
     path = write(tmp_path / "a.zip")
     with zipfile.ZipFile(path, "a") as file:
         file.writestr("train/dog/9999.jpg", jpeg(200, (30, 20)))
-    assert archive.read(path, (8, 6), None)[0][0].shape == (7, 3, 8, 6)
+    assert read(path, (8, 6), None)[0][0].shape == (7, 3, 8, 6)
 
 
 def test_an_archive_is_decoded_once_and_anew_when_its_content_changes(tmp_path, monkeypatch):
     path = write(tmp_path / "a.zip")
-    first = archive.read(path, SIZE, tmp_path / "kept")
+    first = read(path, SIZE, tmp_path / "kept")
     with monkeypatch.context() as without:
-        without.setattr(archive, "_image", None)
-        again = archive.read(path, SIZE, tmp_path / "kept")
+        without.setattr(images, "_image", None)
+        again = read(path, SIZE, tmp_path / "kept")
     assert torch.equal(first[0][0], again[0][0])
     write(path, train=4)
-    assert len(archive.read(path, SIZE, tmp_path / "kept")[0][0]) == 8
+    assert len(read(path, SIZE, tmp_path / "kept")[0][0]) == 8
 
 
 @pytest.mark.parametrize("damage", ["cut", "other"])
 def test_a_decoded_file_that_is_damaged_is_made_again(damage, tmp_path):
     path = write(tmp_path / "a.zip")
-    whole = archive.read(path, SIZE, tmp_path / "kept")[0][0].clone()
+    whole = read(path, SIZE, tmp_path / "kept")[0][0].clone()
     (kept,) = (tmp_path / "kept").glob("*.safetensors")
     kept.write_bytes(kept.read_bytes()[:-5] if damage == "cut" else b"something else")
-    assert torch.equal(archive.read(path, SIZE, tmp_path / "kept")[0][0], whole)
+    assert torch.equal(read(path, SIZE, tmp_path / "kept")[0][0], whole)
 
 
 def _read(path, cache, dies):
     if dies:
         atomic.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
-    archive.read(Path(path), SIZE, Path(cache))
+    read(Path(path), SIZE, Path(cache))
 
 
 def test_a_process_that_is_killed_while_it_decodes_leaves_nothing_that_is_taken_for_whole(tmp_path):
@@ -116,17 +128,17 @@ def test_a_process_that_is_killed_while_it_decodes_leaves_nothing_that_is_taken_
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert not list((tmp_path / "kept").glob("*.safetensors"))
-    assert len(archive.read(path, SIZE, tmp_path / "kept")[0][0]) == 6
+    assert len(read(path, SIZE, tmp_path / "kept")[0][0]) == 6
 
 
 def test_processes_that_share_a_folder_decode_an_archive_once(tmp_path, monkeypatch):
-    path, decoded = write(tmp_path / "a.zip"), archive._decoded
+    path, decoded = write(tmp_path / "a.zip"), images._unpacked
 
     def noted(*arguments):
         (tmp_path / f"decoded-by-{os.getpid()}").touch()
         return decoded(*arguments)
 
-    monkeypatch.setattr(archive, "_decoded", noted)
+    monkeypatch.setattr(images, "_unpacked", noted)
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_read, args=(path, tmp_path / "kept", False)) for _ in range(3)]
     for process in processes:
@@ -174,10 +186,6 @@ WRONG = {
         lambda path: write(path, [*names(root="a/"), *names(root="b/")]),
         "more than one data set: one in a, another in b",
     ),
-    "test and val": (
-        lambda path: write(path, [*names(), "val/cat/0.jpg"]),
-        "both test and val",
-    ),
 }
 
 
@@ -187,7 +195,7 @@ def test_an_archive_that_is_wrong_cut_or_mixed_is_answered_with_one_line(wrong, 
     make, message = WRONG[wrong]
     make(path)
     with pytest.raises(DatasetError, match=message) as raised:
-        archive.read(path, SIZE, tmp_path / "kept")
+        read(path, SIZE, tmp_path / "kept")
     assert "\n" not in str(raised.value)
     capsys.readouterr()
     arguments = ["train", "--data", str(path), "--model", "resnet18", "--out", str(tmp_path / "out")]
@@ -207,12 +215,12 @@ def test_train_reads_an_archive(tmp_path):
 
 def test_the_study_takes_an_archive_for_cifar_10_if_it_has_ten_classes(tmp_path):
     ten = write(tmp_path / "ten.zip", classes=tuple("abcdefghij"))
-    source = study_sets.load("cifar10", ten, "resnet18", torch.device("cpu"), tmp_path / "kept")
+    source = registry.source("cifar10", ten, "resnet18", torch.device("cpu"), tmp_path / "kept")
     assert source.classes == 10
     assert source.batches(6) == 5
     two = write(tmp_path / "two.zip")
     with pytest.raises(DatasetError, match="holds 2 classes"):
-        study_sets.load("cifar10", two, "resnet18", torch.device("cpu"), tmp_path / "kept")
+        registry.source("cifar10", two, "resnet18", torch.device("cpu"), tmp_path / "kept")
 
 
 def test_an_archive_that_is_not_there_is_said_to_be_missing(tmp_path):

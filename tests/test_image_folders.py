@@ -1,18 +1,24 @@
 """Data sets on the disk: what is read, and what is said of a folder that is not what it claims."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from bench import data
-from bench.data import image_folder
+from bench.data import registry, sets
+from bench.data.dataset import Request
+from bench.data.sets import images as image_sets
+from bench.data.sets.cifar import PIXELS
+from bench.models import Architecture
 
 
 def write_cifar(path, names, labels, count=20):
     generator = np.random.default_rng(0)
     for name in names:
-        records = generator.integers(256, size=(count, labels + image_folder.PIXELS), dtype=np.uint8)
+        records = generator.integers(256, size=(count, labels + PIXELS), dtype=np.uint8)
         records[:, :labels] = np.arange(count)[:, None] % 10
         records.tofile(path / name)
 
@@ -31,7 +37,7 @@ def test_cifar_10_is_read_from_its_binary_files(tmp_path):
     dataset = data.load(str(tmp_path), "resnet18")
     assert dataset.sample == (3, 32, 32)
     assert (len(dataset.train), len(dataset.test), dataset.classes) == (100, 20, 10)
-    assert image_folder.sizes(tmp_path) == (100, 20)
+    assert data.sizes(tmp_path) == (100, 20)
     assert dataset.test.targets[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     torch.testing.assert_close(dataset.train.inputs.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
 
@@ -44,7 +50,7 @@ def test_cifar_100_takes_the_fine_label(tmp_path):
     dataset = data.load(str(tmp_path), "resnet18", samples=8)
     assert (len(dataset.train), dataset.classes) == (8, 100)
     assert set(dataset.test.targets.tolist()) == {99}
-    assert image_folder.sizes(tmp_path) == (20, 20)
+    assert data.sizes(tmp_path) == (20, 20)
 
 
 def test_a_folder_per_class_is_resized_to_what_the_model_reads(tmp_path):
@@ -54,13 +60,13 @@ def test_a_folder_per_class_is_resized_to_what_the_model_reads(tmp_path):
     assert dataset.sample == (3, 32, 32)
     assert dataset.classes == 2
     assert dataset.train.targets.tolist() == [0, 1, 0, 1]
-    assert image_folder.sizes(tmp_path) == (6, 6)
+    assert data.sizes(tmp_path) == (6, 6)
 
 
 def test_pixels_keep_their_places(tmp_path):
     write_classes(tmp_path, "train")
     write_classes(tmp_path, "test")
-    (images, targets), _, _ = image_folder.read(tmp_path, (20, 15), None)
+    (images, targets), _, _ = image_sets.read(Request(Architecture(None, (3, 20, 15)), tmp_path))
     assert images.shape == (6, 3, 20, 15)
     assert images[targets == 1].min() == 100
 
@@ -93,10 +99,35 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
 def test_classes_without_images_are_refused(tmp_path):
     write_classes(tmp_path, "train")
     (tmp_path / "val").mkdir()
-    with pytest.raises(ValueError, match="holds no image in a folder named after a class"):
+    with pytest.raises(ValueError, match="holds train, but no val/CLASS/IMAGE"):
         data.load(str(tmp_path), "resnet18")
 
 
 def test_a_gpt_does_not_read_images(tmp_path):
     with pytest.raises(ValueError, match="gpt reads tokens"):
         data.load(str(tmp_path), "gpt")
+
+
+def test_a_class_that_is_not_trained_is_refused(tmp_path):
+    write_classes(tmp_path, "train")
+    write_classes(tmp_path, "test")
+    (tmp_path / "test" / "cat").rename(tmp_path / "test" / "bird")
+    with pytest.raises(ValueError, match="test has the class bird, which train has not"):
+        data.load(str(tmp_path), "resnet18")
+
+
+def test_one_module_is_all_that_a_new_data_set_needs(tmp_path, monkeypatch):
+    (tmp_path / "squares.py").write_text(
+        "import torch\n"
+        "from bench.data.dataset import DataSet\n"
+        "part = (torch.zeros(8, 3, 32, 32), torch.arange(8) % 2)\n"
+        "DATASETS = {'squares': DataSet(lambda request: (part, part, 2), trains=True)}\n"
+    )
+    monkeypatch.setattr(sets, "__path__", [*sets.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "bench.data.sets.squares", raising=False)
+    known = registry._found()
+    assert list(known)[:-1] == sorted(registry.DATASETS, key=list(registry.DATASETS).index)
+    monkeypatch.setattr(registry, "DATASETS", known)
+    monkeypatch.setattr(registry, "TRAINED", ("squares",))
+    assert data.load("squares", "resnet18").classes == 2
+    assert registry.source("squares", None, "resnet18", torch.device("cpu")).classes == 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import epoch_timing, training
-from bench.data import study_sets
+from bench.data import registry
 from bench.sls import SLS, TRIALS
 from bench.study.config import RunConfig
 from bench.study.run import Run
@@ -62,7 +62,7 @@ def test_in_every_benchmark_an_epoch_is_as_many_steps_as_it_has_batches(tmp_path
         2
     )
     config = RunConfig("resnet14-digits", "digits", "sls", batch=100, width=0.25)
-    source = study_sets.load(config.dataset, None, config.network, torch.device("cpu"))
+    source = registry.source(config.dataset, None, config.network, torch.device("cpu"))
     studied = Run(config, source, tmp_path, torch.device("cpu"))
     assert growth_in_an_epoch(studied._optimizer, source.batches(config.batch)) == pytest.approx(2)
 

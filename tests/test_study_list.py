@@ -7,7 +7,7 @@ import pytest
 from commands import run_bench
 
 from bench import models, peers
-from bench.data.study_sets import DATASETS
+from bench.data.registry import DATASETS
 from bench.study import published
 from bench.study.experiments import EXPERIMENTS, experiment, small
 
@@ -146,7 +146,7 @@ def test_notes_say_what_is_odd(capsys):
         (("run", "table1a", "--dataset", "svhn"), "unknown data set 'svhn'"),
         (
             ("run", "table1a"),
-            "cifar10 needs --data FOLDER. Expected: cifar-10-binary.tar.gz (MD5 c32a1d4ab5d0",
+            "cifar10 needs --data PATH. Expected: cifar-10-binary.tar.gz (MD5 c32a1d4ab5d0",
         ),
         (("run", "table1a", "--preset", "small", "--set", "sgd.speed=3"), "sgd refuses its settings: "),
         (("run", "table2", "--set", "adam.lr=3"), "settings for adam, which is not among"),

@@ -16,7 +16,7 @@ from study_jobs import STEPS, TINY, budgets, make, start, weights
 
 from bench import atomic
 from bench.__main__ import main
-from bench.data import study_sets
+from bench.data import registry
 from bench.locks import BusyError, locked
 from bench.study import runner
 from bench.study.config import RunConfig, sorted_settings
@@ -549,7 +549,7 @@ def test_measuring_once_an_epoch_is_what_is_done_without_a_number(tmp_path):
 
 
 def test_fewer_images_are_always_the_same_and_held_out_ones_are_none_of_them():
-    source = study_sets.load("digits", None, "resnet14-digits", torch.device("cpu"))
+    source = registry.source("digits", None, "resnet14-digits", torch.device("cpu"))
     judged = source.limited(200, 50, holdout=False)
     held = source.limited(200, 50, holdout=True)
     again = source.limited(200, 50, holdout=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
 from bench.data import unpickle
-from bench.data.cifar import ARRAYS
+from bench.data.sets.cifar import ARRAYS
 from bench.data.source import DatasetError
 
 LAYOUT = (

@@ -16,7 +16,7 @@ class RunConfig:
 
     Attributes:
         network: key of `bench.models.ARCHITECTURES`.
-        dataset: key of `bench.data.study_sets.DATASETS`.
+        dataset: key of `bench.data.registry.DATASETS`.
         optimizer: key of `bench.peers.PEERS`.
         seed: of initial weights, batches and augmentation.
         settings: what replaces the settings of `bench.peers`, as sorted (name, value) pairs.

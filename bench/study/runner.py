@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bench import measure
-from bench.data import study_sets
+from bench.data import registry
 from bench.data.source import Source
 from bench.errors import UsageError
 from bench.locks import BusyError, locked
@@ -103,7 +103,7 @@ class Runner:
 
         key = (config.dataset, architecture(config.network).sample)
         if key not in self._sources:
-            self._sources[key] = study_sets.load(
+            self._sources[key] = registry.source(
                 config.dataset, self._place.data, config.network, self._place.device, self._place.out / "data"
             )
         return self._sources[key]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from bench import arguments, models, peers
-from bench.data.study_sets import DATASETS
+from bench.data.registry import DATASETS
 from bench.errors import UsageError
 from bench.names import look_up
 from bench.study import tuning

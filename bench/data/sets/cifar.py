@@ -10,19 +10,19 @@ import pickle
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bench.data import unpickle
-from bench.data.image_folder import PIXELS, decode_cifar
-from bench.data.source import DatasetError
+from bench.data.dataset import DataSet, Request
+from bench.data.sets import images
+from bench.data.source import Augmentation, DatasetError
+from bench.data.split import Images, Parts
 
-Images = tuple[Tensor, Tensor]
-"""uint8 (n, 3, 32, 32) and int64 (n,)."""
-
+PIXELS = 3 * 32 * 32
 WHERE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
@@ -51,7 +51,7 @@ class Form:
     @property
     def layout(self) -> str:
         packed = " or ".join(f"{name} (MD5 {digest})" for name, digest in self.archives.items())
-        return f"{packed} from {WHERE}, or the folder that it unpacks to"
+        return f"{packed} from {WHERE}, or the folder that it unpacks to; or {images.LAYOUT}"
 
 
 FORMS = {
@@ -80,29 +80,38 @@ FORMS = {
 }
 
 
-def read(folder: Path, name: str) -> tuple[Images, Images, int]:
-    """Training images, test images and the number of classes.
+def read(request: Request, name: str) -> Parts:
+    """The images of one of `FORMS`.
 
     Args:
-        folder: holds an archive, or the files of one, or the folder that one unpacks to.
-        name: "cifar10" or "cifar100".
+        request: its path holds an archive, or the files of one, or the folder that one unpacks to; or the
+            images in class folders, as `bench.data.images` reads them.
+        name: a key of `FORMS`.
 
     Raises:
-        DatasetError: neither is there, or what is there is damaged or incomplete.
+        DatasetError: none of that is there, or what is there is damaged or incomplete.
 
     """
-    form = FORMS[name]
+    form, folder = FORMS[name], request.path
+    in_class_folders = images.is_archive(folder) or (folder / "train").is_dir()
+    parts = images.read(request) if in_class_folders else _read(folder, form)
+    if parts[2] != form.classes:
+        raise DatasetError(f"{folder} holds {parts[2]} classes of images, and {name} has {form.classes}")
+    for what, (pixels, targets), expected in zip(("training", "test"), parts[:2], form.counts, strict=True):
+        if request.complete and not in_class_folders and len(pixels) != expected:
+            raise DatasetError(f"{folder} has {len(pixels)} {what} images instead of {expected}")
+        if targets.min() < 0 or targets.max() >= form.classes:
+            raise DatasetError(f"{folder}: a {what} label is {int(targets.max())}, of {form.classes} classes")
+    train, test, classes = parts
+    return images.first(train, request.limit), images.first(test, request.limit), classes
+
+
+def _read(folder: Path, form: Form) -> Parts:
     content, names, decode = _find(folder, form)
     train_files, test_file = names
     train = [decode(content(file), form, file) for file in train_files]
-    test = decode(content(test_file), form, test_file)
-    parts: tuple[Images, Images] = (tuple(map(torch.cat, zip(*train, strict=True))), test)  # type: ignore[assignment]
-    for what, (images, targets), expected in zip(("training", "test"), parts, form.counts, strict=True):
-        if len(images) != expected:
-            raise DatasetError(f"{folder} has {len(images)} {what} images instead of {expected}")
-        if targets.min() < 0 or targets.max() >= form.classes:
-            raise DatasetError(f"{folder}: a {what} label is outside 0 to {form.classes - 1}")
-    return *parts, form.classes
+    pixels, targets = (torch.cat(tensors) for tensors in zip(*train, strict=True))
+    return (pixels, targets), decode(content(test_file), form, test_file), form.classes
 
 
 Names = tuple[Sequence[str], str]
@@ -123,6 +132,10 @@ def _find(folder: Path, form: Form) -> tuple[Content, Names, Decode]:
         for place in inside:
             if all((place / file).is_file() for file in (*names[0], names[1])):
                 return lambda file, place=place: (place / file).read_bytes(), names, decode
+    for names, _ in kinds:
+        absent = [file for file in (*names[0], names[1]) if not (folder / file).is_file()]
+        if len(absent) <= len(names[0]) and (folder / names[1]).is_file():
+            raise DatasetError(f"{folder / absent[0]} is missing")
     for (names, decode), archive in zip(kinds, form.archives, strict=True):
         if (folder / archive).is_file():
             return _archived(folder / archive, form.archives[archive]), names, decode
@@ -150,10 +163,13 @@ def _archived(path: Path, digest: str) -> Content:
 
 
 def _binary(content: bytes, form: Form, name: str) -> Images:
-    try:
-        return decode_cifar(np.frombuffer(content, dtype=np.uint8), form.labels, name)
-    except ValueError as error:
-        raise DatasetError(str(error)) from error
+    """Records of label bytes, the last of which counts, and 3x32x32 pixels."""
+    record, size = form.labels + PIXELS, len(content)
+    if size == 0 or size % record:
+        raise DatasetError(f"{name} is no CIFAR file: {size} bytes are not records of {record}")
+    records = np.frombuffer(content, dtype=np.uint8).reshape(-1, record)
+    pixels = torch.from_numpy(records[:, form.labels :].reshape(-1, 3, 32, 32).copy())
+    return pixels, torch.from_numpy(records[:, form.labels - 1].astype(np.int64))
 
 
 # What the pickles of arrays name, by the module names of old and new NumPy.
@@ -177,3 +193,36 @@ def _python(content: bytes, form: Form, name: str) -> Images:
     if pixels.dtype != np.uint8 or pixels.shape != (len(labels), PIXELS):
         raise DatasetError(f"{name} holds {pixels.dtype} of shape {pixels.shape}, not uint8 (n, {PIXELS})")
     return torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy()), torch.from_numpy(labels)
+
+
+def _recognised(form: Form) -> Callable[[Path], bool]:
+    """Whether a folder holds the files of the binary form: all of them, or some, of which one is missing."""
+
+    def recognised(path: Path) -> bool:
+        train, test = form.binary
+        return (path / test).is_file() and any((path / name).is_file() for name in train)
+
+    return recognised
+
+
+def _sizes(form: Form) -> Callable[[Path], tuple[int, int]]:
+    def sizes(path: Path) -> tuple[int, int]:
+        train, test = (
+            sum((path / name).stat().st_size // (form.labels + PIXELS) for name in names)
+            for names in (form.binary[0], form.binary[1:])
+        )
+        return train, test
+
+    return sizes
+
+
+DATASETS = {
+    name: DataSet(
+        partial(read, name=name),
+        layout=form.layout,
+        recognises=_recognised(form),
+        sizes=_sizes(form),
+        augmentation=Augmentation(pad=4, flip=True),
+    )
+    for name, form in FORMS.items()
+}

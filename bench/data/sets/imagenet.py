@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bench.data.image_folder import SUFFIXES
+from bench.data.dataset import DataSet, Request
+from bench.data.sets.images import SUFFIXES
 from bench.data.source import EVALUATED, Batch, DatasetError, limited_parts, mix, whole_batches
 
 LAYOUT = (
@@ -196,3 +197,10 @@ def centre(size: tuple[int, int], ratio: float) -> Box:
     w = min(width, height * ratio) * 7 / 8
     h = w / ratio
     return ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
+
+
+def _stream(request: Request, device: torch.device) -> Streamed:
+    return load(request.path, request.size, device)
+
+
+DATASETS = {"imagenet": DataSet(stream=_stream, layout=LAYOUT)}

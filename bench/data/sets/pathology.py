@@ -9,11 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.data.source import DatasetError
-
-Part = tuple[Tensor, Tensor]
-Images = tuple[Part, Part, int]
-"""Training images uint8 (n, 3, height, width) with targets, test images with targets, classes."""
+from bench.data.dataset import DataSet
+from bench.data.source import Augmentation, DatasetError
+from bench.data.split import Parts
 
 MHIST = (
     "annotations.csv (columns Image Name, Majority Vote Label of HP or SSA, Partition of train or test: "
@@ -26,7 +24,7 @@ ADP = (
 )
 
 
-def mhist(folder: Path, size: tuple[int, int]) -> Images:
+def mhist(folder: Path, size: tuple[int, int]) -> Parts:
     """MHIST: 0 for hyperplastic polyps (HP), 1 for sessile serrated adenomas (SSA).
 
     Raises:
@@ -49,7 +47,7 @@ def mhist(folder: Path, size: tuple[int, int]) -> Images:
     return parts[0], parts[1], 2
 
 
-def adp(folder: Path, size: tuple[int, int]) -> Images:
+def adp(folder: Path, size: tuple[int, int]) -> Parts:
     """ADP with all labels of its table; targets are float32 (n, labels) of zeros and ones.
 
     Raises:
@@ -138,3 +136,18 @@ def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
             return np.asarray(resized).transpose(2, 0, 1).copy()
     except (OSError, UnidentifiedImageError) as error:
         raise DatasetError(f"{path} is not an image that can be read: {error}") from error
+
+
+DATASETS = {
+    "mhist": DataSet(
+        lambda request: mhist(request.path, request.size),
+        layout=MHIST,
+        augmentation=Augmentation(pad=4, flip=True),
+    ),
+    "adp": DataSet(
+        lambda request: adp(request.path, request.size),
+        layout=ADP,
+        augmentation=Augmentation(pad=4, flip=True),
+        several=True,
+    ),
+}

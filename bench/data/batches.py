@@ -1,0 +1,36 @@
+"""Shuffled mini-batches of samples that are where the network is."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from bench.data.split import Split
+from bench.errors import UsageError
+
+
+class Batches:
+    """Shuffled mini-batches of a split; every pass draws a new order from the seed.
+
+    All batches have the same size, so that one step costs what the next does: what is left over at
+    the end of a pass is not used in that pass.
+
+    Raises:
+        UsageError: the split holds less than one batch.
+
+    """
+
+    def __init__(self, split: Split, size: int, seed: int) -> None:
+        if not 1 <= size <= len(split):
+            raise UsageError(f"batch must be between 1 and the {len(split)} training samples, got {size}")
+        self._split, self._size = split, size
+        self._generator = torch.Generator(split.inputs.device).manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self._split) // self._size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self._split.inputs.device
+        order = torch.randperm(len(self._split), generator=self._generator, device=device)
+        for chosen in order[: len(self) * self._size].view(len(self), self._size):
+            yield self._split.inputs[chosen], self._split.targets[chosen]
