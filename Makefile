@@ -73,7 +73,7 @@ format: $(STAMP)
 	find csrc -type f | xargs $(BIN)/clang-format -i
 
 docs: $(DOCS)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
 	$(BIN)/python -m bench speed --out bench/results --readme docs/benchmarks.md
