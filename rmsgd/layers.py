@@ -74,9 +74,9 @@ def is_probed(weight: Tensor, group: Mapping[str, Any]) -> bool:
     out. The rules "release" and "published" probe what their sources probe: 4-D (and 2-D) weights,
     "published" only kernels without a side of 1.
     """
-    shape = weight.shape
     if not (group["probe"] and weight.requires_grad and weight.is_floating_point()):
         return False
+    shape = weight.shape
     if not 2 <= weight.ndim <= 5 or (weight.ndim == 2 and not group["linear"]):
         return False
     arithmetic = RULES[group["rule"]].arithmetic

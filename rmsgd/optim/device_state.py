@@ -32,7 +32,7 @@ from rmsgd.layers import Unfolding, is_probed, leader_of, measurement_weights, u
 from rmsgd.optim.distributed import SharedMeasurement, is_dtensor, local, local_gradient
 from rmsgd.optim.layouts import Layouts, check_apart, dense_forms
 from rmsgd.optim.measurement import Measurement
-from rmsgd.optim.options import applied_rate
+from rmsgd.optim.options import applied_rate, have_gradients, is_trained
 from rmsgd.optim.rules import RULES
 from rmsgd.optim.state import State, buffer_key
 from rmsgd.reference import PAPER
@@ -62,7 +62,9 @@ class DeviceState:
     """All parameters of one device.
 
     Args:
-        records: the parameters, in registration order.
+        device: that of those which are trained.
+        records: the parameters, in registration order. A frozen one has a rate here, which follows a layer as
+            a bias does, and is neither stepped nor measured: it may be a tensor of any kind.
         groups: all parameter groups of the optimizer; ``ParamRecord.group`` is an index into them.
         state: the optimizer's state of each parameter; read now, written by ``write_back``.
         process_group: of the ranks that hold copies of the plain parameters, to share the epoch end with.
@@ -70,32 +72,37 @@ class DeviceState:
 
     def __init__(
         self,
+        device: torch.device,
         records: Sequence[ParamRecord],
         groups: Sequence[Mapping[str, Any]],
         state: Mapping[Tensor, State],
         process_group: Any = None,
     ) -> None:
         self.records = records
-        self.device = records[0].parameter.device
-        self._parameters = [m.parameter for m in records]
+        self.device = device
+        self._trained = [i for i, m in enumerate(records) if is_trained(m.parameter)]
+        self._frozen = [m.parameter for m in records if not is_trained(m.parameter)]
+        self._parameters = [torch.empty(0, device=device)] * len(records)
+        for i in self._trained:
+            self._parameters[i] = records[i].parameter
         self._spread = any(map(is_dtensor, self._parameters))
-        self._states = [state[p] for p in self._parameters]
+        self._states = [state[m.parameter] for m in records]
         self._backend = backend_for(self.device)
         self._build_step(groups)
         self._build_rates(groups)
         shared = process_group is not None or (self._spread and self._spectra)
         self._sharing = SharedMeasurement(self._spectra, process_group) if shared else None
-        self._layouts = Layouts([*self._parameters, *(b for b in self._buffers if b is not None)])
+        trained = [self._parameters[i] for i in self._trained]
+        self._layouts = Layouts([*trained, *(b for b in self._kept if b is not None)])
         self._probing = self._probing_now(groups)
 
     def _build_step(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        self._keys = [buffer_key(groups[m.group]) for m in self.records]
-        self._buffers = [state.get(key) for state, key in zip(self._states, self._keys, strict=True)]
-        self._bufferless = [
-            m.parameter
-            for m, buffer in zip(self.records, self._buffers, strict=True)
-            if buffer is None and groups[m.group]["momentum"] != 0
-        ]
+        self._keepers = [self._states[i] for i in self._trained]
+        self._keys = [buffer_key(groups[self.records[i].group]) for i in self._trained]
+        self._kept = [state.get(key) for state, key in zip(self._keepers, self._keys, strict=True)]
+        buffers: list[Tensor | None] = [None] * len(self.records)
+        for i, buffer in zip(self._trained, self._kept, strict=True):
+            buffers[i] = None if buffer is None else local(buffer)
         rates = [
             applied_rate(groups[m.group], state["rate"], state["decay"])
             for m, state in zip(self.records, self._states, strict=True)
@@ -106,15 +113,16 @@ class DeviceState:
         self._fresh = torch.tensor(fresh, dtype=torch.bool, device=place)
         self._known_fresh = sum(fresh)  # how many flags the state holds
         self._stepped, self._copies = dense_forms([local(p) for p in self._parameters])
-        self._empty = [i for i, p in enumerate(self._stepped) if p.numel() == 0]
+        self._empty = [i for i in self._trained if self._stepped[i].numel() == 0]
         check_apart([local(p) for p in self._parameters], [m.name for m in self.records])
-        buffers = [None if buffer is None else local(buffer) for buffer in self._buffers]
         self._stepper = self._backend.stepper(
             StepTables(self._stepped, buffers, [m.group for m in self.records], self._eta, self._fresh)
         )
 
     def _build_rates(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        self._probed = [i for i, m in enumerate(self.records) if is_probed(m.parameter, groups[m.group])]
+        self._probed = [
+            i for i in self._trained if is_probed(self._parameters[i], groups[self.records[i].group])
+        ]
         self._spectra: list[tuple[Tensor, Unfolding]] = []
         begin, weight = [0], []
         column: list[int] = []
@@ -168,15 +176,16 @@ class DeviceState:
     # -- whether it still holds ------------------------------------------------------------------
 
     def _probing_now(self, groups: Sequence[Mapping[str, Any]]) -> list[object]:
-        trainable = [p.requires_grad for p in self._parameters]
+        with torch._C.DisableTorchFunctionSubclass():
+            trainable = [m.parameter.requires_grad for m in self.records]
         return [trainable, [[group[key] for key in _PROBING] for group in groups]]
 
     def is_current(self) -> bool:
         """Whether parameters and buffers are where and what they were when this device_state was made."""
         return (
             self._layouts.hold()
-            and all(map(is_, map(dict.get, self._states, self._keys), self._buffers))
-            and all(p.grad is None for p in self._bufferless)
+            and all(map(is_, map(dict.get, self._keepers, self._keys), self._kept))
+            and not have_gradients(self._frozen)
         )
 
     def probes_the_same(self, groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -191,9 +200,9 @@ class DeviceState:
 
     def check_gradients(self) -> None:
         """Raise RuntimeError for a gradient that no step can be taken along."""
-        for record in self.records:
-            if record.parameter.grad is not None:
-                _check_gradient(record.parameter.grad, record.name)
+        for record, p in zip(self.records, self._parameters, strict=True):
+            if p.grad is not None:
+                _check_gradient(p.grad, record.name)
 
     def step(self, groups: Sequence[StepGroup], grad_scale: float) -> None:
         """One step along the parameters' gradients."""
@@ -203,10 +212,10 @@ class DeviceState:
                 _mark_written(self._parameters, without)
                 return
         usable: list[Tensor | None] = []
-        for record, p in zip(self.records, self._stepped, strict=True):
-            grad = record.parameter.grad
+        for record, p, stepped in zip(self.records, self._parameters, self._stepped, strict=True):
+            grad = p.grad
             if grad is not None:
-                grad = _usable(local_gradient(grad, record.parameter), p, record.name)
+                grad = _usable(local_gradient(grad, p), stepped, record.name)
             usable.append(grad)
         for p, dense in self._copies:
             dense.copy_(p)
@@ -256,9 +265,10 @@ class DeviceState:
     def check_epoch_end(self, groups: Sequence[RateGroup]) -> None:
         """Raise RuntimeError if layers cannot be measured: without values, or not the same on all ranks."""
         if self.device.type == "meta":
+            name = self.records[self._trained[0]].name
             raise RuntimeError(
-                f"{self.records[0].name} is on the meta device, without values: make RMSGD of the parameters "
-                "that model.to_empty() leaves"
+                f"{name} is on the meta device, without values: make RMSGD of the parameters that "
+                "model.to_empty() leaves"
             )
         if self._sharing is not None:
             self._sharing.check_agreement(self._description(groups), self.device)

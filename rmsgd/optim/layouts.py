@@ -1,6 +1,7 @@
 """How parameters lie in memory: as kernels take them, apart from each other, and still where they were."""
 
 import math
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -40,6 +41,19 @@ class Layouts:
 
     def _now(self) -> list[tuple[int, torch.dtype, torch.Size, tuple[int, ...]]]:
         return [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in map(local, self._tensors)]
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's elements lie at an address: those of a subclass may be made from other tensors."""
+    if tensor.numel() == 0 or tensor.is_meta or is_dtensor(tensor):
+        return True
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    if fake is not None and isinstance(tensor, fake.FakeTensor):
+        return True
+    try:
+        return tensor.data_ptr() != 0
+    except RuntimeError:
+        return False
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:

@@ -21,6 +21,8 @@ from rmsgd.optim.options import (
     check_options,
     check_parameter,
     check_ranges,
+    device_of,
+    is_trained,
     multiplier,
     parameter_name,
     parameter_names,
@@ -95,8 +97,8 @@ class RMSGD(Optimizer):
 
     Raises:
         ValueError: an option is out of its range; the message names it and its value.
-        TypeError: a parameter is not a floating-point tensor of a supported type, or an option is
-            not one of RMSGD's, as torch's ``foreach``, ``fused`` and ``differentiable``.
+        TypeError: a parameter that is to be trained is not a dense floating-point tensor of a supported type,
+            or an option is not one of RMSGD's. A frozen parameter may be a tensor of any kind.
     """
 
     _step_supports_amp_scaling = True
@@ -231,18 +233,23 @@ class RMSGD(Optimizer):
         ):
             for p, name in zip(group["params"], names, strict=True):
                 records.setdefault(p, ParamRecord(p, g, len(records), name, "param_names" in group))
-        for p, record in records.items():
+        trained = {p: record for p, record in records.items() if is_trained(p)}
+        for p, record in trained.items():
+            check_parameter(p, record.name)
             check_shape(p, self.state[p], record.name)
         self._forget_departed()
-        by_device: dict[torch.device, list[ParamRecord]] = {}
+        by_device: dict[torch.device, list[ParamRecord]] = {p.device: [] for p in trained}
+        elsewhere = next(iter(by_device), torch.device("cpu"))
         for p, record in records.items():
             group = self.param_groups[record.group]
             complete(p, self.state[p], group)
-            follow(p, self.state[p], group)
-            by_device.setdefault(p.device, []).append(record)
+            if p in trained:
+                follow(p, self.state[p], group)
+            device = device_of(p)
+            by_device.setdefault(device if device in by_device else elsewhere, []).append(record)
         self._device_states = [
-            DeviceState(on_device, self.param_groups, self.state, self.process_group)
-            for on_device in by_device.values()
+            DeviceState(device, on_device, self.param_groups, self.state, self.process_group)
+            for device, on_device in by_device.items()
         ]
         self._order = self._all_parameters()
         self._memory_needs_then = _memory_needs(self.param_groups)
@@ -291,7 +298,7 @@ class RMSGD(Optimizer):
             self._number = register_step(self._step_compiled)
         self._forget_device_states()
         for key in self.state:
-            self.state[key] = unwrap(self.state[key], key.device if isinstance(key, Tensor) else None)
+            self.state[key] = unwrap(self.state[key], device_of(key) if isinstance(key, Tensor) else None)
         for group in self.param_groups:
             for p in group["params"]:
                 complete(p, self.state[p], group)
@@ -323,7 +330,8 @@ class RMSGD(Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse, a parameter was resized, or two parameters share memory.
-                Nothing has been changed then.
+            TypeError: a parameter that was frozen is trained now and cannot be, because of its type.
+                Nothing has been changed in either case.
         """
         loss = None
         if closure is not None:
@@ -350,15 +358,17 @@ class RMSGD(Optimizer):
         copies = [(p, q) for p, q in zip(mine, parameters, strict=True) if p.data_ptr() != q.data_ptr()]
         for p, copy in copies:
             p.copy_(copy)
-        own = [p.grad for p in order]
-        for p in order:
+        own = [(p, p.grad) for p in order if p.grad is not None]
+        for p, _ in own:
             p.grad = None
         for p, grad in zip(mine, gradients, strict=True):
             p.grad = grad
         try:
             self._step()
         finally:
-            for p, before in zip(order, own, strict=True):
+            for p in mine:
+                p.grad = None
+            for p, before in own:
                 p.grad = before
         for p, copy in copies:
             copy.copy_(p)
@@ -395,7 +405,7 @@ class RMSGD(Optimizer):
                 resized or has no values, two share memory, or a CUDA graph is being captured. Nothing has
                 changed then.
         """
-        check_not_capturing((p for group in self.param_groups for p in group["params"]), "epoch_step()")
+        check_not_capturing(filter(is_trained, self._all_parameters()), "epoch_step()")
         device_states = self._current_device_states()
         if not all(device_state.probes_the_same(self.param_groups) for device_state in device_states):
             self._write_back()

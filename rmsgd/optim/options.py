@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from rmsgd import reference
 from rmsgd.backends.base import RateGroup, StepGroup
 from rmsgd.layers import SUPPORTED_DTYPES
-from rmsgd.optim.layouts import extent
+from rmsgd.optim.layouts import extent, has_memory
 from rmsgd.optim.rules import RULES
 
 INITIAL_RANKS = ("zero", "measure")
@@ -114,23 +115,65 @@ def check_options(options: Mapping[str, Any]) -> None:
         )
 
 
-def check_parameter(p: Tensor, name: str) -> None:
-    """Raise TypeError for a parameter that is not a dense floating-point tensor of a known type.
+def is_trained(p: Tensor) -> bool:
+    """Whether a step may move the parameter: it is to have gradients, or has one.
 
-    Nor may its elements share memory with each other, or be the negative of what their memory holds.
+    Nothing else but its device is asked of a frozen parameter, which may be a tensor of any kind.
     """
+    with torch._C.DisableTorchFunctionSubclass():
+        return p.requires_grad or p.grad is not None
+
+
+def device_of(p: Tensor) -> torch.device:
+    """Where a parameter of any kind says it is."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return p.device
+
+
+def have_gradients(frozen: Sequence[Tensor]) -> bool:
+    """Whether a parameter that was frozen has been given a gradient; asked at every step."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return any(p.grad is not None for p in frozen)
+
+
+def fault(p: Tensor) -> str | None:
+    """Why a parameter cannot be trained, as the end of a sentence about it; None where it can."""
+    if is_lazy(p):
+        return (
+            "has no shape yet, as its module is a lazy one: call the model once on an input, and make the "
+            "optimizer then"
+        )
+    if p.is_nested:
+        return "is a nested tensor; RMSGD needs plain ones, such as one parameter for each part"
     if p.is_complex():
-        raise TypeError(f"parameter {name} is complex ({p.dtype}); RMSGD needs real parameters")
+        return f"is complex ({p.dtype}); RMSGD needs real parameters, such as torch.view_as_real gives"
     if p.dtype not in SUPPORTED_DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
-        raise TypeError(f"parameter {name} has dtype {p.dtype}; RMSGD knows {known}")
+        return f"has dtype {p.dtype}; RMSGD knows {known}"
     if p.layout != torch.strided:
-        raise TypeError(f"parameter {name} has layout {p.layout}; RMSGD needs dense parameters")
+        return f"has layout {p.layout}; RMSGD needs dense parameters"
+    if not has_memory(p):
+        return (
+            f"is of type {type(p).__name__}, which has no memory that a step could write to: freeze it by "
+            "requires_grad_(False) and train plain parameters beside it, as LoRA does"
+        )
     begin, end = extent(p)
     if p.nbytes > end - begin:
-        raise TypeError(f"elements of parameter {name} share memory, as after expand(); use clone()")
+        return "has elements that share memory, as after expand(); use clone()"
     if p.is_neg():
-        raise TypeError(f"parameter {name} is the negative of other memory; use resolve_neg()")
+        return "is the negative of other memory; use resolve_neg()"
+    return None
+
+
+def check_parameter(p: Tensor, name: str) -> None:
+    """Raise TypeError for a parameter that is trained and cannot be; the message names it.
+
+    It has to be a dense floating-point tensor of a known type, whose elements share no memory with each other
+    and are not the negative of what their memory holds.
+    """
+    why = fault(p) if is_trained(p) else None
+    if why is not None:
+        raise TypeError(f"parameter {name} {why}")
 
 
 def parameter_name(group: Mapping[str, Any], g: int, index: int) -> str:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from rmsgd.backends.base import buffer_dtype
-from rmsgd.optim.options import applied_rate, multiplier
+from rmsgd.optim.options import applied_rate, fault, is_trained, multiplier
 from rmsgd.optim.rules import RULES
 
 State = dict[str, Any]
@@ -66,7 +66,7 @@ def complete(p: Tensor, state: State, group: Group) -> None:
         if other is not None and (rate != 0.0 or key == "velocity"):
             factor = -rate if key == "velocity" else -1.0 / rate
             state[key] = other.to(buffer_dtype(p)) * factor
-        elif group["momentum"] != 0 and (p.requires_grad or p.grad is not None):
+        elif group["momentum"] != 0 and is_trained(p) and fault(p) is None:
             state[key] = _buffer_like(p)
             state["fresh"] = True
     state.setdefault("fresh", key not in state)
