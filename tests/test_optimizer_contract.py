@@ -85,6 +85,16 @@ INVALID = (
     ({"rule": ["paper"]}, "rule must be one of"),
 )
 
+UNKNOWN = (
+    *(({switch: True}, f"{switch}=True: leave it out") for switch in ("foreach", "fused", "capturable")),
+    ({"differentiable": True}, "differentiable=True: .* that of torch.optim.SGD can"),
+    ({"momentun": 0.9}, "RMSGD has no option 'momentun': did you mean 'momentum'"),
+    ({"weight_decy": 0.1}, "did you mean 'weight_decay'"),
+    ({"foreech": False}, "did you mean 'foreach'"),
+    ({"amsgrad": True}, "RMSGD has no option 'amsgrad'; it has beta, .*, zeta$"),
+    ({"probe": False}, "one of parameter groups"),
+)
+
 
 def inputs(device, dtype=None):
     return [OptimizerInput(params=None, kwargs=kwargs, desc=desc) for desc, kwargs in KEYWORDS]
@@ -101,11 +111,11 @@ def error_inputs(device, dtype):
     ]
     construction += [
         ErrorOptimizerInput(
-            OptimizerInput(params=None, kwargs={keyword: True}, desc=keyword),
+            OptimizerInput(params=None, kwargs=kwargs, desc=message),
             error_type=TypeError,
-            error_regex=f"RMSGD has no option '{keyword}': its step",
+            error_regex=message,
         )
-        for keyword in ("foreach", "fused", "differentiable", "capturable")
+        for kwargs, message in UNKNOWN
     ]
     return get_error_inputs_for_all_optims(device, dtype) + construction
 

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from operator import is_
-from typing import Any, Never, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from rmsgd.optim.load_state_dict import check_and_complete, check_form, unwrap
 from rmsgd.optim.measurement import Measurement
 from rmsgd.optim.options import (
     ABOVE_0,
+    check_keywords,
     check_options,
     check_parameter,
     check_ranges,
@@ -27,7 +28,6 @@ from rmsgd.optim.options import (
     parameter_name,
     parameter_names,
     rate_group,
-    refuse,
     step_group,
 )
 from rmsgd.optim.rules import RULES
@@ -94,11 +94,13 @@ class RMSGD(Optimizer):
             the rule "bounded" and "zero", as in their sources, for the others.
         process_group: for replicated parameters; every rank then calls ``epoch_step``, and the first ``step``
             under ``initial_rank="measure"``.
+        switches: torch's ``foreach``, ``fused``, ``capturable`` and ``differentiable``, each None or False.
 
     Raises:
         ValueError: an option is out of its range; the message names it and its value.
         TypeError: a parameter that is to be trained is not a dense floating-point tensor of a supported type,
-            or an option is not one of RMSGD's. A frozen parameter may be a tensor of any kind.
+            an option is not one of RMSGD's, or one of ``switches`` is on. A frozen parameter may be a tensor
+            of any kind.
     """
 
     _step_supports_amp_scaling = True
@@ -122,9 +124,9 @@ class RMSGD(Optimizer):
         rule: str = "bounded",
         initial_rank: str | None = None,
         process_group: Any = None,
-        **refused: Never,
+        **switches: bool | None,
     ) -> None:
-        refuse(refused)
+        check_keywords(switches)
         defaults = {
             "lr": lr,
             "beta": beta,

@@ -1,5 +1,6 @@
 """The options of a parameter group: their checks, and what the kernels make of them."""
 
+import difflib
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,19 +20,34 @@ from rmsgd.optim.rules import RULES
 
 INITIAL_RANKS = ("zero", "measure")
 
-_OF_TORCH = {
-    "fused": "its step is always fused",
-    "foreach": "its step is always fused",
-    "capturable": "its step can be captured as it is",
-    "differentiable": "its step cannot be differentiated through",
+_IF_TRUE = {
+    "foreach": "leave it out, RMSGD always steps all parameters at once",
+    "fused": "leave it out, RMSGD's step is always fused",
+    "capturable": "leave it out, RMSGD's step can be captured in a CUDA graph as it is",
+    "differentiable": "RMSGD's step cannot be differentiated through, that of torch.optim.SGD can",
 }
+"""Switches of torch's optimizers, and what to do where one is on. Off, or None, they ask for nothing."""
 
 
-def refuse(options: Mapping[str, object]) -> None:
-    """Raise TypeError for keywords that are not RMSGD's, saying why for those of torch's SGD."""
-    for name in options:
-        reason = f": {_OF_TORCH[name]}" if name in _OF_TORCH else ""
-        raise TypeError(f"RMSGD has no option {name!r}{reason}")
+def check_keywords(options: Mapping[str, object]) -> None:
+    """Raise TypeError for keywords that RMSGD does not have, with what to do instead.
+
+    Those of torch's optimizers that ask for nothing are accepted: code that is driven by a configuration
+    passes them to whichever optimizer it is.
+    """
+    for name, value in options.items():
+        if name not in _IF_TRUE:
+            raise TypeError(f"RMSGD has no option {name!r}{_instead(name)}")
+        if value is not None and number(value) != 0.0:
+            raise TypeError(f"{name}={in_short(value)}: {_IF_TRUE[name]}")
+
+
+def _instead(name: str) -> str:
+    if name == "probe":
+        return ': it is one of parameter groups, {"params": ..., "probe": False}'
+    known = [*OPTIONS.keys() - {"probe"}, "process_group", *_IF_TRUE]
+    nearest = difflib.get_close_matches(name, known, 1)
+    return f": did you mean {nearest[0]!r}?" if nearest else f"; it has {', '.join(sorted(known))}"
 
 
 Range = tuple[Callable[[Any], bool], str]
