@@ -17,14 +17,15 @@ class LowRank:
     """The low-rank part of a matrix, ``U @ diag(singular_values) @ Vh``, and the noise beside it."""
 
     singular_values: Tensor
-    """(rank,) float64 on the weight's device: shrunk, descending."""
+    """(rank,) float64 on the weight's device, in units of the weight: shrunk, descending."""
     noise_variance: float
-    """Variance of the noise per entry: the global minimiser of the free energy."""
+    """Variance of the noise per entry, in squared units of the weight: where the free energy is least."""
     rank: int
+    """How many singular values lie above the threshold of the noise: 0 to min(m, n)."""
     U: Tensor | None
-    """(rows, rank) float64, or None."""
+    """(m, rank) float64 on the weight's device, orthonormal columns; None without ``vectors=True``."""
     Vh: Tensor | None
-    """(rank, columns) float64, or None."""
+    """(rank, n) float64 on the weight's device, orthonormal rows; None without ``vectors=True``."""
 
 
 @torch.no_grad()
@@ -38,6 +39,9 @@ def evbmf(weight: Tensor, vectors: bool = False) -> LowRank:
     Args:
         weight: (m, n), either side the larger, any real floating dtype, CPU or CUDA, any strides.
         vectors: also return the singular vectors.
+
+    Returns:
+        The low-rank part and the noise variance, computed in float64 whatever the weight's dtype.
 
     Raises:
         TypeError: ``weight`` is not a dense floating-point tensor.

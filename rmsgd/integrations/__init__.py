@@ -37,6 +37,9 @@ def log_dict(optimizer: Any) -> dict[str, float]:
     ``rmsgd.metrics.SCALARS``), and ``quality``, Q of the network, where a layer was measured. On a GPU this
     waits for the last ``epoch_step``, so call it after one, not at every step.
 
+    Returns:
+        Names to floats: rates as they are applied, metrics in the ranges that ``rmsgd.metrics`` declares.
+
     Raises:
         TypeError: there is no RMSGD in the optimizer.
     """

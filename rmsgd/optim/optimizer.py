@@ -43,29 +43,29 @@ class RMSGD(Optimizer):
     weight into low rank and noise (EVBMF) and measures the stable rank s of the low-rank part. With
     ``eta(0) = lr``, Algorithm 1 (``rule="paper"``) then moves the rate of the layer by
 
-        ``eta <- max(beta eta + zeta (s(t+1) - s(t)), min_lr)``.
+        eta <- max(beta eta + zeta (s(t+1) - s(t)), min_lr)
 
     The stable rank of L rows moves in steps of 1/L, so that the letter takes a classifier's head of ten rows
     from .03 to .58 and loses the network; and beta takes a rate without gains to 0. The default rule,
     "bounded", is the same around lr in place of 0, with gains that count for less where s is coarse:
 
-        ``eta <- lr + beta (eta - lr) + zeta n^2 / (1 + n^2) (s(t+1) - s(t))``, ``n = L lr``.
+        eta <- lr + beta (eta - lr) + zeta n^2 / (1 + n^2) (s(t+1) - s(t)),  n = L lr
 
     One kept direction so moves a rate by lr / 2 at most. The rate applied is eta, kept between lr / 2 and
     2 lr; the rule goes on from eta itself. A parameter without a spectrum (a bias, a norm) follows a layer
     that has one.
 
-    ::
+    ```python
+    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03)
+    for epoch in range(epochs):
+        for x, y in batches:
+            optimizer.zero_grad()
+            loss(model(x), y).backward()
+            optimizer.step()
+        optimizer.epoch_step()
+    ```
 
-        optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03)
-        for epoch in range(epochs):
-            for x, y in batches:
-                optimizer.zero_grad()
-                loss(model(x), y).backward()
-                optimizer.step()
-            optimizer.epoch_step()
-
-    ``group["lr"]`` stays the user's: the rate applied to a layer is ``eta lr / lr0``, with lr0 the lr
+    ``group["lr"]`` belongs to the user: the rate applied to a layer is ``eta lr / lr0``, with lr0 the lr
     that its group was created with. Warm-up and any ``torch.optim.lr_scheduler`` so act as a
     multiplier.
 
