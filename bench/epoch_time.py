@@ -1,6 +1,7 @@
 """`python -m bench epoch-time`: arguments, table, JSON, CSV and bar chart of `bench.epoch_timing`."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def _write(out: Path, result: dict[str, Any], console: Console) -> None:
     written = [out / f"{stem}.json", out / f"{stem}.csv"]
     measure.write_json(written[0], result)
     write_csv(written[1], result["optimizers"])
-    written += output.figures(lambda: [bar_chart(out / f"{stem}.png", result)], console)
+    written += output.figures(lambda: [overhead_chart(out / f"{stem}.png", result)], console)
     output.say(written, console)
 
 
@@ -154,22 +155,27 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     measure.write_csv(path, flat)
 
 
-def bar_chart(path: Path, result: dict[str, Any]) -> Path:
-    """Epochs as stacked bars: forward and backward, steps, epoch end; the ratio behind each."""
-    rows, steps = result["optimizers"], result["epoch"]["steps"]
-    config = result["config"]
-    return plots.stacked_bars(
+def overhead_chart(path: Path, result: dict[str, Any]) -> Path:
+    """What an epoch costs beyond the reference's: by its whole time, and by steps and epoch ends alone."""
+    rows, config, reference = result["optimizers"], result["config"], result["reference"]
+
+    def triple(interval: dict[str, float | None], scale: float, offset: float) -> tuple[float, float, float]:
+        ends = (interval[part] for part in ("median", "low", "high"))
+        # Few rounds have no interval: its ends are no numbers.
+        value, low, high = (math.nan if end is None else scale * end - offset for end in ends)
+        return value, low, high
+
+    return plots.overheads(
         path,
         [row["optimizer"] for row in rows],
         {
-            "forward and backward": [steps * row["forward_backward"]["median"] for row in rows],
-            "steps": [steps * row["step"]["median"] for row in rows],
-            "epoch end": [row["epoch_end"]["median"] for row in rows],
+            "the whole epoch": [triple(row["ratio"], 100.0, 100.0) for row in rows],
+            "steps and epoch ends alone": [triple(row["added_percent"], 1.0, 0.0) for row in rows],
         },
-        notes=[f"{row['ratio']['median']:.2f}" for row in rows],
-        xlabel=f"time of one epoch of {measure.count(steps, 'step')} (s); at the bar's end: "
-        f"{result['reference']} = 1",
-        title=f"{config['model']}, batch {config['batch']}, {config['data']}, {config['device']}",
+        reference=reference,
+        xlabel=f"overhead over {reference} (% of its epoch, 95 % interval)",
+        title=f"What an epoch costs beyond {reference}'s\n"
+        f"({config['model']}, batch {config['batch']}, {config['data']}, {config['device']})",
     )
 
 

@@ -74,7 +74,8 @@ def bands_over_time(
         ValueError: times and values differ in shape, or are not two-dimensional.
 
     """
-    figure, axes = one_panel(title, xlabel, ylabel)
+    figure, axes = one_panel("", xlabel, ylabel)
+    axes.set_title(title, fontsize=10)
     late: list[float] = []
     for index, (name, (times, values)) in enumerate(curves.items()):
         across, heights = np.asarray(times, dtype=np.float64), np.asarray(values, dtype=np.float64)
@@ -102,6 +103,7 @@ def bands_over_time(
             centre, mean, color=colour, linestyle=dash, linewidth=1.8, marker=marker, markersize=3, label=name
         )
     axes.set_xlim(left=0)
+    axes.xaxis.label.set_size(9)
     if late:
         margin = 0.08 * (max(late) - min(late)) or 1.0
         axes.set_ylim(min(late) - margin, max(late) + margin)
@@ -164,42 +166,56 @@ def proportions(
     return save(figure, path)
 
 
-def stacked_bars(
+def overheads(
     path: Path,
     names: Sequence[str],
-    parts: Mapping[str, Sequence[float]],
+    series: Mapping[str, Sequence[tuple[float, float, float]]],
     *,
+    reference: str,
     xlabel: str,
-    notes: Sequence[str] = (),
     title: str = "",
 ) -> Path:
-    """One horizontal bar per name, put together from parts.
+    """What each name costs beyond a reference: points with intervals on an axis that shows 0.1 and 100 %.
 
     Args:
         path: file to write.
-        names: labels of the bars, from top to bottom.
-        parts: label of a part to its length in every bar, in the order they are stacked.
-        xlabel: label of the horizontal axis, with its unit.
-        notes: what is written at the end of each bar.
+        names: what is compared, from top to bottom.
+        series: label to (value, low, high) in per cent for every name; the value is written beside its point.
+        reference: whose overhead is 0.
+        xlabel: label of the horizontal axis.
         title: above the axes.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
 
     """
-    figure, axes = one_panel(title, xlabel, "", height=1.6 + 0.34 * len(names))
-    places = np.arange(len(names))
-    ends = np.zeros(len(names))
-    for colour, (label, lengths) in zip(PALETTE, parts.items(), strict=False):
-        axes.barh(places, lengths, left=ends, color=colour, label=label, height=0.7)
-        ends += np.asarray(lengths, dtype=np.float64)
-    for place, end, note in zip(places, ends, notes, strict=False):
-        axes.annotate(note, (end, place), textcoords="offset points", xytext=(5, 0), va="center", fontsize=8)
-    axes.set_yticks(places, names)
+    figure, axes = one_panel(title, xlabel, "", height=1.5 + 0.5 * len(names) * len(series))
+    shifts = 0.16 * (np.arange(len(series)) - (len(series) - 1) / 2)
+    for shift, fill, (label, values) in zip(shifts, ("full", "none"), series.items(), strict=False):
+        for row, (name, (value, low, high)) in enumerate(zip(names, values, strict=True)):
+            colour, marker = style_of(name)
+            place = row + shift
+            axes.plot([low, high], [place, place], color=colour, linewidth=2)
+            axes.plot(value, place, marker, color=colour, fillstyle=fill, label=label if row == 0 else None)
+            note = "0" if name == reference else f"{value:+.2f}"
+            axes.annotate(
+                note,
+                (np.nanmax([high, value]), place),
+                textcoords="offset points",
+                xytext=(6, 0),
+                va="center",
+                fontsize=8,
+            )
+    axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    # Linear within 1 %, logarithmic beyond: a tenth of a per cent and a second pass are both to be seen.
+    axes.set_xscale("symlog", linthresh=1)
+    axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}".replace("-", "−"))
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.set_xlim(0, 1.1 * max(ends, default=1.0))
-    figure.legend(frameon=False, loc="outside lower center", ncols=len(parts))
+    axes.margins(x=0.15, y=0.3)
+    if len(series) > 1:
+        figure.legend(frameon=False, loc="outside lower center", ncols=len(series), fontsize=8)
     return save(figure, path)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -160,7 +161,7 @@ def table(settings: Settings, summary: dict[str, dict[str, Any]]) -> Table:
     title = f"{settings.model} on {settings.data}, {epochs}, {seeds}"
     caption = (
         f"Seconds: medians per epoch. Epoch time: training and epoch end over {reference}'s in the same "
-        "epochs, with its 95 % interval; evaluation is left out."
+        f"epochs, with its 95 % interval; evaluation is left out. {training.note(settings)}"
     )
     rows = Table(title=title, caption=caption, box=SIMPLE_HEAD, show_edge=False, padding=0)
     rows.add_column("optimizer", no_wrap=True)
@@ -217,8 +218,10 @@ def figures(folder: Path, settings: Settings, runs: Sequence[Run]) -> list[Path]
             for name in settings.optimizers
         },
         ylabel="test accuracy (%)",
-        xlabel="wall-clock time of training, evaluation left out (s)",
-        title=f"{subject}: mean and range over {measure.count(len(settings.seeds), 'seed')}",
+        xlabel="wall-clock time of training, evaluation left out (s)\n"
+        + textwrap.fill(training.note(settings), 95),
+        title=f"{subject}: test accuracy over training time\n"
+        f"mean of {measure.count(len(settings.seeds), 'seed')}, band from the lowest to the highest",
     )
     return [*written, over_time]
 

@@ -317,6 +317,25 @@ def summary(settings: Settings, runs: Sequence[Run]) -> dict[str, dict[str, Any]
     return entries
 
 
+def note(settings: Settings) -> str:
+    """A sentence on the settings that were trained with: what was tuned, and what moves the rates.
+
+    The settings of `bench.peers` are those that the optimizers' authors use on CIFAR-10: none is tuned here.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in settings.optimizers:
+        known = peers.peer(name)
+        rate = {**known.settings, **settings.overrides.get(name, {})}.get("lr")
+        moved = "halved after each tenth of the run" if known.scheduled else "no schedule"
+        kinds.setdefault(moved, []).append(f"{name} {rate:g}" if isinstance(rate, int | float) else name)
+    rates = "; ".join(f"{', '.join(names)} ({moved})" for moved, names in kinds.items())
+    tuned = "Nothing was tuned on these data"
+    if settings.overrides:
+        given = ", ".join(f"{name}.{key}" for name, mine in settings.overrides.items() for key in mine)
+        tuned += f"; given by hand: {given}"
+    return f"Learning rates as their authors set them for CIFAR-10: {rates}. {tuned}."
+
+
 def warm_epochs(run: Run) -> list[Epoch]:
     """The epochs of a run whose time counts: complete ones, the first only when there is no other."""
     complete = [epoch for epoch in run.epochs if math.isfinite(epoch.test_loss)]

@@ -54,4 +54,25 @@ def test_shapes_that_do_not_fit_are_named(tmp_path):
 def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match=re.escape(install_command("plot"))):
-        plots.stacked_bars(tmp_path / "f.png", ["a"], {"b": [1.0]}, xlabel="s")
+        plots.overheads(tmp_path / "f.png", ["a"], {"b": [(1.0, 0.0, 2.0)]}, reference="a", xlabel="%")
+
+
+def test_an_optimizer_has_the_same_colour_whatever_it_is_drawn_beside(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    curve = (np.arange(3.0)[None], np.arange(3.0)[None])
+    for names in (("rmsgd", "sgd"), ("sgd", "adam", "rmsgd")):
+        plots.bands_over_time(tmp_path / "f.png", dict.fromkeys(names, curve), ylabel="")
+        colours = {line.get_label(): line.get_color() for line in drawn[-1].axes[0].lines}
+        assert colours["sgd"] == plots.style_of("sgd")[0]
+        assert colours["rmsgd"] == plots.style_of("rmsgd")[0] != colours["sgd"]
+
+
+def test_an_overhead_is_drawn_with_its_interval_and_value(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    series = {"all": [(-0.1, -0.2, 0.1), (0.0, 0.0, 0.0), (97.0, 90.0, 100.0)]}
+    plots.overheads(tmp_path / "f.png", ["rmsgd", "sgd", "sam"], series, reference="sgd", xlabel="%")
+    [axes] = drawn[0].axes
+    assert [text.get_text() for text in axes.texts] == ["-0.10", "0", "+97.00"]
+    assert [list(line.get_xdata()) for line in axes.lines[:-1:2]] == [[-0.2, 0.1], [0.0, 0.0], [90.0, 100.0]]

@@ -302,3 +302,13 @@ def test_accuracy_is_a_fraction_of_all_targets():
     _, (run,) = train(optimizers=("sgd",), epochs=1)
     correct = run.epochs[0].test_accuracy * len(data.load("digits", TINY.model).test)
     assert math.isclose(correct, round(correct))
+
+
+def test_the_note_says_which_rates_were_used_what_moves_them_and_what_was_tuned():
+    plain = training.note(dataclasses.replace(TINY, optimizers=("sgd", "rmsgd", "sls")))
+    assert "sgd 0.1 (halved after each tenth of the run)" in plain
+    assert "rmsgd 0.03, sls 1 (no schedule)" in plain
+    assert plain.endswith("Nothing was tuned on these data.")
+    given = training.note(dataclasses.replace(TINY, overrides={"sgd": {"lr": 0.3, "momentum": 0.5}}))
+    assert "sgd 0.3" in given
+    assert given.endswith("given by hand: sgd.lr, sgd.momentum.")

@@ -329,8 +329,8 @@ def test_figure_3_shows_both_parts_of_tuned_runs(tmp_path, monkeypatch):
     assert [path.name for path in files] == ["fig3.png", "fig3-beta.png"]
     # As in every other figure, whatever rates were tuned.
     curves = {line.get_label(): line.get_color() for line in drawn[0].axes[0].get_lines()}
-    assert curves["sgd (lr 0.3)"] == figures._style_of("sgd")[0]
-    assert curves["rmsgd (lr 0.01)"] == figures._style_of("rmsgd")[0]
+    assert curves["sgd (lr 0.3)"] == figures.style_of("sgd")[0]
+    assert curves["rmsgd (lr 0.01)"] == figures.style_of("rmsgd")[0]
 
 
 def test_every_batch_size_is_on_the_axis_where_an_optimizer_lacks_one(tmp_path, monkeypatch):

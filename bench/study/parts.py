@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from scipy import stats
 
 from bench import peers
 from bench.measure import count
@@ -16,7 +15,7 @@ from bench.study import report, tuning
 from bench.study.config import RunConfig
 from bench.study.network_metrics import LABELS
 from bench.study.records import Record, finished
-from bench.study.statistics import bootstrapped
+from bench.study.statistics import bootstrapped, mean_interval
 
 Groups = dict[str, list[Record]]
 """Label to the runs of its seeds."""
@@ -85,9 +84,6 @@ def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 def _row(label: str, mine: Sequence[Record]) -> dict[str, Any]:
     good = finished(mine)
     test = 100 * np.array([record.final["test_accuracy"] for record in good])
-    half = float("nan")
-    if len(test) > 1:
-        half = float(stats.t.ppf(0.975, len(test) - 1) * report.deviation(test) / np.sqrt(len(test)))
     config = mine[0].config
     return {
         "label": label,
@@ -102,7 +98,7 @@ def _row(label: str, mine: Sequence[Record]) -> dict[str, Any]:
         "diverged": len(mine) - len(good),
         "test_accuracy": report.mean(test),
         "deviation": report.deviation(test),
-        "interval": [report.mean(test) - half, report.mean(test) + half],
+        "interval": list(mean_interval(test)),
         "train_accuracy": 100 * report.mean([record.final["train_accuracy"] for record in good]),
         "gap": 100 * report.mean([record.gap for record in good]),
         **{metric: report.mean([record.final[metric] for record in good]) for metric in LABELS},

@@ -11,10 +11,12 @@ from bench import peers
 from bench.plots import bands_over_time, save, style, style_of
 from bench.study.network_metrics import AXES
 from bench.study.records import Record, by_label, finished, is_plain
-from bench.study.statistics import correlation
+from bench.study.statistics import correlation, mean_interval
 from rmsgd.inspection.report.series import Series, in_order_of_training
 from rmsgd.inspection.report.series_figure import plot_series
 from rmsgd.plots import PALETTE, blank, plain, whole_numbers
+
+HIGHLIGHTED = ("rmsgd", "sgd")
 
 
 def draw(name: str, records: Sequence[Record], folder: Path) -> list[Path]:
@@ -217,7 +219,7 @@ def performance(stem: Path, records: Sequence[Record]) -> list[Path]:
 
 
 def accuracy_dots(stem: Path, records: Sequence[Record]) -> list[Path]:
-    """Test accuracy of every run, one line per optimizer, one panel per network and data set."""
+    """Test accuracy of every run, its mean and 95 % interval; a line per optimizer, a panel per cell."""
     cells: dict[str, list[Record]] = {}
     for record in records:
         cells.setdefault(f"{record.config.network}, {record.config.dataset}", []).append(record)
@@ -232,12 +234,14 @@ def accuracy_dots(stem: Path, records: Sequence[Record]) -> list[Path]:
     for axes, (cell, mine) in zip(panels.flat, cells.items(), strict=False):
         for label, group in by_label(mine).items():
             row = labels.index(label)
-            values = [100 * record.final["test_accuracy"] for record in group]
-            ours = label.startswith("rmsgd")
-            axes.plot(
-                values, [row] * len(values), "o", color=PALETTE[3 if ours else 0], markersize=4, alpha=0.6
-            )
-            axes.plot([np.mean(values)], [row], "|", color="black", markersize=12)
+            values = np.array([100 * record.final["test_accuracy"] for record in group])
+            optimizer = group[0].config.optimizer
+            # The two that are compared stand out in their colours of all figures.
+            colour = style_of(optimizer)[0] if optimizer in HIGHLIGHTED else "0.55"
+            axes.plot(values, [row] * len(values), ".", color=colour, markersize=5, alpha=0.5)
+            low, high = mean_interval(values)
+            axes.plot([low, high], [row, row], color=colour, linewidth=2)
+            axes.plot([values.mean()], [row], style_of(optimizer)[1], color=colour, markersize=6)
         axes.set_title(cell, fontsize=9)
         axes.set_yticks(range(len(labels)), labels=labels, fontsize=8)
         plain(axes, "test accuracy (%)", "")

@@ -8,6 +8,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
 Floats = NDArray[np.float64]
+FEWEST_CLUSTERS = 5
+"""With fewer, resamples of them say nothing."""
 
 
 class Difference(NamedTuple):
@@ -55,6 +57,15 @@ def paired(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Difference:
     return Difference(
         float(differences.mean()), float(interval.low), float(interval.high), float(found.pvalue)
     )
+
+
+def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
+    """The confidence interval of a mean by Student's t; NaN for fewer than two values."""
+    known = np.asarray(values, dtype=np.float64)
+    if known.size < 2:
+        return float("nan"), float("nan")
+    half = stats.t.ppf((1 + confidence) / 2, known.size - 1) * known.std(ddof=1) / np.sqrt(known.size)
+    return float(known.mean() - half), float(known.mean() + half)
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -132,7 +143,7 @@ def bootstrapped(
 
     Returns:
         "plcc" and "rocc" to (value, low, high); None for fewer than three points, a constant quantity, or,
-        unless `centred`, fewer than three clusters.
+        unless `centred`, fewer than five clusters.
 
     """
     across, up = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
@@ -144,7 +155,7 @@ def bootstrapped(
     across, up = across[known], up[known]
     member = np.eye(of_cluster.max(initial=-1) + 1)[of_cluster[known]]  # (points, clusters)
     member = member[:, member.any(0)]
-    if len(across) < 3 or (not centred and member.shape[1] < 3):
+    if len(across) < 3 or (not centred and member.shape[1] < FEWEST_CLUSTERS):
         return None
     # How often each point is in a resample; the first is the sample itself.
     times = np.ones((resamples + 1, len(across)))
