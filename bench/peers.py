@@ -30,6 +30,7 @@ from torch.optim.lr_scheduler import StepLR
 from bench.errors import UnavailableError, UsageError
 from bench.names import look_up
 from rmsgd.extras import install_command
+from rmsgd.rules import DEFAULT, RULES
 
 CACHE = Path(__file__).parents[1] / ".out" / "peers"
 RELEASE_WHEEL = "rmsgd-1.0.2-py3-none-any.whl"
@@ -121,25 +122,23 @@ RMSGD = {"lr": 0.03, "beta": 0.98, "momentum": 0.9, "weight_decay": 1e-4}
 PUBLISHED = RMSGD | {"linear": False, "gamma": 0.98, "step_size": 1}
 
 PEERS: dict[str, Peer] = {
-    "rmsgd": Peer(
-        _rmsgd, RMSGD, "Algorithm 1 with rates within bounds, the package's default", scheduled=False
-    ),
+    "rmsgd": Peer(_rmsgd, RMSGD, f"the default: {RULES[DEFAULT].help}", scheduled=False),
     "rmsgd-paper": Peer(
         _rmsgd,
         RMSGD | {"rule": "paper", "initial_rank": "zero"},
-        "Algorithm 1 of the paper to the letter",
+        RULES["paper"].help,
         scheduled=False,
     ),
     "rmsgd-published": Peer(
         _rmsgd,
         PUBLISHED | {"rule": "published"},
-        "the rule and the configuration that made the paper's tables",
+        f"{RULES['published'].help}, in their configuration",
         scheduled=False,
     ),
     "rmsgd-release": Peer(
         _rmsgd,
         RMSGD | {"rule": "release", "linear": False},
-        "the rule of the authors' package, by our code",
+        f"{RULES['release'].help}, by our code",
         scheduled=False,
     ),
     "rmsgd-1.0.2": Peer(

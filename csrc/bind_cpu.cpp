@@ -143,8 +143,9 @@ py::array_t<double> measure_spectrum(const py::array_t<double, py::array::c_styl
 
 // -- learning rates ----------------------------------------------------------------------------
 
-// initial_lr, beta, zeta, decay, floor, anchor, lowest, highest, rule, first
-using RateTuple = std::tuple<double, double, double, double, double, double, double, double, int, bool>;
+// initial_lr, beta, zeta, decay, floor, anchor, lowest, highest, column, holds, rule, first
+using RateTuple =
+    std::tuple<double, double, double, double, double, double, double, double, int, bool, int, bool>;
 
 template <class T>
 using Table = py::array_t<T, py::array::c_style>;
@@ -206,13 +207,21 @@ void update_rates(const Table<int>& parameter, const Table<int>& group, const Ta
   expect_indices("group", group, 0, std::int64_t(groups.size()));
   expect_indices("spectrum_begin", spectrum_begin, 0, weight.size() + 1);
   expect_indices("follower", follower, 0, eta.size());
-  expect_indices("leader", leader, -2, std::int64_t(layers));
+  expect_indices("leader", leader, rmsgd::NO_LEADER, std::int64_t(layers));
   expect_indices("follower_group", follower_group, 0, std::int64_t(groups.size()));
 
   std::vector<rmsgd::RateGroup> rate_groups;
-  for (const auto& [initial_lr, beta, zeta, decay, floor, anchor, lowest, highest, rule, first] : groups) {
-    if (rule < 0 || rule > 2) throw py::value_error("groups: expected rule 0, 1 or 2");
-    rate_groups.push_back({initial_lr, beta, zeta, decay, floor, anchor, lowest, highest, rule, first});
+  const auto expect_number = [](const char* name, int number, int end) {
+    if (number >= 0 && number < end) return;
+    throw py::value_error(std::string("groups: expected a ") + name + " from 0 to " +
+                          std::to_string(end - 1) + ", got " + std::to_string(number));
+  };
+  for (const auto& [initial_lr, beta, zeta, decay, floor, anchor, lowest, highest, column, holds, rule,
+                    first] : groups) {
+    expect_number("column", column, rmsgd::METRICS_FIELDS);
+    expect_number("rule", rule, rmsgd::RATE_RULES);
+    rate_groups.push_back(
+        {initial_lr, beta, zeta, decay, floor, anchor, lowest, highest, column, holds, rule, first});
   }
   const rmsgd::RateTables tables = {int(layers),
                                     parameter.data(),

@@ -189,7 +189,7 @@ def update_rates(
     follower: NDArray[np.int32],
     leader: NDArray[np.int32],
     follower_group: NDArray[np.int32],
-    groups: Sequence[tuple[float, float, float, float, float, float, float, float, int, bool]],
+    groups: Sequence[tuple[float, float, float, float, float, float, float, float, int, bool, int, bool]],
     metrics: NDArray[np.float64],
 ) -> None:
     """One epoch end: ``eta``, ``unbounded``, ``stable_rank`` and ``ready`` are updated in place.
@@ -202,7 +202,7 @@ def update_rates(
     Raises:
         TypeError: an array has another dtype or is not contiguous; none is ever converted or copied.
         ValueError: a number of entries does not fit, an array is misaligned or read-only, two of them share
-            memory, or a rule is not 0, 1 or 2.
+            memory, or there is no such column or rule.
         IndexError: an index is out of range.
     """
 

@@ -9,7 +9,8 @@ matrix with L <= M and singular values ``gamma_1 >= ... >= gamma_L``:
 EVBMF is Nakajima, Sugiyama, Babacan, Tomioka, JMLR 14 (2013); Algorithm 1 and Eq. 2 to 5 are
 Hosseini, Tuli, Plataniotis, "Exploiting Explainable Metrics for Augmented SGD", CVPR 2022.
 
-Functions marked "compiled by numba" use only what numba's nopython mode knows.
+Functions marked "compiled by numba" use only what numba's nopython mode knows. The formulas of the
+learning-rate rules stand with the rules, in ``rmsgd.rules``.
 """
 
 import math
@@ -20,9 +21,6 @@ import scipy.linalg
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-
-PAPER, RELEASE, PUBLISHED = range(3)
-"""Algorithm 1, what rmsgd 1.0.2 computes, and what the branch behind the paper's tables computes."""
 
 
 def threshold(L: int, M: int) -> tuple[float, float, float]:
@@ -180,135 +178,6 @@ def network_quality(qualities: Sequence[float]) -> float:
     """Quality of a network, ``Q = ||q||_2^2 / sqrt(layers)`` (Eq. 5); NaN without layers."""
     q = np.asarray(qualities, dtype=np.float64)
     return float((q * q).sum() / math.sqrt(len(q))) if len(q) else math.nan
-
-
-def next_rate(
-    rule: int,
-    first: bool,
-    eta: float,
-    gain: float,
-    held: bool,
-    initial_lr: float,
-    beta: float,
-    zeta: float,
-    decay: float,
-    floor: float,
-    anchor: float,
-) -> float:
-    """The learning rate of one layer after an epoch end, from the one before, ``eta``.
-
-    Paper: ``max(a + beta (eta - a) + zeta gain, floor)`` with ``gain = s(t+1) - s(t)`` and the anchor
-    ``a``, which is 0 in Algorithm 1: without gains a rate decays to it.
-    Release and published: as the authors' code computes it; ``held`` is its way of keeping the
-    rate of a layer whose low-rank part is empty. ``decay`` is gamma at an epoch end that decays,
-    else 1, and ``zeta`` the value before it. Compiled by numba.
-    """
-    if rule == PAPER:
-        return max(anchor + (beta * (decay * eta - anchor) + zeta * decay * gain), floor)
-    release = rule == RELEASE
-    previous = decay * eta if release else eta
-    if first:
-        gain = initial_lr
-        if not release:
-            previous = 0.0
-    elif held:
-        gain = initial_lr - beta * eta
-        if release:
-            gain = gain / zeta
-    return max(beta * previous + zeta * decay * gain, floor)
-
-
-def applied_rate(eta: float, lowest: float, highest: float) -> float:
-    """The rate that a step takes where its rule has come to ``eta``: ``min(max(eta, lowest), highest)``.
-
-    The rule goes on from eta itself. Its gains add up to the stable rank, so a bound on what it remembers
-    would forget the gains and keep the losses: a layer that was held at the bound would fall below its
-    first rate as soon as its stable rank shrank.
-    """
-    return min(max(eta, lowest), highest)
-
-
-def held_layers(measured: Array, ready: NDArray[np.int32], watched: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which layers the release's ``not_ready`` list holds at its first rate; updates ``ready``.
-
-    The list is walked while entries are removed from it, so the entry after a removed one is
-    skipped in that pass: neither held nor made ready. ``watched`` leaves layers out of the walk.
-    """
-    held = np.zeros(len(measured), dtype=np.bool_)
-    skip = False
-    for layer in range(len(measured)):
-        if ready[layer] or not watched[layer]:
-            continue
-        if skip:
-            skip = False
-        elif abs(measured[layer]) <= 1e-8:
-            held[layer] = True
-        elif not math.isnan(measured[layer]):
-            ready[layer] = 1
-            skip = True
-    return held
-
-
-def update_rates(
-    parameter: NDArray[np.int32],
-    group: NDArray[np.int32],
-    spectrum_begin: NDArray[np.int32],
-    weight: Array,
-    stable_rank: Array,
-    ready: NDArray[np.int32],
-    unbounded: Array,
-    eta: Array,
-    follower: NDArray[np.int32],
-    leader: NDArray[np.int32],
-    follower_group: NDArray[np.int32],
-    groups: Sequence[tuple[float, float, float, float, float, float, float, float, int, bool]],
-    stable_ranks: Array,
-    nuclear: Array,
-) -> None:
-    """One epoch end over all layers: updates ``eta``, ``unbounded``, ``stable_rank`` and ``ready`` in place.
-
-    Arguments up to ``follower_group`` are those of ``backends.base.RateTables``; ``groups`` holds
-    ``(initial_lr, beta, zeta, decay, floor, anchor, lowest, highest, rule, first)``. ``stable_ranks`` and
-    ``nuclear`` (rows,) are what ``low_rank_metrics`` gives for every matrix. A NaN there keeps its layer as
-    it is.
-    """
-    layers = len(parameter)
-    measured = np.empty(layers)
-    watched = np.zeros(layers, dtype=np.bool_)
-    for layer in range(layers):
-        rows = slice(spectrum_begin[layer], spectrum_begin[layer + 1])
-        *_, rule, first = groups[group[layer]]
-        measured[layer] = (weight[rows] * (stable_ranks if rule == PAPER else nuclear)[rows]).sum()
-        watched[layer] = rule != PAPER and not first
-    held = held_layers(measured, ready, watched)
-
-    ratio = np.empty(layers)
-    for layer in range(layers):
-        initial_lr, beta, zeta, decay, floor, anchor, lowest, highest, rule, first = groups[group[layer]]
-        if not math.isnan(measured[layer]):
-            gain = measured[layer] - stable_rank[layer]
-            unbounded[layer] = next_rate(
-                rule,
-                first,
-                unbounded[layer],
-                gain,
-                held[layer],
-                initial_lr,
-                beta,
-                zeta,
-                decay,
-                floor,
-                anchor,
-            )
-            stable_rank[layer] = measured[layer]
-        eta[parameter[layer]] = applied_rate(unbounded[layer], lowest, highest)
-        ratio[layer] = eta[parameter[layer]] / initial_lr
-
-    for at, lead, its_group in zip(follower, leader, follower_group, strict=True):
-        if lead != -2 and layers:
-            initial_lr, *_, lowest, highest, _, _ = groups[its_group]
-            rate = initial_lr * (ratio.sum() / layers if lead == -1 else ratio[lead])
-            eta[at] = applied_rate(rate, lowest, highest)
 
 
 def momentum_update(

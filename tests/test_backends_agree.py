@@ -9,7 +9,7 @@ import rmsgd
 from rmsgd import backends, reference
 from rmsgd.backends.base import CONDITION_NUMBER, NOISE_VARIANCE, NUCLEAR, RANK, STABLE_RANK
 from rmsgd.layers import as_matrix, unfoldings
-from rmsgd.optim.rules import RULES
+from rmsgd.rules import RULES
 
 
 def planted(shape, rank, seed, dtype=torch.float64, strength=1.0):

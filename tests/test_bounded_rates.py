@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn import Parameter
 
 import rmsgd
-from rmsgd.layers import measurement_weights
-from rmsgd.optim.rules import RULES
+from rmsgd.rules import RULES
 
 LOWEST, HIGHEST = RULES["bounded"].lowest, RULES["bounded"].highest
 
@@ -115,9 +114,9 @@ def test_gammas_shrink_the_bounds_as_they_shrink_the_rates():
 
 @pytest.mark.parametrize(("rows", "weight"), [(3, 0.0080), (10, 0.0826), (64, 0.7866), (512, 0.9958)])
 def test_a_coarse_stable_rank_counts_for_little(rows, weight):
-    (found,) = measurement_weights((rows, 1000), "bounded", 0.03)
+    (found,) = RULES["bounded"].mode_weights((rows, 1000), 0.03)
     assert found == pytest.approx(weight, abs=5e-5)
-    assert measurement_weights((rows, 1000), "paper", 0.03) == [1.0]
+    assert RULES["paper"].mode_weights((rows, 1000), 0.03) == [1.0]
     # One kept direction more moves a rate by less than half of lr0, whatever the number of rows.
     assert found / rows <= 0.5 * 0.03
 

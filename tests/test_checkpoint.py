@@ -12,7 +12,7 @@ from torch import nn
 
 import rmsgd
 from bench import peers
-from rmsgd.optim.rules import RULES
+from rmsgd.rules import RULES
 
 
 def network(dtype=torch.float32):
@@ -391,7 +391,7 @@ def changed(state_dict, path, value):
     [
         (("state",), None, "state of the checkpoint must be a dict, got None"),
         (("state", 0), [], "state of parameter 0 in the checkpoint must be a dict"),
-        (("state", 0, "rate"), float("nan"), "0.weight in the checkpoint: rate must be 0 or more, got nan"),
+        (("state", 0, "rate"), float("nan"), "0.weight in the checkpoint: rate must be finite, got nan"),
         (("state", 2, "epoch"), 1.5, "1.weight in the checkpoint: epoch must be a whole number, got 1.5"),
         (("state", 0, "velocity"), 3, "velocity must be a dense tensor of floating-point numbers, got 3"),
         (("state", 0, "velocity"), torch.zeros(8, 2, 3, 3).long(), "velocity must be a dense.*torch.int64"),

@@ -1,7 +1,6 @@
 """The CUDA backend gives what the reference gives, whatever the order in which its threads run."""
 
 import ctypes
-import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -37,10 +36,10 @@ from rmsgd.backends.cuda import _RATES_ARGUMENTS, _VALUES_ARGUMENTS
 from rmsgd.backends.cuda_spectra import _ARGUMENTS
 from rmsgd.backends.cuda_step import _SIZES, _arguments
 from rmsgd.backends.kernels import TEAM_SHARED
-from rmsgd.backends.numpy_ import NumpyBackend, update_rates
+from rmsgd.backends.numpy_ import NumpyBackend
 from rmsgd.layers import as_matrix, unfoldings
 from rmsgd.optim import device_state
-from rmsgd.reference import PAPER, PUBLISHED, RELEASE
+from rmsgd.rules import RULES, update_rates
 
 
 @pytest.fixture
@@ -532,15 +531,11 @@ def test_a_group_for_every_parameter_takes_one_launch_too(backend):
 # -- learning rates --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("rule", "lowest", "highest"),
-    [(PAPER, 0.0, math.inf), (PAPER, 0.1, 0.3), (RELEASE, 0.0, math.inf), (PUBLISHED, 0.0, math.inf)],
-    ids=["paper", "bounded", "release", "published"],
-)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("order", ORDERS)
-def test_rates_move_as_in_the_reference(library, rule, lowest, highest, order):
+def test_rates_move_as_in_the_reference(library, rule, order):
     layers, followers = 300, 40
-    generator = torch.Generator().manual_seed(rule)
+    generator = torch.Generator().manual_seed(rule.number)
 
     def uniform(n):
         return torch.rand(n, generator=generator, dtype=torch.float64)
@@ -565,8 +560,17 @@ def test_rates_move_as_in_the_reference(library, rule, lowest, highest, order):
         follower_group=torch.arange(followers, dtype=torch.int32) % 2,
     )
     groups = [
-        RateGroup(0.03, 0.98, 1.0, 0.9, 1e-10, lowest / 2, lowest, highest, rule, False),
-        RateGroup(0.1, 0.9, 0.5, 1.0, 0.0, lowest / 2, lowest, highest, rule, True),
+        RateGroup(
+            *numbers,
+            rule.anchor * numbers[0],
+            rule.lowest,
+            rule.highest,
+            rule.column,
+            rule.holds,
+            rule.number,
+            first,
+        )
+        for numbers, first in (((0.3, 0.98, 1.0, 0.9, 1e-10), False), ((0.5, 0.9, 0.5, 1.0, 0.0), True))
     ]
     expected = RateTables(*(tensor.clone() for tensor in vars(tables).values()))
     update_rates(expected, groups, metrics)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rmsgd
-from rmsgd.backends.base import MEASURED
+from rmsgd.backends.base import MEASURED, STABLE_RANK
 
 _cpu = pytest.importorskip("rmsgd._cpu", reason="the compiled core was not built")
 
@@ -498,7 +498,7 @@ def rate_tables():
         np.array([3, 4], np.int32),
         np.array([0, -1], np.int32),
         np.zeros(followers, np.int32),
-        [(0.1, 0.9, 1.0, 1.0, 0.0, 0.0, math.inf, 0, True)],
+        [(0.1, 0.9, 1.0, 1.0, 0.0, 0.0, 0.0, math.inf, STABLE_RANK, False, 0, True)],
         np.tile([2, 0.1, 0.5, 0.5, 1.5, MEASURED, 0], (rows, 1)),
     ]
 

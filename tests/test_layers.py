@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import rmsgd
-from rmsgd.layers import as_matrix, leader_of, measurement_weights, unfoldings
+from rmsgd.layers import as_matrix, leader_of, unfoldings
+from rmsgd.rules import RULES
 
 PAPER = {"probe": True, "linear": True, "rule": "paper"}
 
@@ -43,10 +44,11 @@ def test_unfolding_gives_the_modes_matrix_with_the_smaller_side_first():
 
 
 def test_the_release_divides_by_channels_and_counts_missing_modes_as_zero():
-    assert measurement_weights((16, 8, 3, 3), "release", 0.03) == [1 / 16, 1 / 32]
-    assert measurement_weights((8, 1, 3, 3), "release", 0.03) == [1 / 16]
-    assert measurement_weights((16, 8, 1, 1), "release", 0.03) == [(1 / 8 + 1 / 16) / 2]
-    assert measurement_weights((16, 8, 1, 1), "paper", 0.03) == [1.0]
+    weights = RULES["release"].mode_weights
+    assert weights((16, 8, 3, 3), 0.03) == [1 / 16, 1 / 32]
+    assert weights((8, 1, 3, 3), 0.03) == [1 / 16]
+    assert weights((16, 8, 1, 1), 0.03) == [(1 / 8 + 1 / 16) / 2]
+    assert RULES["paper"].mode_weights((16, 8, 1, 1), 0.03) == [1.0]
 
 
 def probed(module, **options):

@@ -9,46 +9,39 @@ from torch import nn
 import rmsgd
 from bench.peers import load_rmsgd_1_0_2
 from rmsgd import reference
-from rmsgd.optim.rules import RULES
+from rmsgd.backends.base import FIELDS, RateGroup, RateTables
+from rmsgd.rules import RULES, update_rates
 
 
 def rates(rule, measured, groups=None, *, layers=2, gamma=1.0, step_size=None, zeta=1.0, **options):
     """eta of every layer after each epoch end, by the reference, from the measurements s(1), s(2), ..."""
     options = {"lr": 0.03, "beta": 0.98, "floor": 0.0} | options
-    lr0, of_rule = options["lr"], RULES[rule]
-    unbounded, eta, s = np.full(layers, lr0), np.full(layers, lr0), np.zeros(layers)
-    ready = np.zeros(layers, dtype=np.int32)
+    lr0, rule = options["lr"], RULES[rule]
+    no_followers = torch.zeros(0, dtype=torch.int32)
+    tables = RateTables(
+        parameter=torch.arange(layers, dtype=torch.int32),
+        group=torch.zeros(layers, dtype=torch.int32),
+        spectrum_begin=torch.arange(layers + 1, dtype=torch.int32),
+        weight=torch.ones(layers, dtype=torch.float64),
+        stable_rank=torch.zeros(layers, dtype=torch.float64),
+        ready=torch.zeros(layers, dtype=torch.int32),
+        unbounded=torch.full((layers,), lr0, dtype=torch.float64),
+        eta=torch.full((layers,), lr0, dtype=torch.float64),
+        follower=no_followers,
+        leader=no_followers,
+        follower_group=no_followers,
+    )
     history = []
     for t, now in enumerate(measured):
         decay = gamma if step_size and t and t % step_size == 0 else 1.0
         numbers = (lr0, options["beta"], zeta, decay, options["floor"])
-        group = (
-            *numbers,
-            of_rule.anchor * lr0,
-            of_rule.lowest * lr0,
-            of_rule.highest * lr0,
-            of_rule.arithmetic,
-            t == 0,
-        )
-        empty = np.zeros(0, dtype=np.int32)
-        reference.update_rates(
-            np.arange(layers, dtype=np.int32),
-            np.zeros(layers, dtype=np.int32),
-            np.arange(layers + 1, dtype=np.int32),
-            np.ones(layers),
-            s,
-            ready,
-            unbounded,
-            eta,
-            empty,
-            empty,
-            empty,
-            [group],
-            np.array(now, dtype=float),
-            np.array(now, dtype=float),
-        )
+        bounds = (rule.anchor * lr0, rule.lowest * lr0, rule.highest * lr0)
+        group = RateGroup(*numbers, *bounds, rule.column, rule.holds, rule.number, t == 0)
+        metrics = torch.zeros(layers, FIELDS, dtype=torch.float64)
+        metrics[:, rule.column] = torch.tensor(now, dtype=torch.float64)
+        update_rates(tables, [group], metrics)
         zeta *= decay
-        history.append(eta.copy())
+        history.append(tables.eta.numpy().copy())
     return np.array(history)
 
 

@@ -429,7 +429,7 @@ class TestContract(TestCase):
     @optims([OURS])
     def test_a_group_added_late_begins_with_its_own_rate(self, device, dtype, optim_info):
         model, late = network(device, dtype), network(device, dtype)
-        optimizer = optim_info.optim_cls(model.named_parameters(), lr=0.03)
+        optimizer = optim_info.optim_cls(model.named_parameters(), lr=0.03, rule="paper")
         train(model, optimizer, epochs=2)
         before = optimizer.learning_rates()
         optimizer.add_param_group(

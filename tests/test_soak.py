@@ -1,6 +1,7 @@
 """A long run leaves nothing behind and does not drift; forks, workers, threads and exits do no harm."""
 
 import gc
+import math
 import os
 import signal
 import subprocess
@@ -16,10 +17,13 @@ from torch import nn
 
 import rmsgd
 from rmsgd import reference
-from rmsgd.layers import as_matrix, measurement_weights, unfoldings
+from rmsgd.backends.base import RateGroup
+from rmsgd.layers import as_matrix, unfoldings
+from rmsgd.rules import RULES
 
 ROOT = Path(__file__).parents[1]
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+PAPER = RULES["paper"]
 SHAPES = [(12, 6, 3, 3), (12,), (16, 12), (16,)]
 
 
@@ -78,13 +82,15 @@ class Run:
                 self.rates[k] = self.rates[k - 1]  # of the layer before it
                 continue
             weight, s = torch.from_numpy(self.weights[k]), 0.0
-            for u, share in zip(unfoldings(shape), measurement_weights(shape, "paper", 0.02), strict=True):
+            for u, share in zip(unfoldings(shape), PAPER.mode_weights(shape, 0.02), strict=True):
                 gamma = reference.singular_values(as_matrix(weight, u).numpy())
                 s += share * reference.measure_singular_values(gamma, u.L, u.M)[2]
             gain = s - self.ranks[k]
-            self.rates[k] = reference.next_rate(
-                0, False, self.rates[k], gain, False, 0.02, 0.98, 1.0, 1.0, 1e-10, 0.0
+            group = RateGroup(
+                *(0.02, 0.98, 1.0, 1.0, 1e-10, 0.0, 0.0, math.inf),
+                *(PAPER.column, False, PAPER.number, False),
             )
+            self.rates[k] = max(PAPER.next_rate(group, self.rates[k], gain, False), 1e-10)
             self.ranks[k] = s
 
     def drift(self):

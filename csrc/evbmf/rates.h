@@ -1,4 +1,4 @@
-// The rules that move the learning rate of every layer at an epoch end.
+// The rules that move the learning rate of every layer at an epoch end: what rmsgd/rules.py has, compiled.
 //
 // A layer is a probed parameter with its spectra; its measurement is a weighted sum of one column of
 // the metrics table over those spectra. All of it is float64.
@@ -8,7 +8,12 @@
 
 namespace rmsgd {
 
-enum class RateRule : int { paper = 0, release = 1, published = 2 };
+// The formulas of next_rate, as Rule.number of rmsgd/rules.py.
+enum class RateRule : int { algorithm_1, release, published };
+constexpr int RATE_RULES = 3;
+
+// Leaders of a parameter that is not probed, besides layers, as in rmsgd/layers.py.
+constexpr int MEAN_OF_ALL = -1, NO_LEADER = -2;
 
 // What one parameter group contributes to an epoch end.
 struct RateGroup {
@@ -17,8 +22,10 @@ struct RateGroup {
   double zeta;             // before this epoch end
   double decay;            // gamma when this epoch end decays, else 1
   double floor;            // smallest eta
-  double anchor;           // what eta decays to: 0 in Algorithm 1
+  double anchor;           // what eta decays to without gains: 0 but for Algorithm 1 around lr0
   double lowest, highest;  // bounds of the rate that is applied; eta itself moves beyond them
+  int column;              // the MetricsField that its layers are measured by
+  int holds;               // whether a layer that measures 0 is held at its first rate
   int rule;                // RateRule
   int first;               // whether this is the group's first epoch end
 };
@@ -38,32 +45,37 @@ struct RateTables {
 
   int followers;              // parameters that are not probed
   const int* follower;        // (followers) index into eta
-  const int* leader;          // (followers) layer whose ratio it takes; -1 the mean; -2 none
+  const int* leader;          // (followers) layer whose ratio it takes, MEAN_OF_ALL or NO_LEADER
   const int* follower_group;  // (followers) index into groups
 };
 
 // beta eta + zeta (s(t+1) - s(t)) and its relatives, for one layer; `held` is the release's way to
-// keep the rate of a layer whose low-rank part is still empty.
+// keep the rate of a layer whose low-rank part is still empty. NaN for a rule that there is none of.
 RMSGD_FN double next_rate(const RateGroup& group, double eta, double gain, bool held) {
-  const RateRule rule = RateRule(group.rule);
-  const double zeta = group.zeta * group.decay;
-  if (rule == RateRule::paper) {
-    const double rate = group.anchor + (group.beta * (group.decay * eta - group.anchor) + zeta * gain);
-    return rate > group.floor ? rate : group.floor;
+  double previous = NAN;
+  switch (RateRule(group.rule)) {
+    case RateRule::algorithm_1:
+      previous = group.decay * eta - group.anchor;
+      break;
+    case RateRule::release:
+      previous = group.decay * eta;
+      if (group.first) {
+        gain = group.initial_lr;
+      } else if (held) {
+        gain = (group.initial_lr - group.beta * eta) / group.zeta;
+      }
+      break;
+    case RateRule::published:  // gamma decays zeta alone, and the first average is over a rate of zero
+      previous = group.first ? 0.0 : eta;
+      if (group.first) {
+        gain = group.initial_lr;
+      } else if (held) {
+        gain = group.initial_lr - group.beta * eta;
+      }
+      break;
   }
-  // The release decays its rates too; in the paper branch only zeta decays, and before its first
-  // epoch end the vector it averages into is zero.
-  const bool release = rule == RateRule::release;
-  double previous = release ? group.decay * eta : eta;
-  if (group.first) {
-    gain = group.initial_lr;
-    if (!release) previous = 0.0;
-  } else if (held) {
-    gain = group.initial_lr - group.beta * eta;
-    if (release) gain /= group.zeta;
-  }
-  const double rate = group.beta * previous + zeta * gain;
-  return rate > group.floor ? rate : group.floor;
+  const double rate = group.anchor + (group.beta * previous + group.zeta * group.decay * gain);
+  return rate < group.floor ? group.floor : rate;
 }
 
 // The rate that is applied where a rule has come to `eta`. The rule goes on from eta itself: its gains add up
@@ -78,8 +90,7 @@ template <class Team>
 RMSGD_FN void update_rates(Team& team, const RateTables& t, const double* metrics,
                            double* measured /* scratch, (layers) */, int* held /* scratch, (layers) */) {
   for (int layer = team.rank(); layer < t.layers; layer += team.size()) {
-    const bool paper = RateRule(t.groups[t.group[layer]].rule) == RateRule::paper;
-    const int column = paper ? STABLE_RANK : NUCLEAR;
+    const int column = t.groups[t.group[layer]].column;
     double sum = 0.0;
     bool valid = true;
     for (int i = t.spectrum_begin[layer]; i < t.spectrum_begin[layer + 1]; ++i) {
@@ -98,7 +109,7 @@ RMSGD_FN void update_rates(Team& team, const RateTables& t, const double* metric
     bool skip = false;
     for (int layer = 0; layer < t.layers; ++layer) {
       const RateGroup& group = t.groups[t.group[layer]];
-      if (t.ready[layer] || group.first || RateRule(group.rule) == RateRule::paper) continue;
+      if (t.ready[layer] || group.first || !group.holds) continue;
       if (skip) {
         skip = false;
       } else if (fabs(measured[layer]) <= 1e-8) {  // numpy.isclose(s, 0)
@@ -128,9 +139,10 @@ RMSGD_FN void update_rates(Team& team, const RateTables& t, const double* metric
 
   for (int i = team.rank(); i < t.followers; i += team.size()) {
     const int leader = t.leader[i];
-    if (leader == -2 || t.layers == 0) continue;
-    const double ratio =
-        leader == -1 ? ratios / t.layers : t.eta[t.parameter[leader]] / t.groups[t.group[leader]].initial_lr;
+    if (leader == NO_LEADER || t.layers == 0) continue;
+    const double ratio = leader == MEAN_OF_ALL
+                             ? ratios / t.layers
+                             : t.eta[t.parameter[leader]] / t.groups[t.group[leader]].initial_lr;
     const RateGroup& group = t.groups[t.follower_group[i]];
     t.eta[t.follower[i]] = applied_rate(group, ratio * group.initial_lr);
   }

@@ -98,7 +98,7 @@ class HostStepper:
 
 
 class RateGroup(NamedTuple):
-    """What one parameter group contributes to an epoch end; see ``reference.next_rate``."""
+    """What one parameter group contributes to an epoch end; see ``rmsgd.rules``."""
 
     initial_lr: float
     beta: float
@@ -108,6 +108,8 @@ class RateGroup(NamedTuple):
     anchor: float
     lowest: float
     highest: float
+    column: int
+    holds: bool
     rule: int
     first: bool
 
@@ -119,7 +121,7 @@ class RateTables:
     Layer l measures the rows ``[spectrum_begin[l], spectrum_begin[l + 1])`` of the metrics table,
     weighted by ``weight``. Its rule moves ``unbounded``; ``eta``, the rate that is applied, is that within
     the bounds of its group. ``leader`` is, per follower, the layer whose ratio eta / lr0 it takes, within the
-    bounds of its own group: -1 is the mean ratio, -2 leaves it alone.
+    bounds of its own group, or ``layers.MEAN_OF_ALL`` or ``layers.NO_LEADER``.
     """
 
     parameter: Tensor  # (layers,) int32: index into eta

@@ -45,6 +45,8 @@ _RATE_GROUP = np.dtype(
         ("anchor", "f8"),
         ("lowest", "f8"),
         ("highest", "f8"),
+        ("column", "i4"),
+        ("holds", "i4"),
         ("rule", "i4"),
         ("first", "i4"),
     ]

@@ -8,13 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmsgd import reference
+from rmsgd import reference, rules
 from rmsgd.backends.base import (
     FIELDS,
     MEASURED,
     NOT_FINITE,
-    NUCLEAR,
-    STABLE_RANK,
     STATUS,
     OnHost,
     RateGroup,
@@ -85,25 +83,4 @@ class NumpyBackend(OnHost):
 
     def update_rates(self, tables: RateTables, groups: Sequence[RateGroup], metrics: Tensor) -> None:
         """See ``base.Backend``."""
-        update_rates(tables, groups, metrics)
-
-
-def update_rates(tables: RateTables, groups: Sequence[RateGroup], metrics: Tensor) -> None:
-    """``reference.update_rates`` on a table of metrics; everything on the CPU."""
-    t = tables
-    reference.update_rates(
-        t.parameter.numpy(),
-        t.group.numpy(),
-        t.spectrum_begin.numpy(),
-        t.weight.numpy(),
-        t.stable_rank.numpy(),
-        t.ready.numpy(),
-        t.unbounded.numpy(),
-        t.eta.numpy(),
-        t.follower.numpy(),
-        t.leader.numpy(),
-        t.follower_group.numpy(),
-        groups,
-        metrics[:, STABLE_RANK].numpy(),
-        metrics[:, NUCLEAR].numpy(),
-    )
+        rules.update_rates(tables, groups, metrics)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rmsgd import reference
+from rmsgd import reference, rules
 from rmsgd.backends.base import (
     FIELDS,
     MEASURED,
@@ -18,7 +18,6 @@ from rmsgd.backends.base import (
     StepGroup,
     StepTables,
 )
-from rmsgd.backends.numpy_ import update_rates
 from rmsgd.backends.per_tensor import OneByOneStepper
 from rmsgd.backends.svd import singular_values
 from rmsgd.layers import Unfolding, as_matrix
@@ -76,7 +75,7 @@ class TorchBackend(OnHost):
 
     def update_rates(self, tables: RateTables, groups: Sequence[RateGroup], metrics: Tensor) -> None:
         """See ``base.Backend``."""
-        update_rates(tables, groups, metrics)
+        rules.update_rates(tables, groups, metrics)
 
 
 def create() -> TorchBackend:

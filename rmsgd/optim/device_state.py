@@ -19,8 +19,6 @@ from torch import Tensor
 
 from rmsgd.backends import backend_for
 from rmsgd.backends.base import (
-    NUCLEAR,
-    STABLE_RANK,
     RateGroup,
     RateTables,
     StepGroup,
@@ -28,14 +26,13 @@ from rmsgd.backends.base import (
     buffer_dtype,
     same_layout,
 )
-from rmsgd.layers import Unfolding, is_probed, leader_of, measurement_weights, unfoldings
+from rmsgd.layers import NO_LEADER, Unfolding, leader_of, unfoldings
 from rmsgd.optim.distributed import SharedMeasurement, is_dtensor, local, local_gradient
 from rmsgd.optim.layouts import Layouts, check_apart, dense_forms
 from rmsgd.optim.measurement import Measurement
 from rmsgd.optim.options import applied_rate, have_gradients, is_trained
-from rmsgd.optim.rules import RULES
 from rmsgd.optim.state import State, buffer_key
-from rmsgd.reference import PAPER
+from rmsgd.rules import RULES, Rule
 
 _PROBING = ("probe", "linear")
 """The options of a group that decide which of its parameters are probed; its rule makes new device_states."""
@@ -127,10 +124,10 @@ class DeviceState:
         begin, weight = [0], []
         column: list[int] = []
         for i in self._probed:
-            p, group = self._parameters[i], groups[self.records[i].group]
+            p, rule = self._parameters[i], _rule(groups[self.records[i].group])
             self._spectra += [(p, u) for u in unfoldings(p.shape)]
-            weight += measurement_weights(p.shape, group["rule"], group["lr0"])
-            column += [STABLE_RANK if _is_paper(group) else NUCLEAR] * (len(weight) - len(column))
+            weight += rule.mode_weights(p.shape, groups[self.records[i].group]["lr0"])
+            column += [rule.column] * (len(weight) - len(column))
             begin.append(len(self._spectra))
 
         layer_of = {i: layer for layer, i in enumerate(self._probed)}
@@ -143,10 +140,10 @@ class DeviceState:
                 latest[m.group] = latest_of_all = layer_of[i]
                 continue
             followers.append(i)
-            if _is_paper(groups[m.group]):
+            if _rule(groups[m.group]).leaders_by_name:
                 leaders.append(leader_of(m.name if m.named else None, latest.get(m.group), names))
             else:
-                leaders.append(-2 if latest_of_all is None else latest_of_all)
+                leaders.append(NO_LEADER if latest_of_all is None else latest_of_all)
 
         def tensor(values: Sequence[float], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=self._eta.device)
@@ -331,8 +328,19 @@ class DeviceState:
             self._states[i].update(rate=rate, stable_rank=s, ready=bool(ready))
 
 
-def _is_paper(group: Mapping[str, Any]) -> bool:
-    return RULES[group["rule"]].arithmetic == PAPER
+def _rule(group: Mapping[str, Any]) -> Rule:
+    return RULES[group["rule"]]
+
+
+def is_probed(weight: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether an epoch end measures this parameter: a trainable floating weight with a spectrum.
+
+    ``group`` is its parameter group: ``probe=False`` opts out, ``linear=False`` leaves 2-D weights out, and
+    its rule measures what its source does.
+    """
+    if not (group["probe"] and weight.requires_grad and weight.is_floating_point()):
+        return False
+    return (group["linear"] or weight.ndim != 2) and _rule(group).probes(weight.shape)
 
 
 def _check_gradient(grad: Tensor, name: str) -> None:

@@ -30,9 +30,9 @@ from rmsgd.optim.options import (
     rate_group,
     step_group,
 )
-from rmsgd.optim.rules import RULES
 from rmsgd.optim.state import State, check_shape, complete, follow
 from rmsgd.optim.torch_compile import register_step, trace_step
+from rmsgd.rules import DEFAULT, RULES
 
 
 class RMSGD(Optimizer):
@@ -121,7 +121,7 @@ class RMSGD(Optimizer):
         zeta: float = 1.0,
         min_lr: float = 1e-10,
         maximize: bool = False,
-        rule: str = "bounded",
+        rule: str = DEFAULT,
         initial_rank: str | None = None,
         process_group: Any = None,
         **switches: bool | None,

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from rmsgd import reference
+from rmsgd import rules
 from rmsgd.backends.base import RateGroup, StepGroup
 from rmsgd.layers import SUPPORTED_DTYPES
 from rmsgd.optim.layouts import extent, has_memory
-from rmsgd.optim.rules import RULES
+from rmsgd.rules import RULES
 
 INITIAL_RANKS = ("zero", "measure")
 
@@ -232,7 +232,7 @@ def step_group(group: Mapping[str, Any], device: torch.device) -> StepGroup:
         float(group["weight_decay"]),
         bool(group["nesterov"]),
         bool(group["maximize"]),
-        RULES[group["rule"]].velocity,
+        RULES[group["rule"]].buffer == "velocity",
     )
 
 
@@ -254,7 +254,7 @@ def bounds(group: Mapping[str, Any], decay: float) -> tuple[float, float]:
 
 def applied_rate(group: Mapping[str, Any], rate: float, decay: float) -> float:
     """What a group's multiplier is applied to where its rule has come to ``rate``; see ``bounds``."""
-    return reference.applied_rate(rate, *bounds(group, decay))
+    return rules.applied_rate(rate, *bounds(group, decay))
 
 
 def rate_group(group: Mapping[str, Any], epoch: int, decay: float) -> RateGroup:
@@ -262,7 +262,7 @@ def rate_group(group: Mapping[str, Any], epoch: int, decay: float) -> RateGroup:
 
     ``epoch`` is the number of earlier epoch ends, ``decay`` the product of the gammas so far.
     """
-    step_size = group["step_size"]
+    rule, step_size = RULES[group["rule"]], group["step_size"]
     decays = step_size is not None and epoch > 0 and epoch % step_size == 0
     now, rule = float(group["gamma"]) if decays else 1.0, RULES[group["rule"]]
     return RateGroup(
@@ -273,6 +273,8 @@ def rate_group(group: Mapping[str, Any], epoch: int, decay: float) -> RateGroup:
         floor(group),
         rule.anchor * group["lr0"] * decay * now,
         *bounds(group, decay * now),
-        rule.arithmetic,
+        rule.column,
+        rule.holds,
+        rule.number,
         epoch == 0,
     )

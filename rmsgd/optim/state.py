@@ -6,7 +6,7 @@
     fresh                         whether no gradient has entered it yet
     rate                          eta as the rule moves it, before its bounds and its group's multiplier
     stable_rank                   what the rule measured at the last epoch end (NaN: to be measured before the
-                                  first step); see ``layers.measurement_weights``
+                                  first step); see ``Rule.mode_weights``
     epoch                         how many epoch ends there have been
     decay                         product of the gammas that zeta has been multiplied by
     ready                         whether the release's ``not_ready`` list has let go of the layer
@@ -23,23 +23,23 @@ the groups is forgotten.
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from rmsgd.backends.base import buffer_dtype
 from rmsgd.optim.options import applied_rate, fault, is_trained, multiplier
-from rmsgd.optim.rules import RULES
+from rmsgd.rules import RULES, Buffer
 
 State = dict[str, Any]
 Group = dict[str, Any]
-BUFFERS = ("velocity", "momentum_buffer")
+BUFFERS: tuple[Buffer, ...] = get_args(Buffer)
 
 
-def buffer_key(group: Mapping[str, Any]) -> str:
+def buffer_key(group: Mapping[str, Any]) -> Buffer:
     """What a group's state calls its memory of past gradients."""
-    return BUFFERS[0] if RULES[group["rule"]].velocity else BUFFERS[1]
+    return RULES[group["rule"]].buffer
 
 
 def _buffer_like(p: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ void update_rates(int members, int layers) {
     metrics[l * rmsgd::METRICS_FIELDS + rmsgd::NUCLEAR] = l % 3;
   }
   begin[layers] = layers;
-  const rmsgd::RateGroup groups[] = {{0.1, 0.9, 1.0, 1.0, 0.0, 0.0, 0.05, 0.2, 1, 0}};
+  const rmsgd::RateGroup groups[] = {{0.1, 0.9, 1.0, 1.0, 0.0, 0.0, 0.05, 0.2, rmsgd::NUCLEAR, 1, 1, 0}};
   const int follower[] = {layers}, leader[] = {-1}, follower_group[] = {0};
   const rmsgd::RateTables tables = {layers, parameter.data(), group.data(), begin.data(),     weight.data(),
                                     groups, rank.data(),      ready.data(), unbounded.data(), eta.data(),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import rmsgd
-from rmsgd.optim.rules import RULES
+from rmsgd.rules import RULES
 
 Path = tuple[Any, ...]
 NAMED = [
