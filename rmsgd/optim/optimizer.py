@@ -85,7 +85,7 @@ class RMSGD(Optimizer):
         zeta: gain of the stable rank's change, above 0.
         min_lr: smallest rate, before the multiplier. The rules of the released code have their own.
         maximize: ascend instead.
-        rule: "bounded" (the default, safe on every network that SGD trains at the same lr), "paper"
+        rule: "bounded" (the default: Algorithm 1 around lr, within bounds), "paper"
             (Algorithm 1 to the letter), "release" (the arithmetic of rmsgd 1.0.2) or "published" (that of the
             branch that made the paper's tables). The last two keep gradients as torch's SGD does.
         initial_rank: "measure" takes s(0) from the weights before the first step: 0 for random ones, in
