@@ -57,8 +57,8 @@ KEYWORDS = (
 )
 
 INVALID = (
-    ({"lr": 0.0}, "lr must be above 0"),
-    ({"lr": float("nan")}, "lr must be above 0.*nan"),
+    ({"lr": -0.1}, "lr must be 0 or more, got -0.1"),
+    ({"lr": float("nan")}, "lr must be 0 or more.*nan"),
     ({"beta": 1.0}, r"beta must be in \[0, 1\), got 1.0"),
     ({"beta": float("nan")}, "beta must be"),
     ({"step_size": 0}, "step_size must be a positive"),
@@ -78,7 +78,7 @@ INVALID = (
     ({"min_lr": float("nan")}, "min_lr must be"),
     ({"rule": "adam"}, "rule must be one of bounded, paper, release, published, got 'adam'"),
     ({"initial_rank": "full"}, "initial_rank must be one of zero, measure"),
-    ({"lr": "0.1"}, "lr must be above 0.*got '0.1'"),
+    ({"lr": "0.1"}, "lr must be 0 or more, got '0.1'"),
     ({"momentum": None}, "momentum must be 0 or more, got None"),
     ({"weight_decay": 10**400}, r"weight_decay must be 0 or more, got 1000+\.\.\.$"),
     ({"nesterov": "no"}, "nesterov must be True or False, got 'no'"),
@@ -440,9 +440,9 @@ class TestContract(TestCase):
         assert {after[n] for n in after if n not in before} == {0.5}
         train(late, optimizer)
         assert optimizer.learning_rates()["late.0.weight"] != 0.5
-        for wrong in ("zeta", "lr0"):  # lr0 comes with the groups of another optimizer
-            with pytest.raises(ValueError, match=f"{wrong} must be above 0, got 0"):
-                optimizer.add_param_group({"params": [("x", Parameter(torch.ones(1)))], wrong: 0})
+        for wrong, least in (("zeta", "above 0"), ("lr0", "0 or more")):  # lr0 comes with another's groups
+            with pytest.raises(ValueError, match=f"{wrong} must be {least}, got -1"):
+                optimizer.add_param_group({"params": [("x", Parameter(torch.ones(1)))], wrong: -1})
         assert len(optimizer.param_groups) == 2
 
     @optims([OURS])

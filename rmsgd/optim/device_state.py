@@ -30,7 +30,7 @@ from rmsgd.layers import NO_LEADER, Unfolding, leader_of, unfoldings
 from rmsgd.optim.distributed import SharedMeasurement, is_dtensor, local, local_gradient
 from rmsgd.optim.layouts import Layouts, check_apart, dense_forms
 from rmsgd.optim.measurement import Measurement
-from rmsgd.optim.options import applied_rate, have_gradients, is_trained
+from rmsgd.optim.options import applied_rate, have_gradients, is_trained, stands_still
 from rmsgd.optim.state import State, buffer_key
 from rmsgd.rules import RULES, Rule
 
@@ -118,7 +118,9 @@ class DeviceState:
 
     def _build_rates(self, groups: Sequence[Mapping[str, Any]]) -> None:
         self._probed = [
-            i for i in self._trained if is_probed(self._parameters[i], groups[self.records[i].group])
+            i
+            for i, group in ((i, groups[self.records[i].group]) for i in self._trained)
+            if not stands_still(group) and is_probed(self._parameters[i], group)
         ]
         self._spectra: list[tuple[Tensor, Unfolding]] = []
         begin, weight = [0], []

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from rmsgd.optim.distributed import is_dtensor
 from rmsgd.optim.options import (
-    ABOVE_0,
     AT_LEAST_0,
     FINITE,
     INITIAL_RANK,
@@ -29,8 +28,7 @@ from rmsgd.optim.state import BUFFERS, Group
 
 _GROUP: Mapping[str, Range] = {
     **OPTIONS,
-    "lr0": ABOVE_0,
-    "lr": AT_LEAST_0,
+    "lr0": AT_LEAST_0,
     "initial_rank": INITIAL_RANK,
 }
 """The ranges of a checkpoint's options: its lr may be where a schedule ends."""

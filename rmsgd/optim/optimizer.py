@@ -17,17 +17,20 @@ from rmsgd.optim.device_state import DeviceState, ParamRecord
 from rmsgd.optim.load_state_dict import check_and_complete, check_form, unwrap
 from rmsgd.optim.measurement import Measurement
 from rmsgd.optim.options import (
-    ABOVE_0,
+    AT_LEAST_0,
     check_keywords,
     check_options,
     check_parameter,
     check_ranges,
     device_of,
+    first_lr,
     is_trained,
     multiplier,
+    number,
     parameter_name,
     parameter_names,
     rate_group,
+    stands_still,
     step_group,
 )
 from rmsgd.optim.state import State, check_shape, complete, follow
@@ -67,12 +70,14 @@ class RMSGD(Optimizer):
 
     ``group["lr"]`` belongs to the user: the rate applied to a layer is ``eta lr / lr0``, with lr0 the lr
     that its group was created with. Warm-up and any ``torch.optim.lr_scheduler`` so act as a
-    multiplier.
+    multiplier. A group that is created with lr = 0, as a frozen stage in fine-tuning is, stands still and is
+    not measured. Once its lr is raised it begins as a new group does, with lr0 the first lr above 0, or its
+    ``initial_lr`` if that is above 0.
 
     Args:
         params: parameters, named parameters, or groups of either. A group may set any of the options
             below, and ``probe=False`` to leave its parameters unmeasured.
-        lr: the first rate of every layer, above 0. May be a tensor of one element.
+        lr: the first rate of every layer, 0 or more. May be a tensor of one element.
         beta: momentum of the learning rate, in [0, 1).
         step_size: with t earlier epoch ends, rates and zeta are multiplied by ``gamma`` first whenever
             t > 0 is a multiple of it. None: never.
@@ -159,8 +164,8 @@ class RMSGD(Optimizer):
         group = self.param_groups[-1]
         try:
             check_options(group)
-            group.setdefault("lr0", float(group["lr"]))
-            check_ranges(group, {"lr0": ABOVE_0})
+            group.setdefault("lr0", number(group["lr"]) or first_lr(group))
+            check_ranges(group, {"lr0": AT_LEAST_0})
             if group["initial_rank"] is None:
                 group["initial_rank"] = RULES[group["rule"]].initial_rank
             for index, p in enumerate(group["params"]):
@@ -213,7 +218,19 @@ class RMSGD(Optimizer):
         for p in set(self._order).difference(self._all_parameters()):
             self.state.pop(p, None)
 
+    def _start_raised_groups(self) -> None:
+        """Let the groups begin that stood still at lr = 0 and have been given an lr above 0."""
+        for group in filter(stands_still, self.param_groups):
+            lr0 = first_lr(group)
+            if lr0 > 0.0:
+                self._write_back()
+                self._device_states = None
+                group["lr0"] = lr0
+                for p in group["params"]:
+                    self.state[p]["rate"] = lr0
+
     def _current_device_states(self) -> list[DeviceState]:
+        self._start_raised_groups()
         if not self._device_states_are_current():
             self._write_back()
             self._build_device_states()
@@ -419,10 +436,10 @@ class RMSGD(Optimizer):
             device_state.check_epoch_end(groups)
         self._measured = [device_state.epoch_step(groups) for device_state in device_states]
         for group, moved, (epoch, decay) in zip(self.param_groups, groups, counts, strict=True):
-            for p in group["params"]:
+            for p in () if stands_still(group) else group["params"]:
                 self.state[p].update(epoch=epoch + 1, decay=decay * moved.decay)
         self._write_back(wait=False)
-        asked_for = any(group["probe"] for group in self.param_groups)
+        asked_for = any(group["probe"] and not stands_still(group) for group in self.param_groups)
         if asked_for and not any(measurement.names for measurement in self._measured):
             warnings.warn(_NOTHING_TO_MEASURE, stacklevel=3)
         self._warn_of_large_rates([part for part in device_states if part.on_host], stacklevel=4)

@@ -77,7 +77,7 @@ def _one_of(names: Collection[str]) -> Range:
 INITIAL_RANK = _one_of(INITIAL_RANKS)
 
 OPTIONS: Mapping[str, Range] = {
-    "lr": (ABOVE_0[0], "above 0 (a scheduler may take it to 0 later)"),
+    "lr": AT_LEAST_0,
     "beta": (lambda x: 0.0 <= number(x) < 1.0, "in [0, 1)"),
     "gamma": ABOVE_0,
     "step_size": (
@@ -216,15 +216,40 @@ def _distinct(group: Mapping[str, Any], g: int) -> list[str]:
     return [name if times[name] == 1 else f"{name}#{i}" for i, name in enumerate(names)]
 
 
+def stands_still(group: Mapping[str, Any]) -> bool:
+    """Whether a group was created with lr = 0 and has not had an lr above 0 yet.
+
+    It has no lr0 then for its rates to begin with: it is not measured, and its epochs do not count.
+    """
+    return float(group["lr0"]) == 0.0
+
+
+def first_lr(group: Mapping[str, Any]) -> float:
+    """What lr0 becomes of a group that stands still: ``initial_lr`` if that is above 0, else its lr now.
+
+    Raises:
+        RuntimeError: its lr is on a GPU and a CUDA graph is being captured, which would hold it still.
+    """
+    lr, initial_lr = group["lr"], number(group.get("initial_lr", 0.0))
+    if 0.0 < initial_lr < math.inf:
+        return initial_lr
+    if isinstance(lr, Tensor) and lr.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a group with lr = 0 stands still, and would do so in every replay of this CUDA graph: give it "
+            "an lr above 0, or an initial_lr, before the capture"
+        )
+    return number(lr)
+
+
 def multiplier(group: Mapping[str, Any]) -> float:
-    """What the rates of a group are multiplied by: its lr over the lr it was created with."""
-    return float(group["lr"]) / float(group["lr0"])
+    """What the rates of a group are multiplied by: its lr over lr0, the lr it was created with."""
+    return 0.0 if stands_still(group) else float(group["lr"]) / float(group["lr0"])
 
 
 def step_group(group: Mapping[str, Any], device: torch.device) -> StepGroup:
     """A group's options as one step on a device needs them: a GPU's learning rate is not waited for."""
     lr = group["lr"]
-    on_device = isinstance(lr, Tensor) and lr.is_cuda and device.type == "cuda"
+    on_device = isinstance(lr, Tensor) and lr.is_cuda and device.type == "cuda" and not stands_still(group)
     return StepGroup(
         lr.to(device, torch.float64) / float(group["lr0"]) if on_device else multiplier(group),
         float(group["momentum"]),
