@@ -26,7 +26,6 @@ import torch
 from scipy import stats
 
 from bench import atomic
-from rmsgd.inspection.report import csv_table
 
 Seconds = npt.NDArray[np.float64]
 CONFIDENCE = 0.95
@@ -297,6 +296,8 @@ def write_json(path: str | Path, payload: Any) -> None:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes `rows` under a line of their column names, whole or not at all."""
+    from rmsgd.inspection.report import csv_table  # the gate times revisions that have it elsewhere
+
     text = io.StringIO(newline="")
     csv_table.write_csv(text, rows)
     atomic.write(path, text.getvalue().encode())

@@ -28,9 +28,9 @@ from rich.table import Table
 
 import rmsgd
 from bench import output, peers, readme
+from bench.epoch_end import spectra
 from bench.measure import machine
 from bench.networks import network, networks
-from bench.speed_epoch_end import spectra
 from bench.weights import make_trained_like
 from rmsgd import reference
 from rmsgd.layers import as_matrix

@@ -1,6 +1,6 @@
 """The epoch end of a whole network, against rmsgd 1.0.2 and against whole Gram products."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,69 +8,22 @@ import torch
 from rich import box
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import Parameter
 
-import rmsgd
 from bench import peers, plots, readme
 from bench.costs import gram_multiplications
+from bench.epoch_end import STAGES, epoch_end, gram_products, spectra
 from bench.measure import Interleaved, median, ratio
 from bench.networks import network
 from bench.weights import make_trained_like
 from rmsgd import backends
 from rmsgd.backends.base import STAGE
-from rmsgd.layers import Unfolding, as_matrix, unfoldings
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 MODELS = (*RESNETS, "mobilenetv2", "vit-b16", "linear-4096")
 WITHOUT_RELEASE = ("vit-b16", "linear-4096")  # minutes per call
 RELEASE_ROUNDS = 6  # the fewest that an interval can be given for
-STAGES = ("fp32 Gram", "fp64 Gram", "SVD")
-
-
-def spectra(model: nn.Module) -> list[tuple[Tensor, Unfolding]]:
-    """Every weight with each of its distinct unfoldings."""
-    return [(p, u) for p in model.parameters() if p.ndim > 1 for u in unfoldings(p.shape)]
-
-
-def gram_products(model: nn.Module) -> Callable[[], None]:
-    """`torch.mm` of every unfolding with its transpose: both modes, whole matrices, in fp32.
-
-    A measure and no floor: a Gram matrix is symmetric, so half of each product is enough, and the modes of
-    a 1x1 convolution share one.
-    """
-    matrices = []
-    for p, u in spectra(model):
-        matrix = as_matrix(p.detach(), u).contiguous()
-        matrices += [(matrix, torch.empty(u.L, u.L))] * len(u.modes)
-
-    def products() -> None:
-        for matrix, out in matrices:
-            torch.mm(matrix, matrix.T, out=out)
-
-    return products
-
-
-def torch_spectra(model: nn.Module) -> Callable[[], None]:
-    """Gram product and `torch.linalg.eigvalsh` of every distinct unfolding, in fp32."""
-    matrices = [as_matrix(p.detach(), u).contiguous() for p, u in spectra(model)]
-
-    def eigenvalues() -> None:
-        for matrix in matrices:
-            torch.linalg.eigvalsh(matrix @ matrix.T)
-
-    return eigenvalues
-
-
-def epoch_end(model: nn.Module, process_group: Any = None) -> Callable[[], None]:
-    """RMSGD's epoch end, and its rates, so that nothing can hide behind it."""
-    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03, process_group=process_group)
-
-    def end() -> None:
-        optimizer.epoch_step()
-        optimizer.learning_rates()
-
-    return end
 
 
 def measure(

@@ -30,9 +30,9 @@ from torch.multiprocessing.spawn import spawn
 
 from bench import output, readme
 from bench.arguments import positive
+from bench.epoch_end import epoch_end, spectra
 from bench.measure import Interleaved, interleave, machine, median, ratio
 from bench.networks import network, networks
-from bench.speed_epoch_end import epoch_end, spectra
 from bench.weights import make_trained_like
 from rmsgd.backends import backend_for
 from rmsgd.backends.base import FIELDS

@@ -7,7 +7,7 @@ before the next: for ratios to trust on a busy machine use `bench speed` and `be
 import pytest
 import torch
 
-from bench import speed_epoch_end, speed_step
+from bench import epoch_end, speed_step
 from bench.networks import network
 from bench.weights import make_trained_like
 from rmsgd import backends, evbmf
@@ -48,20 +48,20 @@ def test_step_floor(benchmark, model):
 @pytest.mark.parametrize("model", MODELS)
 def test_epoch_end(benchmark, model, trained):
     benchmark.group = f"epoch end, {model}"
-    benchmark(speed_epoch_end.epoch_end(trained))
+    benchmark(epoch_end.epoch_end(trained))
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_gram_products(benchmark, model, trained):
     """The whole products of every unfolding with its transpose: what the epoch end is held against."""
     benchmark.group = f"epoch end, {model}"
-    benchmark(speed_epoch_end.gram_products(trained))
+    benchmark(epoch_end.gram_products(trained))
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_torch_spectra(benchmark, model, trained):
     benchmark.group = f"epoch end, {model}"
-    benchmark(speed_epoch_end.torch_spectra(trained))
+    benchmark(epoch_end.torch_spectra(trained))
 
 
 @pytest.mark.parametrize("model", ["resnet14-digits"])
@@ -71,7 +71,7 @@ def test_spectra(benchmark, model, backend, trained, monkeypatch):
     benchmark.group = f"spectra, {model}"
     monkeypatch.setenv("RMSGD_BACKEND", backend)
     measure = backends.backend_for(torch.device("cpu")).measure
-    benchmark(measure, speed_epoch_end.spectra(trained))
+    benchmark(measure, epoch_end.spectra(trained))
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -1,9 +1,11 @@
 """`python -m bench gate`: what it decides, how sure it is, what it counts, and what it refuses."""
 
+import ast
 import io
 import json
 import math
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -534,13 +536,13 @@ def test_a_target_that_is_none_is_status_2(their_project, capsys, target, messag
 
 
 def test_a_step_and_its_control_share_their_tensors(monkeypatch):
-    make, made = cases.peers.make, []
+    made = []
 
-    def remembered(*given, **settings):
-        made.append(make(*given, **settings))
-        return made[-1]
+    def remembered(make):
+        return lambda *given, **settings: made.append(make(*given, **settings)) or made[-1]
 
-    monkeypatch.setattr(cases.peers, "make", remembered)
+    monkeypatch.setattr(cases.rmsgd, "RMSGD", remembered(rmsgd.RMSGD))
+    monkeypatch.setattr(cases, "sgd", remembered(cases.sgd))
     cases.steps("resnet14-digits")
     ours, theirs = made
     for p in ours.param_groups[0]["params"]:
@@ -612,6 +614,28 @@ def test_a_revision_is_built_and_held_against_this_one(capsys):
     result = json.loads(capsys.readouterr().out)
     assert {figure["name"] for figure in result["figures"]} == {"step", "step-many-tensors", "epoch-end"}
     assert not list(Path(ROOT).glob(".git/worktrees/there*"))
+
+
+FILES = """
+import sys
+import bench.gate.cases, bench.gate.counts
+for name, module in sys.modules.items():
+    if name.split(".")[0] == "bench" and module.__file__:
+        print(module.__file__)
+"""
+
+
+def test_a_process_asks_another_revision_only_for_what_old_ones_have_too():
+    files = subprocess.check_output([sys.executable, "-c", FILES], cwd=ROOT, text=True).splitlines()
+    found = set()
+    for file in files:
+        for node in ast.parse(Path(file).read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module)
+            elif isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+    of_rmsgd = {name for name in found if name.split(".")[0] == "rmsgd"}
+    assert of_rmsgd == {"rmsgd", "rmsgd.backends.base", "rmsgd.layers"}
 
 
 def test_a_process_that_fails_says_why(tmp_path):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bench import noise_search, probe_speed, readme, spectrum, speed, speed_epoch_end, split
+from bench.epoch_end import gram_products, spectra
 from bench.networks import OneLinear, network
-from bench.speed_epoch_end import gram_products, spectra
 from bench.weights import make_trained_like
 
 

@@ -27,7 +27,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import rmsgd
-from bench.speed_epoch_end import spectra
+from bench.epoch_end import spectra
 from rmsgd.layers import unfoldings
 from rmsgd.optim.distributed import Ranks, split
 

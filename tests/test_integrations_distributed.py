@@ -13,7 +13,7 @@ from torch import nn
 from trainers import EPOCHS, SAMPLES, HfModel, import_torchvision, lit_model, lit_trainer, network
 
 import rmsgd
-from bench.speed_epoch_end import spectra
+from bench.epoch_end import spectra
 from rmsgd.integrations import unwrap
 
 MATRICES = len(spectra(network()))

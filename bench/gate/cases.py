@@ -11,7 +11,7 @@ import torch
 from torch.nn import Parameter
 
 import rmsgd
-from bench import peers, speed_epoch_end
+from bench import epoch_end
 from bench.measure import seconds_per_call
 from bench.models import build
 from bench.weights import make_trained_like
@@ -41,9 +41,9 @@ def standard() -> dict[str, Call]:
         "copy": lambda: copy.copy_(weights),
         "step-many-tensors": step_many,
         "sgd-many-tensors": sgd_step_many,
-        "epoch-end": speed_epoch_end.epoch_end(network),
-        "spectra": speed_epoch_end.torch_spectra(network),
-        "gram": speed_epoch_end.gram_products(network),
+        "epoch-end": epoch_end.epoch_end(network),
+        "spectra": epoch_end.torch_spectra(network),
+        "gram": epoch_end.gram_products(network),
     }
     for name, share in slowed().items():
         cases[name] = slower(cases[name], share)
@@ -59,7 +59,8 @@ def steps(model: str) -> tuple[Call, Call]:
     network = build(model)
     for p in network.parameters():
         p.grad = 1e-6 * torch.randn_like(p)
-    ours, theirs = (peers.make(name, network.named_parameters(), lr=1e-6) for name in ("rmsgd", "sgd-fused"))
+    settings: dict[str, Any] = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
+    ours, theirs = (make(network.named_parameters(), **settings) for make in (rmsgd.RMSGD, sgd))
     for optimizer in (ours, theirs):
         optimizer.step()  # the first makes the momentum
     for p in network.parameters():
@@ -89,7 +90,9 @@ def slower(call: Call, share: float) -> Call:
 SGD_OPTIONS = {"lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"}
 
 
-def sgd(parameters: Iterable[Parameter], **settings: Any) -> torch.optim.SGD:
+def sgd(
+    parameters: Iterable[Parameter] | Iterable[tuple[str, Parameter]], **settings: Any
+) -> torch.optim.SGD:
     """Fused SGD with those of RMSGD's settings that it knows."""
     known = {name: value for name, value in settings.items() if name in SGD_OPTIONS}
     return torch.optim.SGD(parameters, **known, fused=True)

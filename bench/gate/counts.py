@@ -9,8 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rmsgd
+from bench.epoch_end import STAGES
 from bench.models import build
-from bench.speed_epoch_end import STAGES
 from bench.weights import make_trained_like
 from rmsgd import backends
 from rmsgd.backends.base import STAGE
