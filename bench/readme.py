@@ -328,7 +328,14 @@ def _cost(rows: list[dict[str, Any]]) -> str:
 
     return _markdown(
         ["what it costs", "time", "ratio [95 %]"],
-        [[row["what"], text(row["seconds"]), _interval(row["ratio"])] for row in rows],
+        [
+            [
+                row["what"],
+                text(row["seconds"]),
+                _interval(row["ratio"], ".2f" if row["ratio"]["median"] < 10 else ".1f"),
+            ]
+            for row in rows
+        ],
     )
 
 
