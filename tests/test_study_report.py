@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from scipy import stats
 from bench import measure, models
 from bench.__main__ import main
 from bench.locks import locked
-from bench.study import command, fit, part_plots, parts, report, tuning
+from bench.study import command, fit, part_plots, parts, report, table, tuning
 from bench.study import plots as figures
 from bench.study.config import RunConfig, sorted_settings
 from bench.study.experiments import EXPERIMENTS, experiment, small
@@ -812,3 +813,36 @@ def test_minutes_that_no_run_was_given_are_said_to_be_unknown_to_the_report(tmp_
     arguments = ["study", "report", "cifar10-gpu", "--preset", "small", "--minutes", "1"]
     assert main([*arguments, "--out", str(tmp_path)]) == 2
     assert "knows of no such runs" in capsys.readouterr().err
+
+
+# --- What was measured on CIFAR-10
+
+
+RECORDS = Path(__file__).parents[1] / "bench" / "results" / "cifar10-small.csv"
+
+
+def test_the_records_of_cifar_10_are_small_and_have_all_seeds_of_the_main_table():
+    assert RECORDS.stat().st_size < 1_000_000
+    known = table.read(RECORDS)
+    judged = [record for record in known.values() if not record.config.holdout]
+    assert all(len(record.epochs) == record.config.epochs for record in judged)
+    main_part = [record for record in judged if record.config.measurements is None]
+    assert {len(mine) for mine in parts.grouped(main_part).values()} == {5}
+    assert {record.config.optimizer for record in known.values() if record.layers} == {"rmsgd", "sgd"}
+
+
+def test_the_report_of_cifar_10_comes_from_its_records_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(part_plots, "draw", lambda *arguments: [])
+    arguments = ["cifar10-small", "--records", str(RECORDS), "--out", str(tmp_path)]
+    assert main(["study", "report", *arguments]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "10,000 training images, 6 epochs, 5,000 test images" in said
+    assert "test accuracy of rmsgd cosine minus another's (%)" in said
+    assert "accuracy on the held-out part (%) by learning rate" in said
+
+
+def test_a_part_that_only_shares_the_runs_of_others_is_not_shown_again(tmp_path):
+    runs = seeds(tmp_path, RunConfig("resnet18", "cifar10", "sgd", schedule="constant"), (0.5, 0.6, 0.7))
+    records = read(tmp_path, runs)
+    shown = parts.with_own_runs({"main": records[:2], "rates": records[:1], "batches": records[1:]})
+    assert list(shown) == ["main", "batches"]

@@ -395,15 +395,17 @@ def _report(options: argparse.Namespace, console: Console) -> int:
             continue
         if experiment(name).scheduled:
             machine = machine or records[0].machine
-            ended_parts = {part: look(mine) for part, mine in by_part.items()}
-            content[name], tables = parts.tables(ended_parts, searches)
+            ended_parts = parts.with_own_runs({part: look(mine) for part, mine in by_part.items()})
+            searched = look([run for found in searches.values() for run in tuning.tried(found)])
+            content[name], tables = parts.tables(ended_parts, searches, searched)
             for shown in tables:
                 out.print(shown)
             if options.save_records:
-                kept = look([run for found in searches.values() for run in tuning.tried(found)])
-                written += _save(options.save_records, [*kept, *records], ended_parts)
+                written += _save(options.save_records, [*searched, *records], ended_parts)
             stem = options.out / "figures" / name
-            written += output.figures(partial(part_plots.draw, stem, ended_parts, searches), console)
+            written += output.figures(
+                partial(part_plots.draw, stem, ended_parts, searches, searched), console
+            )
             continue
         ended = {record.config.optimizer for record in records}
         if missing := dict.fromkeys(c.optimizer for c in configs if c.optimizer not in ended):

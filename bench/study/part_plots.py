@@ -25,7 +25,10 @@ COURSES = {"rate": "learning rate", "stable_rank": "stable rank", "condition_num
 
 
 def draw(
-    stem: Path, records: Mapping[str, Sequence[Record]], search: Mapping[str, tuning.Found]
+    stem: Path,
+    records: Mapping[str, Sequence[Record]],
+    search: Mapping[str, tuning.Found],
+    searched: Sequence[Record] = (),
 ) -> list[Path]:
     """Draws what the parts came to and returns the files.
 
@@ -33,6 +36,7 @@ def draw(
         stem: the files' names begin with it.
         records: part to its runs that have ended.
         search: variant to what the search over its rates came to.
+        searched: its runs, for the figure that compares networks, not optimizers.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -56,7 +60,8 @@ def draw(
         written.append(_measurements(named("measurements"), good["measurements"]))
     if "rates" in good:
         written.append(_rates(named("rates"), good["rates"]))
-    every = list({record.config: record for mine in good.values() for record in mine}.values())
+    trained = [*finished(searched), *(record for mine in good.values() for record in mine)]
+    every = list({record.config: record for record in trained}.values())
     if len(every) > 2:
         written += scatter(stem.with_name(f"{stem.name}-metrics"), every)
     return written

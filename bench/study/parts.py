@@ -73,6 +73,18 @@ def setting(config: RunConfig, name: str) -> float:
     return float({**peers.peer(config.optimizer).settings, **dict(config.settings)}[name])
 
 
+def with_own_runs(parts: Mapping[str, Sequence[Record]]) -> dict[str, Sequence[Record]]:
+    """The parts that have ended runs which no part before them has: the others would show nothing new."""
+    seen: set[RunConfig] = set()
+    kept = {}
+    for part, records in parts.items():
+        configs = {record.config for record in records}
+        if configs - seen:
+            kept[part] = records
+        seen |= configs
+    return kept
+
+
 # -- data ----------------------------------------------------------------------------------------------
 
 
@@ -248,13 +260,17 @@ def _bracketed(values: Sequence[float]) -> str:
 
 
 def tables(
-    parts: Mapping[str, Sequence[Record]], search: Mapping[str, tuning.Found]
+    parts: Mapping[str, Sequence[Record]],
+    search: Mapping[str, tuning.Found],
+    searched: Sequence[Record] = (),
 ) -> tuple[dict[str, Any], list[Table]]:
     """What the parts came to, as data and as tables.
 
     Args:
         parts: part to its runs that have ended.
         search: variant to what the search over its rates came to.
+        searched: its runs, which count where networks are compared, not optimizers: they are judged by
+            held-out images.
 
     """
     content: dict[str, Any] = {}
@@ -279,7 +295,8 @@ def tables(
         if part == "main":
             content[part]["comparisons"] = comparisons(records)
             shown += comparison_tables(content[part]["comparisons"])
-    everything = list({record.config: record for mine in parts.values() for record in mine}.values())
+    trained = [*searched, *(record for mine in parts.values() for record in mine)]
+    everything = list({record.config: record for record in trained}.values())
     if found := relations(everything):
         content["relations"] = found
         shown.append(relation_table(found))
