@@ -1,10 +1,13 @@
 """torch.compile of a training step: no graph break from us, no recompilation when rates change."""
 
+import warnings
+
 import pytest
 import torch
 from matrices import planted
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.optim import lr_scheduler as schedulers
 
 import rmsgd
 
@@ -136,26 +139,62 @@ def test_a_training_step_breaks_only_where_torch_does():
     assert reasons == ["Attempted to inline function marked as skipped", "Unsupported Tensor.backward() call"]
 
 
-def test_a_scheduler_does_not_recompile():
-    """A scheduler wraps ``step`` in a function that dynamo skips, whatever the optimizer: no full graph."""
-    model = network()
-    optimizer = rmsgd.RMSGD(model.parameters(), lr=0.03)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
-    backend = Counted()
+@pytest.mark.parametrize("compile_first", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda opt: schedulers.CosineAnnealingLR(opt, 10),
+        lambda opt: schedulers.OneCycleLR(opt, 0.1, total_steps=12),
+        lambda opt: schedulers.SequentialLR(
+            opt, [schedulers.LinearLR(opt, 0.1, total_iters=2), schedulers.ExponentialLR(opt, 0.9)], [2]
+        ),
+    ],
+    ids=["cosine", "one cycle", "sequential"],
+)
+def test_a_scheduler_breaks_no_graph_and_does_not_recompile(make, compile_first):
+    def run(backend):
+        model = network()
+        optimizer = rmsgd.RMSGD(model.parameters(), lr=0.03)
 
-    @torch.compile(backend=backend)
+        def step():
+            optimizer.step()
+
+        compiled = step if backend is None else torch.compile(step, backend=backend, fullgraph=True)
+        scheduler = None if compile_first else make(optimizer)
+        for t in range(8):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            compiled()
+            scheduler = scheduler or make(optimizer)
+            scheduler.step()
+            if t % 3 == 2:
+                optimizer.epoch_step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    backend = Counted()
+    assert all(map(torch.equal, run(backend), run(None)))
+    assert backend.count == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_scheduler_that_is_stepped_before_the_optimizer_is_warned_of_as_by_torch(compiled):
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = rmsgd.RMSGD([p])
+
     def step():
         optimizer.step()
 
-    counts = []
-    for _ in range(4):
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-        step()
+    step = torch.compile(step, backend="eager", fullgraph=True) if compiled else step
+    scheduler = schedulers.ExponentialLR(optimizer, 0.9)
+    with pytest.warns(UserWarning, match=r"`lr_scheduler.step\(\)` before `optimizer.step\(\)`"):
         scheduler.step()
-        optimizer.epoch_step()
-        counts.append(backend.count)
-    assert len(set(counts[1:])) == 1
+    scheduler = schedulers.ExponentialLR(optimizer, 0.9)
+    step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
 
 
 @pytest.mark.parametrize("name", ["aot_eager", "inductor"])

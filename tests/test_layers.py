@@ -102,6 +102,28 @@ def test_a_warning_says_when_there_is_no_layer_to_measure_unless_that_was_asked_
         rmsgd.RMSGD([{"params": nn.Linear(6, 5).parameters(), "probe": False}]).epoch_step()
 
 
+def epoch_ends_without_warning(optimizer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.epoch_step()
+
+
+def test_the_warning_comes_once_for_an_optimizer_and_not_for_one_of_biases_alone():
+    optimizer = rmsgd.RMSGD(nn.Linear(6, 5).parameters(), linear=False)
+    with pytest.warns(UserWarning, match="no layer is measured"):
+        optimizer.epoch_step()
+    epoch_ends_without_warning(optimizer)
+    for p in nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5)).parameters():  # an optimizer for each
+        epoch_ends_without_warning(rmsgd.RMSGD([p], lr=1e-3))
+
+
+def test_the_warning_comes_where_all_that_could_be_measured_is_frozen():
+    model = nn.Linear(6, 5)
+    model.weight.requires_grad_(False)
+    with pytest.warns(UserWarning, match="matrices that are trained$"):
+        rmsgd.RMSGD(model.parameters()).epoch_step()
+
+
 def test_a_shared_weight_counts_once():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     model[1].weight = model[0].weight

@@ -193,6 +193,7 @@ class RMSGD(Optimizer):
         self._own_states: list[State] = []
         self._measured: list[Measurement] | None = None
         self._named_for_large_rates: set[Tensor] = set()
+        self._warned_of_nothing_to_measure = False
 
     def _device_states_are_current(self) -> bool:
         """Whether groups, state, parameters and their memory are what the device states were made from."""
@@ -393,6 +394,7 @@ class RMSGD(Optimizer):
             copy.copy_(p)
 
     def _step(self) -> None:
+        self._opt_called = True
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         device_states = self._current_device_states()
@@ -412,8 +414,8 @@ class RMSGD(Optimizer):
     def epoch_step(self) -> None:
         """One epoch end: measure every layer and move its learning rate.
 
-        A layer whose weight holds a NaN or an Inf keeps its rate; a warning names it. Another says so if
-        there is no layer to measure, as under the first FSDP, which flattens parameters.
+        A layer whose weight holds a NaN or an Inf keeps its rate; a warning names it. Another says once
+        that there is no layer to measure, as under the first FSDP, which flattens parameters.
 
         On a GPU the work goes on beside whatever is asked of it next, and ``step`` waits for it. The few
         weights that take more than single precision are read once more by then: one that was written to
@@ -439,9 +441,8 @@ class RMSGD(Optimizer):
             for p in () if stands_still(group) else group["params"]:
                 self.state[p].update(epoch=epoch + 1, decay=decay * moved.decay)
         self._write_back(wait=False)
-        asked_for = any(group["probe"] and not stands_still(group) for group in self.param_groups)
-        if asked_for and not any(measurement.names for measurement in self._measured):
-            warnings.warn(_NOTHING_TO_MEASURE, stacklevel=3)
+        if not any(measurement.names for measurement in self._measured):
+            self._warn_of_nothing_to_measure(stacklevel=4)
         self._warn_of_large_rates([part for part in device_states if part.on_host], stacklevel=4)
         bad = [
             name
@@ -454,6 +455,19 @@ class RMSGD(Optimizer):
                 f"NaN or infinite weights in {', '.join(bad)}: not measured, the learning rate stays",
                 stacklevel=3,
             )
+
+    def _warn_of_nothing_to_measure(self, stacklevel: int) -> None:
+        """Say once that there is no layer to measure, where that may be a surprise.
+
+        It is none for an optimizer of biases alone, as where every parameter has an optimizer of its own.
+        """
+        asked = [g for g in self.param_groups if g["probe"] and not stands_still(g)]
+        parameters = [p for group in asked for p in group["params"]]
+        flat = any(getattr(p, "_fsdp_flattened", False) for p in parameters if is_trained(p))
+        surprising = flat or any(not is_trained(p) or p.ndim > 1 for p in parameters)
+        if surprising and not self._warned_of_nothing_to_measure:
+            self._warned_of_nothing_to_measure = True
+            warnings.warn(_NOTHING_TO_MEASURE + (_FLATTENED if flat else ""), stacklevel=stacklevel)
 
     def _warn_of_large_rates(self, device_states: Sequence[DeviceState], stacklevel: int) -> None:
         """Name the layers whose rate has grown tenfold, each of them once."""
@@ -500,10 +514,16 @@ class RMSGD(Optimizer):
         return Report(tuple(layer for _, layer in sorted(layers.items())))
 
 
+# A scheduler of torch's wraps an optimizer's step, to see that it is called first, in a function that
+# torch.compile does not look into. The mark says that this has been done: _step notes the call by itself. A
+# torch that knows no such mark wraps this step as any other.
+RMSGD.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
 _NOTHING_TO_MEASURE = (
     "no layer is measured, so every learning rate stays as it is: RMSGD measures convolutions and, unless "
-    "linear=False, matrices. FullyShardedDataParallel flattens them: use torch.distributed.fsdp.fully_shard"
+    "linear=False, matrices that are trained"
 )
+_FLATTENED = "; FullyShardedDataParallel has flattened them: use torch.distributed.fsdp.fully_shard"
 
 
 _LARGE_RATES = (
