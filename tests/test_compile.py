@@ -136,7 +136,9 @@ def test_a_training_step_breaks_only_where_torch_does():
     assert len(set(counts)) == 1
     reasons = sorted(reason.split("\n")[0] for reason in counters["graph_break"])
     # Optimizer.zero_grad is marked by torch as not to be traced, and so is Tensor.backward by default.
-    assert reasons == ["Attempted to inline function marked as skipped", "Unsupported Tensor.backward() call"]
+    assert len(reasons) == 2
+    assert "skip" in reasons[0]
+    assert "Tensor.backward" in reasons[1]
 
 
 @pytest.mark.parametrize("compile_first", [False, True])
