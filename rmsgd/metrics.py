@@ -27,7 +27,7 @@ class Metric:
     """Over the column of a table."""
     symbol: str
     formula: str
-    """In the shrunk singular values d_1 >= ... >= d_r of a matrix L x M, L <= M."""
+    """In the shrunk singular values d₁ >= ... >= dᵣ of a matrix L x M, L <= M."""
     meaning: str
     """What the number is, in three or four words, its unit among them."""
     range: str
@@ -68,7 +68,7 @@ STABLE_RANK = Metric(
     label="stable rank",
     heading="stable rank",
     symbol="s",
-    formula="sum of d_i^2 / (L d_1^2)",
+    formula="Σ dᵢ² / (L d₁²)",
     meaning="share of full rank",
     range="0 to 1",
     better="higher",
@@ -82,7 +82,7 @@ CONDITION_NUMBER = Metric(
     label="condition number",
     heading="condition",
     symbol="κ",
-    formula="1 - d_r / d_1",
+    formula="1 − dᵣ / d₁",
     meaning="1 − smallest/largest",
     range="0 to 1",
     better="lower",
@@ -132,7 +132,7 @@ NETWORK_QUALITY = Metric(
     label="Q of the network",
     heading="Q",
     symbol="Q",
-    formula="sum of q^2 / root of the number of layers",
+    formula="Σ q² / √layers",
     meaning="rad² √layers",
     range="0 to π²/4 √layers",
     better="higher",

@@ -8,6 +8,8 @@ matplotlib is imported when the first figure is drawn. Where it is missing, Modu
 which extra brings it.
 """
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, NamedTuple
@@ -134,7 +136,8 @@ def depth_colours(
         legend = figure.colorbar(scale, ax=axes, label="layer, from input to output", pad=0.02)
         legend.ax.set_ylim(0, last)
         ticks = np.unique(np.linspace(0, len(names) - 1, min(most, len(names))).round().astype(int))
-        legend.set_ticks(ticks, labels=[short_name(names[tick]) for tick in ticks])
+        labels = short_names(names)
+        legend.set_ticks(ticks, labels=[labels[tick] for tick in ticks])
         legend.ax.tick_params(labelsize=7)
     return list(scale.to_rgba(np.arange(len(names))))
 
@@ -157,13 +160,15 @@ def _label_ends(axes: Any, ends: Sequence[_End]) -> None:
             groups[-1][1].append(i)
         else:
             groups.append((heights[i], [i]))
+    names = short_names([end.name for end in ends])
     free = 1.0 + _LINE
     for height, members in groups:
         free = min(height, free - _LINE)
-        end = ends[min(members)]  # the first of the network
+        first = min(members)  # of the network
+        end = ends[first]
         more = f" and {len(members) - 1} more" if len(members) > 1 else ""
         axes.annotate(
-            short_name(end.name) + more,
+            names[first] + more,
             (1.0, height),
             (1.04, free),
             xycoords="axes fraction",
@@ -175,10 +180,48 @@ def _label_ends(axes: Any, ends: Sequence[_End]) -> None:
         )
 
 
-def short_name(name: str, most: int = 28) -> str:
-    """A layer's name for a label: its end, at most so many characters."""
-    name = name.removesuffix(".weight")
-    return name if len(name) <= most else "…" + name[1 - most :]
+def short_names(names: Sequence[str], most: int = 28) -> list[str]:
+    """Layers' names for labels, at most so many characters where that leaves different names different.
+
+    Of a long name the head, the tail and every number are kept, since numbers tell blocks apart, and what is
+    left out is "…". Names that would read alike are written in full.
+    """
+    plain = [name.removesuffix(".weight") for name in names]
+    short = [_shortened(name, most) for name in plain]
+    alike = {text for text, count in Counter(short).items() if count > 1}
+    return [
+        full if text in alike and plain.count(full) == 1 else name if text in alike else text
+        for name, full, text in zip(names, plain, short, strict=True)
+    ]
+
+
+def _shortened(name: str, most: int) -> str:
+    """A name without words of its middle and, if that is not enough, without the inside of its ends."""
+    parts = name.split(".")
+    words = [i for i in range(1, len(parts) - 1) if not parts[i].isdigit()]
+    text = name
+    for i in sorted(words, key=lambda i: abs(i - (len(parts) - 1) / 2)):  # from the middle outwards
+        if len(text) <= most:
+            break
+        parts[i] = "…"
+        text = _joined(parts)
+    if len(text) <= most:
+        return text
+    if len(parts) == 1:
+        parts = [name[: len(name) // 2], "…", name[len(name) // 2 :]]
+    between = _joined(["", *parts[1:-1], ""])
+    if most - len(between) < most // 3:
+        between = "…"
+    room = most - len(between)
+    head, tail = parts[0], parts[-1]
+    kept = min(len(tail), max(room - len(head), (room + 1) // 2))
+    head = head if len(head) <= room - kept else f"{head[: room - kept - 1]}…"
+    tail = tail if len(tail) == kept else f"…{tail[1 - kept :]}"
+    return re.sub("…+", "…", f"{head}{between}{tail}")
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return re.sub(r"\.?…[.…]*", "…", ".".join(parts))
 
 
 def _marker(values: npt.NDArray[np.float64]) -> str:

@@ -57,3 +57,38 @@ def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
 def test_importing_the_module_does_not_import_matplotlib():
     code = "import sys, rmsgd.plots; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- names ---------------------------------------------------------------------------------------
+
+DEEP = [
+    f"vision_model.encoder.blocks.{i}.mlp.experts.{j}.down_projection.weight"
+    for i in (1, 10, 11)
+    for j in (0, 3)
+]
+
+
+@pytest.mark.parametrize("most", [16, 28, 48])
+def test_short_names_keep_head_tail_and_numbers_and_stay_apart(most):
+    short = plots.short_names(DEEP, most)
+    assert len(set(short)) == len(DEEP)
+    for name, label in zip(DEEP, short, strict=True):
+        assert label.startswith("vi")
+        assert label.endswith("ion")
+        assert len(label) <= most or label == name.removesuffix(
+            ".weight"
+        )  # in full, where it would read alike
+    if most >= 28:
+        assert [re.findall(r"\d+", label) for label in short] == [re.findall(r"\d+", name) for name in DEEP]
+        assert all(len(label) <= most for label in short)
+
+
+def test_names_that_are_short_enough_are_not_cut():
+    assert plots.short_names(["conv1.weight", "layers.0.1.conv2.weight"]) == ["conv1", "layers.0.1.conv2"]
+
+
+def test_names_that_would_read_alike_are_written_in_full():
+    long = "a_module_without_any_dot_"
+    names = [f"{long}{c}{long}" for c in "xy"]
+    assert plots.short_names(names, 12) == names
+    assert plots.short_names(["fc.weight", "fc"]) == ["fc.weight", "fc"]

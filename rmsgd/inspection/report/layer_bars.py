@@ -15,7 +15,7 @@ import numpy as np
 
 from rmsgd.inspection.report.text import summary
 from rmsgd.metrics import SCALARS, LayerMetrics, Metric, measured
-from rmsgd.plots import DPI, PALETTE, blank, short_name
+from rmsgd.plots import DPI, PALETTE, blank, short_names
 
 _ROW = 0.15  # inches: a line of 7 points
 _TALLEST = 80.0  # inches: beyond it rows become thinner and only some are named
@@ -48,7 +48,7 @@ def draw_layers(layers: Sequence[LayerMetrics], path: str | os.PathLike[str]) ->
         axes.tick_params(axis="y", length=0)
         axes.tick_params(axis="x", labeltop=len(layers) > 60)
     name_rows(panels[0], [layer.name for layer in layers])
-    note = "; grey: empty low rank" if any(empty) else ""
+    note = "; grey: nothing stands out from the noise" if any(empty) else ""
     figure.suptitle(f"{summary(layers)}{note}", fontsize=10)
     figure.savefig(path, dpi=DPI)
 
@@ -67,5 +67,6 @@ def name_rows(axes: Any, names: Sequence[str]) -> None:
     """Layers from the top down, as many named as there is room for."""
     step = math.ceil(len(names) * _ROW / rows_height(len(names)))
     named = range(0, len(names), step)
-    axes.set_yticks(list(named), labels=[short_name(names[i], 48) for i in named], fontsize=7)
+    labels = short_names(names, 48)
+    axes.set_yticks(list(named), labels=[labels[i] for i in named], fontsize=7)
     axes.set_ylim(len(names) - 0.5, -0.5)

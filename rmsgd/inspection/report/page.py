@@ -24,7 +24,7 @@ from rmsgd.reference import shrink, threshold
 
 _POINTS = 200  # of a curve: what a chart of this size can show
 _CHUNK = 1 << 22  # entries turned to float64 at a time
-_WIDTH, _HEIGHT = 460, 200  # of a chart's plane, in px
+_WIDTH, _HEIGHT = 400, 200  # of a chart's plane, in px
 
 
 class Curve(NamedTuple):

@@ -17,7 +17,7 @@ from rmsgd.inspection.report.series import Series, comparable_name
 from rmsgd.layers import as_matrix, unfoldings
 from rmsgd.lowrank import evbmf
 from rmsgd.metrics import AVERAGED, NETWORK_QUALITY, QUALITY, LayerMetrics
-from rmsgd.plots import DPI, PALETTE, blank, short_name
+from rmsgd.plots import DPI, PALETTE, blank, short_names
 
 _SHOWN = (96, 192)  # entries of a matrix that are drawn
 _PARTS = 5  # checkpoints whose parts are drawn
@@ -138,26 +138,34 @@ def _draw_parts(
             )
             axes.set(xticks=[], yticks=[])
         share = 100 * float((low**2).sum()) / energy
-        panels[0, column].set_title(f"{label}: {share:.0f} % of energy", fontsize=7)
+        panels[0, column].set_title(f"{label}: low rank has {share:.0f} % of the energy", fontsize=7)
     panels[0, 0].set_ylabel("low rank")
     panels[1, 0].set_ylabel("noise")
     figure.colorbar(image, ax=panels, label="weight", pad=0.01)
-    figure.suptitle(
-        f"{short_name(name, 60)}: its first {rows} x {columns} entries, and the share of low rank", fontsize=9
-    )
+    subject = f"{short_names([name], 60)[0]} (the first {rows} x {columns} entries)"
+    figure.suptitle(f"Low rank and noise of {subject}", fontsize=9)
 
 
 def _draw_map(figure: Any, series: Series, names: Sequence[str], labels: Sequence[str]) -> None:
     """Quality over layers and checkpoints (the paper's Figure 1b)."""
+    from matplotlib.colors import PowerNorm
+
     axes = figure.subplots()
     values = series.values(QUALITY.name)
     axes.set_facecolor("0.85")  # shows where a layer was not measured
-    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+    # By the root: the few layers of high quality would leave all others in one dark shade.
+    scale = PowerNorm(0.5, vmin=0, vmax=float(np.nanmax(values)) or 1.0)
+    image = axes.imshow(values, aspect="auto", cmap="viridis", norm=scale, interpolation="nearest")
     name_rows(axes, names)
     _name_columns(axes, labels)
     gap = 0.15 / rows_height(len(names))  # of so many inches: matplotlib takes a share of the map's height
     figure.colorbar(
-        image, ax=axes, label=f"{QUALITY.label} ({QUALITY.meaning})", location="top", aspect=60, pad=gap
+        image,
+        ax=axes,
+        label=f"{QUALITY.label} of every layer ({QUALITY.meaning})",
+        location="top",
+        aspect=60,
+        pad=gap,
     )
 
 
@@ -178,8 +186,9 @@ def _most_changed(by_layer: dict[str, list[LayerMetrics | None]]) -> str:
 def _name_columns(axes: Any, labels: Sequence[str]) -> None:
     step = math.ceil(len(labels) / 12)
     named = range(0, len(labels), step)
-    longest = max(len(labels[i]) for i in named)
-    axes.set_xticks(list(named), labels=[short_name(labels[i], 24) for i in named], fontsize=7)
+    shown = short_names(labels, 24)
+    longest = max(len(shown[i]) for i in named)
+    axes.set_xticks(list(named), labels=[shown[i] for i in named], fontsize=7)
     axes.tick_params(axis="x", rotation=0 if longest * len(named) < 40 else 45)
     axes.set_xlabel("checkpoint")
 
