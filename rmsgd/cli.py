@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from io import TextIOWrapper
@@ -20,7 +21,8 @@ from rmsgd._version import __version__
 from rmsgd.backends.base import BackendUnavailable
 from rmsgd.extras import install_command
 from rmsgd.inspection.probing import Probing, usable_device
-from rmsgd.inspection.reading.checkpoints import TORCH_SUFFIXES, CheckpointError, checkpoint_files
+from rmsgd.inspection.reading.checkpoints import CHECKPOINT_SUFFIXES, checkpoint_files
+from rmsgd.inspection.reading.stored import CheckpointError
 from rmsgd.inspection.report.comparison import Comparison
 from rmsgd.inspection.report.comparison_table import comparison_table
 from rmsgd.inspection.report.layer_table import layer_table
@@ -77,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "paths",
         nargs="+",
         metavar="PATH",
-        help="a safetensors file, a torch file (state dict or training checkpoint), or a folder of shards",
+        help="a file (safetensors, torch's, TorchScript, NumPy, GGUF, ONNX), or a folder of shards",
     )
     probe.add_argument("--compare", action="store_true", help="two paths side by side, largest change first")
     probe.add_argument(
@@ -85,6 +87,28 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         metavar="PATTERN",
         help="only layers of this name: part of it, or a shell pattern such as '*.attn.*'; may be repeated",
+    )
+    probe.add_argument(
+        "--exclude",
+        action="append",
+        metavar="PATTERN",
+        help="no layers of this name: part of it, or a shell pattern; may be repeated",
+    )
+    probe.add_argument(
+        "--key",
+        metavar="NAME",
+        help="where in the checkpoint the network lies, such as model_ema, or keys with dots between "
+        "(default: it is looked for, and what else is there is said)",
+    )
+    probe.add_argument(
+        "--include-buffers",
+        action="store_true",
+        help="measure also what is taken for a mask, a positional table or another constant",
+    )
+    probe.add_argument(
+        "--merge-lora",
+        action="store_true",
+        help="measure also the product of every LoRA pair, as one more layer",
     )
     probe.add_argument("--device", help="where to measure: cpu, cuda, cuda:1 (default: cpu)")
     probe.add_argument("--json", action="store_true", help="write JSON, and nothing else, to stdout")
@@ -128,6 +152,7 @@ def _probe(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         result.to_csv(sys.stdout)
     elif table is not None:
         _console(sys.stdout).print(table)
+        _print_notes(paths, reports)
     if table is not None:
         try:
             _write_files(options, result)
@@ -135,6 +160,13 @@ def _probe(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             _complain(str(error))
             return max(code, FAILED)
     return code
+
+
+def _print_notes(paths: Sequence[str], reports: Sequence[Report]) -> None:
+    """Under a table: what there is to know of the checkpoints."""
+    for path, report in zip(paths, reports, strict=False):
+        for note in report.notes:
+            print(f"{printable(path)}: {printable(note)}")
 
 
 def _check_usage(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -166,7 +198,7 @@ def _check_usage(options: argparse.Namespace, parser: argparse.ArgumentParser) -
 
 def _is_checkpoint(target: str, paths: Sequence[str]) -> bool:
     """Whether a file is one of those that the paths are read from, by whatever name, or is named like one."""
-    suffixes = (".safetensors", *TORCH_SUFFIXES, ".index.json")
+    suffixes = (*CHECKPOINT_SUFFIXES, ".index.json")
     if any(name.lower().endswith(suffixes) for name in (target, os.path.realpath(target))):
         return True
     files: list[Path] = []
@@ -203,13 +235,21 @@ def _measure_one(
     """The report of one path, empty where nothing could be read, and whether Ctrl-C cut it short."""
     report = Report(())
     try:
-        probing = Probing(path, filter=options.filter, device=options.device)
+        probing = Probing(
+            path,
+            filter=options.filter,
+            exclude=options.exclude,
+            key=options.key,
+            include_buffers=options.include_buffers,
+            merge_lora=options.merge_lora,
+            device=options.device,
+        )
         try:
             probing.run(progress)
         finally:
-            report = Report(probing.layers, probing.errors)
+            report = Report(probing.layers, probing.errors, probing.notes)
     except ValueError as error:
-        return Report(report.layers, (*report.errors, *str(error).splitlines())), False
+        return replace(report, errors=(*report.errors, *str(error).splitlines())), False
     except KeyboardInterrupt:
         return report, True
     return report, False
@@ -236,11 +276,11 @@ def _write_files(options: argparse.Namespace, result: _Result) -> None:
     if options.plot and isinstance(result, Report):
         result.plot(options.plot)
     if options.plot and isinstance(result, Series):
-        plot_series(result, options.plot, options.layer)
+        plot_series(result, options.plot, options.layer, options.key)
     if options.html and isinstance(result, Report):
         with _progress_bar() as bar:
             task = bar.add_task("spectra", total=1)
-            write_page(result, options.paths[0], options.html, partial(_advance, bar, task, 0))
+            write_page(result, options.paths[0], options.html, partial(_advance, bar, task, 0), options.key)
 
 
 # -- doctor --------------------------------------------------------------------------------------

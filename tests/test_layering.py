@@ -16,6 +16,7 @@ LAYERS = [
     ["rmsgd.backends", "rmsgd.rules"],
     ["rmsgd.lowrank", "rmsgd.metrics", "rmsgd.plots"],
     ["rmsgd.inspection.reading"],
+    ["rmsgd.inspection.weights"],
     ["rmsgd.inspection.probing"],
     ["rmsgd.inspection", "rmsgd.inspection.report"],
     ["rmsgd.optim"],

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from rmsgd.backends import backend_for
-from rmsgd.inspection.reading.checkpoints import CheckpointError
 from rmsgd.inspection.reading.sources import open_source
-from rmsgd.inspection.reading.stored import NotMeasurableError, StoredTensor, is_plain
+from rmsgd.inspection.reading.stored import CheckpointError, NotMeasurableError, StoredTensor, plain_numbers
+from rmsgd.inspection.weights.constants import constant_by_name, constant_by_value
+from rmsgd.inspection.weights.effective import effective_weights, lora_products
 from rmsgd.layers import SUPPORTED_DTYPES, Unfolding, unfoldings
 from rmsgd.metrics import LayerMetrics
 
@@ -33,17 +34,27 @@ class Probing:
         source: ProbeSource,
         *,
         filter: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        key: str | None = None,
+        include_buffers: bool = False,
+        merge_lora: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         self._device = None if device is None else usable_device(device)
-        opened = open_source(source)
+        self._include_buffers = include_buffers
+        opened = open_source(source, key)
         self._errors = list(opened.errors)
-        self._stored = {stored.name: stored for stored in opened.tensors}
-        layers = [stored for stored in opened.tensors if stored.skip or len(stored.shape) > 1]
-        self._layers = [stored for stored in layers if matches(stored.name, filter)]
+        self.notes = opened.notes
+        tensors = effective_weights(opened)
+        products = lora_products(tensors)
+        self._stored = {stored.name: stored for stored in (*tensors, *products)}
+        listed = [*tensors, *products] if merge_lora else tensors
+        layers = [stored for stored in listed if stored.skip or len(stored.shape) > 1]
+        wanted = [stored for stored in layers if matches(stored.name, filter)]
+        self._layers = [stored for stored in wanted if exclude is None or not matches(stored.name, exclude)]
         self._results: dict[int, LayerMetrics] = {}
         if not self._layers:
-            raise CheckpointError(_nothing(source, opened.tensors, layers, filter))
+            raise CheckpointError(_nothing(source, opened.tensors, layers, wanted, filter, exclude))
 
     def run(self, progress: Callable[[float], object] | None = None) -> None:
         """Measure everything; may be interrupted by an exception and is then not to be run again."""
@@ -90,21 +101,21 @@ class Probing:
         stored = self._stored[name]
         if stored.skip:
             raise NotMeasurableError(stored.skip)
-        if stored_as := _scales_of(name, self._stored):
-            raise NotMeasurableError(f"scales of {stored_as}")
         _check_shape(stored.shape)
         weight = _check_numbers(stored.read())
-        if weight.dtype not in SUPPORTED_DTYPES:  # 8 bits
+        if weight.dtype not in SUPPORTED_DTYPES:  # floats of 8 bits
             weight = weight.float()
-            scale = next((self._stored[n] for n in _scale_names(name) if n in self._stored), None)
-            if scale is not None:
-                weight = apply_scale(weight, _scale_numbers(scale.read()).to(weight))
         return weight if self._device is None else weight.to(self._device)
 
     def _weight(self, index: int, stored: StoredTensor) -> Tensor | None:
         """The weight of a layer; None with an entry in the results where there is none."""
         try:
-            return self.weight(stored.name)
+            if not self._include_buffers and (reason := constant_by_name(stored)):
+                raise NotMeasurableError(stored.skip or reason)
+            weight = self.weight(stored.name)
+            if not self._include_buffers and (reason := constant_by_value(stored, weight)):
+                raise NotMeasurableError(reason)
+            return weight
         except NotMeasurableError as reason:
             self._results[index] = LayerMetrics.skip(stored.name, stored.shape, str(reason))
         except CheckpointError as error:
@@ -152,42 +163,17 @@ def matches(name: str, patterns: str | Sequence[str] | None) -> bool:
     )
 
 
-def apply_scale(weight: Tensor, scale: Tensor) -> Tensor:
-    """What an 8-bit weight stands for: times its scale, one for all, per row, or per block.
-
-    Raises:
-        NotMeasurableError: the scale's shape fits no such blocks.
-    """
-    if scale.numel() == 1:
-        return weight * scale.reshape(())
-    if scale.ndim == weight.ndim and scale.numel():
-        for d, (size, blocks) in enumerate(zip(weight.shape, scale.shape, strict=True)):
-            block = _block(size, blocks)
-            if block is None:
-                break
-            scale = scale.repeat_interleave(block, d).narrow(d, 0, size)
-        else:
-            return weight * scale
-    raise NotMeasurableError(f"8-bit values with scales of shape {tuple(scale.shape)}, which fit no blocks")
-
-
-def _block(size: int, blocks: int) -> int | None:
-    """How many of ``size`` entries have a scale in common where there are ``blocks`` scales; None: no number.
-
-    Formats have blocks of 16, 32 or 128, of which the last may be a part: 576 rows have 5 scales.
-    """
-    powers = [2**k for k in range(8)]
-    equal = [size // blocks] if size % blocks == 0 else []
-    return next((block for block in powers + equal if -(-size // block) == blocks), None)
-
-
 def _nothing(
     source: object,
     tensors: Sequence[StoredTensor],
     layers: Sequence[StoredTensor],
+    wanted: Sequence[StoredTensor],
     patterns: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
 ) -> str:
     what = os.fspath(source) if isinstance(source, str | os.PathLike) else f"this {type(source).__name__}"
+    if wanted:
+        return f"{what}: every layer's name matches {exclude!r}, which is excluded (of {len(wanted)} layers)"
     if layers:
         return f"{what}: no layer's name matches {patterns!r} (of {len(layers)} layers)"
     if tensors:
@@ -210,50 +196,9 @@ def _check_shape(shape: Sequence[int]) -> None:
         raise NotMeasurableError("a single row or column has no spectrum")
 
 
-def _scale_numbers(scale: Tensor) -> Tensor:
-    """The tensor itself, if it can be what a weight is multiplied by."""
-    try:
-        return _check_memory(scale)
-    except NotMeasurableError as reason:
-        raise NotMeasurableError(f"8-bit values whose scales are {reason}") from None
-
-
 def _check_numbers(tensor: Tensor) -> Tensor:
     """The tensor itself, if its memory holds the weight's numbers."""
     kind = str(tensor.dtype).removeprefix("torch.")
-    if _check_memory(tensor).dtype not in SUPPORTED_DTYPES and not re.match(r"float8_e[45]", kind):
+    if plain_numbers(tensor).dtype not in SUPPORTED_DTYPES and not re.match(r"float8_e[45]", kind):
         raise NotMeasurableError(f"{kind}: quantised or packed weights, or indices")
     return tensor
-
-
-def _check_memory(tensor: Tensor) -> Tensor:
-    """The tensor itself, if its memory holds real numbers, one for each entry."""
-    kind = str(tensor.dtype).removeprefix("torch.")
-    if not is_plain(tensor):
-        raise NotMeasurableError(f"a {type(tensor).__name__}, not a plain tensor")
-    if tensor.is_quantized or tensor.layout != torch.strided:
-        what = kind if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
-        raise NotMeasurableError(f"{what}: quantised, packed or sparse storage")
-    if tensor.is_complex():
-        raise NotMeasurableError(f"{kind}: not real")
-    if tensor.is_meta:
-        raise NotMeasurableError("on the meta device: a shape without values")
-    return tensor
-
-
-# -- the scales of weights stored in 8 bits ------------------------------------------------------
-
-
-def _scale_names(name: str) -> tuple[str, str]:
-    return f"{name}_scale_inv", f"{name}_scale"
-
-
-def _scales_of(name: str, names: Mapping[str, object]) -> str | None:
-    """The weight that the tensor of this name holds the scales of, if it is one."""
-    match = re.fullmatch(r"(.+)_scale(?:_inv)?|(.*)scales", name)
-    if not match:
-        return None
-    for weight in (match[1], f"{match[1]}_packed") if match[1] else (f"{match[2]}qweight",):
-        if weight in names:
-            return weight
-    return None

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from safetensors.torch import save as save_safetensors
 
-from rmsgd.inspection.reading.checkpoints import CheckpointError, open_checkpoint
-from rmsgd.inspection.reading.stored import NotMeasurableError
+from rmsgd.inspection.reading.checkpoints import open_checkpoint
+from rmsgd.inspection.reading.stored import CheckpointError, NotMeasurableError
 
 SECONDS = 20
 """After which a file that is still being read counts as a hang."""

@@ -2,25 +2,42 @@
 
 import json
 import os
-import pickle
 import re
-import warnings
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rmsgd.inspection.reading.stored import Source, StoredTensor, find_weights, stored_tensors
+from rmsgd.inspection.reading.file_format import Beginning, FileFormat, OpenFile
+from rmsgd.inspection.reading.formats import FORMATS
+from rmsgd.inspection.reading.natural_order import natural_order
+from rmsgd.inspection.reading.networks import find_network
+from rmsgd.inspection.reading.stored import (
+    CheckpointError,
+    NotMeasurableError,
+    Source,
+    StoredTensor,
+    mark_tied,
+)
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+
+CHECKPOINT_SUFFIXES = tuple(suffix for format_ in FORMATS for suffix in format_.suffixes)
+"""What the names of files end in that are read."""
 
 SETTINGS = "training_args.bin"
 """What a Hugging Face Trainer calls its pickled settings: code, beside the weights of every checkpoint."""
 
+MODEL_SETTINGS = ("config.json", "quantize_config.json", "quant_config.json")
+"""Where a model's folder says how its weights are packed."""
+
+_MOST_SETTINGS = 16 << 20
 _MOST_MISSING = 1000
 """Missing shards that are named one by one."""
 
@@ -28,17 +45,13 @@ RESIDENT_BYTES = 64 << 20
 """Read from mapped files before they are let go: until then, what was read counts as resident."""
 
 
-class CheckpointError(ValueError):
-    """A checkpoint, or a part of one, that cannot be read: one line, what and where."""
-
-
-def open_checkpoint(path: str | os.PathLike[str]) -> Source:
-    """The tensors of a safetensors file, a torch file, or a folder of shards.
+def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Source:
+    """The tensors of a checkpoint file of any known format, or of a folder of shards.
 
     Formats are told by content, not by suffix. Of a folder, the shards that an index names
     ("*.index.json") are taken, else all its safetensors files, else all its torch files but a Trainer's
     settings. Torch files hold their order; safetensors files do not, and are put in natural order (layer
-    2 before 10).
+    2 before 10). Which network of a file is taken, ``networks.find_network`` says.
 
     What cannot be read of a folder is among the source's errors, and the rest is still there.
 
@@ -49,7 +62,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Source:
     opened: list[_File] = []
     for file in files:
         try:
-            opened.append(_open(file))
+            opened.append(_open(file, file, key))
         except CheckpointError as error:
             errors.append(str(error))
     if errors and not opened:
@@ -80,14 +93,91 @@ def checkpoint_files(path: str | os.PathLike[str]) -> tuple[list[Path], list[str
     raise CheckpointError(f"{here}: no such file or folder")
 
 
-class _File(Protocol):
-    """An open checkpoint file."""
+# -- files ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _File:
+    """An open file, with the tensors of the network that is taken of it."""
 
     path: Path
+    tensors: Sequence[StoredTensor]
+    notes: tuple[str, ...]
+    metadata: Mapping[str, Any]
+    release: Callable[[], None]
 
-    def tensors(self) -> Sequence[StoredTensor]: ...
-    def release(self) -> None:
-        """Let go of what was mapped; it is mapped anew when it is needed."""
+
+def _open(path: Path, shown: Path, key: str | None) -> _File:
+    """Open a file. ``shown`` is what messages call it."""
+    try:
+        if path.is_fifo():
+            raise CheckpointError(f"{shown}: a pipe, and weights are read where they lie; save it to a file")
+        beginning = Beginning(path)
+    except OSError as error:
+        raise CheckpointError(f"{shown}: {error.strerror}") from None
+    if not beginning.bytes:
+        raise CheckpointError(f"{shown}: empty file")
+    format_ = _format_of(beginning, shown)
+    if format_.unpack is not None:
+        return _unpack(path, shown, key, format_)
+    if format_.open is None:
+        advice = f"; {format_.advice}" if format_.advice else ""
+        raise CheckpointError(f"{shown}: {format_.name}, which is not read{advice}")
+    with _reading(shown, f"not a complete {_without_article(format_.name)}"):
+        opened = format_.open(path)
+    with _reading(shown, "not a state dict"):
+        return _file(shown, opened, key)
+
+
+def _format_of(beginning: Beginning, shown: Path) -> FileFormat:
+    """The format by content, else by suffix.
+
+    Raises:
+        CheckpointError: it is of none.
+    """
+    for format_ in FORMATS:
+        if format_.is_this(beginning):
+            return format_
+    what = _what_else(beginning.bytes)
+    named = next((f for f in FORMATS if shown.name.lower().endswith(f.suffixes or ("/",))), None)
+    if named is None or what == "a text file":
+        wanted = f"not {named.name}" if named else "none of a checkpoint"
+        raise CheckpointError(f"{shown}: {what}, {wanted}")
+    return named
+
+
+def _file(path: Path, opened: OpenFile, key: str | None) -> _File:
+    tree = {"tensor": opened.tree} if isinstance(opened.tree, StoredTensor) else opened.tree
+    found = find_network(tree, key)
+    tensors = [
+        replace(stored, read=partial(_read, path, stored)) for stored in mark_tied(found.tensors.values())
+    ]
+    return _File(path, tensors, found.notes, opened.metadata, opened.release)
+
+
+def _read(path: Path, stored: StoredTensor) -> Tensor:
+    with _reading(path, f"{stored.name} cannot be read"):
+        return stored.read()
+
+
+def _unpack(path: Path, shown: Path, key: str | None, format_: FileFormat) -> _File:
+    """The file inside a compressed one, unpacked into a temporary file that goes with the tensors."""
+    assert format_.unpack is not None
+    if path != shown:
+        raise CheckpointError(f"{shown}: {format_.name} inside another")
+    temporary = tempfile.TemporaryDirectory(prefix="rmsgd-", ignore_cleanup_errors=True)
+    inner = Path(temporary.name) / "unpacked"
+    with _reading(shown, f"not a complete {_without_article(format_.name)}"), inner.open("wb") as target:
+        for block in format_.unpack(path):
+            target.write(block)
+    opened = _open(inner, shown, key)
+
+    def keep(read: Callable[[], Tensor], _: object = temporary) -> Tensor:
+        return read()
+
+    return replace(
+        opened, tensors=[replace(x, read=partial(keep, x.read, temporary)) for x in opened.tensors]
+    )
 
 
 def _join(files: Sequence[_File], errors: list[str]) -> Source:
@@ -107,7 +197,7 @@ def _join(files: Sequence[_File], errors: list[str]) -> Source:
     origin: dict[str, Path] = {}
     tensors = []
     for file in files:
-        for stored in file.tensors():
+        for stored in file.tensors:
             if stored.name in origin:
                 if len(stored.shape) < 2:
                     continue  # no layer: a random state, which every process of a training has saved
@@ -117,9 +207,25 @@ def _join(files: Sequence[_File], errors: list[str]) -> Source:
                 )
                 break
             origin[stored.name] = file.path
-            read = partial(read_bounded, stored.read)
-            tensors.append(StoredTensor(stored.name, stored.shape, read, stored.skip))
-    return Source(tuple(tensors), tuple(errors))
+            tensors.append(replace(stored, read=partial(read_bounded, stored.read)))
+    notes = dict.fromkeys(note for file in files for note in file.notes)
+    settings = {key: value for file in files for key, value in file.metadata.items()}
+    for folder in {file.path.parent: None for file in files}:
+        settings.update(_settings_in(folder))
+    return Source(tuple(tensors), tuple(errors), tuple(notes), settings)
+
+
+def _settings_in(folder: Path) -> dict[str, Any]:
+    """What a model's folder says of it; nothing where it says nothing that can be read."""
+    settings: dict[str, Any] = {}
+    for name in MODEL_SETTINGS:
+        file = folder / name
+        try:
+            if file.is_file() and file.stat().st_size <= _MOST_SETTINGS:
+                settings[name] = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+    return settings
 
 
 # -- folders -------------------------------------------------------------------------------------
@@ -142,7 +248,9 @@ def _of_folder(folder: Path) -> tuple[list[Path], list[str]]:
         )
     if not files:
         suffixes = ", ".join((".safetensors", *TORCH_SUFFIXES))
-        raise CheckpointError(f"{folder}: no checkpoint in this folder (none of {suffixes})")
+        others = [p.name for p in entries if p.name.endswith(CHECKPOINT_SUFFIXES)]
+        instead = f"; give the file itself ({others[0]})" if others else ""
+        raise CheckpointError(f"{folder}: no checkpoint in this folder (none of {suffixes}){instead}")
     return files, _missing_by_number(files)
 
 
@@ -179,139 +287,7 @@ def _of_index(index: Path) -> tuple[list[Path], list[str]]:
     return files, errors
 
 
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """Sorting key under which numbers inside names, however long, count as numbers."""
-    parts = [(part.lstrip("0"), part.isdecimal()) for part in re.split(r"(\d+)", name)]
-    return [(len(part) if number else -1, part) for part, number in parts]
-
-
-# -- files ---------------------------------------------------------------------------------------
-
-
-def _open(path: Path) -> _File:
-    try:
-        if path.is_fifo():
-            raise CheckpointError(f"{path}: a pipe, and weights are read where they lie; save it to a file")
-        with path.open("rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    if not head:
-        raise CheckpointError(f"{path}: empty file")
-    if path.suffix == ".safetensors" or head[8:9] == b"{":
-        return _SafetensorsFile(path, head)
-    if head.startswith(b"PK\x03\x04"):
-        return _TorchFile(path, mapped=True)
-    if head.startswith(b"\x80"):
-        return _TorchFile(path, mapped=False)
-    raise CheckpointError(f"{path}: {_what_else(head)}, neither a safetensors nor a torch file")
-
-
-def _what_else(head: bytes) -> str:
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer (run git lfs pull)"
-    for magic, name in ((b"\x89HDF", "an HDF5"), (b"GGUF", "a GGUF"), (b"\x93NUMPY", "a NumPy")):
-        if head.startswith(magic):
-            return f"{name} file"
-    try:
-        # A character may be cut at the end of what was read.
-        head[:-4].decode("utf-8") if len(head) > 4 else head.decode("utf-8")
-    except UnicodeDecodeError:
-        return "an unknown format"
-    return "an unknown format" if b"\0" in head else "a text file"
-
-
-class _SafetensorsFile:
-    def __init__(self, path: Path, head: bytes) -> None:
-        self.path = path
-        self._handle: Any = None
-        try:
-            self._map()
-        except CheckpointError:
-            if _what_else(head) != "an unknown format":
-                raise CheckpointError(f"{path}: {_what_else(head)}, not a safetensors file") from None
-            raise
-
-    def _map(self) -> Any:
-        if self._handle is None:
-            import safetensors
-
-            with _reading(self.path, "not a complete safetensors file"):
-                self._handle = safetensors.safe_open(self.path, framework="pt")  # type: ignore[no-untyped-call]
-        return self._handle
-
-    def tensors(self) -> Sequence[StoredTensor]:
-        handle = self._map()
-        return [
-            StoredTensor(name, tuple(handle.get_slice(name).get_shape()), partial(self._read, name))
-            for name in sorted(handle.keys(), key=natural_order)
-        ]
-
-    def _read(self, name: str) -> Tensor:
-        with _reading(self.path, f"{name} cannot be read"):
-            tensor: Tensor = self._map().get_tensor(name)
-        return tensor
-
-    def release(self) -> None:
-        self._handle = None
-
-
-class _Inert:
-    """Stands where a checkpoint names what is not a weight: it takes anything and does nothing."""
-
-    def __init__(self, *_: object) -> None: ...
-
-    def __setstate__(self, state: object) -> None: ...
-
-
-# Found in many training checkpoints beside the weights: a best accuracy, a random state, arguments.
-_BESIDE_WEIGHTS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (_Inert, name)
-    for name in (
-        "argparse.Namespace",
-        "numpy.dtype",
-        "numpy.ndarray",
-        "numpy.core.multiarray.scalar",
-        "numpy.core.multiarray._reconstruct",
-        "numpy._core.multiarray.scalar",
-        "numpy._core.multiarray._reconstruct",
-        "pathlib.Path",
-        "pathlib.PosixPath",
-        "pathlib._local.PosixPath",
-    )
-]
-
-
-class _TorchFile:
-    """A file of ``torch.save``. One of before torch 1.6 cannot be mapped and is held in memory."""
-
-    def __init__(self, path: Path, mapped: bool) -> None:
-        self.path = path
-        self._mapped = mapped
-        self._weights: dict[str, Tensor] | None = None
-        self._load()
-
-    def _load(self) -> dict[str, Tensor]:
-        if self._weights is None:
-            with _reading(self.path, "not a complete torch file"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of pickle protocols and TorchScript: errors follow
-                with torch.serialization.safe_globals(_BESIDE_WEIGHTS):
-                    content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
-            if isinstance(content, Tensor):
-                content = {"tensor": content}
-            with _reading(self.path, "not a state dict"):
-                self._weights = find_weights(content) if isinstance(content, Mapping) else {}
-        return self._weights
-
-    def tensors(self) -> Sequence[StoredTensor]:
-        return list(stored_tensors(self._load(), self._read))
-
-    def _read(self, name: str) -> Tensor:
-        return self._load()[name]
-
-    def release(self) -> None:
-        if self._mapped:
-            self._weights = None
+# -- messages ------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -319,20 +295,33 @@ def _reading(path: Path, what: str) -> Iterator[None]:
     """Turns whatever a reader raises into one line: the file, ``what`` is wrong, the reader's reason."""
     try:
         yield
+    except NotMeasurableError:
+        raise
     except Exception as error:
         raise CheckpointError(f"{path}: {_explain(error, what)}") from None
 
 
 def _explain(error: Exception, what: str) -> str:
-    text = re.sub(r"^\[enforce fail at [^]]*\] \. ", "", str(error).strip())
-    if isinstance(error, pickle.UnpicklingError):
-        code = re.search(r"GLOBAL (\S+)", text)
-        if code:
-            return f"refused: it holds code ({code[1]}), not only weights; save model.state_dict() instead"
-        return "refused: a pickle that torch did not write"
-    if "TorchScript archive" in text:
-        return "refused: a TorchScript archive holds code; save model.state_dict() instead"
+    text = str(error).strip()
+    if isinstance(error, CheckpointError) and text.startswith(("refused", "no weights")):
+        return text
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename else f"{what} ({error.strerror})"
     reason = text.splitlines()[0] if text else type(error).__name__
-    return f"{what} ({reason.split('. ')[0]})"
+    return f"{what} ({reason if isinstance(error, CheckpointError) else reason.split('. ')[0]})"
+
+
+def _without_article(name: str) -> str:
+    return name.partition(" ")[2]
+
+
+def _what_else(head: bytes) -> str:
+    """What a file is that no format knows."""
+    if head.startswith(b"PK\x03\x04"):
+        return "a zip archive that is cut short"
+    try:
+        # A character may be cut at the end of what was read.
+        head[:-4].decode("utf-8") if len(head) > 4 else head.decode("utf-8")
+    except UnicodeDecodeError:
+        return "an unknown format"
+    return "an unknown format" if b"\0" in head else "a text file"

@@ -54,8 +54,9 @@ def write_page(
     source: ProbeSource,
     path: str | os.PathLike[str],
     progress: Callable[[float], object] | None = None,
+    key: str | None = None,
 ) -> None:
-    """Write the page of a report. ``source`` is what was probed: its spectra are computed anew.
+    """Write the page of a report. ``source`` and ``key`` are what was probed: its spectra are computed anew.
 
     Raises:
         ModuleNotFoundError: jinja2 is not installed.
@@ -65,7 +66,7 @@ def write_page(
     except ImportError as error:
         message = f"the page needs jinja2: {install_command('plot')}"
         raise ModuleNotFoundError(message, name="jinja2") from error
-    probing = Probing(source)
+    probing = Probing(source, key=key)
     rows = []
     for index, layer in enumerate(report.measured):
         rows.append((layer, _sort_keys(index, layer), charts(layer, probing.weight(layer.name))))
@@ -89,6 +90,7 @@ def write_page(
         rows=rows,
         skipped=[layer for layer in report.layers if layer.skipped is not None],
         errors=report.errors,
+        notes=report.notes,
         metrics=METRICS,
         explained=(*METRICS, NETWORK_QUALITY),
         largest=largest,

@@ -17,6 +17,8 @@ class Report:
     layers: tuple[LayerMetrics, ...]
     errors: tuple[str, ...] = ()
     """What could not be read, one line each: the layers are the rest."""
+    notes: tuple[str, ...] = ()
+    """What there is to know of the source, one line each: which of its networks was measured."""
 
     @property
     def measured(self) -> tuple[LayerMetrics, ...]:
@@ -32,7 +34,7 @@ class Report:
         return network_quality(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"quality", "layers": [fields]}``, ready for JSON; "errors" only where there are any.
+        """``{"quality", "layers": [fields]}``, ready for JSON; "errors" and "notes" where there are any.
 
         What is undefined is None, also the quality of a network of which no layer was measured.
         """
@@ -42,6 +44,8 @@ class Report:
         }
         if self.errors:
             content["errors"] = list(self.errors)
+        if self.notes:
+            content["notes"] = list(self.notes)
         return content
 
     def to_csv(self, path: str | os.PathLike[str] | TextIO) -> None:

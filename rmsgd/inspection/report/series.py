@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from rmsgd.inspection.reading.checkpoints import natural_order
+from rmsgd.inspection.reading.natural_order import natural_order
 from rmsgd.inspection.report.csv_table import layer_row, write_csv
 from rmsgd.inspection.report.report import Report
 from rmsgd.metrics import LayerMetrics

@@ -23,7 +23,9 @@ _SHOWN = (96, 192)  # entries of a matrix that are drawn
 _PARTS = 5  # checkpoints whose parts are drawn
 
 
-def plot_series(series: Series, path: str | os.PathLike[str], layer: str | None = None) -> None:
+def plot_series(
+    series: Series, path: str | os.PathLike[str], layer: str | None = None, key: str | None = None
+) -> None:
     """Draw quality over layers and checkpoints, the metrics' course, and one layer's parts, to a file.
 
     The parts are low rank and noise of ``layer``, read again from ``series.sources``, which must be paths;
@@ -46,7 +48,7 @@ def plot_series(series: Series, path: str | os.PathLike[str], layer: str | None 
     courses, parts, map_ = figure.subfigures(3, 1, height_ratios=heights)
     labels = checkpoint_labels(series.sources)
     _draw_courses(courses, series, labels)
-    _draw_parts(parts, series, shown, by_layer[shown], labels)
+    _draw_parts(parts, series, shown, by_layer[shown], labels, key)
     _draw_map(map_, series, list(by_layer), labels)
     figure.savefig(path, dpi=DPI)
 
@@ -110,7 +112,12 @@ def _draw_courses(figure: Any, series: Series, labels: Sequence[str]) -> None:
 
 
 def _draw_parts(
-    figure: Any, series: Series, name: str, row: Sequence[LayerMetrics | None], labels: Sequence[str]
+    figure: Any,
+    series: Series,
+    name: str,
+    row: Sequence[LayerMetrics | None],
+    labels: Sequence[str],
+    key: str | None,
 ) -> None:
     """Low rank above noise at a few checkpoints, in one scale of colours (the paper's Figure 1a)."""
     known = [i for i, layer in enumerate(row) if layer is not None]
@@ -119,7 +126,7 @@ def _draw_parts(
     for i in (known[c] for c in chosen):
         layer = row[i]
         assert layer is not None
-        weight = Probing(series.sources[i], filter=layer.name).weight(layer.name)
+        weight = Probing(series.sources[i], key=key).weight(layer.name)
         pairs.append((labels[i], *low_rank_and_noise(weight)))
     rows, columns = (min(size, most) for size, most in zip(pairs[0][1].shape, _SHOWN, strict=True))
     shown = [part[:rows, :columns] for _, *parts in pairs for part in parts]

@@ -1,0 +1,206 @@
+"""ONNX: the initialisers of a graph, from the protocol buffer itself and from the files beside it."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rmsgd.inspection.reading.file_format import Beginning, Bytes, FileFormat, OpenFile, read_range
+from rmsgd.inspection.reading.stored import CheckpointError, StoredTensor, not_there
+
+_DTYPES = {
+    1: torch.float32,
+    2: torch.uint8,
+    3: torch.int8,
+    4: torch.uint16,
+    5: torch.int16,
+    6: torch.int32,
+    7: torch.int64,
+    9: torch.bool,
+    10: torch.float16,
+    11: torch.float64,
+    12: torch.uint32,
+    13: torch.uint64,
+    16: torch.bfloat16,
+    17: torch.float8_e4m3fn,
+    18: torch.float8_e4m3fnuz,
+    19: torch.float8_e5m2,
+    20: torch.float8_e5m2fnuz,
+}
+_MOST_DIMENSIONS = 64
+
+# Field numbers of onnx.proto.
+_GRAPH = 7
+_INITIALISER = 5
+_DIMS, _DATA_TYPE, _FLOAT_DATA, _NAME, _RAW_DATA, _DOUBLE_DATA, _EXTERNAL, _LOCATION = (
+    1,
+    2,
+    4,
+    8,
+    9,
+    10,
+    13,
+    14,
+)
+_INTEGER_DATA = (5, 7, 11)
+
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+
+
+def _is_this(file: Beginning) -> bool:
+    """It has no magic number: the version of the format comes first, then the producer's name."""
+    return (
+        file.bytes[:1] == b"\x08" and 0 < file.bytes[1] < 32 and file.bytes[2:3] in (b"\x12", b"\x1a", b":")
+    )
+
+
+@dataclass
+class _Initialiser:
+    """What a TensorProto says; of its numbers, where in the file they are."""
+
+    name: str = ""
+    dims: list[int] = field(default_factory=list)
+    kind: int = 0
+    data: tuple[int, int] | None = None
+    listed: bool = False
+    """Whether the numbers are listed one by one in a field that is not read."""
+    external: dict[str, str] | None = None
+
+
+def _open(path: Path) -> OpenFile:
+    tensors: dict[str, StoredTensor] = {}
+    with path.open("rb") as file:
+        data = Bytes(file)
+        for graph in _submessages(data, data.end, _GRAPH):
+            for end in _submessages(data, graph, _INITIALISER):
+                found = _initialiser(data, end)
+                tensors[found.name] = _tensor(path, found)
+    return OpenFile(tensors)
+
+
+def _submessages(data: Bytes, end: int, number: int) -> Iterator[int]:
+    """The end of each submessage of that field number, at whose beginning ``data`` then is."""
+    for field_, wire, value in _fields(data, end):
+        if field_ == number and wire == _LENGTH:
+            yield data.position + value
+        elif wire == _LENGTH:
+            data.skip(value)
+
+
+def _fields(data: Bytes, end: int) -> Iterator[tuple[int, int, int]]:
+    """Number, wire type and value of the fields; of one with a length, the length, at whose beginning it is.
+
+    The caller passes over what has a length.
+    """
+    while data.position < end:
+        tag = _varint(data)
+        field_, wire = tag >> 3, tag & 7
+        if wire == _VARINT:
+            yield field_, wire, _varint(data)
+        elif wire == _LENGTH:
+            length = _varint(data)
+            if length > end - data.position:
+                raise CheckpointError("it is cut short")
+            yield field_, wire, length
+        elif wire in (_FIXED32, _FIXED64):
+            yield field_, wire, data.number(4 if wire == _FIXED32 else 8)
+        else:
+            raise CheckpointError("not a protocol buffer")
+    if data.position != end:
+        raise CheckpointError("not a sound protocol buffer")
+
+
+def _varint(data: Bytes) -> int:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data.number(1)
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value
+    raise CheckpointError("not a sound protocol buffer")
+
+
+def _initialiser(data: Bytes, end: int) -> _Initialiser:
+    found = _Initialiser()
+    for number, wire, value in _fields(data, end):
+        if number == _DIMS:
+            found.dims += _packed(data, value) if wire == _LENGTH else [value]
+            if len(found.dims) > _MOST_DIMENSIONS:
+                raise CheckpointError("an initialiser whose shape is no shape")
+        elif number == _DATA_TYPE and wire == _VARINT:
+            found.kind = value
+        elif number == _NAME and wire == _LENGTH:
+            found.name = data.take(value).decode("utf-8", "replace")
+        elif number == _EXTERNAL and wire == _LENGTH:
+            key, text = _entry(data, data.position + value)
+            found.external = {**(found.external or {}), key: text}
+        elif number in (_RAW_DATA, _FLOAT_DATA, _DOUBLE_DATA) and wire == _LENGTH:
+            found.listed |= found.data is not None
+            found.data = data.position, value
+            data.skip(value)
+        elif wire == _LENGTH:
+            found.listed |= number in _INTEGER_DATA
+            data.skip(value)
+        else:
+            found.listed |= number in (_FLOAT_DATA, _DOUBLE_DATA, *_INTEGER_DATA)
+    return found
+
+
+def _packed(data: Bytes, length: int) -> list[int]:
+    end = data.position + length
+    values: list[int] = []
+    while data.position < end and len(values) <= _MOST_DIMENSIONS:
+        values.append(_varint(data))
+    return values
+
+
+def _entry(data: Bytes, end: int) -> tuple[str, str]:
+    """A key and its text."""
+    texts = {1: "", 2: ""}
+    for number, wire, value in _fields(data, end):
+        if wire == _LENGTH:
+            text = data.take(value)
+            texts[number] = text.decode("utf-8", "replace")
+    return texts[1], texts[2]
+
+
+def _tensor(path: Path, found: _Initialiser) -> StoredTensor:
+    shape, dtype = tuple(found.dims), _DTYPES.get(found.kind)
+    if dtype is None:
+        return StoredTensor(
+            found.name, shape, not_there, f"ONNX type {found.kind}: packed weights, or no numbers"
+        )
+    size = math.prod(shape) * dtype.itemsize
+    if found.external is not None:
+        return StoredTensor(found.name, shape, partial(_read_external, path, found, dtype), dtype=dtype)
+    if found.listed or found.data is None or found.data[1] != size:
+        what = f"{str(dtype).removeprefix('torch.')}: an initialiser that is not stored as plain bytes"
+        return StoredTensor(found.name, shape, not_there, what, dtype)
+    return StoredTensor(found.name, shape, partial(_read, path, found.data[0], shape, dtype), dtype=dtype)
+
+
+def _read(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    data = read_range(path, start, math.prod(shape) * dtype.itemsize)
+    return (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).reshape(shape)
+
+
+def _read_external(path: Path, found: _Initialiser, dtype: torch.dtype) -> Tensor:
+    """The numbers of a file beside this one, which must lie in the same folder or below it."""
+    said = found.external or {}
+    location, offset = said.get("location", ""), said.get("offset", "0")
+    folder = path.parent.resolve()
+    other = (folder / location).resolve()
+    if not location or not other.is_relative_to(folder):
+        raise CheckpointError(f"{found.name} is said to lie outside the folder ({location})")
+    if not other.is_file():
+        raise CheckpointError(f"{found.name} is said to lie in {location}, which is no file")
+    if not offset.isdecimal() or len(offset) > 18:
+        raise CheckpointError(f"{found.name} is said to lie at {offset[:40]}")
+    return _read(other, int(offset), tuple(found.dims), dtype)
+
+
+FORMATS = [FileFormat("an ONNX file", _is_this, _open, suffixes=(".onnx",))]

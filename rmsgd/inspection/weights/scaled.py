@@ -1,0 +1,145 @@
+"""Weights of eight bits, integers or floats, whose scales are stored beside them."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rmsgd.inspection.reading.stored import NotMeasurableError, StoredTensor
+from rmsgd.inspection.weights.rule import Stored, Weight, numbers, split
+
+EIGHT_BITS = {
+    torch.int8,
+    torch.uint8,
+    *(getattr(torch, name) for name in dir(torch) if name.startswith(("float8_e4", "float8_e5"))),
+}
+
+_OF_ACTIVATIONS = (
+    "act_pre_scale",
+    "act_quant_scale",
+    "act_quant_zero_point",
+    "act_per_tensor_scale",
+    "per_tensor_scale",
+)
+
+
+def torchao(stored: Stored) -> Iterator[Weight]:
+    """torchao: "0._weight_qdata" with "0._weight_scale" and "0._weight_zero_point" is "0.weight"."""
+    for name, codes in stored.tensors.items():
+        outer, last = split(name)
+        if not (last.startswith("_") and last.endswith("_qdata")):
+            continue
+        stem = f"{outer}{last.removesuffix('qdata')}"
+        weight = f"{outer}{last[1:].removesuffix('_qdata')}"
+        parts = {name: "the codes", f"{stem}scale": "the scales", f"{stem}zero_point": "the zero points"}
+        parts |= {f"{stem}{other}": f"the {other}" for other in _OF_ACTIVATIONS}
+        scale, zero = stored.get(f"{stem}scale"), stored.get(f"{stem}zero_point")
+        if codes.dtype not in EIGHT_BITS or scale is None:
+            yield Weight(
+                weight, (), codes.read, parts, f"{_kind(codes)}: torchao's codes, in a layout of its own"
+            )
+        else:
+            yield _scaled(weight, codes, scale, zero, parts)
+
+
+def quanto(stored: Stored) -> Iterator[Weight]:
+    """quanto: "0.weight._data" with "0.weight._scale" is "0.weight"; with a shift its codes are packed."""
+    for name, codes in stored.tensors.items():
+        weight = name.removesuffix("._data").removesuffix("._data")
+        scale = stored.get(f"{weight}._scale")
+        if weight == name or not name.endswith("._data") or scale is None:
+            continue
+        parts = {name: "the codes", scale.name: "the scales", f"{weight}._shift": "the shifts"}
+        packed = f"{weight}._shift" in stored.tensors or name.endswith("._data._data")
+        if packed or codes.dtype not in EIGHT_BITS:
+            yield Weight(weight, (), codes.read, parts, f"{_kind(codes)}: quanto's packed codes")
+        else:
+            yield _scaled(weight, codes, scale, None, parts)
+
+
+def eight_bits(stored: Stored) -> Iterator[Weight]:
+    """A weight with scales of any of the usual names: compressed-tensors, DeepSeek, ComfyUI, gpt-fast."""
+    for name, codes in stored.tensors.items():
+        if codes.dtype not in EIGHT_BITS or len(codes.shape) < 2:
+            continue
+        outer, last = split(name)
+        names = (
+            f"{name}_scale_inv",
+            f"{name}_scale",
+            f"{outer}scale_{last}",
+            f"{name}.scale",
+            f"{outer}scales",
+        )
+        scales = [scale for scale in map(stored.tensors.get, names) if scale is not None]
+        if not scales:
+            continue
+        parts = {name: "the codes", **{scale.name: "the scales" for scale in scales}}
+        second = f"{name}_scale_2"
+        zero = stored.tensors.get(f"{name}_zero_point")
+        parts |= {
+            second: "the scales",
+            f"{name}_global_scale": "the scales",
+            f"{name}_zero_point": "the zero points",
+        }
+        if second in stored.tensors or f"{name}_global_scale" in stored.tensors:
+            yield Weight(name, (), codes.read, parts, f"{_kind(codes)}: packed weights with scales of scales")
+        elif codes.dtype == torch.uint8:
+            yield Weight(name, (), codes.read, parts, "uint8: quantised or packed weights")
+        elif len(scales) > 1:
+            yield Weight(name, (), codes.read, parts, f"{_kind(codes)}: codes with scales of several names")
+        else:
+            yield _scaled(name, codes, scales[0], zero, parts)
+
+
+def _scaled(
+    name: str, codes: StoredTensor, scale: StoredTensor, zero: StoredTensor | None, parts: dict[str, str]
+) -> Weight:
+    def read() -> Tensor:
+        weight = numbers(codes)
+        if zero is not None and zero.shape != (0,):
+            weight = weight - over_blocks(_of_scale(zero), weight.shape)
+        return weight * over_blocks(_of_scale(scale).to(weight), weight.shape)
+
+    return Weight(name, codes.shape, read, parts)
+
+
+def _of_scale(scale: StoredTensor) -> Tensor:
+    try:
+        return numbers(scale)
+    except NotMeasurableError as reason:
+        raise NotMeasurableError(f"8-bit values whose scales are {reason}") from None
+
+
+def over_blocks(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A scale for every entry: from one for all, one for each row, or one for each block.
+
+    Raises:
+        NotMeasurableError: the scale's shape fits no such blocks.
+    """
+    if scale.numel() == 1:
+        return scale.reshape(())
+    if scale.shape == shape[:1]:
+        return scale.reshape(-1, *(1 for _ in shape[1:]))
+    if scale.ndim == len(shape) and scale.numel():
+        for d, (size, blocks) in enumerate(zip(shape, scale.shape, strict=True)):
+            block = _block(size, blocks)
+            if block is None:
+                break
+            scale = scale.repeat_interleave(block, d).narrow(d, 0, size)
+        else:
+            return scale
+    raise NotMeasurableError(f"8-bit values with scales of shape {tuple(scale.shape)}, which fit no blocks")
+
+
+def _block(size: int, blocks: int) -> int | None:
+    """How many of ``size`` entries have a scale in common where there are ``blocks`` scales; None: no number.
+
+    Formats have blocks of 16, 32 or 128, of which the last may be a part: 576 rows have 5 scales.
+    """
+    powers = [2**k for k in range(8)]
+    equal = [size // blocks] if blocks and size % blocks == 0 else []
+    return next((block for block in powers + equal if blocks and -(-size // block) == blocks), None)
+
+
+def _kind(codes: StoredTensor) -> str:
+    return str(codes.dtype).removeprefix("torch.")
