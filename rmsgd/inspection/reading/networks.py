@@ -32,7 +32,7 @@ _MOST_CANDIDATES = 64
 
 _AVERAGES = {"ema", "teacher", "shadow", "polyak"}
 _COPIES = {*_AVERAGES, "target", "swa", "avg", "averaged", "average", "momentum", "slow", "old"}
-_ORIGINALS = {"teacher": ("student",), "target": ("online", "source", "policy", "main", "student")}
+_ORIGINALS = {"teacher": ("student",), "target": ("online", "policy", "main", "student")}
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
-from rmsgd.inspection.reading.stored import Source, StoredTensor
+from torch import Tensor
+
+from rmsgd.inspection.reading.stored import CheckpointError, NotMeasurableError, Source, StoredTensor
 from rmsgd.inspection.weights import (
     bitsandbytes,
     compressed_tensors,
@@ -65,7 +68,7 @@ def _claim(
         instead[first] = replace(stored, skip=stored.skip or why)
     elif not stored.skip:
         role = "parameter" if others else stored.role
-        instead[first] = StoredTensor(named, weight.shape, weight.read, role=role)
+        instead[first] = StoredTensor(named, weight.shape, partial(_made, weight), role=role)
         names.add(named)
     for name in others:
         if name not in instead:
@@ -74,11 +77,22 @@ def _claim(
             instead[name] = part if len(part.shape) > 1 else None
 
 
+def _made(weight: Weight) -> Tensor:
+    """A weight made of its parts, which a damaged file may have in shapes and numbers of any kind."""
+    try:
+        return weight.read()
+    except (NotMeasurableError, CheckpointError):
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise NotMeasurableError(f"its parts do not fit together ({reason})") from None
+
+
 def lora_products(tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
     """The product of every LoRA pair among the tensors, in their order."""
     known = {stored.name: stored for stored in tensors}
     return [
-        StoredTensor(product.name, product.shape, product.read, role="parameter")
+        StoredTensor(product.name, product.shape, partial(_made, product), role="parameter")
         for product in lora.products(Stored(known, {}))
         if product.name not in known
     ]

@@ -74,7 +74,8 @@ def parametrizations(stored: Stored) -> Iterator[Weight]:
             yield _spectral(weight, original, u, v)
         else:
             why = "what a parametrization makes a weight of, and which one does not show in the file"
-            yield Weight(weight, (), original.read, {name: "the original"}, why)
+            parts = {f"{stem}{other}": "a constant" for other in sorted(others) if "lora" not in other}
+            yield Weight(weight, (), original.read, {name: "the original", **parts}, why)
 
 
 def _parametrised(stored: Stored) -> dict[str, tuple[str, set[str]]]:

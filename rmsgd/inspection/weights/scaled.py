@@ -1,5 +1,6 @@
 """Weights of eight bits, integers or floats, whose scales are stored beside them."""
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -14,25 +15,21 @@ EIGHT_BITS = {
     *(getattr(torch, name) for name in dir(torch) if name.startswith(("float8_e4", "float8_e5"))),
 }
 
-_OF_ACTIVATIONS = (
-    "act_pre_scale",
-    "act_quant_scale",
-    "act_quant_zero_point",
-    "act_per_tensor_scale",
-    "per_tensor_scale",
-)
+_LONGEST = 200
+"""Letters of a part's name in its module."""
 
 
 def torchao(stored: Stored) -> Iterator[Weight]:
     """torchao: "0._weight_qdata" with "0._weight_scale" and "0._weight_zero_point" is "0.weight"."""
+    beside = _torchao_parts(stored)
     for name, codes in stored.tensors.items():
         outer, last = split(name)
-        if not (last.startswith("_") and last.endswith("_qdata")):
+        stem = name.removesuffix("qdata")
+        if stem not in beside:
             continue
-        stem = f"{outer}{last.removesuffix('qdata')}"
         weight = f"{outer}{last[1:].removesuffix('_qdata')}"
         parts = {name: "the codes", f"{stem}scale": "the scales", f"{stem}zero_point": "the zero points"}
-        parts |= {f"{stem}{other}": f"the {other}" for other in _OF_ACTIVATIONS}
+        parts |= {other: "a constant" for other in beside[stem] if other not in parts}
         scale, zero = stored.get(f"{stem}scale"), stored.get(f"{stem}zero_point")
         if codes.dtype not in EIGHT_BITS or scale is None:
             yield Weight(
@@ -40,6 +37,23 @@ def torchao(stored: Stored) -> Iterator[Weight]:
             )
         else:
             yield _scaled(weight, codes, scale, zero, parts)
+
+
+def _torchao_parts(stored: Stored) -> dict[str, list[str]]:
+    """For every weight of torchao's, under the beginning of their names: all that it is stored in."""
+    found: dict[str, list[str]] = {
+        name.removesuffix("qdata"): []
+        for name in stored.tensors
+        if re.fullmatch(r"_.+_qdata", name.rpartition(".")[2][:_LONGEST])
+    }
+    for name in stored.tensors if found else ():
+        outer, last = split(name)
+        if last.startswith("_") and len(last) <= _LONGEST:
+            stems = (f"{outer}{last[: underscore.end()]}" for underscore in re.finditer("_", last))
+            for stem in stems:
+                if stem in found:
+                    found[stem].append(name)
+    return found
 
 
 def quanto(stored: Stored) -> Iterator[Weight]:
@@ -63,25 +77,16 @@ def eight_bits(stored: Stored) -> Iterator[Weight]:
         if codes.dtype not in EIGHT_BITS or len(codes.shape) < 2:
             continue
         outer, last = split(name)
-        names = (
-            f"{name}_scale_inv",
-            f"{name}_scale",
-            f"{outer}scale_{last}",
-            f"{name}.scale",
-            f"{outer}scales",
-        )
+        names = [f"{name}_scale_inv", f"{name}_scale", f"{name}.scale", f"{outer}scale_{last}"]
+        names += [f"{outer}scales"] if last == "weight" else []
         scales = [scale for scale in map(stored.tensors.get, names) if scale is not None]
         if not scales:
             continue
-        parts = {name: "the codes", **{scale.name: "the scales" for scale in scales}}
-        second = f"{name}_scale_2"
+        seconds = (f"{name}_scale_2", f"{name}_global_scale")
         zero = stored.tensors.get(f"{name}_zero_point")
-        parts |= {
-            second: "the scales",
-            f"{name}_global_scale": "the scales",
-            f"{name}_zero_point": "the zero points",
-        }
-        if second in stored.tensors or f"{name}_global_scale" in stored.tensors:
+        parts = {name: "the codes", f"{name}_zero_point": "the zero points"}
+        parts |= dict.fromkeys([*(scale.name for scale in scales), *seconds], "the scales")
+        if any(second in stored.tensors for second in seconds):
             yield Weight(name, (), codes.read, parts, f"{_kind(codes)}: packed weights with scales of scales")
         elif codes.dtype == torch.uint8:
             yield Weight(name, (), codes.read, parts, "uint8: quantised or packed weights")
