@@ -71,7 +71,13 @@ def layer_curves(
         if log:
             heights = np.where(heights > 0, heights, np.nan)
         epochs = np.arange(first, first + len(heights))
-        axes.plot(epochs, heights, color=colour, linewidth=1.6 if labelled else 0.8, marker=_marker(heights))
+        axes.plot(
+            epochs,
+            heights,
+            color=colour,
+            linewidth=1.6 if labelled else 0.8,
+            marker=_marker_of_one_point(heights),
+        )
         known = heights[~np.isnan(heights)]
         if known.size:
             ends.append(_End(name, float(known[-1]), colour))
@@ -224,7 +230,7 @@ def _joined(parts: Sequence[str]) -> str:
     return re.sub(r"\.?…[.…]*", "…", ".".join(parts))
 
 
-def _marker(values: npt.NDArray[np.float64]) -> str:
+def _marker_of_one_point(values: npt.NDArray[np.float64]) -> str:
     """A single point draws no line: mark it."""
     return "o" if np.count_nonzero(~np.isnan(values)) == 1 else ""
 

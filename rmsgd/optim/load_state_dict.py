@@ -93,7 +93,7 @@ def check_and_complete(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> d
     }
 
 
-def unwrap(state: Any, device: torch.device | None) -> Any:
+def unwrapped_state(state: Any, device: torch.device | None) -> Any:
     """What ``check_and_complete`` wrapped, as a copy, on the parameter's device if there is one."""
     return _copied(state.value, device) if isinstance(state, AsItIs) else state
 

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from rmsgd.backends.streams import check_not_capturing
 from rmsgd.inspection.report.report import Report
 from rmsgd.optim.device_state import DeviceState, ParamRecord
-from rmsgd.optim.load_state_dict import check_and_complete, check_form, unwrap
+from rmsgd.optim.load_state_dict import check_and_complete, check_form, unwrapped_state
 from rmsgd.optim.measurement import Measurement
 from rmsgd.optim.options import (
     AT_LEAST_0,
@@ -318,7 +318,9 @@ class RMSGD(Optimizer):
             self._number = register_step(self._step_compiled)
         self._forget_device_states()
         for key in self.state:
-            self.state[key] = unwrap(self.state[key], device_of(key) if isinstance(key, Tensor) else None)
+            self.state[key] = unwrapped_state(
+                self.state[key], device_of(key) if isinstance(key, Tensor) else None
+            )
         for group in self.param_groups:
             for p in group["params"]:
                 complete(p, self.state[p], group)
