@@ -189,7 +189,7 @@ def test_parts_that_do_not_add_up_are_status_1(capsys, tmp_path, monkeypatch, re
         (["--optimizers", "sgd,smgd"], "unknown optimizer 'smgd'. Did you mean"),
         (["--optimizers", "sgd,sgd"], "every optimizer may be given once"),
         (["--data", "no-such-folder"], "unknown data 'no-such-folder'"),
-        (["--data", "tests"], "tests holds no images that are known here: expected data_batch_1.bin"),
+        (["--data", "tests"], "tests holds no images that are known here: expected cifar-10-binary.tar.gz"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["--batch", "0"], "expected a whole number above 0"),
         (["--batch", "2000"], "batch must be between 1 and the 1437 training samples"),

@@ -195,9 +195,7 @@ def epoch_end_beside_a_nan():
     model = network()
     with torch.no_grad():
         model[4].weight[0, 0] = torch.nan
-    optimizer = rmsgd.RMSGD(
-        model.named_parameters(), lr=0.03, rule="paper", process_group=dist.group.WORLD
-    )
+    optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03, rule="paper", process_group=dist.group.WORLD)
     with pytest.warns(UserWarning, match=r"NaN or infinite weights in 4\.weight:"):
         optimizer.epoch_step()
     return optimizer.learning_rates()

@@ -29,7 +29,7 @@ PUBLISHED = {
     "gpt": 10_646_784 + 256 * 384,
 }
 # He et al. report 0.27 M for n = 3 (20 layers) with three input channels.
-UNPUBLISHED = {"resnet14-digits": 174_970}
+UNPUBLISHED = {"resnet14-digits": 174_970, "resnet8-stride2": 78_042}
 
 
 def parameters(name, **options):

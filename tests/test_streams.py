@@ -156,7 +156,7 @@ def test_an_epoch_end_is_no_part_of_a_graph_and_changes_nothing_there(gpu_folder
     monkeypatch.setenv("RMSGD_BACKEND", backend)
     with rehearsal.rehearsed(gpu_folder):
         p = Parameter(low_rank(20, 30, 3, 0.1).cuda())
-        optimizer = rmsgd.RMSGD([p], lr=0.03)
+        optimizer = rmsgd.RMSGD([p], lr=0.03, rule="paper")
         before = optimizer.state_dict()["state"][0]["rate"], optimizer.state[p]["epoch"]
         with (
             torch.cuda.graph(torch.cuda.CUDAGraph()),
@@ -182,7 +182,7 @@ def test_weights_are_not_measured_while_a_graph_is_captured(gpu_folder):
 
 def test_profilers_see_every_stage_by_its_name(gpu_folder):
     with rehearsal.rehearsed(gpu_folder):
-        optimizer = rmsgd.RMSGD([p := Parameter(torch.randn(20, 30).cuda())])
+        optimizer = rmsgd.RMSGD([p := Parameter(torch.randn(20, 30).cuda())], rule="paper")
         p.grad = torch.randn_like(p)
         Ranges.names.clear()
         optimizer.step()
