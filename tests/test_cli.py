@@ -155,9 +155,7 @@ def test_what_cannot_be_read_is_one_line_and_exit_code_2(capsys, tmp_path):
     code, out, err = run(capsys, tmp_path / "notes.pt")
     assert code == 2
     assert out == ""
-    assert err.splitlines() == [
-        f"rmsgd: {tmp_path}/notes.pt: a text file, neither a safetensors nor a torch file"
-    ]
+    assert err.splitlines() == [f"rmsgd: {tmp_path}/notes.pt: a text file, not a torch file"]
 
 
 def test_with_json_a_failure_is_json_too(capsys, tmp_path):
