@@ -41,7 +41,8 @@ def test_sound_checkpoints_are_read(tmp_path):
     for name, data in files.sound_files().items():
         if not name.endswith(".json"):
             (tmp_path / name).write_bytes(data)
-            assert files.check(tmp_path / name) == "read"
+            # A sparse tensor is refused by itself, and the others of its file are read.
+            assert files.check(tmp_path / name) == ("refused" if name == "sparse.pt" else "read")
 
 
 def test_the_fuzzer_would_notice_a_wrong_rank(monkeypatch):

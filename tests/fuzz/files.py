@@ -55,7 +55,7 @@ def sound_files() -> Mapping[str, bytes]:
     parameter.grad = torch.ones_like(parameter)
     optimizer = torch.optim.Adam([parameter])
     optimizer.step()
-    views = {"a": state["half"], "b": state["half"], "c": state["half"].t(), "s": state["half"].to_sparse()}
+    views = {"a": state["half"], "b": state["half"], "c": state["half"].t()}
     training = {"epoch": 3, "state_dict": state, "optimizer": optimizer.state_dict(), "best": np.float64(1)}
     # Before torch 1.6 there were no types of eight bits, and torch cannot read them from such a file.
     old = {name: tensor for name, tensor in state.items() if name != "eighth"}
@@ -64,6 +64,7 @@ def sound_files() -> Mapping[str, bytes]:
         "m.safetensors": save_safetensors(state, metadata={"format": "pt"}),
         "m.pt": _saved(state, True),
         "views.pt": _saved(views, True),
+        "sparse.pt": _saved({"a": state["half"], "s": state["half"].to_sparse()}, True),
         "training.ckpt": _saved(training, True),
         "old.pth": _saved(old, False),
         "old_training.pth": _saved({**training, "state_dict": old}, False),
