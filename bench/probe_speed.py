@@ -8,7 +8,7 @@ unfoldings of a convolution. Both are printed side by side. So that the power la
 compared, a third case is the least that any probe by full SVD does: SciPy's singular values of every
 weight, one unfolding each.
 
-WeightWatcher is optional (`pip install -e '.[weightwatcher]'`); without it its column is absent.
+WeightWatcher is optional (the extra `weightwatcher`); without it its column is absent.
 """
 
 import argparse

@@ -7,6 +7,7 @@ from bench.data.dataset import DataSet, Request
 from bench.data.source import Augmentation
 from bench.data.split import Parts
 from bench.errors import UnavailableError
+from rmsgd.extras import install_command
 
 # Properties of the digits 0 to 9, for the loss and the accuracy of images with several labels.
 PROPERTIES = ({1, 3, 5, 7, 9}, {2, 3, 5, 7}, {5, 6, 7, 8, 9}, {0, 3, 6, 9}, {0, 4, 6, 8, 9})
@@ -18,7 +19,7 @@ def read(request: Request) -> Parts:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise UnavailableError("the digits need scikit-learn: pip install -e '.[bench]'") from error
+        raise UnavailableError(f"the digits need scikit-learn: {install_command('bench')}") from error
 
     pixels, labels = load_digits(return_X_y=True)
     parts = train_test_split(pixels, labels, test_size=0.2, stratify=labels, random_state=0)
