@@ -303,7 +303,7 @@ def test_a_layer_that_changes_before_it_is_measured_keeps_its_rate_and_says_so(g
 def test_an_epoch_end_before_the_first_step_has_measured_the_first_rank(gpu_folder, order):
     with rehearsal.rehearsed(gpu_folder, order):
         p = Parameter(low_rank(20, 30, 3, 0.5).cuda())
-        optimizer = rmsgd.RMSGD([p], lr=0.03, beta=0.9, initial_rank="measure")
+        optimizer = rmsgd.RMSGD([p], lr=0.03, beta=0.9, rule="paper", initial_rank="measure")
         optimizer.epoch_step()
         with torch.no_grad():
             p.copy_(low_rank(20, 30, 6, 0.1).pin_memory(), non_blocking=True)
