@@ -13,7 +13,7 @@ import rmsgd
 from rmsgd.layers import Unfolding, as_matrix, unfoldings
 
 STAGES = ("fp32 Gram", "fp64 Gram", "SVD")
-"""Of the accuracy guard, in the order in which it tries them."""
+"""The stages of the accuracy guard, in the order in which it tries them."""
 
 
 def spectra(model: nn.Module) -> list[tuple[Tensor, Unfolding]]:

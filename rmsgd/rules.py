@@ -117,7 +117,7 @@ class Rule:
     """What it is, in one line."""
     next_rate: NextRate
     number: int
-    """Of its formula in ``csrc/evbmf/rates.h``: rules of the same formula have the same one."""
+    """The number of its formula in ``csrc/evbmf/rates.h``: rules of the same formula share it."""
     column: int
     """The metric, a column of the table, that a layer's measurement s is made of."""
     mode_weights: ModeWeights

@@ -28,7 +28,7 @@ from bench.locks import locked
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 LAYOUT = "train/CLASS/IMAGE and test/CLASS/IMAGE or val/CLASS/IMAGE, as folders or in a zip archive"
 FORMAT = "1"
-"""Of the decoded file: another number, and an archive is decoded anew."""
+"""The format of the decoded file: where this number changes, an archive is decoded anew."""
 
 Content = Callable[[str], bytes]
 """Reads the file of a name."""

@@ -9,7 +9,7 @@ from rmsgd.inspection.reading.stored import CheckpointError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _MOST_BYTES = 1 << 30
-"""Of a member that is read as a whole."""
+"""The most bytes of a member that is read as a whole."""
 
 
 class Archive:

@@ -75,7 +75,7 @@ class FileFormat:
     unpack: Callable[[Path], Iterator[bytes]] | None = None
     """The file that is in it, a block at a time."""
     suffixes: tuple[str, ...] = ()
-    """Of files that are taken for this format where their content is of none."""
+    """Files with these suffixes are taken for this format where their content is of none."""
     advice: str = ""
     """What to do with a file that is not read."""
 
