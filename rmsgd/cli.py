@@ -309,11 +309,19 @@ def _console(stream: TextIO) -> Console:
     return _Console(file=stream, width=None if stream.isatty() else 100_000, highlight=False)
 
 
+class _Bar(Progress):
+    """A bar that leaves nothing behind where it is not shown: rich before version 15 ends it with a line."""
+
+    def stop(self) -> None:
+        if not self.disable:
+            super().stop()
+
+
 def _progress_bar() -> Progress:
     """On stderr, only where someone looks at it; gone when it is done."""
     console = _console(sys.stderr)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
-    return Progress(
+    return _Bar(
         *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
     )
 
