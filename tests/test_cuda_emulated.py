@@ -38,7 +38,7 @@ from rmsgd.backends.cuda_step import _SIZES, _arguments
 from rmsgd.backends.kernels import TEAM_SHARED
 from rmsgd.backends.numpy_ import NumpyBackend
 from rmsgd.layers import as_matrix, unfoldings
-from rmsgd.optim import device_state
+from rmsgd.optim import device_rates, device_step
 from rmsgd.rules import RULES, update_rates
 
 
@@ -610,7 +610,9 @@ def test_the_optimizer_runs_on_it_as_on_the_cpu(library, monkeypatch, options, s
     weights = [low_rank(20, 30, 3, 0.5), torch.randn(20), torch.randn(8, 4, 3, 3), low_rank(12, 12, 2, 0.3)]
     on_cpu, emulated = ([Parameter(w.clone()) for w in weights] for _ in range(2))
     expected = train(on_cpu, scaled, **options)
-    monkeypatch.setattr(device_state, "backend_for", lambda device: emulated_backend(library))
+    backend = emulated_backend(library)
+    for part in (device_rates, device_step):
+        monkeypatch.setattr(part, "backend_for", lambda device: backend)
     found = train(emulated, scaled, **options)
     for ours, theirs in zip(emulated, on_cpu, strict=True):
         torch.testing.assert_close(ours, theirs)

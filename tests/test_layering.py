@@ -82,6 +82,24 @@ def test_no_import_of_the_package_is_hidden_in_a_function(module):
     assert hidden <= COMPILED
 
 
+def reached(module):
+    """All modules of the package that a module imports, directly or not."""
+    found, ahead = set(), [module]
+    while ahead:
+        new = {name for name, _ in imports(ahead.pop()) if name in MODULES} - found
+        found |= new
+        ahead += new
+    return found
+
+
+def test_the_epoch_end_and_the_step_know_nothing_of_each_other():
+    step, epoch_end = {"rmsgd.optim.device_step"}, {"rmsgd.optim.rates", "rmsgd.optim.device_rates"}
+    optimizer = {"rmsgd.optim.optimizer"}
+    assert all(reached(module).isdisjoint(step | optimizer) for module in epoch_end)
+    assert all(reached(module).isdisjoint(epoch_end | optimizer) for module in step)
+    assert step | epoch_end <= reached("rmsgd.optim.optimizer")
+
+
 def test_every_module_has_a_layer_of_its_own_and_the_layers_are_there():
     assert all(level_of(module) is not None for module in MODULES)
     assert set(LEVELS) - COMPILED <= set(MODULES)

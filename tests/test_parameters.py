@@ -345,9 +345,9 @@ def test_tables_are_made_at_the_first_step_and_no_other_step_measures(options, m
     model = network()
     optimizer = rmsgd.RMSGD(model.parameters(), **options)
     steps(model, optimizer)
-    monkeypatch.delattr("rmsgd.optim.device_state.DeviceState.__init__")
+    monkeypatch.delattr("rmsgd.optim.rates.Rates.build")
     optimizer.epoch_step()
-    monkeypatch.delattr("rmsgd.optim.device_state.DeviceState._measure")
+    monkeypatch.delattr("rmsgd.optim.device_rates.DeviceRates._measure")
     steps(model, optimizer)
 
 

@@ -11,7 +11,7 @@ from matrices import planted
 from torch import nn
 
 import rmsgd
-from rmsgd.optim.device_state import DeviceState
+from rmsgd.optim.rates import Rates
 
 
 def network(dtype=torch.float32):
@@ -147,7 +147,7 @@ def test_a_new_entry_of_others_at_every_step_costs_no_new_tables(monkeypatch):
     model = network()
     optimizer = rmsgd.RMSGD(model.named_parameters())
     step(model, optimizer)
-    monkeypatch.delattr(DeviceState, "__init__")
+    monkeypatch.delattr(Rates, "build")
     for n in range(3):
         optimizer.state["mine"] = {"n": n}
         step(model, optimizer, n)

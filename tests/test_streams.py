@@ -168,6 +168,26 @@ def test_an_epoch_end_is_no_part_of_a_graph_and_changes_nothing_there(gpu_folder
         assert optimizer.learning_rates() != {"0.0": 0.03}
 
 
+def test_a_first_step_that_measures_is_no_part_of_a_graph_and_the_second_is(gpu_folder):
+    with rehearsal.rehearsed(gpu_folder):
+        weight = low_rank(20, 30, 3, 0.1)
+        p = Parameter(weight.cuda())
+        p.grad = torch.ones_like(p)
+        optimizer = rmsgd.RMSGD([p], lr=0.5, momentum=0.0)
+        with (
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+            pytest.raises(RuntimeError, match="take one step before the capture, or use initial_rank='zero'"),
+        ):
+            optimizer.step()
+        assert torch.equal(p.cpu(), weight)
+        optimizer.step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        graph.replay()
+        torch.testing.assert_close(p.cpu(), weight - 1.0)
+
+
 def test_weights_are_not_measured_while_a_graph_is_captured(gpu_folder):
     with rehearsal.rehearsed(gpu_folder):
         weight = low_rank(20, 30, 3, 0.1).cuda()

@@ -45,7 +45,7 @@ def log_dict(optimizer: Any) -> dict[str, float]:
     """
     inner = unwrap(optimizer)
     values = {f"learning_rate/{name}": rate for name, rate in inner.learning_rates().items()}
-    if inner._measured is not None:
+    if inner._rates.measured:
         report = inner.report()
         for metric in SCALARS:
             values |= {f"{metric.name}/{x.name}": getattr(x, metric.name) for x in report.measured}

@@ -22,8 +22,8 @@ from rmsgd.optim.options import (
     check_ranges,
     in_short,
     number,
-    parameter_name,
 )
+from rmsgd.optim.records import parameter_name
 from rmsgd.optim.state import BUFFERS, Group
 
 _GROUP: Mapping[str, Range] = {

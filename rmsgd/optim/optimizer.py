@@ -13,9 +13,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from rmsgd.backends.streams import check_not_capturing
 from rmsgd.inspection.report.report import Report
-from rmsgd.optim.device_state import DeviceState, ParamRecord
+from rmsgd.optim.device_step import DeviceStep
 from rmsgd.optim.load_state_dict import check_and_complete, check_form, unwrapped_state
-from rmsgd.optim.measurement import Measurement
 from rmsgd.optim.options import (
     AT_LEAST_0,
     check_keywords,
@@ -25,14 +24,12 @@ from rmsgd.optim.options import (
     device_of,
     first_lr,
     is_trained,
-    multiplier,
     number,
-    parameter_name,
-    parameter_names,
-    rate_group,
     stands_still,
     step_group,
 )
+from rmsgd.optim.rates import Rates
+from rmsgd.optim.records import by_device, parameter_name, records_of
 from rmsgd.optim.state import State, check_shape, complete, follow
 from rmsgd.optim.torch_compile import register_step, trace_step
 from rmsgd.rules import DEFAULT, RULES
@@ -153,7 +150,7 @@ class RMSGD(Optimizer):
         self.process_group = process_group
         self._number = register_step(self._step_compiled)
         self._order: list[Tensor] = []
-        self._forget_device_states()
+        self._forget_tables()
         super().__init__(params, defaults)
 
     # -- parameters and state --------------------------------------------------------------------
@@ -186,27 +183,25 @@ class RMSGD(Optimizer):
         now = self._all_parameters()
         return len(now) == len(self._order) and all(map(is_, now, self._order))
 
-    def _forget_device_states(self) -> None:
-        self._device_states: list[DeviceState] | None = None
+    def _forget_tables(self) -> None:
+        self._rates = Rates()
+        self._steps: list[DeviceStep] | None = None
         self._memory_needs_then: list[tuple[int, bool, str]] = []
         self._state_objects: list[Any] = []
         self._own_states: list[State] = []
-        self._measured: list[Measurement] | None = None
-        self._named_for_large_rates: set[Tensor] = set()
-        self._warned_of_nothing_to_measure = False
 
-    def _device_states_are_current(self) -> bool:
-        """Whether groups, state, parameters and their memory are what the device states were made from."""
+    def _tables_are_current(self) -> bool:
+        """Whether groups, state, parameters and their memory are what rates and steps were made from."""
         return (
-            self._device_states is not None
+            self._steps is not None
             and self._memory_needs_then == _memory_needs(self.param_groups)
             and self._holds_its_parameters()
             and self._holds_its_states()
-            and all(device_state.is_current() for device_state in self._device_states)
+            and all(step.is_current() for step in self._steps)
         )
 
     def _holds_its_states(self) -> bool:
-        """Whether each parameter's state is the dict that the device states were made from."""
+        """Whether each parameter's state is the dict that rates and steps were made from."""
         now = list(self.state.values())
         if len(now) == len(self._state_objects) and all(map(is_, now, self._state_objects)):
             return True
@@ -225,51 +220,47 @@ class RMSGD(Optimizer):
             lr0 = first_lr(group)
             if lr0 > 0.0:
                 self._write_back()
-                self._device_states = None
+                self._steps = None
                 group["lr0"] = lr0
                 for p in group["params"]:
                     self.state[p]["rate"] = lr0
 
-    def _current_device_states(self) -> list[DeviceState]:
+    def _current_steps(self) -> list[DeviceStep]:
         self._start_raised_groups()
-        if not self._device_states_are_current():
+        if not self._tables_are_current():
             self._write_back()
-            self._build_device_states()
-        assert self._device_states is not None
-        return self._device_states
+            self._build()
+        assert self._steps is not None
+        return self._steps
 
     def _write_back(self, wait: bool = True) -> None:
         """Bring the numbers to the state; those of a GPU, which have to be waited for, only if asked to."""
-        for device_state in self._device_states or ():
-            if wait or device_state.on_host:
-                device_state.write_back()
+        if self._steps is None:  # there are no tables, or what they say is no longer so
+            return
+        self._rates.write_back(wait)
+        for step in self._steps:
+            if wait or step.on_host:
+                step.write_back()
 
     @torch.inference_mode(False)  # its tables outlive the mode of whoever happens to call first
     @torch.no_grad()  # which leaving that mode would switch off
-    def _build_device_states(self) -> None:
-        records: dict[Tensor, ParamRecord] = {}
-        for g, (group, names) in enumerate(
-            zip(self.param_groups, parameter_names(self.param_groups), strict=True)
-        ):
-            for p, name in zip(group["params"], names, strict=True):
-                records.setdefault(p, ParamRecord(p, g, len(records), name, "param_names" in group))
-        trained = {p: record for p, record in records.items() if is_trained(p)}
-        for p, record in trained.items():
-            check_parameter(p, record.name)
-            check_shape(p, self.state[p], record.name)
+    def _build(self) -> None:
+        records = records_of(self.param_groups)
+        for p, record in records.items():
+            if is_trained(p):
+                check_parameter(p, record.name)
+                check_shape(p, self.state[p], record.name)
         self._forget_departed()
-        by_device: dict[torch.device, list[ParamRecord]] = {p.device: [] for p in trained}
-        elsewhere = next(iter(by_device), torch.device("cpu"))
         for p, record in records.items():
             group = self.param_groups[record.group]
             complete(p, self.state[p], group)
-            if p in trained:
+            if is_trained(p):
                 follow(p, self.state[p], group)
-            device = device_of(p)
-            by_device.setdefault(device if device in by_device else elsewhere, []).append(record)
-        self._device_states = [
-            DeviceState(device, on_device, self.param_groups, self.state, self.process_group)
-            for device, on_device in by_device.items()
+        on_devices = by_device(records)
+        self._rates.build(on_devices, self.param_groups, self.state, self.process_group)
+        self._steps = [
+            DeviceStep(rates.device, rates.records, self.param_groups, self.state, rates.eta)
+            for rates in self._rates.devices
         ]
         self._order = self._all_parameters()
         self._memory_needs_then = _memory_needs(self.param_groups)
@@ -316,7 +307,7 @@ class RMSGD(Optimizer):
         self.__dict__.setdefault("process_group", None)
         if "_number" not in self.__dict__:
             self._number = register_step(self._step_compiled)
-        self._forget_device_states()
+        self._forget_tables()
         for key in self.state:
             self.state[key] = unwrapped_state(
                 self.state[key], device_of(key) if isinstance(key, Tensor) else None
@@ -372,7 +363,7 @@ class RMSGD(Optimizer):
         """Step when a compiled graph runs, which may hold copies of the parameters and of their gradients."""
         order = self._order
         if not self._holds_its_parameters():
-            self._current_device_states()  # the next step is compiled for these parameters
+            self._current_steps()  # the next step is compiled for these parameters
             raise RuntimeError(
                 "param_groups holds other parameters than when this step was compiled: take the step again"
             )
@@ -399,18 +390,15 @@ class RMSGD(Optimizer):
         self._opt_called = True
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        device_states = self._current_device_states()
-        if len(device_states) > 1:  # one device's gradients are looked at before any of them is used
-            for device_state in device_states:
-                device_state.check_gradients()
-        for device_state in device_states:
-            scale = device_state.scaling(grad_scale, found_inf)
+        steps = self._current_steps()
+        if len(steps) > 1:  # one device's gradients are looked at before any of them is used
+            for step in steps:
+                step.check_gradients()
+        for step, rates in zip(steps, self._rates.devices, strict=True):
+            scale = step.scaling(grad_scale, found_inf)
             if scale is not None:
-                device_state.measure_first()
-                device_state.step(
-                    [step_group(group, device_state.device) for group in self.param_groups], scale
-                )
-                device_state.write_back_first_gradients()
+                rates.measure_first()
+                step.step([step_group(group, step.device) for group in self.param_groups], scale)
 
     @torch.no_grad()
     def epoch_step(self) -> None:
@@ -429,60 +417,12 @@ class RMSGD(Optimizer):
                 changed then.
         """
         check_not_capturing(filter(is_trained, self._all_parameters()), "epoch_step()")
-        device_states = self._current_device_states()
-        if not all(device_state.probes_the_same(self.param_groups) for device_state in device_states):
+        self._current_steps()
+        if not self._rates.probe_the_same(self.param_groups):
             self._write_back()
-            self._build_device_states()
-            device_states = self._current_device_states()
-        counts = [_epochs_and_decay([self.state[p] for p in group["params"]]) for group in self.param_groups]
-        groups = [rate_group(group, *count) for group, count in zip(self.param_groups, counts, strict=True)]
-        for device_state in device_states:
-            device_state.check_epoch_end(groups)
-        self._measured = [device_state.epoch_step(groups) for device_state in device_states]
-        for group, moved, (epoch, decay) in zip(self.param_groups, groups, counts, strict=True):
-            for p in () if stands_still(group) else group["params"]:
-                self.state[p].update(epoch=epoch + 1, decay=decay * moved.decay)
-        self._write_back(wait=False)
-        if not any(measurement.names for measurement in self._measured):
-            self._warn_of_nothing_to_measure(stacklevel=4)
-        self._warn_of_large_rates([part for part in device_states if part.on_host], stacklevel=4)
-        bad = [
-            name
-            for measurement in self._measured
-            if measurement.metrics.device.type == "cpu"  # others are not waited for
-            for name in measurement.not_finite()
-        ]
-        if bad:
-            warnings.warn(
-                f"NaN or infinite weights in {', '.join(bad)}: not measured, the learning rate stays",
-                stacklevel=3,
-            )
-
-    def _warn_of_nothing_to_measure(self, stacklevel: int) -> None:
-        """Say once that there is no layer to measure, where that may be a surprise.
-
-        It is none for an optimizer of biases alone, as where every parameter has an optimizer of its own.
-        """
-        asked = [g for g in self.param_groups if g["probe"] and not stands_still(g)]
-        parameters = [p for group in asked for p in group["params"]]
-        flat = any(getattr(p, "_fsdp_flattened", False) for p in parameters if is_trained(p))
-        surprising = flat or any(not is_trained(p) or p.ndim > 1 for p in parameters)
-        if surprising and not self._warned_of_nothing_to_measure:
-            self._warned_of_nothing_to_measure = True
-            warnings.warn(_NOTHING_TO_MEASURE + (_FLATTENED if flat else ""), stacklevel=stacklevel)
-
-    def _warn_of_large_rates(self, device_states: Sequence[DeviceState], stacklevel: int) -> None:
-        """Name the layers whose rate has grown tenfold, each of them once."""
-        large = [
-            (record, rate)
-            for device_state in device_states
-            for record, rate in device_state.large_rates(self.param_groups)
-            if record.parameter not in self._named_for_large_rates
-        ]
-        if large:
-            self._named_for_large_rates.update(record.parameter for record, _ in large)
-            rates = ", ".join(f"{record.name} ({rate:.3g})" for record, rate in large)
-            warnings.warn(_LARGE_RATES.format(rates), stacklevel=stacklevel)
+            self._build()
+        for message in self._rates.epoch_step(self.param_groups, self.state):
+            warnings.warn(message, stacklevel=3)
 
     # -- what to look at -------------------------------------------------------------------------
 
@@ -492,17 +432,11 @@ class RMSGD(Optimizer):
         Where groups have names in common, as of two models, every name follows its group's number and a dot;
         one that a group holds more than once is followed by "#" and its index there.
         """
-        rates: dict[Tensor, float] = {}
-        device_states = self._current_device_states()
-        self._warn_of_large_rates(device_states, stacklevel=3)
+        self._current_steps()
+        for message in self._rates.large(self.param_groups):
+            warnings.warn(message, stacklevel=2)
         self._write_back()
-        for device_state in device_states:
-            rates.update(zip((m.parameter for m in device_state.records), device_state.rates(), strict=True))
-        return {
-            name: rates[p] * multiplier(group)
-            for group, names in zip(self.param_groups, parameter_names(self.param_groups), strict=True)
-            for p, name in zip(group["params"], names, strict=True)
-        }
+        return self._rates.by_name(self.param_groups)
 
     def report(self) -> Report:
         """The metrics that the last ``epoch_step`` measured; computes nothing.
@@ -510,37 +444,13 @@ class RMSGD(Optimizer):
         Raises:
             RuntimeError: there was no ``epoch_step`` yet.
         """
-        if self._measured is None:
-            raise RuntimeError("report() needs an epoch_step() first: nothing has been measured yet")
-        layers = {at: layer for part in self._measured for at, layer in part.layers().items()}
-        return Report(tuple(layer for _, layer in sorted(layers.items())))
+        return self._rates.report()
 
 
 # A scheduler of torch's wraps an optimizer's step, to see that it is called first, in a function that
 # torch.compile does not look into. The mark says that this has been done: _step notes the call by itself. A
 # torch that knows no such mark wraps this step as any other.
 RMSGD.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-
-_NOTHING_TO_MEASURE = (
-    "no layer is measured, so every learning rate stays as it is: RMSGD measures convolutions and, unless "
-    "linear=False, matrices that are trained"
-)
-_FLATTENED = "; FullyShardedDataParallel has flattened them: use torch.distributed.fsdp.fully_shard"
-
-
-_LARGE_RATES = (
-    "learning rates have grown to more than ten times their first: {}. The stable rank of a layer of few "
-    "rows moves in large steps, and this rule puts no bound on the rate: use rule='bounded', or a smaller "
-    "zeta; for pretrained weights also initial_rank='measure'"
-)
-
-
-def _epochs_and_decay(states: Sequence[State]) -> tuple[int, float]:
-    """A group's epoch ends so far and its product of gammas; who joined it later has seen less of them."""
-    if not states:
-        return 1, 1.0
-    oldest = max(states, key=lambda state: state["epoch"])
-    return oldest["epoch"], oldest["decay"]
 
 
 def _memory_needs(groups: list[dict[str, Any]]) -> list[tuple[int, bool, str]]:

@@ -2,7 +2,6 @@
 
 import difflib
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -192,30 +191,6 @@ def check_parameter(p: Tensor, name: str) -> None:
         raise TypeError(f"parameter {name} {why}")
 
 
-def parameter_name(group: Mapping[str, Any], g: int, index: int) -> str:
-    """What a parameter is called: its name if the optimizer was given names, else "group.index"."""
-    names = group.get("param_names") or ()
-    return str(names[index]) if index < len(names) else f"{g}.{index}"
-
-
-def parameter_names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """What the parameters of all groups are called: a name is of one parameter only.
-
-    One that a group holds more than once is followed by "#" and its index there; where groups have names in
-    common, every name follows its group's number and a dot.
-    """
-    names = [_distinct(group, g) for g, group in enumerate(groups)]
-    if sum(map(len, map(set, names))) == len({name for own in names for name in own}):
-        return names
-    return [[f"{g}.{name}" for name in own] for g, own in enumerate(names)]
-
-
-def _distinct(group: Mapping[str, Any], g: int) -> list[str]:
-    names = [parameter_name(group, g, i) for i in range(len(group["params"]))]
-    times = Counter(names)
-    return [name if times[name] == 1 else f"{name}#{i}" for i, name in enumerate(names)]
-
-
 def stands_still(group: Mapping[str, Any]) -> bool:
     """Whether a group was created with lr = 0 and has not had an lr above 0 yet.
 
@@ -287,7 +262,7 @@ def rate_group(group: Mapping[str, Any], epoch: int, decay: float) -> RateGroup:
 
     ``epoch`` is the number of earlier epoch ends, ``decay`` the product of the gammas so far.
     """
-    rule, step_size = RULES[group["rule"]], group["step_size"]
+    step_size = group["step_size"]
     decays = step_size is not None and epoch > 0 and epoch % step_size == 0
     now, rule = float(group["gamma"]) if decays else 1.0, RULES[group["rule"]]
     return RateGroup(

@@ -11,10 +11,10 @@
     decay                         product of the gammas that zeta has been multiplied by
     ready                         whether the release's ``not_ready`` list has let go of the layer
 
-While the optimizer runs, rate, fresh, stable_rank and ready are kept where the kernels read and write them
-(``rmsgd.optim.device_state``). On a CPU every change is brought here at once, for wrappers that save the
-state by themselves. From a GPU, which is not waited for, ``state_dict()``, ``learning_rates()``, pickling and
-copying bring it.
+While the optimizer runs, rate, stable_rank and ready are kept where the kernels read and write them
+(``rmsgd.optim.device_rates``), and so is fresh (``rmsgd.optim.device_step``). On a CPU every change is
+brought here at once, for wrappers that save the state by themselves. From a GPU, which is not waited for,
+``state_dict()``, ``learning_rates()``, pickling and copying bring it.
 
 Whatever else others keep in ``optimizer.state``, under keys of their own or beside ours in the state of a
 parameter, stays where it is, and goes through checkpoints and copies. The state of a parameter that leaves
@@ -46,18 +46,23 @@ def _buffer_like(p: Tensor) -> Tensor:
     return torch.zeros_like(p, dtype=buffer_dtype(p), memory_format=torch.preserve_format)
 
 
-def complete(p: Tensor, state: State, group: Group) -> None:
-    """Add what a parameter's state lacks.
-
-    The other rules' memory of past gradients becomes this rule's by ``v = -eta buf``. A parameter
-    that is frozen has none until it has a gradient.
-    """
+def complete_rates(p: Tensor, state: State, group: Mapping[str, Any]) -> None:
+    """Add what a parameter's state lacks for its rate to move at epoch ends."""
     state.setdefault("rate", group["lr0"])
     to_measure = group["initial_rank"] == "measure" and p.ndim > 1
     state.setdefault("stable_rank", math.nan if to_measure else 0.0)
     state.setdefault("epoch", 0)
     state.setdefault("decay", 1.0)
     state.setdefault("ready", False)
+
+
+def complete(p: Tensor, state: State, group: Group) -> None:
+    """Add what a parameter's state lacks.
+
+    The other rules' memory of past gradients becomes this rule's by ``v = -eta buf``. A parameter
+    that is frozen has none until it has a gradient.
+    """
+    complete_rates(p, state, group)
     key = buffer_key(group)
     other = state.pop(BUFFERS[key == BUFFERS[0]], None)
     if state.get(key) is None:

@@ -1,0 +1,165 @@
+"""The learning rates of all parameters of an optimizer, on all their devices, and its epoch ends.
+
+This is all of RMSGD but its step, and it knows nothing of steps. It can move the rates of any optimizer,
+given groups with RMSGD's options for them and states that ``rmsgd.optim.state.complete_rates`` has completed.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmsgd.inspection.report.report import Report
+from rmsgd.optim.device_rates import DeviceRates
+from rmsgd.optim.measurement import Measurement
+from rmsgd.optim.options import is_trained, multiplier, rate_group, stands_still
+from rmsgd.optim.records import ParamRecord, parameter_names
+from rmsgd.optim.state import State
+
+Groups = Sequence[Mapping[str, Any]]
+States = Mapping[Tensor, State]
+
+
+class Rates:
+    """The rates of an optimizer's parameters.
+
+    ``groups`` is, in every method, the optimizer's parameter groups, which it may change between calls, and
+    ``states`` the state of every parameter.
+    """
+
+    def __init__(self) -> None:
+        self.devices: list[DeviceRates] = []
+        self._measured: list[Measurement] | None = None
+        self._named_as_large: set[Tensor] = set()
+        self._warned_of_nothing_to_measure = False
+
+    def build(
+        self,
+        records: Mapping[torch.device, Sequence[ParamRecord]],
+        groups: Groups,
+        states: States,
+        process_group: Any,
+    ) -> None:
+        """Make the tables of these parameters anew, from their states."""
+        self.devices = [
+            DeviceRates(device, on_device, groups, states, process_group)
+            for device, on_device in records.items()
+        ]
+
+    def probe_the_same(self, groups: Groups) -> bool:
+        """Whether the same parameters are to be measured as when the tables were made."""
+        return all(device.probes_the_same(groups) for device in self.devices)
+
+    def write_back(self, wait: bool = True) -> None:
+        """Bring the numbers to the states; those of a GPU, which have to be waited for, only if asked to."""
+        for device in self.devices:
+            if wait or device.on_host:
+                device.write_back()
+
+    def epoch_step(self, groups: Groups, states: States) -> list[str]:
+        """Measure every layer and move its rate.
+
+        Returns:
+            What the user should be warned of.
+
+        Raises:
+            RuntimeError: layers have no values, or are not the same on all ranks. Nothing has changed then.
+        """
+        counts = [_epochs_and_decay([states[p] for p in group["params"]]) for group in groups]
+        rate_groups = [rate_group(group, *count) for group, count in zip(groups, counts, strict=True)]
+        for device in self.devices:
+            device.check_epoch_end(rate_groups)
+        self._measured = [device.epoch_step(rate_groups) for device in self.devices]
+        for group, moved, (epoch, decay) in zip(groups, rate_groups, counts, strict=True):
+            for p in () if stands_still(group) else group["params"]:
+                states[p].update(epoch=epoch + 1, decay=decay * moved.decay)
+        self.write_back(wait=False)
+        return [*self._nothing_measured(groups), *self.large(groups, wait=False), *self._not_finite()]
+
+    def _nothing_measured(self, groups: Groups) -> list[str]:
+        """A warning, once, that there is no layer to measure, where that may be a surprise.
+
+        It is none for an optimizer of biases alone, as where every parameter has an optimizer of its own.
+        """
+        if self._warned_of_nothing_to_measure or any(part.names for part in self._measured or ()):
+            return []
+        asked = [group for group in groups if group["probe"] and not stands_still(group)]
+        parameters = [p for group in asked for p in group["params"]]
+        flat = any(getattr(p, "_fsdp_flattened", False) for p in parameters if is_trained(p))
+        if not flat and all(is_trained(p) and p.ndim <= 1 for p in parameters):
+            return []
+        self._warned_of_nothing_to_measure = True
+        return [_NOTHING_TO_MEASURE + (_FLATTENED if flat else "")]
+
+    def _not_finite(self) -> list[str]:
+        names = [
+            name
+            for measurement in self._measured or ()
+            if measurement.metrics.device.type == "cpu"  # others are not waited for
+            for name in measurement.not_finite()
+        ]
+        if not names:
+            return []
+        return [f"NaN or infinite weights in {', '.join(names)}: not measured, the learning rate stays"]
+
+    def large(self, groups: Groups, wait: bool = True) -> list[str]:
+        """A warning that names the layers whose rate has grown tenfold, each of them once."""
+        large = [
+            (record, rate)
+            for device in self.devices
+            if wait or device.on_host
+            for record, rate in device.large_rates(groups)
+            if record.parameter not in self._named_as_large
+        ]
+        if not large:
+            return []
+        self._named_as_large.update(record.parameter for record, _ in large)
+        rates = ", ".join(f"{record.name} ({rate:.3g})" for record, rate in large)
+        return [_LARGE_RATES.format(rates)]
+
+    def by_name(self, groups: Groups) -> dict[str, float]:
+        """The rate now applied to every parameter, by its name, in the order of the groups."""
+        rates = {p: rate for device in self.devices for p, rate in device.rates().items()}
+        return {
+            name: rates[p] * multiplier(group)
+            for group, names in zip(groups, parameter_names(groups), strict=True)
+            for p, name in zip(group["params"], names, strict=True)
+        }
+
+    @property
+    def measured(self) -> bool:
+        """Whether there was an epoch end, so that ``report`` has something to say."""
+        return self._measured is not None
+
+    def report(self) -> Report:
+        """The metrics that the last ``epoch_step`` measured; computes nothing.
+
+        Raises:
+            RuntimeError: there was no ``epoch_step`` yet.
+        """
+        if self._measured is None:
+            raise RuntimeError("report() needs an epoch_step() first: nothing has been measured yet")
+        layers = {at: layer for part in self._measured for at, layer in part.layers().items()}
+        return Report(tuple(layer for _, layer in sorted(layers.items())))
+
+
+_NOTHING_TO_MEASURE = (
+    "no layer is measured, so every learning rate stays as it is: RMSGD measures convolutions and, unless "
+    "linear=False, matrices that are trained"
+)
+_FLATTENED = "; FullyShardedDataParallel has flattened them: use torch.distributed.fsdp.fully_shard"
+
+_LARGE_RATES = (
+    "learning rates have grown to more than ten times their first: {}. The stable rank of a layer of few "
+    "rows moves in large steps, and this rule puts no bound on the rate: use rule='bounded', or a smaller "
+    "zeta; for pretrained weights also initial_rank='measure'"
+)
+
+
+def _epochs_and_decay(states: Sequence[State]) -> tuple[int, float]:
+    """A group's epoch ends so far and its product of gammas; who joined it later has seen less of them."""
+    if not states:
+        return 1, 1.0
+    oldest = max(states, key=lambda state: state["epoch"])
+    return oldest["epoch"], oldest["decay"]
