@@ -153,19 +153,24 @@ class DeviceRates:
         """Take s(0) from the weights as they are, for layers that ask for it and have none yet.
 
         Raises:
-            RuntimeError: a CUDA graph is being captured, which cannot hold this.
+            RuntimeError: see ``check_first_measurement``.
         """
-        if not self._first_measurement_due or self.device.type == "meta":
+        if self._first_measurement_due and self.device.type != "meta":
+            self.check_first_measurement()
+            self._first_measurement_due = False
+            # An epoch end may have come first, and still be at it.
+            self._backend.wait_side_stream(self.device)
+            self._fill_in(self._measure())
+
+    def check_first_measurement(self) -> None:
+        """Raise RuntimeError if s(0) is due and a CUDA graph is being captured, which cannot hold that."""
+        if not self._first_measurement_due:
             return
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "the first step measures the weights, which a CUDA graph cannot hold: take one step before "
                 "the capture, or use initial_rank='zero'. Nothing has changed"
             )
-        self._first_measurement_due = False
-        # An epoch end may have come first, and still be at it.
-        self._backend.wait_side_stream(self.device)
-        self._fill_in(self._measure())
 
     def _measure(self) -> Tensor:
         if self._sharing is None:

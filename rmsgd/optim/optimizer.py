@@ -257,7 +257,10 @@ class RMSGD(Optimizer):
             if is_trained(p):
                 follow(p, self.state[p], group)
         on_devices = by_device(records)
+        self._steps = None  # a capture would keep what fills these tables: none of them are used then
         self._rates.build(on_devices, self.param_groups, self.state, self.process_group)
+        for rates in self._rates.devices:
+            rates.check_first_measurement()
         self._steps = [
             DeviceStep(rates.device, rates.records, self.param_groups, self.state, rates.eta)
             for rates in self._rates.devices
