@@ -289,7 +289,7 @@ def test_weights_may_change_right_after_an_epoch_end(quick):
 
 def test_not_a_number_keeps_the_rate_of_its_layer_alone(route):
     good, bad = Parameter(low_rank(30, 40).cuda()), Parameter(torch.full((30, 40), torch.nan, device="cuda"))
-    optimizer = rmsgd.RMSGD([("good", good), ("bad", bad)], lr=0.03, initial_rank=0.0)
+    optimizer = rmsgd.RMSGD([("good", good), ("bad", bad)], lr=0.03, initial_rank="zero")
     optimizer.epoch_step()
     rates = optimizer.learning_rates()
     assert rates["bad"] == 0.03
