@@ -1,5 +1,5 @@
-# Everything runs in .venv, made on first use with the versions of constraints.txt. The oldest versions that are
-# promised are tried with `make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt`.
+# Everything runs in .venv, which is made on first use with the versions of constraints.txt. The oldest supported
+# versions are tested by `make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt`.
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
@@ -25,7 +25,7 @@ help:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# Editable: Python changes need no reinstall, a change under csrc/ rebuilds the core.
+# The installation is editable: a change in Python needs no reinstall, and a change under csrc/ rebuilds the core.
 $(STAMP): $(BIN)/python pyproject.toml setup.py $(CONSTRAINTS) $(NATIVE)
 	$(PIP) install -q -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	@touch $@
@@ -39,8 +39,8 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# The trainers of rmsgd.integrations: 300 MB that the other tests do without. CI asks for them by EXTRAS.
-# What is installed already is not built again: only what the extra names is added.
+# The trainers of rmsgd.integrations take 300 MB, which the other tests do without. CI asks for them by EXTRAS.
+# Nothing is built again: only the packages that the extra names are added.
 $(INTEGRATIONS): $(STAMP)
 	$(PIP) install -q -c $(CONSTRAINTS) 'rmsgd-kernels[integrations]'
 	@touch $@

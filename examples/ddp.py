@@ -1,11 +1,11 @@
-"""Train over two processes with DistributedDataParallel: each factorises half of the layers.
+"""Train with DistributedDataParallel over two processes, each of which factorises half of the layers.
 
     python examples/ddp.py
 
 It takes about twenty seconds and starts both processes by itself, over gloo on the CPU. With
-`process_group` every matrix is measured by one of the processes and all get the same rates, bit for bit.
-The script checks that: it prints the largest difference between their weights and between their rates,
-which is 0.
+`process_group` every matrix is measured by one of the processes, and both get the same rates, bit for bit.
+The script shows it: it prints the largest difference between the weights of the two processes and between
+their rates, which is 0.
 """
 
 import tempfile
@@ -20,7 +20,7 @@ import rmsgd
 
 
 def train(rank: int, world: int, folder: str) -> None:
-    """One of the processes: its share of the samples, its share of the layers."""
+    """Run one process, with its share of the samples to train on and of the layers to factorise."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.manual_seed(0)

@@ -3,9 +3,9 @@
     python examples/finetune.py
 
 It takes about ten seconds on one core and needs scikit-learn. The network is pretrained in the script itself,
-so that nothing has to be downloaded. Then it is fine-tuned twice: by the letter of the paper's Algorithm 1,
+so that nothing has to be downloaded. Then it is fine-tuned twice: by the paper's Algorithm 1 to the letter,
 which begins with s(0) = 0, and by the default, which measures s(0) before the first step and keeps every rate
-between half and twice its lr. The script prints the rates after the first epoch of each. From s(0) = 0 the
+between half of lr and twice lr. The script prints the rates after the first epoch of each. With s(0) = 0 the
 whole stable rank of a trained layer counts as if it had been learned in this epoch, and its rate jumps.
 """
 

@@ -1,11 +1,11 @@
-"""Train a small language model without epochs: it measures its layers every so many steps.
+"""Train a small language model without epochs, and measure its layers after every few steps.
 
     python examples/language_model.py                # about a minute on one core
     python examples/language_model.py --steps 60     # shorter
 
 The text is the source of Python's own argparse module, character by character, so that nothing has to be
 downloaded. The script prints the loss and the range of the learning rates after every measurement. A model
-that knows the frequency of each character and nothing else would stay at about 3.
+that knows only how frequent each character is would stay at a loss of about 3 nats.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
         schedule.step()
         losses.append(loss.item())
         if step % options.every == 0:
-            optimizer.epoch_step()  # there are no epochs: this is a measurement every so many steps
+            optimizer.epoch_step()  # there are no epochs, so the steps say when to measure
             rates = optimizer.learning_rates().values()
             means.append(sum(losses[-options.every :]) / options.every)
             print(f"step {step:4}  loss {means[-1]:.3f}  rates {min(rates):.4f} to {max(rates):.4f}")

@@ -1,10 +1,10 @@
-"""Look into a series of checkpoints: train, save one per epoch, and make pages of them with `rmsgd probe`.
+"""Look into a series of checkpoints: train, save one after each epoch, and show them by `rmsgd probe`.
 
     python examples/probe_series.py              # about twenty seconds; writes into probe-series/
     python examples/probe_series.py --out DIR
 
-It needs scikit-learn and the extra `plot`. Open probe-series/index.html: it shows how metrics and quality
-went over the training, and links a page per checkpoint with a sortable table and the spectrum of every
+It needs scikit-learn and the extra `plot`. Open probe-series/index.html: it shows how the metrics
+moved over the training, and links a page per checkpoint with a sortable table and the spectrum of every
 layer.
 """
 
