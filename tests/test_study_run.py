@@ -2,8 +2,8 @@
 
 import dataclasses
 import errno
+import itertools
 import json
-import math
 import os
 import random
 import signal
@@ -14,7 +14,7 @@ import pytest
 import torch
 from study_jobs import STEPS, TINY, budgets, make, start, weights
 
-from bench import atomic
+from bench import atomic, measure
 from bench.__main__ import main
 from bench.data import registry
 from bench.locks import BusyError, locked
@@ -416,16 +416,19 @@ def test_processes_that_share_a_folder_share_a_budget(tmp_path):
     assert first == second
 
 
-def test_a_run_in_budget_mode_counts_training_and_epoch_ends_alone(tmp_path):
-    config = tiny(budget=True, epochs=50)
-    make(config, tmp_path, budget=0.3).train()
+def test_a_run_in_budget_mode_counts_training_and_epoch_ends_alone(tmp_path, monkeypatch):
+    # Whatever is booked takes a second: each step, the epoch end, the evaluation and every checkpoint.
+    seconds = itertools.count()
+    monkeypatch.setattr(measure.HostClock, "_now", lambda clock: next(seconds))
+    each = STEPS + 1
+    make(tiny(budget=True, epochs=50), tmp_path, budget=3.5 * each).train()
     result = json.loads((tmp_path / "result.json").read_text())
     lines = (tmp_path / "epochs.csv").read_text().splitlines()
     names = lines[0].split(",")
     spent = [sum(float(line.split(",")[names.index(name)]) for name in SECONDS[:2]) for line in lines[1:]]
-    assert 1 <= result["epochs"] < 50
-    assert sum(spent) <= 0.3 + 2 * max(spent)
-    assert math.isclose(result["budget_seconds"], 0.3)
+    assert spent == 3 * [each]
+    assert result["epochs"] == 3
+    assert result["budget_seconds"] == 3.5 * each
 
 
 # --- Bad input
