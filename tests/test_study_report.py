@@ -1,5 +1,6 @@
 """What is concluded from runs: differences, correlations, rates, tables and figures."""
 
+import csv
 import json
 import math
 from dataclasses import replace
@@ -755,6 +756,19 @@ def test_every_part_is_drawn_and_has_a_table(tmp_path):
         "study-rates.png",
         "study-metrics-cifar10.png",
     ]
+
+
+def test_a_table_of_records_says_by_which_revision_a_run_was_begun(tmp_path):
+    (config,) = seeds(tmp_path, CELL, [0.5], epochs=2)
+    path = tmp_path / "kept.csv"
+    (record,) = read(tmp_path, [config])
+    table.write(path, [replace(record, revision="0123abc")])
+    assert table.read(path)[config].revision == "0123abc"
+    rows = list(csv.DictReader(path.open()))
+    write_csv(path, [{name: value for name, value in row.items() if name != "revision"} for row in rows])
+    older = table.read(path)[config]
+    assert older.revision is None
+    assert older.epochs == record.epochs
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ class Record:
         diverged: its loss stopped being a number.
         epochs: one dictionary per epoch, the columns of `epochs.csv`.
         budget: seconds that it could train for; None where only epochs counted.
+        revision: of this software, by which it was begun; None where that is not known.
         tabled: its layers as `layers` gives them, for one that was read from a table of records.
 
     """
@@ -36,6 +37,7 @@ class Record:
     diverged: bool
     epochs: tuple[dict[str, float], ...]
     budget: float | None = None
+    revision: str | None = None
     tabled: Mapping[str, Mapping[str, Floats]] = field(default_factory=dict, compare=False)
 
     @property
@@ -99,9 +101,22 @@ def read(out: Path, configs: Iterable[RunConfig]) -> list[Record]:
         result = json.loads(path.read_text(encoding="utf-8"))
         with (folder / "epochs.csv").open(newline="", encoding="utf-8") as file:
             epochs = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-        diverged = result["status"] == "diverged"
-        records.append(Record(config, folder, diverged, tuple(epochs), result.get("budget_seconds")))
+        records.append(
+            Record(
+                config,
+                folder,
+                diverged=result["status"] == "diverged",
+                epochs=tuple(epochs),
+                budget=result.get("budget_seconds"),
+                revision=_begun_by(folder),
+            )
+        )
     return records
+
+
+def _begun_by(folder: Path) -> str | None:
+    path = folder / "environment.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("revision") if path.exists() else None
 
 
 def finished(records: Sequence[Record]) -> list[Record]:

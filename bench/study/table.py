@@ -19,6 +19,9 @@ from bench.study.run import METRICS
 RUN = ("optimizer", "settings", "seed", "run", "status")
 """What is the same in all rows of a run: `settings` and `run`, the other fields that it sets, are JSON."""
 
+REVISION = "revision"
+"""The column of `Record.revision`, which older tables do not have."""
+
 DIGITS = 8
 
 
@@ -32,7 +35,8 @@ def write(path: Path, records: Sequence[Record], in_full: Sequence[Record] = ())
 
     """
     rows = [
-        {**_run(record), **{name: _short(value) for name, value in epoch.items()}}
+        {**_run(record), REVISION: record.revision or ""}
+        | {name: _short(value) for name, value in epoch.items()}
         for record in records
         for epoch in record.epochs
     ]
@@ -68,7 +72,11 @@ def read(path: Path) -> dict[RunConfig, Record]:
                 config,
                 None,
                 rows[0]["status"] == "diverged",
-                tuple({name: float(value) for name, value in row.items() if name not in RUN} for row in rows),
+                tuple(
+                    {name: float(value) for name, value in row.items() if name not in (*RUN, REVISION)}
+                    for row in rows
+                ),
+                revision=rows[0].get(REVISION) or None,
                 tabled=by_layer(layers.get(key, ())),
             )
         return found
