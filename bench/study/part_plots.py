@@ -132,20 +132,8 @@ def _measurements(path: Path, records: Sequence[Record]) -> Path:
     remainders = sorted({left for _, left in lines})
     colours = dict(zip(remainders, _shades(len(remainders)), strict=True))
     for (schedule, left), mine in sorted(lines.items()):
-        mine.sort(key=lambda entry: entry["measurements"])
-        heights = np.array([entry["test_accuracy"] for entry in mine])
-        bars = np.abs(np.array([_range(records, entry) for entry in mine]).T - heights)
-        axes.errorbar(
-            [entry["measurements"] for entry in mine],
-            heights,
-            bars,
-            color=colours[left],
-            marker="o",
-            capsize=3,
-            linestyle=DASH_OF.get(schedule, "-"),
-            label=f"{schedule}, βⁿ = {left}",
-        )
-    axes.set_xscale("log")
+        look = {"color": colours[left], "marker": "o", "linestyle": DASH_OF.get(schedule, "-")}
+        _swept(axes, records, mine, "measurements", label=f"{schedule}, βⁿ = {left}", **look)
     counts = sorted({entry["measurements"] for entry in entries})
     axes.set_xticks(counts, labels=map(str, counts))
     axes.minorticks_off()
@@ -155,9 +143,17 @@ def _measurements(path: Path, records: Sequence[Record]) -> Path:
     return save(figure, path)
 
 
-def _range(records: Sequence[Record], entry: Mapping[str, Any]) -> tuple[float, float]:
-    values = [100 * record.final["test_accuracy"] for record in parts.grouped(records)[entry["label"]]]
-    return min(values), max(values)
+def _swept(
+    axes: Any, records: Sequence[Record], entries: Sequence[Mapping[str, Any]], quantity: str, **look: Any
+) -> None:
+    """Draws accuracy by a quantity, on a logarithmic axis: means, and bars from lowest to highest seed."""
+    groups = parts.grouped(records)
+    entries = sorted(entries, key=lambda entry: entry[quantity])
+    means = np.array([entry["test_accuracy"] for entry in entries])
+    values = [[100 * run.final["test_accuracy"] for run in groups[entry["label"]]] for entry in entries]
+    ends = np.array([(min(mine), max(mine)) for mine in values]).T
+    axes.errorbar([entry[quantity] for entry in entries], means, np.abs(ends - means), capsize=3, **look)
+    axes.set_xscale("log")
 
 
 def _shades(count: int) -> list[Any]:
@@ -174,21 +170,9 @@ def _rates(path: Path, records: Sequence[Record]) -> Path:
     for entry in parts.rows(records):
         lines.setdefault((entry["optimizer"], entry["schedule"]), []).append(entry)
     for (optimizer, schedule), mine in lines.items():
-        mine.sort(key=lambda entry: entry["lr"])
         colour, marker = style_of(optimizer)
-        heights = np.array([entry["test_accuracy"] for entry in mine])
-        bars = np.abs(np.array([_range(records, entry) for entry in mine]).T - heights)
-        axes.errorbar(
-            [entry["lr"] for entry in mine],
-            heights,
-            bars,
-            color=colour,
-            marker=marker,
-            capsize=3,
-            linestyle=DASH_OF.get(schedule, "-"),
-            label=f"{optimizer} {schedule}",
-        )
-    axes.set_xscale("log")
+        look = {"color": colour, "marker": marker, "linestyle": DASH_OF.get(schedule, "-")}
+        _swept(axes, records, mine, "lr", label=f"{optimizer} {schedule}", **look)
     plain(axes, "initial learning rate", "test accuracy (%)")
     axes.set_title("bars: lowest and highest seed", fontsize=10)
     axes.legend(frameon=False)

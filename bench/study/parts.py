@@ -229,36 +229,6 @@ def comparison_tables(entries: Sequence[Mapping[str, Any]]) -> list[Table]:
     return tables
 
 
-def relation_table(entries: Sequence[Mapping[str, Any]]) -> Table:
-    """PLCC and ROCC with their intervals, a row for each metric and set of runs."""
-    table = Table(
-        title="Q, stable rank and condition against test accuracy and generalisation gap",
-        caption="PLCC: Pearson's correlation. ROCC: Spearman's. In brackets: 95 % bootstrap interval.",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        collapse_padding=True,
-    )
-    table.add_column("over", overflow="fold")
-    for column in ("n", "accuracy PLCC", "accuracy ROCC", "gap PLCC", "gap ROCC"):
-        table.add_column(column, justify="right")
-    pairs = {(entry["over"], entry["metric"], entry["against"]): entry for entry in entries}
-    before = None
-    for over, metric in dict.fromkeys((entry["over"], entry["metric"]) for entry in entries):
-        if over != before:
-            table.add_section()
-            table.add_row(f"[bold]{over}[/bold]")
-            before = over
-        found = [pairs.get((over, metric, against)) for against in ("test_accuracy", "gap")]
-        cells = [_bracketed(entry[kind]) if entry else "-" for entry in found for kind in ("plcc", "rocc")]
-        table.add_row(LABELS[metric], str(next(entry["n"] for entry in found if entry)), *cells)
-    return table
-
-
-def _bracketed(values: Sequence[float]) -> str:
-    value, low, high = values
-    return f"{value:+.2f} ({low:+.2f}, {high:+.2f})"
-
-
 def tables(
     parts: Mapping[str, Sequence[Record]],
     search: Mapping[str, tuning.Found],
@@ -299,5 +269,5 @@ def tables(
     everything = list({record.config: record for record in trained}.values())
     if found := relations(everything):
         content["relations"] = found
-        shown.append(relation_table(found))
+        shown.append(report.correlation_table(found, "over", "In brackets: 95 % bootstrap interval."))
     return content, shown

@@ -343,26 +343,40 @@ def correlations(records: Sequence[Record]) -> list[dict[str, Any]]:
     return found
 
 
-def correlation_table(entries: Sequence[dict[str, Any]]) -> Table:
-    """PLCC and ROCC, one row per group and metric."""
+def correlation_table(entries: Sequence[Mapping[str, Any]], group: str = "group", note: str = "") -> Table:
+    """PLCC and ROCC, one row per group and metric.
+
+    Args:
+        entries: with "metric", "against", "n", "plcc" and "rocc", the last two as numbers, or as lists of the
+            value and the bounds of its interval.
+        group: the key of an entry that says which networks it is over.
+        note: ends the caption.
+
+    """
     table = Table(
-        title="what goes with test accuracy and generalisation gap",
-        caption="PLCC: Pearson's linear correlation. ROCC: Spearman's rank-order correlation.",
+        title="Q, stable rank and condition against test accuracy and generalisation gap",
+        caption=f"PLCC: Pearson's correlation. ROCC: Spearman's rank-order correlation. {note}".rstrip(),
         box=SIMPLE_HEAD,
         show_edge=False,
+        collapse_padding=True,
     )
-    table.add_column("over the runs of")
+    table.add_column("over the runs of", overflow="fold")
     for column in ("runs", "accuracy\nPLCC", "accuracy\nROCC", "gap\nPLCC", "gap\nROCC"):
-        table.add_column(column, justify="right", no_wrap=True)
-    pairs = {(entry["group"], entry["metric"], entry["against"]): entry for entry in entries}
+        table.add_column(column, justify="right")
+    pairs = {(entry[group], entry["metric"], entry["against"]): entry for entry in entries}
     before = None
-    for group, metric in dict.fromkeys((entry["group"], entry["metric"]) for entry in entries):
-        if group != before:
+    for over, metric in dict.fromkeys((entry[group], entry["metric"]) for entry in entries):
+        if over != before:
             table.add_section()
-            table.add_row(f"[bold]{group}[/bold]")
-            before = group
-        found = [pairs.get((group, metric, against)) for against in ("test_accuracy", "gap")]
-        count = next(entry["n"] for entry in found if entry)
-        cells = [f"{entry[kind]:+.2f}" if entry else "-" for entry in found for kind in ("plcc", "rocc")]
-        table.add_row(LABELS[metric], str(count), *cells)
+            table.add_row(f"[bold]{over}[/bold]")
+            before = over
+        found = [pairs.get((over, metric, against)) for against in ("test_accuracy", "gap")]
+        cells = [_coefficient(entry[kind]) if entry else "-" for entry in found for kind in ("plcc", "rocc")]
+        table.add_row(LABELS[metric], str(next(entry["n"] for entry in found if entry)), *cells)
     return table
+
+
+def _coefficient(found: float | Sequence[float]) -> str:
+    value, *bounds = [found] if isinstance(found, float) else found
+    interval = f" ({', '.join(f'{bound:+.2f}' for bound in bounds)})" if bounds else ""
+    return f"{value:+.2f}{interval}"
