@@ -180,6 +180,31 @@ def network_quality(qualities: Sequence[float]) -> float:
     return float((q * q).sum() / math.sqrt(len(q))) if len(q) else math.nan
 
 
+def hill_alpha(gamma: Array) -> float:
+    """The tail exponent of a spectrum: Hill's estimate over the upper half of its eigenvalues ``gamma^2``.
+
+    With N singular values and the n = N - floor(N / 2) largest of them, ``x_min`` the smallest of those,
+
+        alpha = 1 + n / sum_j ln(gamma_j^2 / x_min^2)
+
+    A heavier tail has a smaller alpha. It does not depend on the scale of the matrix. inf where the upper
+    half is one value n times, as in an orthogonal matrix. NaN with fewer than three values, or where
+    ``x_min`` is 0: half of the spectrum has no tail then.
+
+    This is ``PL_Alpha_Hill`` of Zhou et al., "Temperature Balancing, Layer-wise Weight Analysis, and Neural
+    Network Training" (NeurIPS 2023), as their code computes it (its fit "median").
+
+    Args:
+        gamma: (N,) singular values, in any order.
+    """
+    values = np.sort(np.asarray(gamma, dtype=np.float64))
+    tail = values[len(values) // 2 :]
+    if len(values) < 3 or not tail[0] > 0.0:
+        return math.nan
+    total = 2.0 * float(np.log(tail / tail[0]).sum())
+    return 1.0 + len(tail) / total if total > 0.0 else math.inf
+
+
 def momentum_update(
     w: Array,
     grad: Array,
