@@ -5,6 +5,18 @@ from rmsgd.inspection.probe import probe
 from rmsgd.inspection.report.report import Report
 from rmsgd.lowrank import LowRank, evbmf
 from rmsgd.metrics import LayerMetrics
+from rmsgd.optim.groups import layer_groups
+from rmsgd.optim.layer_rates import LayerRates
 from rmsgd.optim.optimizer import RMSGD
 
-__all__ = ["RMSGD", "LayerMetrics", "LowRank", "Report", "__version__", "evbmf", "probe"]
+__all__ = [
+    "RMSGD",
+    "LayerMetrics",
+    "LayerRates",
+    "LowRank",
+    "Report",
+    "__version__",
+    "evbmf",
+    "layer_groups",
+    "probe",
+]

@@ -201,6 +201,9 @@ RULES: Mapping[str, Rule] = {rule.name: rule for rule in (_BOUNDED, _PAPER, _REL
 
 DEFAULT = _BOUNDED.name
 
+REFERENCE_LR = 0.03
+"""The learning rate that gains of the stable rank are meant for: the paper's, of SGD with momentum."""
+
 _FORMULAS = {rule.number: rule.next_rate for rule in RULES.values()}
 
 # -- an epoch end --------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from rmsgd.backends.base import RateGroup, RateTables
 from rmsgd.layers import NO_LEADER, Unfolding, leader_of, unfoldings
 from rmsgd.optim.distributed import SharedMeasurement, is_dtensor
 from rmsgd.optim.measurement import Measurement
-from rmsgd.optim.options import applied_rate, stands_still
+from rmsgd.optim.options import applied_rate, fault, stands_still
 from rmsgd.optim.records import ParamRecord, trained_tensors
 from rmsgd.optim.state import State
 from rmsgd.rules import RULES, Rule
@@ -94,6 +94,7 @@ class DeviceRates:
         # whoever gets its memory while another stream works.
         self._measures = [(run, len(list(rows))) for run, rows in groupby(column)]
         followers, leaders = self._followers(groups)
+        self._leaders = dict(zip(followers, leaders, strict=True))
         states = [self._states[i] for i in self._probed]
 
         def tensor(values: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -130,6 +131,12 @@ class DeviceRates:
             else:
                 leaders.append(NO_LEADER if latest_of_all is None else latest_of_all)
         return followers, leaders
+
+    def leaders(self) -> dict[Tensor, Tensor | None]:
+        """The layer whose ratio every parameter takes, itself for a layer; None for none in particular."""
+        layers = [self.records[i].parameter for i in self._probed]
+        own = dict(zip(self._probed, range(len(layers)), strict=True)) | self._leaders
+        return {m.parameter: layers[own[i]] if own[i] >= 0 else None for i, m in enumerate(self.records)}
 
     # -- whether it still holds ------------------------------------------------------------------
 
@@ -258,11 +265,11 @@ def _rule(group: Mapping[str, Any]) -> Rule:
 
 
 def is_probed(weight: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether an epoch end measures this parameter: a trainable floating weight with a spectrum.
+    """Whether an epoch end measures this parameter: a trainable weight of a known type with a spectrum.
 
     ``group`` is its parameter group: ``probe=False`` opts out, ``linear=False`` leaves 2-D weights out, its
     rule measures what its source does, and a group that stands still has no rates to move.
     """
-    if stands_still(group) or not (group["probe"] and weight.requires_grad and weight.is_floating_point()):
+    if stands_still(group) or not (group["probe"] and weight.requires_grad and fault(weight) is None):
         return False
     return (group["linear"] or weight.ndim != 2) and _rule(group).probes(weight.shape)

@@ -21,6 +21,7 @@ from rmsgd.optim.options import (
     Range,
     check_ranges,
     in_short,
+    listed,
     number,
 )
 from rmsgd.optim.records import parameter_name
@@ -33,7 +34,7 @@ _GROUP: Mapping[str, Range] = {
 }
 """The ranges of a checkpoint's options: its lr may be where a schedule ends."""
 
-_STATE: Mapping[str, tuple[Callable[[float], float], Range]] = {
+STATE_NUMBERS: Mapping[str, tuple[Callable[[float], float], Range]] = {
     "rate": (float, FINITE),
     "stable_rank": (float, (lambda x: AT_LEAST_0[0](x) or _is_nan(x), "0 or more, or NaN")),
     "epoch": (int, (lambda x: AT_LEAST_0[0](x) and number(x).is_integer(), "a whole number")),
@@ -121,7 +122,7 @@ def _is_nan(value: Any) -> bool:
 
 def _plain(key: str, value: Any) -> Any:
     """A number as the state has it; any other value as it is."""
-    return _STATE[key][0](number(value)) if key in _STATE else value
+    return STATE_NUMBERS[key][0](number(value)) if key in STATE_NUMBERS else value
 
 
 def _complete_group(group: Group, saved: Group) -> Group:
@@ -177,7 +178,7 @@ def _check_parameters(groups: Sequence[Group], saved: Sequence[Group]) -> None:
         known, loaded = names(groups), names(saved)
         if known and loaded:
             missing, unexpected = sorted(set(known) - set(loaded)), sorted(set(loaded) - set(known))
-            message += f"; missing in the checkpoint: {_list(missing)}; unexpected: {_list(unexpected)}"
+            message += f"; missing in the checkpoint: {listed(missing)}; unexpected: {listed(unexpected)}"
         raise ValueError(message)
     named = [pair for pair in zip(groups, saved, strict=True) if all(g.get("param_names") for g in pair)]
     known, loaded = names([group for group, _ in named]), names([group for _, group in named])
@@ -194,7 +195,11 @@ def _is_ours(group: Mapping[str, Any]) -> bool:
 
 def _is_of_a_parameter(key: Any, state: Mapping[str, Any]) -> bool:
     """Whether it is what RMSGD remembers of a parameter, by the number torch gives it or by another key."""
-    return not _STATE.keys().isdisjoint(state) if isinstance(key, int) else _STATE.keys() <= state.keys()
+    return (
+        not STATE_NUMBERS.keys().isdisjoint(state)
+        if isinstance(key, int)
+        else STATE_NUMBERS.keys() <= state.keys()
+    )
 
 
 def _check_states(
@@ -221,19 +226,23 @@ def _check_states(
         and (not all_ours or (isinstance(state, Mapping) and _is_of_a_parameter(key, state)))
     ]
     if strangers:
-        raise ValueError(f"the checkpoint has state for parameters in none of its groups: {_list(strangers)}")
+        raise ValueError(
+            f"the checkpoint has state for parameters in none of its groups: {listed(strangers)}"
+        )
     different = []
     for key in [key for key in states if key in owners]:
         state, (p, name) = states[key], owners[key]
         for kind, value in state.items():
             if isinstance(value, Tensor) and value.is_meta and not p.is_meta:
                 raise ValueError(f"{name} in the checkpoint: {kind} is on the meta device, without values")
-        numbers = {kind: what for kind, (_, what) in _STATE.items() if kind in state}
+        numbers = {kind: what for kind, (_, what) in STATE_NUMBERS.items() if kind in state}
         check_ranges(state, numbers, f"{name} in the checkpoint: ")
-        foreign = [str(k) for k, v in state.items() if isinstance(v, Tensor) and k not in (*BUFFERS, *_STATE)]
+        foreign = [
+            str(k) for k, v in state.items() if isinstance(v, Tensor) and k not in (*BUFFERS, *STATE_NUMBERS)
+        ]
         if foreign and key not in ours:
             raise ValueError(
-                f"{name} in the checkpoint has {_list(foreign)}: it is another optimizer's checkpoint, "
+                f"{name} in the checkpoint has {listed(foreign)}: it is another optimizer's checkpoint, "
                 "neither RMSGD's nor torch.optim.SGD's"
             )
         for kind in BUFFERS:
@@ -251,7 +260,7 @@ def _check_states(
             if buffer is not None and buffer.shape != p.shape:
                 different.append(f"{name} is {tuple(p.shape)}, its {kind} {tuple(buffer.shape)}")
     if different:
-        raise ValueError(f"shapes differ between optimizer and checkpoint: {_list(different)}")
+        raise ValueError(f"shapes differ between optimizer and checkpoint: {listed(different)}")
 
 
 def _is_buffer(value: object) -> bool:
@@ -260,8 +269,3 @@ def _is_buffer(value: object) -> bool:
 
 def _kind(value: object) -> str:
     return f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else in_short(value)
-
-
-def _list(items: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return (", ".join(items[:most]) or "none") + more

@@ -29,7 +29,7 @@ from rmsgd.optim.options import (
     step_group,
 )
 from rmsgd.optim.rates import Rates
-from rmsgd.optim.records import by_device, parameter_name, records_of
+from rmsgd.optim.records import all_parameters, by_device, hold_the_same, parameter_name, records_of
 from rmsgd.optim.state import State, check_shape, complete, follow
 from rmsgd.optim.torch_compile import register_step, trace_step
 from rmsgd.rules import DEFAULT, RULES
@@ -173,15 +173,10 @@ class RMSGD(Optimizer):
         for p in group["params"]:
             complete(p, self.state[p], group)
         self._forget_departed()
-        self._order = self._all_parameters()
-
-    def _all_parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        self._order = all_parameters(self.param_groups)
 
     def _holds_its_parameters(self) -> bool:
-        """Whether the groups hold the parameters of ``_order``, in that order."""
-        now = self._all_parameters()
-        return len(now) == len(self._order) and all(map(is_, now, self._order))
+        return hold_the_same(self.param_groups, self._order)
 
     def _forget_tables(self) -> None:
         self._rates = Rates()
@@ -211,7 +206,7 @@ class RMSGD(Optimizer):
 
     def _forget_departed(self) -> None:
         """Drop the state of parameters that have left the groups; whatever else others keep there stays."""
-        for p in set(self._order).difference(self._all_parameters()):
+        for p in set(self._order).difference(all_parameters(self.param_groups)):
             self.state.pop(p, None)
 
     def _start_raised_groups(self) -> None:
@@ -265,7 +260,7 @@ class RMSGD(Optimizer):
             DeviceStep(rates.device, rates.records, self.param_groups, self.state, rates.eta)
             for rates in self._rates.devices
         ]
-        self._order = self._all_parameters()
+        self._order = all_parameters(self.param_groups)
         self._memory_needs_then = _memory_needs(self.param_groups)
         self._state_objects = list(self.state.values())
         self._own_states = [self.state[p] for p in self._order]
@@ -318,7 +313,7 @@ class RMSGD(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 complete(p, self.state[p], group)
-        self._order = self._all_parameters()
+        self._order = all_parameters(self.param_groups)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RMSGD":
         copy = type(self).__new__(type(self))
@@ -419,7 +414,7 @@ class RMSGD(Optimizer):
                 resized or has no values, two share memory, or a CUDA graph is being captured. Nothing has
                 changed then.
         """
-        check_not_capturing(filter(is_trained, self._all_parameters()), "epoch_step()")
+        check_not_capturing(filter(is_trained, all_parameters(self.param_groups)), "epoch_step()")
         self._current_steps()
         if not self._rates.probe_the_same(self.param_groups):
             self._write_back()

@@ -115,7 +115,9 @@ class Rates:
         if not large:
             return []
         self._named_as_large.update(record.parameter for record, _ in large)
-        rates = ", ".join(f"{record.name} ({rate:.3g})" for record, rate in large)
+        rates = ", ".join(
+            f"{record.name} ({rate * multiplier(groups[record.group]):.3g})" for record, rate in large
+        )
         return [_LARGE_RATES.format(rates)]
 
     def by_name(self, groups: Groups) -> dict[str, float]:
@@ -145,14 +147,14 @@ class Rates:
 
 
 _NOTHING_TO_MEASURE = (
-    "no layer is measured, so every learning rate stays as it is: RMSGD measures convolutions and, unless "
-    "linear=False, matrices that are trained"
+    "no layer is measured, so every learning rate stays as it is: what is measured are convolutions and, "
+    "unless linear=False, matrices that are trained"
 )
 _FLATTENED = "; FullyShardedDataParallel has flattened them: use torch.distributed.fsdp.fully_shard"
 
 _LARGE_RATES = (
     "learning rates have grown to more than ten times their first: {}. The stable rank of a layer of few "
-    "rows moves in large steps, and this rule puts no bound on the rate: use rule='bounded', or a smaller "
+    "rows moves in large steps, and this rule puts no bound on the rate: use the default rule, or a smaller "
     "zeta; for pretrained weights also initial_rank='measure'"
 )
 

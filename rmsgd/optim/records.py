@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -32,6 +33,17 @@ def records_of(groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, ParamRecord]
         for p, name in zip(group["params"], names, strict=True):
             records.setdefault(p, ParamRecord(p, g, len(records), name, "param_names" in group))
     return records
+
+
+def all_parameters(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """The parameters of all groups, in their order."""
+    return [p for group in groups for p in group["params"]]
+
+
+def hold_the_same(groups: Sequence[Mapping[str, Any]], parameters: Sequence[Tensor]) -> bool:
+    """Whether the groups hold these very parameters, in this order; asked at every step."""
+    now = all_parameters(groups)
+    return len(now) == len(parameters) and all(map(is_, now, parameters))
 
 
 def by_device(records: Mapping[Tensor, ParamRecord]) -> dict[torch.device, list[ParamRecord]]:

@@ -1,0 +1,312 @@
+"""LayerRates: the learning rates of RMSGD for any optimizer."""
+
+import difflib
+import warnings
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmsgd.backends.streams import check_not_capturing
+from rmsgd.inspection.report.report import Report
+from rmsgd.optim.applied_lr import AppliedLr, check_lr
+from rmsgd.optim.device_rates import is_probed
+from rmsgd.optim.load_rates import checked
+from rmsgd.optim.optimizer import RMSGD
+from rmsgd.optim.options import OPTIONS, check_ranges, device_of, fault, in_short, is_trained, listed
+from rmsgd.optim.rates import Rates
+from rmsgd.optim.records import (
+    ParamRecord,
+    all_parameters,
+    by_device,
+    hold_the_same,
+    parameter_names,
+    records_of,
+)
+from rmsgd.optim.state import State, complete_rates
+from rmsgd.rules import DEFAULT, REFERENCE_LR, RULES
+
+NAMES: Mapping[str, str] = {"rank-momentum": DEFAULT} | {name: name for name in RULES}
+"""What a rule may be called, and its name in ``rmsgd.rules``."""
+
+
+class LayerRates:
+    """Gives every layer of any optimizer a learning rate of its own, which follows its spectrum.
+
+    While the optimizer steps, ``group["lr"]`` is multiplied by the ratio of the group's layer, and restored
+    when the step ends, also where it raises. So ``group["lr"]`` stays what schedulers, checkpoints and the
+    user make of it.
+
+    ```python
+    groups = rmsgd.layer_groups(model.named_parameters(), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(groups, lr=3e-4, fused=True)
+    rates = rmsgd.LayerRates(optimizer)
+    for step, (x, y) in enumerate(batches):
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        optimizer.step()
+        if step % 100 == 99:
+            rates.step()
+    ```
+
+    The rule "rank-momentum" is Algorithm 1 of Hosseini, Tuli, Plataniotis, "Exploiting Explainable Metrics
+    for Augmented SGD" (CVPR 2022) as ``RMSGD`` has it by default, of the ratio r = eta / lr: with s the
+    stable rank of the layer's low-rank part and L its smaller side,
+
+        r <- 1 + beta (r - 1) + zeta n^2 / (1 + n^2) (s(t+1) - s(t)) / 0.03,  n = 0.03 L
+
+    kept within 1/2 and 2. Algorithm 1 adds zeta (s(t+1) - s(t)) to a rate, which is right for rates of the
+    size of .03, the paper's. Here a gain counts for the same ratio at every lr.
+
+    Args:
+        optimizer: any optimizer whose groups have an "lr". A group may hold one layer that is measured, and
+            parameters that follow it, as ``layer_groups`` makes them. ``probe=False`` in a group leaves its
+            parameters unmeasured. A second ``LayerRates`` of an optimizer takes the place of the first.
+        rule: "rank-momentum", or a rule of RMSGD by its name: "bounded" is the same, "paper" is Algorithm 1
+            to the letter, and "release" and "published" are what the authors' code computes, for SGD.
+        beta: momentum of the ratio, in [0, 1).
+        zeta: gain of the stable rank's change, above 0.
+        linear: whether 2-D weights are measured, besides convolutions.
+        initial_rank: "measure" takes s(0) from the weights before the first step, "zero" takes 0. None is
+            what the rule says: see ``RMSGD``.
+        process_group: of the ranks that hold copies of the parameters: they share the work, and all of them
+            call ``step``.
+
+    Raises:
+        TypeError: ``optimizer`` is none, or is RMSGD, which moves its rates itself.
+        ValueError: an option is out of its range, a group has no lr, or the parameters of a group would have
+            different rates; the message names them.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        rule: str = "rank-momentum",
+        *,
+        beta: float = 0.98,
+        zeta: float = 1.0,
+        linear: bool = True,
+        initial_rank: str | None = None,
+        process_group: Any = None,
+    ) -> None:
+        if isinstance(optimizer, RMSGD):
+            raise TypeError("RMSGD moves its learning rates itself: call its epoch_step()")
+        if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
+            raise TypeError(
+                f"LayerRates takes an optimizer with param_groups and step(), got {in_short(optimizer)}"
+            )
+        options = {"beta": beta, "zeta": zeta, "linear": linear, "initial_rank": initial_rank}
+        check_ranges(options, {name: OPTIONS[name] for name in options})
+        check_lr(optimizer.param_groups)
+        self.optimizer = optimizer
+        self.rule = rule
+        self.process_group = process_group
+        self.state: dict[Tensor, State] = {}
+        of_rule = RULES[_known(rule)]
+        if initial_rank is None:
+            options["initial_rank"] = of_rule.initial_rank
+        self._options = options
+        self._rule = of_rule.name
+        self._fixed = {
+            "rule": of_rule.name,
+            "lr0": REFERENCE_LR,
+            "min_lr": 1e-10,
+            "gamma": 1.0,
+            "step_size": None,
+        }
+        self._rates = Rates()
+        self._order: list[Tensor] = []
+        self._kinds: list[object] = []
+        self._ratios: list[float] | None = None
+        self._build()
+        self._applied = AppliedLr(optimizer, self._group_ratios)
+
+    # -- parameters and state --------------------------------------------------------------------
+
+    def _groups(self) -> list[Mapping[str, Any]]:
+        """The optimizer's groups with the options that move their rates."""
+        own = {**self._options, **self._fixed}
+        return [ChainMap(own, group, {"probe": True}) for group in self.optimizer.param_groups]
+
+    @torch.inference_mode(False)  # its tables outlive the mode of whoever happens to call first
+    @torch.no_grad()
+    def _build(self) -> None:
+        """Make the tables for the parameters as they are now; nothing has changed where it raises."""
+        groups = self._groups()
+        _check_distinct(groups)
+        records = _layers_first(records_of(groups), groups)
+        states = {p: dict(self.state.get(p, {})) for p in records}
+        for p, record in records.items():
+            complete_rates(p, states[p], groups[record.group])
+        before = self._rates.devices
+        try:
+            self._rates.build(by_device(records), groups, states, self.process_group)
+            _check_groups(groups, self._rates)
+        except Exception:
+            self._rates.devices = before
+            raise
+        self.state = states
+        self._order = all_parameters(groups)
+        self._kinds = _kinds(self._order)
+        self._ratios = None
+
+    def _rebuild(self) -> None:
+        self._rates.write_back()
+        self._build()
+
+    def _refresh(self) -> None:
+        """Let the tables be those of the parameters as they are now."""
+        groups = self._groups()
+        current = hold_the_same(groups, self._order) and self._kinds == _kinds(self._order)
+        if not current or not self._rates.probe_the_same(groups):
+            self._rebuild()
+
+    def _group_ratios(self) -> list[float]:
+        """What every group's lr is multiplied by in a step."""
+        if not hold_the_same(self.optimizer.param_groups, self._order):
+            self._rebuild()
+        if self._ratios is None:
+            with torch.inference_mode(False), torch.no_grad():
+                for device in self._rates.devices:
+                    device.measure_first()
+            rates = {p: rate for device in self._rates.devices for p, rate in device.rates().items()}
+            of_groups = [group["params"] for group in self.optimizer.param_groups]
+            self._ratios = [rates[params[0]] / REFERENCE_LR if params else 1.0 for params in of_groups]
+        return self._ratios
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rates need to go on, beside the optimizer's own: plain numbers and strings.
+
+        ``{"rule", "options", "names", "state"}``, where "names" and "state" have an entry for every
+        parameter.
+        """
+        self._refresh()
+        self._rates.write_back()
+        return {
+            "rule": self._rule,
+            "options": dict(self._options),
+            "names": [name for names in parameter_names(self._groups()) for name in names],
+            "state": [dict(self.state[p]) for p in self._order],
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a ``state_dict``; its options replace those given here.
+
+        Parameters are found by their names, or by their order where no names are the same.
+
+        Raises:
+            ValueError: it is none, or of another rule or other parameters, or has a value that no LayerRates
+                writes; the message says what differs, and nothing has been changed.
+        """
+        self._refresh()
+        names = [name for own in parameter_names(self._groups()) for name in own]
+        options, states = checked(state_dict, self._rule, names)
+        kept = self._options, self.state
+        self._options = options
+        self.state = dict(zip(self._order, states, strict=True))
+        try:
+            self._build()
+        except Exception:
+            self._options, self.state = kept
+            raise
+
+    # -- what to call ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Measure every layer and move its rate: at an epoch end, or every so many steps.
+
+        A layer whose weight holds a NaN or an Inf keeps its rate; a warning names it. On a GPU the work goes
+        on beside whatever is asked of it next; the next step of the optimizer waits for it.
+
+        Raises:
+            RuntimeError: the ranks of a process group or a mesh do not hold the same layers, a parameter has
+                no values, or a CUDA graph is being captured. Nothing has changed then.
+            ValueError: the parameters of a group would have different rates, as after a change of the groups.
+        """
+        check_not_capturing(
+            filter(is_trained, all_parameters(self.optimizer.param_groups)), "LayerRates.step()"
+        )
+        self._refresh()
+        messages = self._rates.epoch_step(self._groups(), self.state)
+        self._ratios = None
+        for message in messages:
+            warnings.warn(message, stacklevel=3)
+
+    def learning_rates(self) -> dict[str, float]:
+        """The rate that the next step of the optimizer takes, of every parameter by its name, in order.
+
+        See ``RMSGD.learning_rates``.
+        """
+        self._refresh()
+        groups = self._groups()
+        for message in self._rates.large(groups):
+            warnings.warn(message, stacklevel=2)
+        self._rates.write_back()
+        return self._rates.by_name(groups)
+
+    def report(self) -> Report:
+        """The metrics that the last ``step`` measured; computes nothing.
+
+        Raises:
+            RuntimeError: there was no ``step`` yet.
+        """
+        if not self._rates.measured:
+            raise RuntimeError("report() needs a step() of LayerRates first: nothing has been measured yet")
+        return self._rates.report()
+
+
+def _known(rule: object) -> str:
+    if not isinstance(rule, str) or rule not in NAMES:
+        nearest = difflib.get_close_matches(str(rule), NAMES, 1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"rule must be one of {', '.join(NAMES)}, got {in_short(rule)}{hint}")
+    return NAMES[rule]
+
+
+def _kinds(parameters: Sequence[Tensor]) -> list[object]:
+    """What of the parameters decides whether and how they are measured; frozen ones may be of any kind."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return [(device_of(p), p.shape, p.dtype) if is_trained(p) else None for p in parameters]
+
+
+def _layers_first(
+    records: Mapping[Tensor, ParamRecord], groups: Sequence[Mapping[str, Any]]
+) -> dict[Tensor, ParamRecord]:
+    """The records, in every group the measured layer before those that follow it."""
+
+    def rank(record: ParamRecord) -> tuple[int, bool]:
+        p, group = record.parameter, groups[record.group]
+        return record.group, not (is_trained(p) and fault(p) is None and is_probed(p, group))
+
+    return {record.parameter: record for record in sorted(records.values(), key=rank)}
+
+
+def _check_distinct(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError for a parameter that several groups hold: it would have several rates."""
+    owner: dict[Tensor, int] = {}
+    for g, (group, names) in enumerate(zip(groups, parameter_names(groups), strict=True)):
+        for p, name in zip(group["params"], names, strict=True):
+            if owner.setdefault(p, g) != g:
+                raise ValueError(f"{name} is in the groups {owner[p]} and {g}: a parameter has one rate")
+
+
+def _check_groups(groups: Sequence[Mapping[str, Any]], rates: Rates) -> None:
+    """Raise ValueError for a group whose parameters follow different layers."""
+    leaders = {p: leader for device in rates.devices for p, leader in device.leaders().items()}
+    names = parameter_names(groups)
+    name_of = {
+        p: name
+        for group, own in zip(groups, names, strict=True)
+        for p, name in zip(group["params"], own, strict=True)
+    }
+    for g, group in enumerate(groups):
+        followed = list(dict.fromkeys(leaders[p] for p in group["params"]))
+        if len(followed) > 1:
+            layers = [name_of[p] if p is not None else "the mean of all" for p in followed]
+            raise ValueError(
+                f"group {g} has one lr, and its parameters follow {len(layers)} layers ({listed(layers)}): "
+                "make the groups with rmsgd.layer_groups(model.named_parameters()), which also splits groups"
+            )
