@@ -144,12 +144,16 @@ int resident_blocks(const std::string& name, int device, int threads, int shared
   return each * multiprocessors;
 }
 
-py::tuple shared_memory(int device) {
-  int block = 0, multiprocessor = 0;
-  check(cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
-  check(cudaDeviceGetAttribute(&multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-        "shared memory");
-  return py::make_tuple(block, multiprocessor);
+py::tuple attributes(int device) {
+  const auto value = [&](cudaDeviceAttr attribute) {
+    int found = 0;
+    check(cudaDeviceGetAttribute(&found, attribute, device), "asking for a device's attributes");
+    return found;
+  };
+  return py::make_tuple(value(cudaDevAttrMultiProcessorCount), value(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                        value(cudaDevAttrMaxSharedMemoryPerMultiprocessor), value(cudaDevAttrL2CacheSize),
+                        value(cudaDevAttrClockRate), value(cudaDevAttrMemoryClockRate),
+                        value(cudaDevAttrGlobalMemoryBusWidth));
 }
 
 int device_count() {
@@ -165,7 +169,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("CUDA_VERSION") = CUDART_VERSION;
   m.attr("ARCHITECTURES") = RMSGD_CUDA_ARCHITECTURES;
   m.def("device_count", &device_count);
-  m.def("shared_memory", &shared_memory, "device"_a);
+  m.def("attributes", &attributes, "device"_a);
   m.def("argument_bytes", [](const std::string& name) { return kernel(name).argument_bytes; }, "name"_a);
   m.def("resident_blocks", &resident_blocks, "name"_a, "device"_a, "threads"_a, "shared_bytes"_a);
   m.def("launch", &launch, "name"_a, "device"_a, "blocks"_a, "threads"_a, "shared_bytes"_a, "stream"_a,

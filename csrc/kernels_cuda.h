@@ -15,6 +15,8 @@
   kernel(rmsgd_gram_double, rmsgd::SpectrumArguments)               \
   kernel(rmsgd_tridiagonal, rmsgd::SpectrumArguments)               \
   kernel(rmsgd_tridiagonal_double, rmsgd::SpectrumArguments)        \
+  kernel(rmsgd_sturm, rmsgd::SpectrumArguments)                     \
+  kernel(rmsgd_sturm_double, rmsgd::SpectrumArguments)              \
   kernel(rmsgd_measure, rmsgd::SpectrumArguments)                   \
   kernel(rmsgd_measure_double, rmsgd::SpectrumArguments)            \
   kernel(rmsgd_svd, rmsgd::SpectrumArguments)                       \

@@ -12,8 +12,8 @@ ARCHITECTURES: str
 def device_count() -> int:
     """How many GPUs there are."""
 
-def shared_memory(device: int) -> tuple[int, int]:
-    """Bytes of shared memory that a block may ask for, and that a multiprocessor has."""
+def attributes(device: int) -> tuple[int, ...]:
+    """What the device has: the fields of ``rmsgd.backends.cuda_devices.Attributes``."""
 
 def argument_bytes(name: str) -> int:
     """Size of a kernel's argument. KeyError: no kernel has this name."""

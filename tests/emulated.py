@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from rmsgd.backends.cuda import CudaBackend
+from rmsgd.backends.cuda_devices import Attributes
 
 ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / "tests" / "emulator"
@@ -83,8 +84,8 @@ class EmulatedKernels:
         self._choose()
         return self.module.resident_blocks(name, device, threads, shared_bytes)
 
-    def shared_memory(self, device):
-        return self.module.shared_memory(device)
+    def attributes(self, device):
+        return Attributes(*self.module.attributes(device))
 
 
 class OneStream:

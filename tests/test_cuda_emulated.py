@@ -35,6 +35,7 @@ from rmsgd.backends.base import (
 from rmsgd.backends.cuda import _RATES_ARGUMENTS, _VALUES_ARGUMENTS
 from rmsgd.backends.cuda_spectra import _ARGUMENTS
 from rmsgd.backends.cuda_step import _SIZES, _arguments
+from rmsgd.backends.cuda_teams import Team, Teams, Wave
 from rmsgd.backends.kernels import TEAM_SHARED
 from rmsgd.backends.numpy_ import NumpyBackend
 from rmsgd.layers import as_matrix, unfoldings
@@ -161,7 +162,8 @@ def test_matrices_of_all_sizes_and_types_share_the_launches(backend):
 @pytest.fixture
 def free_barriers(monkeypatch):
     """Teams as large as they can be, for small matrices too."""
-    monkeypatch.setattr(cuda_teams, "_MEETING", 0.0)
+    monkeypatch.setattr(cuda_teams, "ROW", 0)
+    monkeypatch.setattr(cuda_teams, "GRID_BARRIER", 0)
 
 
 def test_several_blocks_reduce_one_matrix_in_waves_that_fit_the_device(library, monkeypatch, free_barriers):
@@ -193,6 +195,73 @@ def test_the_order_of_threads_changes_no_bit(library, free_barriers, order):
     )
     forward = emulated_backend(library, resident=3).measure(matrices)
     assert torch.equal(emulated_backend(library, order, resident=3).measure(matrices), forward)
+
+
+@pytest.fixture
+def one_warp(monkeypatch):
+    """Blocks of one warp, so that many of them are few threads."""
+    monkeypatch.setattr(cuda_teams, "THREADS", 32)
+    monkeypatch.setattr(cuda_spectra, "_TRIDIAGONAL_THREADS", 32)
+
+
+def teams_of(blocks, near_rows, near_slab):
+    """Instead of ``choose_teams``: every matrix has such a team and a wave of its own."""
+
+    def choose(rows, itemsize, capacity, device):
+        teams = [Team(min(blocks, -(-n // 4)), near_rows, near_slab) for n in rows]
+        firsts = np.cumsum([0, *(team.blocks for team in teams)])[:-1]
+        shared = [cuda_teams.shared_bytes(n, itemsize, team) for n, team in zip(rows, teams, strict=True)]
+        waves = [
+            Wave(int(first), team.blocks, size, 0.0, "")
+            for first, team, size in zip(firsts, teams, shared, strict=True)
+        ]
+        return Teams(teams, waves)
+
+    return choose
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 5, 32])
+def test_what_is_in_shared_memory_changes_no_bit(library, monkeypatch, one_warp, blocks):
+    matrices = spectra(
+        low_rank(70, 90, 5, 0.2), low_rank(66, 80, 5, 1e-3), torch.randn(2, 3), torch.randn(29, 30)
+    )
+    tables = []
+    for order, near_rows, near_slab in (
+        ("forward", False, False),
+        ("shuffled", True, False),
+        ("reverse", True, True),
+    ):
+        monkeypatch.setattr(cuda_spectra, "choose_teams", teams_of(blocks, near_rows, near_slab))
+        tables.append(emulated_backend(library, order, resident=32).measure(matrices))
+    assert_measured(tables[0], matrices)
+    assert torch.equal(tables[0], tables[1])
+    assert torch.equal(tables[0], tables[2])
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 5, 31, 97, 200, 300])
+def test_matrices_of_any_size_are_reduced_by_any_team(library, monkeypatch, one_warp, rows):
+    matrices = spectra(low_rank(rows, rows + 40, min(rows // 2, 5), 0.3))
+    for blocks in (1, 3, 32):
+        monkeypatch.setattr(cuda_spectra, "choose_teams", teams_of(blocks, True, rows < 80))
+        assert_measured(emulated_backend(library, resident=32).measure(matrices), matrices)
+
+
+def test_in_fp64_matrices_use_the_workspace_of_fp32_in_rounds(backend):
+    sizes = (64, 60, 40, 36, 30, 30, 9)
+    matrices = spectra(*(low_rank(n, n + 20, 4, 1e-3) for n in sizes))
+    assert_measured(backend.measure(matrices), matrices)
+    launched = backend._kernels.launched
+    assert launched.count("rmsgd_gram") == 1
+    assert 2 <= launched.count("rmsgd_gram_double") <= 3
+    (plan,) = next(iter(backend._plans.values()))
+    assert plan.workspace_bytes < 1.5 * sum(cuda_spectra.workspace_bytes(u) for _, u in matrices)
+
+
+def test_a_network_of_equal_matrices_has_a_workspace_of_fp32(library):
+    matrices = spectra(*(torch.empty(768, 768, device="meta") for _ in range(50)))
+    plan = cuda_spectra.SpectraPlan(EmulatedKernels(library), matrices)
+    assert plan.workspace_bytes < 1.1 * 50 * 768 * 768 * 4
+    assert len(plan.rounds) <= 4
 
 
 def deficient(rows, columns, dtype):
@@ -287,7 +356,7 @@ def test_a_small_workspace_means_more_batches_and_the_same_bits(backend, library
     matrices = spectra(*(torch.randn(n, 2 * n) for n in (10, 20, 30, 40)))
     at_once = backend.measure(matrices)
     frugal = emulated_backend(library)
-    frugal._budget = 30_000
+    frugal._budget = 12_000
     assert torch.equal(frugal.measure(matrices), at_once)
     assert frugal._kernels.launched.count("rmsgd_gram") > 1
 
@@ -310,9 +379,13 @@ def test_running_out_of_memory_halves_the_workspace(library, monkeypatch):
         backend._measure_small(matrices, backend._streams(torch.device("cpu")), at_once, range(4))
 
 
-def test_beyond_1024_rows_torch_measures(backend):
-    matrices = spectra(low_rank(1030, 1100, 6, 0.2), torch.full((1025, 1025), torch.nan), torch.randn(5, 6))
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [600, 1030, 2048])
+def test_large_matrices_are_measured_without_the_host(library, rows):
+    matrices = spectra(low_rank(rows, rows + 60, 6, 0.2))
+    backend = emulated_backend(library, resident=2)
     assert_measured(backend.measure(matrices), matrices)
+    assert "rmsgd_values" not in backend._kernels.launched
 
 
 def test_a_known_spectrum_is_measured(backend):
@@ -746,6 +819,7 @@ def test_other_python_threads_run_while_a_launch_waits_for_the_gpu(library, modu
 STRUCTS = {
     "SpectrumArguments": _ARGUMENTS,
     "CudaMatrix": cuda_spectra._MATRIX,
+    "CudaReduction": cuda_spectra._REDUCTION,
     "Side": cuda_spectra._SIDE,
     "GramItem": cuda_spectra._ITEM,
     "SpectrumState": cuda_spectra._STATE,

@@ -14,6 +14,7 @@ from matrices import low_rank
 from rmsgd.backends import cupy_
 from rmsgd.backends.base import BackendUnavailable
 from rmsgd.backends.cuda import _RATES_ARGUMENTS, CudaBackend
+from rmsgd.backends.cuda_devices import Attributes
 from rmsgd.layers import unfoldings
 
 WITHOUT_ASKING = 48 * 1024
@@ -73,6 +74,9 @@ def pretended_cupy(driver=None, capability="75", known=(75, 90)):
             "MultiProcessorCount": 2,
             "MaxSharedMemoryPerBlockOptin": 1000,
             "MaxSharedMemoryPerMultiprocessor": 2000,
+            "L2CacheSize": 3000,
+            "ClockRate": 4000,
+            "GlobalMemoryBusWidth": 256,
         }
 
         def __init__(self, number):
@@ -120,7 +124,7 @@ def test_a_network_is_measured_as_by_kernels_that_nvcc_compiled(library):
     matrices = [(w, u) for w in weights for u in unfoldings(w.shape)]
     backend = emulated_backend(library)
     kernels = cupy_.NvrtcKernels(pretended_cupy(Driver(EmulatedKernels(library))))
-    kernels.shared_memory = backend._kernels.shared_memory
+    kernels.attributes = backend._kernels.attributes
     at_run_time = CudaBackend("cupy", kernels, "", OneStream)
     assert torch.equal(at_run_time.measure(matrices), backend.measure(matrices))
 
@@ -143,8 +147,9 @@ def test_each_device_has_kernels_of_its_own(library):
     assert driver.current == [None]
 
 
-def test_shared_memory_is_a_blocks_and_then_a_multiprocessors():
-    assert cupy_.NvrtcKernels(pretended_cupy()).shared_memory(0) == (1000, 2000)
+def test_attributes_are_those_of_the_device_and_0_what_is_not_told():
+    told = cupy_.NvrtcKernels(pretended_cupy()).attributes(0)
+    assert told == Attributes(2, 1000, 2000, 3000, 4000, 0, 256)
 
 
 def test_threads_load_the_kernels_once_and_take_no_memory_from_each_other(library):

@@ -5,15 +5,15 @@
 // computes one tile over one part: plain fp32 (or fp64) multiply-adds, so no setting of the user's can
 // make it TF32. Partial tiles are added in a fixed order: the same weights give the same bits.
 //
-// Counts for sm_75 (13.4 TF fp32, 64 KB of shared memory): a tile step of 16 columns costs a thread 256
-// multiply-adds and 32 shared loads of 16 bytes, some 3 cycles of shared bandwidth for 4 of
-// arithmetic; 80 registers a thread let 3 blocks share a multiprocessor (sm_80, sm_86: 100, 2 blocks), and
-// nvcc told to use less spills sums. ResNet18 is 9.6 G multiply-adds (symmetric half), ResNet50 17.5 G: 2 and
-// 4 ms on an RTX 2080 Ti at 2/3 of peak.
+// Counted: a step of 16 columns costs a thread 256 multiply-adds and 32 shared loads of 16 bytes. ResNet18 is
+// 4.8 G multiply-adds in all (the symmetric half, whole tiles counted), ResNet50 8.8 G, heads of 1000 classes
+// included. No tensor cores: three products of TF32 keep 2^-22 of a product, four times fp32's rounding, and
+// the accuracy guard would send as many more matrices to fp64.
 #pragma once
 
 #include "../element.h"
 #include "../matrix.h"
+#include "slabs.h"
 
 namespace rmsgd {
 
@@ -23,22 +23,33 @@ constexpr int GRAM_CHAIN = 256;    // longest sum formed in fp32 before it is ad
 constexpr int GRAM_THREADS = 256;  // 16 x 16, each with 4 x 4 sums
 constexpr int GRAM_STRIDE = GRAM_TILE + 4;
 
-// What is known of one L x M weight, and where its Gram matrix and everything after it goes: places in the
-// workspace, in bytes, with room for doubles. The innermost dimension of a side is its last of four.
+// The reduction of one Gram matrix to tridiagonal form, in one precision.
+struct CudaReduction {
+  long long matrix;   // place in the workspace, in bytes: the Gram matrix, in slabs
+  long long vectors;  // what the reduction needs besides and what comes of it, see ReductionVectors
+  int blocks;         // of the team
+  int near_rows;      // whether a block keeps its rows in shared memory
+  int near_slab;      // and its slab
+  int unused;
+};
+
+// What is known of one L x M weight. The innermost dimension of a side is its last of four.
 struct CudaMatrix {
   const void* weight;
   Side small;  // L, the rows
   Side large;  // M, the columns
   long long M;
-  long long matrix;   // the Gram matrix
-  long long partial;  // tiles x splits partial tiles of floats; unused if splits is 1
-  long long vectors;  // of the tridiagonal reduction, and its result
+  long long partial;  // place in the workspace: tiles x splits partial tiles of floats, unless splits is 1
+  CudaReduction reduction[2];  // in fp32 and in fp64
   int L;
   Dtype dtype;
-  int stride;     // of the Gram matrix: L rounded up to 4
-  int splits;     // of the columns, in the fp32 Gram matrix
-  int blocks[2];  // that work on the tridiagonal reduction in fp32 and in fp64
+  int stride;  // of the Gram matrix: L rounded up to SLAB_PACK
+  int splits;  // of the columns, in the fp32 Gram matrix
 };
+
+RMSGD_FN Slabs slabs_of(const CudaMatrix& matrix, int stage) {
+  return {matrix.L, matrix.stride, matrix.reduction[stage].blocks};
+}
 
 struct GramItem {
   int matrix;
@@ -89,7 +100,7 @@ struct GramShared {
 // One tile over one part of the columns. Team: GRAM_THREADS members.
 template <class Element, class T, class Team>
 RMSGD_FN void gram_tile(Team& team, const CudaMatrix& matrix, const Element* weight, const GramItem& item,
-                        int splits, T* gram, T* partial, GramShared<T>& shared) {
+                        int splits, const Slabs& slabs, T* gram, T* partial, GramShared<T>& shared) {
   const int rank = team.rank();
   const int top = item.row_tile * GRAM_TILE, left = item.column_tile * GRAM_TILE;
   const int rows = matrix.L - top < GRAM_TILE ? matrix.L - top : GRAM_TILE;
@@ -164,32 +175,37 @@ RMSGD_FN void gram_tile(Team& team, const CudaMatrix& matrix, const Element* wei
     }
     return;
   }
-  const int L = matrix.L, stride = matrix.stride;  // read before the stores, not after each of them
-  for (int i = 0; i < 4; ++i) {
-    for (int j = 0; j < 4; ++j) {
-      const int row = top + y + i, column = left + x + j;
-      if (row >= L || column >= L) continue;
-      gram[(long long)row * stride + column] = total[i][j];
-      if (top != left) gram[(long long)column * stride + row] = total[i][j];
-    }
+  // Columns that only fill up a row are zero.
+  const int row = top + y, column = left + x, stride = slabs.packs * SLAB_PACK;
+  for (int i = 0; i < 4 && column < stride; ++i) {
+    if (row + i >= slabs.n) break;
+    Pack<T, 4> pack;
+    for (int j = 0; j < 4; ++j) pack.value[j] = total[i][j];
+    pack.store(gram + slabs.place(row + i, column), true);
+  }
+  for (int j = 0; j < 4 && top != left; ++j) {
+    if (column + j >= slabs.n) break;
+    Pack<T, 4> pack;
+    for (int i = 0; i < 4; ++i) pack.value[i] = total[i][j];
+    pack.store(gram + slabs.place(column + j, row), true);
   }
 }
 
 // Adds up the parts of one tile, in order, in fp64.
 template <class Team>
-RMSGD_FN void add_partial_tiles(Team& team, const CudaMatrix& matrix, const GramItem& item, float* gram,
-                                const float* partial) {
+RMSGD_FN void add_partial_tiles(Team& team, const CudaMatrix& matrix, const GramItem& item,
+                                const Slabs& slabs, float* gram, const float* partial) {
   const int tile = tile_number(item.row_tile, item.column_tile, tiles_of(matrix.L));
   const float* const from = partial + (long long)tile * matrix.splits * GRAM_TILE * GRAM_TILE;
   for (int i = team.rank(); i < GRAM_TILE * GRAM_TILE; i += team.size()) {
     const int row = item.row_tile * GRAM_TILE + i / GRAM_TILE;
     const int column = item.column_tile * GRAM_TILE + i % GRAM_TILE;
-    if (row >= matrix.L || column >= matrix.L) continue;
+    if (row >= matrix.L || column >= matrix.stride) continue;
     double sum = 0.0;
     for (int split = 0; split < matrix.splits; ++split)
       sum += double(from[split * GRAM_TILE * GRAM_TILE + i]);
-    gram[(long long)row * matrix.stride + column] = float(sum);
-    if (item.row_tile != item.column_tile) gram[(long long)column * matrix.stride + row] = float(sum);
+    gram[slabs.place(row, column)] = float(sum);
+    if (item.row_tile != item.column_tile && column < matrix.L) gram[slabs.place(column, row)] = float(sum);
   }
 }
 

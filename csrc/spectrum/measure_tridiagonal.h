@@ -1,11 +1,12 @@
-// From a tridiagonal matrix to a row of the metrics table, by a team: the eigenvalues that EVBMF may
-// need, its minimum, and whether they were accurate enough to decide it.
+// From a tridiagonal matrix to a row of the metrics table, by teams: the eigenvalues that EVBMF may
+// need, in parts, its minimum, and whether they were accurate enough to decide it.
 #pragma once
 
 #include "../evbmf/metrics.h"
 #include "../evbmf/needed.h"
 #include "stage.h"
 #include "sturm.h"
+#include "tridiagonal.h"
 
 namespace rmsgd {
 
@@ -27,16 +28,62 @@ RMSGD_FN NeededValues needed_values(Team& team, const T* diagonal, const T* squa
   return {eigenvalues_above(diagonal, squares, L, T(lower)), lower, limit};
 }
 
-// Scratch of measure_tridiagonal for matrices of up to L rows and `members` members, in bytes.
+// Which eigenvalues are wanted.
+struct SpectrumBounds {
+  NeededValues needed;
+  double upper;  // none is above this
+  int nonzero;   // values that can be other than zero, see nonzero_values
+};
+
+// Of a Gram matrix that was scaled to the trace `trace` (about 1) and reduced. nonzero_rows: of the weight.
+// counts: BoundGrid::SIZE ints of scratch, shared.
+template <class T, class Team>
+RMSGD_FN SpectrumBounds spectrum_bounds(Team& team, const Tridiagonal<T>& tridiagonal, int L, double M,
+                                        double trace, int nonzero_rows, int* counts) {
+  T upper = 0;  // Gershgorin
+  for (int i = team.rank(); i < L; i += team.size()) {
+    const T left = i > 0 ? T(fabs(tridiagonal.off_diagonal[i - 1])) : T(0),
+            right = i + 1 < L ? T(fabs(tridiagonal.off_diagonal[i])) : T(0);
+    const T bound = tridiagonal.diagonal[i] + left + right;
+    if (bound > upper) upper = bound;
+  }
+  upper = team.max(upper) * T(1.000001);
+  const int nonzero = nonzero_values(nonzero_rows, L, M);
+  if (nonzero < L) return {all_values(nonzero), double(upper), nonzero};
+  return {needed_values(team, tridiagonal.diagonal, tridiagonal.squares, L, M, trace, double(upper), counts),
+          double(upper), nonzero};
+}
+
+// The wanted values are found in parts of so many, each by a team of its own.
+constexpr int STURM_PART = 32;
+
+// Elements of T of scratch and ints of counts for one part.
+constexpr int STURM_SCRATCH = 2 * STURM_PART;
+RMSGD_FN int sturm_part_counts(int members) {
+  return sturm_counts(BoundGrid::SIZE > STURM_PART ? BoundGrid::SIZE : STURM_PART, members);
+}
+
+// Part number `part`. scratch and counts: shared by the team; values: of all parts.
+template <class T, class Team>
+RMSGD_FN void find_part(Team& team, const Tridiagonal<T>& tridiagonal, int L, const SpectrumBounds& bounds,
+                        int part, T* scratch, int* counts, T* values) {
+  const int first = part * STURM_PART;
+  const int rest = bounds.needed.count - first, count = rest < STURM_PART ? rest : STURM_PART;
+  if (count <= 0) return;
+  largest_eigenvalues(team, tridiagonal.diagonal, tridiagonal.squares, L, first, count,
+                      T(bounds.needed.lower), T(bounds.upper), scratch, scratch + STURM_PART, counts,
+                      values + first);
+}
+
+// Bytes of scratch of known_spectrum for matrices of L rows and `members` members.
 template <class T>
-RMSGD_FN int measure_scratch(int L, int members) {
-  const int counts = sturm_counts(L > BoundGrid::SIZE ? L : BoundGrid::SIZE, members);
-  return (2 * L + 2) * int(sizeof(T)) + (2 * L + 2) * int(sizeof(T)) + (L + 2) * int(sizeof(double)) +
-         (counts + 2) * int(sizeof(int));
+RMSGD_FN int spectrum_scratch(int L, int members) {
+  return 2 * (L + 2) * int(sizeof(double)) + 2 * (L + 2) * int(sizeof(T)) +
+         (sturm_counts(L, members) + 2) * int(sizeof(int));
 }
 
 struct TridiagonalSpectrum {
-  int nonzero;     // values that can be other than zero, see nonzero_values
+  int nonzero;     // see SpectrumBounds
   int count;       // values known: the largest ones, over M, in `c`, descending
   double rest;     // the sum of the others, over M
   double s_limit;  // see minimise_free_energy
@@ -46,60 +93,37 @@ struct TridiagonalSpectrum {
   double* tails;  // count + 1 doubles of scratch
 };
 
-// The values of a Gram matrix that was scaled to the trace `trace` (about 1) and reduced. nonzero_rows: of
-// the weight.
+// The spectrum from the values of all parts. Where these leave too little of the trace for the sum of the
+// others to have digits enough, all values are found here. scratch: 16-byte aligned, shared.
 template <class T, class Team>
-RMSGD_FN TridiagonalSpectrum tridiagonal_spectrum(Team& team, const T* diagonal_in, const T* off_diagonal,
-                                                  int L, double M, double trace, int nonzero_rows,
-                                                  unsigned char* scratch) {
+RMSGD_FN TridiagonalSpectrum known_spectrum(Team& team, const Tridiagonal<T>& tridiagonal, int L, double M,
+                                            double trace, const SpectrumBounds& bounds, T* values,
+                                            unsigned char* scratch) {
   double* const c = reinterpret_cast<double*>(scratch);
-  T* const diagonal = reinterpret_cast<T*>(c + L + 2);
-  T* const squares = diagonal + L + 1;
-  T* const low = squares + L + 1;
-  T* const high = low + L + 1;
-  int* const counts = reinterpret_cast<int*>(high + L + 1);
+  double* const tails = c + L + 2;
+  T* const low = reinterpret_cast<T*>(tails + L + 2);
+  T* const high = low + L + 2;
+  int* const counts = reinterpret_cast<int*>(high + L + 2);
 
-  T upper = 0;  // Gershgorin
-  for (int i = team.rank(); i < L; i += team.size()) {
-    const T left = i > 0 ? T(fabs(off_diagonal[i - 1])) : T(0),
-            right = i + 1 < L ? T(fabs(off_diagonal[i])) : T(0);
-    diagonal[i] = diagonal_in[i];
-    squares[i] = right * right;
-    const T bound = diagonal_in[i] + left + right;
-    if (bound > upper) upper = bound;
+  NeededValues needed = bounds.needed;
+  double sum = 0.0;
+  for (int h = team.rank(); h < needed.count; h += team.size()) sum += double(values[h]);
+  double rest = trace - team.sum(sum);
+  if (needed.count < bounds.nonzero && !(rest > 1e-4 * trace)) {
+    needed = all_values(bounds.nonzero);
+    largest_eigenvalues(team, tridiagonal.diagonal, tridiagonal.squares, L, 0, needed.count, T(0),
+                        T(bounds.upper), low, high, counts, values);
   }
-  upper = team.max(upper) * T(1.000001);
-
-  const int nonzero = nonzero_values(nonzero_rows, L, M);
-  NeededValues needed = nonzero < L
-                            ? all_values(nonzero)
-                            : needed_values(team, diagonal, squares, L, M, trace, double(upper), counts);
-  double rest = 0.0;
-  for (;;) {
-    team.barrier();  // counts are free again
-    largest_eigenvalues(team, diagonal, squares, L, needed.count, T(needed.lower), upper, low, high, counts,
-                        low);
-    double sum = 0.0;
-    for (int h = team.rank(); h < needed.count; h += team.size()) sum += double(low[h]);
-    rest = trace - team.sum(sum);
-    if (needed.count == nonzero) {
-      rest = 0.0;
-      break;
-    }
-    // The rest of the trace has digits enough only while it is no small difference.
-    if (rest > 1e-4 * trace) break;
-    needed = all_values(L);
-  }
-  const double largest = needed.count > 0 ? double(low[0]) : double(upper);
+  if (needed.count == bounds.nonzero) rest = 0.0;
+  const double largest = needed.count > 0 ? double(values[0]) : bounds.upper;
   // Values of an fp32 Gram matrix that are lost in rounding fail the guard; those of an fp64 one are
   // zero where double could not tell them from it.
   const double zero = sizeof(T) == 8 ? 64.0 * L * roundoff(STAGE_FP64) * largest : 0.0;
   for (int h = team.rank(); h < needed.count; h += team.size()) {
-    c[h] = double(low[h]) > zero ? double(low[h]) / M : 0.0;
+    c[h] = double(values[h]) > zero ? double(values[h]) / M : 0.0;
   }
   team.barrier();
-  return {nonzero,          needed.count, rest / M, needed.s_limit,
-          needed.lower / M, largest,      c,        reinterpret_cast<double*>(diagonal)};
+  return {bounds.nonzero, needed.count, rest / M, needed.s_limit, needed.lower / M, largest, c, tails};
 }
 
 // EVBMF of that spectrum: writes the row if the values decide it, else returns false. The Gram matrix was

@@ -1,17 +1,13 @@
 // Singular values of a weight without its Gram matrix, in fp64 by a team: the accuracy guard's last resort.
 //
 // Squaring loses what is below sqrt(u) of the largest singular value. Here A^T is reduced to a
-// triangle R by Householder reflections, as many rows at a time as R has, R to a bidiagonal B, and the
+// triangle R by Householder reflections, many rows at a time, R to a bidiagonal B, and the
 // eigenvalues of [0 B^T; B 0], which is tridiagonal after a permutation, are plus and minus the
 // singular values. Error: a small multiple of u times the largest.
 //
 // Hardly any weight gets here, so a grid takes them one after the other, and the workspace is that of one
-// matrix. Counted, not measured, for 32 blocks of 512 in fp64: 24 bytes of traffic for each of the
-// M L^2 / 2 + 2 L^3 / 3 elements met, and M + 3 L meetings of 1.5 us. H100-class, with 110 GB/s a
-// multiprocessor over the second-level cache: 1024 x 4096 in 35 ms (20 of traffic, 11 of meetings, 3 of
-// bisection), 512 x 4608 in 15 (5, 9, 1). sm_75 at 1/32 rate: 1024 x 4096 in 250 ms (110 of traffic with main
-// memory, as the workspace exceeds the second-level cache; 70 of bisection; 60 of sums and roots that
-// every thread forms for itself; 10 of meetings), 512 x 4608 in 100 (half of it those sums and roots).
+// matrix. Counted: 24 bytes of traffic for each of the M L^2 / 2 + 2 L^3 / 3 elements met, and the team waits
+// M max(1, L / svd_rows) + 3 L times.
 #pragma once
 
 #include "sturm.h"
@@ -104,7 +100,7 @@ RMSGD_FN void append_rows(Team& team, double* R, double* B, int rows, int n) {
 constexpr int ROW_PARTS = 32;
 
 // Reduces A (n, n), column-major, to a bidiagonal: diagonal (n) and off_diagonal (n - 1). row (n) and
-// partial (n, n) are scratch. All of it shared. The team meets three times per row.
+// partial (svd_rows, n) are scratch. All of it shared. The team waits three times per row.
 template <class Team>
 RMSGD_FN void bidiagonalise(Team& team, double* A, int n, double* row, double* partial, double* diagonal,
                             double* off_diagonal) {
@@ -157,8 +153,11 @@ RMSGD_FN void bidiagonalise(Team& team, double* A, int n, double* row, double* p
   team.barrier();
 }
 
+// Rows of the transpose that are reduced at a time: L, but no more than 8 MB.
+RMSGD_FN long long svd_rows(long long L) { return L <= 1024 ? L : 1024 * 1024 / L; }
+
 // Doubles of scratch for matrices with a smaller side of up to L, and ints after them.
-RMSGD_FN long long singular_values_scratch(long long L) { return 2 * L * L + 9 * L; }
+RMSGD_FN long long singular_values_scratch(long long L) { return L * L + svd_rows(L) * L + 9 * L; }
 RMSGD_FN int singular_values_counts(int L, int members) { return sturm_counts(L, members); }
 
 // gamma: the L singular values, descending, of the matrix whose transpose has the rows that
@@ -168,7 +167,8 @@ RMSGD_FN void singular_values(Team& team, const Row& row, int L, long long M, do
                               int* counts) {
   double* const R = scratch;
   double* const B = R + (long long)L * L;
-  double* const diagonal = B + (long long)L * L;
+  const int at_a_time = int(svd_rows(L));
+  double* const diagonal = B + (long long)at_a_time * L;
   double* const off_diagonal = diagonal + L;
   double* const zeros = off_diagonal + L;
   double* const squares = zeros + 2 * L;
@@ -177,8 +177,8 @@ RMSGD_FN void singular_values(Team& team, const Row& row, int L, long long M, do
   double* const last_row = high + L;
 
   for (long long i = team.rank(); i < (long long)L * L; i += team.size()) R[i] = 0.0;
-  for (long long start = 0; start < M; start += L) {
-    const int rows = M - start < L ? int(M - start) : L;
+  for (long long start = 0; start < M; start += at_a_time) {
+    const int rows = M - start < at_a_time ? int(M - start) : at_a_time;
     for (int i = team.rank(); i < rows * L; i += team.size()) B[i] = row(start + i % rows, i / rows);
     team.barrier();
     append_rows(team, R, B, rows, L);
@@ -196,7 +196,7 @@ RMSGD_FN void singular_values(Team& team, const Row& row, int L, long long M, do
     if (bound > upper) upper = bound;
   }
   upper = team.max(upper) * 1.000001;
-  largest_eigenvalues(team, zeros, squares, 2 * L, L, 0.0, upper, low, high, counts, gamma);
+  largest_eigenvalues(team, zeros, squares, 2 * L, 0, L, 0.0, upper, low, high, counts, gamma);
 }
 
 }  // namespace rmsgd

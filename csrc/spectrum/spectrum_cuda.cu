@@ -113,7 +113,8 @@ struct GramTile {
     // Weights in fp64 begin in the stage of that precision.
     if constexpr (sizeof(Element) <= sizeof(T)) {
       BlockTeam team;
-      gram_tile(team, matrix, weight, item, sizeof(T) == 4 ? matrix.splits : 1, gram, partial, shared);
+      gram_tile(team, matrix, weight, item, sizeof(T) == 4 ? matrix.splits : 1,
+                slabs_of(matrix, stage_of<T>()), gram, partial, shared);
     }
   }
 };
@@ -123,10 +124,35 @@ __device__ __forceinline__ void gram_block(const SpectrumArguments& arguments) {
   const GramItem item = arguments.item[blockIdx.x];
   if (arguments.state[item.matrix].stage != stage_of<T>()) return;
   const CudaMatrix& matrix = arguments.matrix[item.matrix];
-  with_elements(matrix, GramTile<T>{matrix, reinterpret_cast<T*>(arguments.workspace + matrix.matrix),
-                                    reinterpret_cast<T*>(arguments.workspace + matrix.partial),
-                                    *reinterpret_cast<GramShared<T>*>(shared_memory() + TEAM_SHARED), item});
+  with_elements(
+      matrix,
+      GramTile<T>{matrix, reinterpret_cast<T*>(arguments.workspace + matrix.reduction[stage_of<T>()].matrix),
+                  reinterpret_cast<T*>(arguments.workspace + matrix.partial),
+                  *reinterpret_cast<GramShared<T>*>(shared_memory() + TEAM_SHARED), item});
 }
+
+// Places of one reduction in the workspace.
+template <class T>
+struct ReductionPlaces {
+  const CudaReduction& reduction;
+  ReductionVectors places;
+  unsigned char* workspace;
+  int stride;
+
+  __device__ __forceinline__ ReductionPlaces(const SpectrumArguments& arguments, const CudaMatrix& matrix)
+      : reduction(matrix.reduction[stage_of<T>()]),
+        places(matrix.stride, reduction.blocks, reduction.near_rows),
+        workspace(arguments.workspace),
+        stride(matrix.stride) {}
+
+  __device__ __forceinline__ T* vector(int place) const {
+    return reinterpret_cast<T*>(workspace + reduction.vectors) + place;
+  }
+  __device__ __forceinline__ T* matrix() const { return reinterpret_cast<T*>(workspace + reduction.matrix); }
+  __device__ __forceinline__ Tridiagonal<T> tridiagonal() const {
+    return {vector(places.tridiagonal), stride};
+  }
+};
 
 template <class T>
 __device__ __forceinline__ void tridiagonal_block(const SpectrumArguments& arguments) {
@@ -134,50 +160,56 @@ __device__ __forceinline__ void tridiagonal_block(const SpectrumArguments& argum
   SpectrumState& state = arguments.state[mine.matrix];
   if (state.stage != stage_of<T>()) return;
   const CudaMatrix& matrix = arguments.matrix[mine.matrix];
-  const int n = matrix.L, stride = matrix.stride;
-  const int blocks = matrix.blocks[stage_of<T>()];
-  GridTeam team(mine.block, blocks,
+  const ReductionPlaces<T> at(arguments, matrix);
+  const Slabs slabs = slabs_of(matrix, stage_of<T>());
+  const int n = slabs.n, width = slabs.width(mine.block), packs = width / SLAB_PACK;
+  GridTeam team(mine.block, slabs.blocks,
                 arguments.grid_barrier + stage_of<T>() * arguments.matrices + mine.matrix);
-  T* const gram = reinterpret_cast<T*>(arguments.workspace + matrix.matrix);
-  T* const vectors = reinterpret_cast<T*>(arguments.workspace + matrix.vectors);
+  auto& block = team.block();
+  T* const gram = at.matrix() + slabs.slab(mine.block);
 
+  // This block's part of the diagonal.
+  const auto diagonal = [&](int c) {
+    const int i = slabs.column(mine.block, c);
+    return i < n ? double(gram[i * width + c]) : 0.0;
+  };
   double trace = 0.0;
-  for (int i = team.rank(); i < n; i += team.size()) trace += double(gram[(long long)i * stride + i]);
+  for (int c = block.rank(); c < width; c += block.size()) trace += diagonal(c);
   trace = team.sum(trace);
   if (!in_range(trace, stage_of<T>())) {
     if (team.rank() == 0) state.stage = next_stage<T>();
     return;
   }
+  const double zero = largest_zero_row(n, double(matrix.M), trace, stage_of<T>());
+  int nonzero_rows = 0;
+  for (int c = block.rank(); c < width; c += block.size()) nonzero_rows += diagonal(c) > zero;
+  nonzero_rows = team.sum(nonzero_rows);
 
-  // What only this block needs goes to its shared memory as far as there is room.
+  // What of this is in shared memory: rmsgd/backends/cuda_teams.py. There a row is an odd number of packs, so
+  // that threads that work on different rows do not wait for one bank.
   T* const parts = reinterpret_cast<T*>(shared_memory() + TEAM_SHARED);
-  T* free = parts + tridiagonal_parts(stride, team.block().size());
-  const T* const end = reinterpret_cast<T*>(shared_memory() + arguments.shared_bytes);
-  const auto near = [&](T* far, int elements) {
-    if (blocks > 1 || end - free < elements) return far;
-    free += elements;
-    return free - elements;
-  };
-  T* const near_vectors = near(vectors, tridiagonal_vectors(stride));
-  T* const scaled = near(gram, n * stride);
+  T* near = parts + part_elements(width, block.size());
+  T* rows = at.vector(at.places.rows) + mine.block * reflected_elements(at.stride);
+  if (at.reduction.near_rows) {
+    rows = near;
+    near += reflected_elements(at.stride);
+  }
+  T* const slab = at.reduction.near_slab ? near : gram;
+  const int slab_stride = at.reduction.near_slab ? (packs | 1) * SLAB_PACK : width;
 
   // To a trace in [1, 2).
   const int exponent = -ilogb(trace);
   const T scale = T(ldexp(1.0, exponent));
-  for (int i = team.rank(); i < n * stride; i += team.size()) {
-    scaled[i] = i % stride < n ? gram[i] * scale : T(0);  // nobody has written what fills up a row
+  for (int turn = block.rank(); turn < n * packs; turn += block.size()) {
+    const int row = turn / packs, pack = turn - row * packs;
+    Pack<T, SLAB_PACK> elements;
+    elements.load(gram + row * width + pack * SLAB_PACK, true);
+    for (T& element : elements.value) element *= scale;
+    elements.store(slab + row * slab_stride + pack * SLAB_PACK, true);
   }
-  team.barrier();
-  int nonzero_rows = 0;
-  if (mine.block == 0) {  // the others change nothing before they meet this one
-    const double zero = largest_zero_row(n, double(matrix.M), trace, stage_of<T>());
-    auto& block = team.block();
-    for (int i = block.rank(); i < n; i += block.size()) {
-      nonzero_rows += ldexp(double(scaled[i * stride + i]), -exponent) > zero;
-    }
-    nonzero_rows = block.sum(nonzero_rows);
-  }
-  tridiagonalise(team, scaled, n, stride, near_vectors, parts, vectors + tridiagonal_vectors(stride));
+  block.barrier();
+  tridiagonalise(team, slabs, slab, slab_stride, at.vector(at.places.exchanged), rows, parts,
+                 at.tridiagonal());
   if (team.rank() == 0) {
     state.trace = ldexp(trace, exponent);
     state.exponent = exponent;
@@ -185,20 +217,44 @@ __device__ __forceinline__ void tridiagonal_block(const SpectrumArguments& argum
   }
 }
 
+// Which values are needed every block of a matrix finds out for itself; the first one notes it.
+template <class T>
+__device__ __forceinline__ void sturm_block(const SpectrumArguments& arguments) {
+  const TeamBlock mine = arguments.block[blockIdx.x];
+  SpectrumState& state = arguments.state[mine.matrix];
+  if (state.stage != stage_of<T>()) return;
+  const CudaMatrix& matrix = arguments.matrix[mine.matrix];
+  const ReductionPlaces<T> at(arguments, matrix);
+  BlockTeam team;
+  T* const scratch = reinterpret_cast<T*>(shared_memory() + TEAM_SHARED);
+  int* const counts = reinterpret_cast<int*>(scratch + STURM_SCRATCH);
+  const SpectrumBounds bounds = spectrum_bounds(team, at.tridiagonal(), matrix.L, double(matrix.M),
+                                                state.trace, state.nonzero_rows, counts);
+  find_part(team, at.tridiagonal(), matrix.L, bounds, mine.block, scratch, counts,
+            at.vector(at.places.values));
+  if (mine.block == 0 && team.rank() == 0) {
+    state.lower = bounds.needed.lower;
+    state.s_limit = bounds.needed.s_limit;
+    state.upper = bounds.upper;
+    state.needed = bounds.needed.count;
+    state.nonzero = bounds.nonzero;
+  }
+}
+
 template <class T>
 __device__ __forceinline__ void measure_block(const SpectrumArguments& arguments) {
-  const int number = int(blockIdx.x);
+  const int number = arguments.first + int(blockIdx.x);
   SpectrumState& state = arguments.state[number];
   if (state.stage != stage_of<T>()) return;
   const CudaMatrix& matrix = arguments.matrix[number];
+  const ReductionPlaces<T> at(arguments, matrix);
   const int L = matrix.L;
   const double M = double(matrix.M);
-  const T* const diagonal =
-      reinterpret_cast<const T*>(arguments.workspace + matrix.vectors) + tridiagonal_vectors(matrix.stride);
+  const SpectrumBounds bounds = {{state.needed, state.lower, state.s_limit}, state.upper, state.nonzero};
   BlockTeam team;
   const TridiagonalSpectrum spectrum =
-      tridiagonal_spectrum(team, diagonal, diagonal + matrix.stride, L, M, state.trace, state.nonzero_rows,
-                           shared_memory() + TEAM_SHARED);
+      known_spectrum(team, at.tridiagonal(), L, M, state.trace, bounds, at.vector(at.places.values),
+                     reinterpret_cast<unsigned char*>(at.vector(at.places.scratch)));
   if (sizeof(T) == 8 && !are_unchanged(team, arguments, number, STAGE_FP64)) {
     if (team.rank() == 0) state.stage = STAGE_DONE;
     return;
@@ -228,7 +284,9 @@ __device__ __forceinline__ void svd_matrix(GridTeam& team, const SpectrumArgumen
   const CudaMatrix& matrix = arguments.matrix[number];
   const int L = matrix.L;
   double* const row = row_of(arguments, number);
-  double* const gamma = arguments.svd_scratch + singular_values_scratch(L);
+  // The reductions are done with the workspace.
+  double* const scratch = reinterpret_cast<double*>(arguments.workspace);
+  double* const gamma = scratch + singular_values_scratch(L);
   int* const counts = reinterpret_cast<int*>(gamma + L);
 
   double largest = 0.0, bad = 0.0;
@@ -252,7 +310,7 @@ __device__ __forceinline__ void svd_matrix(GridTeam& team, const SpectrumArgumen
   frexp(largest, &exponent);
   const double half = ldexp(1.0, -exponent / 2), other = ldexp(1.0, -exponent - (-exponent / 2));
   const auto scaled = [&](long long column, int at) { return element_of(matrix, column, at) * half * other; };
-  singular_values(team, scaled, L, matrix.M, gamma, arguments.svd_scratch, counts);
+  singular_values(team, scaled, L, matrix.M, gamma, scratch, counts);
   if (!are_unchanged(team, arguments, number, STAGE_SVD)) return;
   const double zero = double(matrix.M) * 0x1p-52 * gamma[0];
   team.barrier();
@@ -263,7 +321,7 @@ __device__ __forceinline__ void svd_matrix(GridTeam& team, const SpectrumArgumen
   // EVBMF meets all the time and has little to do in between: one warp.
   if (team.rank() >= WARP) return;
   WarpTeam warp;
-  measure_singular_values(warp, gamma, L, double(matrix.M), arguments.svd_scratch, row);
+  measure_singular_values(warp, gamma, L, double(matrix.M), scratch, row);
 }
 
 }  // namespace
@@ -291,8 +349,10 @@ extern "C" __global__ void __launch_bounds__(rmsgd::GRAM_THREADS)
   if (arguments.state[item.matrix].stage != rmsgd::STAGE_FP32) return;
   const rmsgd::CudaMatrix& matrix = arguments.matrix[item.matrix];
   rmsgd::BlockTeam team;
-  rmsgd::add_partial_tiles(team, matrix, item, reinterpret_cast<float*>(arguments.workspace + matrix.matrix),
-                           reinterpret_cast<const float*>(arguments.workspace + matrix.partial));
+  rmsgd::add_partial_tiles(
+      team, matrix, item, rmsgd::slabs_of(matrix, rmsgd::STAGE_FP32),
+      reinterpret_cast<float*>(arguments.workspace + matrix.reduction[rmsgd::STAGE_FP32].matrix),
+      reinterpret_cast<const float*>(arguments.workspace + matrix.partial));
 }
 
 extern "C" __global__ void __launch_bounds__(512, 2)
@@ -303,6 +363,16 @@ extern "C" __global__ void __launch_bounds__(512, 2)
 extern "C" __global__ void __launch_bounds__(512, 1)
     rmsgd_tridiagonal_double(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
   rmsgd::tridiagonal_block<double>(arguments);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2)
+    rmsgd_sturm(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
+  rmsgd::sturm_block<float>(arguments);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2)
+    rmsgd_sturm_double(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
+  rmsgd::sturm_block<double>(arguments);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1)

@@ -3,89 +3,103 @@
 // Householder reflections H = 1 - tau v v^T, one per row. Applying one to both sides is
 // A <- A - v w^T - w v^T with p = tau A v and w = p - (tau / 2)(p . v) v. Row j + 1 of the result is all that
 // the next reflection needs, so the update is put off and joined with the product A v of the next
-// reflection: the rest of the matrix is read and written once per row, and the team meets twice: where the
-// next row's norm is summed, and where (A v) . v is. A block has columns of its own, so that what its members
-// have of a product is summed in its own memory.
+// reflection: the rest of the matrix is read and written once per row.
 //
-// Counted, not measured: 8 bytes of traffic for each of the n^3 / 3 elements met (fp32); .9 us a row for what
-// waits within a block, and two meetings of blocks, 1.2 us each. Over the second-level cache a
-// multiprocessor moves about 100 GB/s (sm_75: 60): n = 256 in one block .7 ms (sm_75 1.0), n = 512 in 8
-// blocks 2.1 ms (2.4), n = 1024 in 16 blocks 5.2 ms (6.4). A network, in waves of 264 blocks on an H100 and
-// of 136 on an RTX 2080 Ti (two to a multiprocessor, which share its traffic) as
-// rmsgd/backends/cuda_teams.py divides it:
+// Blocks have columns of their own (slabs.h), in shared memory where a slab fits. All that they exchange is
+// two numbers per row of the matrix: its product and its element of the next row. The vectors v and w every
+// block forms for itself, by the same sums in the same order, so that the blocks wait for each other once per
+// row: where p . v is summed. Within a block its threads meet four times per row.
 //
-//   ms             H100               RTX 2080 Ti
-//   ResNet18       2.1  (2.2)         2.6  (7)
-//   ResNet34       2.2  (2.6)         3.4  (11)
-//   ResNet50       5.8  (5.8)         10   (19)
-//   ResNet101      6.7  (6.7)         11   (25)
-//   MobileNetV2    1.2  (1.2)         1.7  (1.7)
-//   ViT-B/16       7.1  (23)          18   (112)
-//
-// In brackets with the limits that all multiprocessors share: a cache of 50 MB that moves 5.5 TB/s (5.5 MB,
-// 2.1 TB/s) and, for a wave beyond its size, memory at 3 TB/s (.55). In fp64 at 1/32 rate all of it would
-// take 20 times as long there: only what the fp32 Gram matrices cannot decide goes that way.
+// Counted: n^3 / 3 elements are met, of 2 sizeof(T) bytes of traffic each, three multiply-adds for
+// every one of them. What a row waits for and what the traffic takes on a card is in
+// rmsgd/backends/cuda_devices.py; `python -m bench gpu --model` prints what comes of it.
 #pragma once
 
 #include "../element.h"
+#include "slabs.h"
 
 namespace rmsgd {
 
-// What the team knows of row i during a reflection: v and w of the reflection that is still to be
-// applied, and the row from which the next one is made.
+// What a block knows of row i during a reflection: v and w of the reflection that is still to be applied,
+// the row from which the next one is made, and the same again without its first element, which is no part
+// of the sum that `factor` multiplies.
 template <class T>
 struct alignas(16) Reflected {
-  T v, w, next, unused;
+  T v, w, next, below;
 };
 
-// Columns that a member updates together.
-constexpr int WIDE = 4;
+// What the block that has column i tells the others.
+template <class T>
+struct alignas(2 * sizeof(T)) Exchanged {
+  T product, next;
+};
 
-// Elements of T that the reduction needs besides the matrix, shared by the team.
-RMSGD_FN int tridiagonal_vectors(int stride) { return 5 * stride; }
+// Elements of T that the team exchanges.
+RMSGD_FN int exchanged_elements(int stride) { return 4 * stride; }
 
-// And those that every block needs for itself.
-RMSGD_FN int tridiagonal_parts(int stride, int members) {
-  return members * WIDE > stride ? members * WIDE : stride;
+// Elements of T that every block needs for itself: of its rows, and for the parts of its sums.
+RMSGD_FN int reflected_elements(int stride) { return 4 * stride; }
+RMSGD_FN int part_elements(int slab_width, int members) {
+  return members * SLAB_PACK > slab_width ? members * SLAB_PACK : slab_width;
 }
 
-// matrix: symmetric (n, n), full storage, rows `stride` apart (n rounded up to a multiple of 4), 16-byte
-// aligned; destroyed. Its norm should be about 1. An int counts its elements, for want of registers.
-// vectors: tridiagonal_vectors(stride) elements of scratch, 16-byte aligned. parts: tridiagonal_parts(stride,
-// members of a block) elements, 16-byte aligned, of the block: in shared memory where there is such.
-// tridiagonal is the result: the diagonal (n) and, from element `stride` on, the off-diagonal (n - 1). All
-// but parts is shared by the team, and what other members wrote before the call is visible.
+// The result: the diagonal (n), the off-diagonal (n - 1) and its squares (n - 1), `stride` apart.
+template <class T>
+struct Tridiagonal {
+  T* diagonal;
+  T* off_diagonal;
+  T* squares;
+
+  RMSGD_FN Tridiagonal(T* elements, int stride)
+      : diagonal(elements), off_diagonal(elements + stride), squares(elements + 2 * stride) {}
+};
+
+// slab: this block's columns, rows `slab_stride` apart (a multiple of SLAB_PACK), 16-byte aligned; destroyed.
+// The matrix's norm should be about 1. exchanged: exchanged_elements(stride), of the team. rows, parts:
+// reflected_elements(stride) and part_elements(slab width, members of a block), of the block. All 16-byte
+// aligned. An int counts all elements, for want of registers. What the block's other members wrote before the
+// call is visible; the result is after the team's next barrier.
 template <class T, class Team>
-RMSGD_FN void tridiagonalise(Team& team, T* matrix, int n, int stride, T* vectors, T* parts, T* tridiagonal) {
+RMSGD_FN void tridiagonalise(Team& team, const Slabs& slabs, T* slab, int slab_stride, T* exchanged, T* rows,
+                             T* parts, const Tridiagonal<T>& result) {
   constexpr int AHEAD = 3;  // rows loaded before the first is used
-  typedef Pack<T, WIDE> Wide;
+  typedef Pack<T, SLAB_PACK> Wide;
   // Squares below this are lost beside a matrix of norm 1.
   const T negligible = sizeof(T) == 4 ? T(1e-30) : T(1e-290);
-  Reflected<T>* const rows = reinterpret_cast<Reflected<T>*>(vectors);
-  T* const product = vectors + 4 * stride;
+  const int n = slabs.n, stride = slabs.packs * SLAB_PACK, mine = team.block_number();
+  Reflected<T>* const reflected = reinterpret_cast<Reflected<T>*>(rows);
+  // Two in turn: a block that is ahead writes the next row's while another still reads this one's.
+  Exchanged<T>* known = reinterpret_cast<Exchanged<T>*>(exchanged);
+  Exchanged<T>* coming = known + stride;
   auto& block = team.block();
 
-  // The pending reflection: v_i is 1 at its first row and rows[i].next * factor below; y = A v is `product`.
-  T tau = 0, factor = 0, product_v = 0;
+  for (int c = block.rank(); c < slabs.width(mine); c += block.size()) {
+    const int i = slabs.column(mine, c);
+    if (i < n) known[i] = {T(0), slab[c]};
+  }
+  // The pending reflection: v_i is 1 at its first row and reflected[i].next * factor below.
+  T tau = 0, factor = 0, product_v = team.sum(T(0));
   for (int j = 0; j < n; ++j) {
     // Row j with the pending reflection applied.
     const bool pending = j > 0;
     const T shift = T(0.5) * tau * tau * product_v;
-    const T w_j = pending ? tau * product[j] - shift : T(0);
+    const T w_j = tau * known[j].product - shift;
     T squares = 0;
-    for (int i = j + team.rank(); i < n; i += team.size()) {
-      const T v = !pending ? T(0) : i == j ? T(1) : rows[i].next * factor;
-      const T w = !pending ? T(0) : tau * product[i] - shift * v;
-      const T next = matrix[j * stride + i] - (w + w_j * v);
-      if (i == j) tridiagonal[j] = next;
-      if (i >= j + 2) squares += next * next;
-      rows[i] = {v, w, next, T(0)};
+    for (int i = j + block.rank(); i < n; i += block.size()) {
+      const Exchanged<T> at = known[i];
+      const T v = !pending ? T(0) : i == j ? T(1) : reflected[i].next * factor;
+      const T w = tau * at.product - shift * v;
+      const T next = at.next - (w + w_j * v);
+      const T below = i >= j + 2 ? next : T(0);
+      if (i == j && mine == 0) result.diagonal[j] = next;
+      squares += below * below;
+      reflected[i] = {v, w, next, below};
     }
-    squares = team.sum(squares);
+    squares = block.sum(squares);
     if (j + 1 == n) break;
 
     // The reflection that turns (next_{j+1}, ...) into (beta, 0, ...).
-    const T alpha = rows[j + 1].next;
+    const T alpha = reflected[j + 1].next;
     T beta = alpha;
     tau = factor = 0;
     if (squares >= negligible) {
@@ -93,62 +107,69 @@ RMSGD_FN void tridiagonalise(Team& team, T* matrix, int n, int stride, T* vector
       factor = T(1) / (alpha - beta);
       tau = (beta - alpha) / beta;
     }
-    if (team.rank() == 0) tridiagonal[stride + j] = beta;
+    if (team.rank() == 0) {
+      result.off_diagonal[j] = beta;
+      result.squares[j] = beta * beta;
+    }
 
-    // The pending update and the new product in one pass over rows and columns from j + 1 on. A block has
-    // columns of its own, and its members parts of their rows.
-    const int begin = (j + 1) / WIDE * WIDE;
-    const int share = ((stride - begin) / WIDE + team.blocks() - 1) / team.blocks();
-    const int left = begin + team.block_number() * share * WIDE;
-    const int columns = left >= stride ? 0 : left + share * WIDE <= stride ? share : (stride - left) / WIDE;
-    int depth = block.size() / share;
+    // The pending update and the new product in one pass over rows and columns from j + 1 on. Members have
+    // columns and parts of the rows.
+    const int passed = slabs.packs_of(mine, (j + 1) / SLAB_PACK);
+    const int live = slabs.packs_of(mine) - passed;
+    int depth = live > 0 ? block.size() / live : 1;
     if (depth > (n - j) / AHEAD) depth = (n - j) / AHEAD;
     if (depth < 1) depth = 1;
-    for (int turn = block.rank(); turn < depth * columns; turn += block.size()) {
-      const int part = turn / columns;
-      const int column = left + (turn - part * columns) * WIDE;
+    for (int turn = block.rank(); turn < depth * live; turn += block.size()) {
+      const int part = turn / live;
+      const int pack = passed + turn - part * live;
+      const int column = slabs.column(mine, pack * SLAB_PACK);
       Wide v, w, sum;
-      for (int c = 0; c < WIDE; ++c) {
+      for (int c = 0; c < SLAB_PACK; ++c) {
         // Columns that the reduction has passed, or that only fill up the row, stay out of it.
-        const bool live = column + c > j && column + c < n;
-        v.value[c] = live ? rows[column + c].v : T(0);
-        w.value[c] = live ? rows[column + c].w : T(0);
+        const bool lives = column + c > j && column + c < n;
+        v.value[c] = lives ? reflected[column + c].v : T(0);
+        w.value[c] = lives ? reflected[column + c].w : T(0);
         sum.value[c] = 0;
       }
-      T* const at = matrix + column;
+      T* const at = slab + pack * SLAB_PACK;
       for (int row = j + 1 + part; row < n; row += AHEAD * depth) {
         Wide a[AHEAD];
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
-          if (row + k * depth < n) a[k].load(at + (row + k * depth) * stride, true);
+          if (row + k * depth < n) a[k].load(at + (row + k * depth) * slab_stride, true);
         }
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
           const int r = row + k * depth;
           if (r >= n) continue;
-          const Reflected<T> here = rows[r];
-          const T scale = r == j + 1 ? T(1) : here.next * factor;
+          const Reflected<T> here = reflected[r];
 #pragma unroll
-          for (int c = 0; c < WIDE; ++c) {
+          for (int c = 0; c < SLAB_PACK; ++c) {
             a[k].value[c] -= here.v * w.value[c] + here.w * v.value[c];
-            sum.value[c] += a[k].value[c] * scale;
+            sum.value[c] += a[k].value[c] * here.below;
           }
-          a[k].store(at + r * stride, true);
+          a[k].store(at + r * slab_stride, true);
         }
       }
-      sum.store(parts + turn * WIDE, true);
+      sum.store(parts + turn * SLAB_PACK, true);
     }
     block.barrier();
     product_v = 0;
-    for (int c = block.rank(); c < columns * WIDE; c += block.size()) {
-      const int i = left + c;
+    for (int c = block.rank(); c < live * SLAB_PACK; c += block.size()) {
+      const int index = passed * SLAB_PACK + c;
+      const int i = slabs.column(mine, index);
       if (i <= j || i >= n) continue;
-      T y = 0;
-      for (int part = 0; part < depth; ++part) y += parts[part * columns * WIDE + c];
-      product[i] = y;
-      product_v += y * (i == j + 1 ? T(1) : rows[i].next * factor);
+      T below = 0;
+      for (int part = 0; part < depth; ++part) below += parts[part * live * SLAB_PACK + c];
+      const T next = slab[(j + 1) * slab_stride + index];
+      const T product = below * factor + next;
+      coming[i] = {product, next};
+      product_v += product * (i == j + 1 ? T(1) : reflected[i].next * factor);
     }
     product_v = team.sum(product_v);
+    Exchanged<T>* const read = known;
+    known = coming;
+    coming = read;
   }
 }
 

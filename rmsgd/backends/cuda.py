@@ -76,7 +76,7 @@ _VALUES_ARGUMENTS = np.dtype(
 class CudaBackend:
     """Step, spectra with EVBMF and rules on NVIDIA GPUs; nothing waits for the host.
 
-    Only matrices of more than 1024 rows are measured by torch's own routine, which does.
+    Only matrices of more than ``LARGEST`` rows are measured by torch's own routine, which does.
     """
 
     on_host = False
@@ -130,7 +130,8 @@ class CudaBackend:
 
         Raises:
             RuntimeError: a CUDA graph is being captured.
-            torch.cuda.OutOfMemoryError: there is no room for the workspace of a single matrix.
+            torch.cuda.OutOfMemoryError: there is no room for the workspace of a single matrix. It says how
+                much that is.
         """
         if not matrices:
             return torch.empty(0, FIELDS, dtype=torch.float64)
@@ -166,12 +167,23 @@ class CudaBackend:
                     first = end
                 break
             except torch.cuda.OutOfMemoryError:
-                if self._budget <= max(workspace_bytes(u) for _, u in matrices):
-                    raise
+                largest = max(matrices, key=lambda matrix: workspace_bytes(matrix[1]))
+                if self._budget <= workspace_bytes(largest[1]):
+                    needed = SpectraPlan(self._kernels, [largest]).workspace_bytes
+                    raise torch.cuda.OutOfMemoryError(
+                        f"measuring a weight of shape {tuple(largest[0].shape)} takes {needed >> 20} MiB of "
+                        "GPU memory beside it, and there is no room: free some before epoch_step(), or leave "
+                        "the weight out with probe=False in its group. Weights, momentum and rates are as "
+                        "they were"
+                    ) from None
                 self._budget //= 2
                 self._plans.clear()
         if not whole:
             table[list(rows)] = target
+
+    def plans(self, matrices: Sequence[Matrix]) -> list[SpectraPlan]:
+        """Tables for matrices of up to ``LARGEST`` rows, as many together as the workspace has room for."""
+        return [SpectraPlan(self._kernels, batch) for batch in self._batches(matrices)]
 
     def _plans_for(self, matrices: Sequence[Matrix]) -> list[SpectraPlan]:
         """Tables for these matrices where they lie now; made again only when one has moved."""
@@ -181,8 +193,7 @@ class CudaBackend:
             if plans is None:
                 if len(self._plans) >= _KEPT_PLANS:
                     self._plans.pop(next(iter(self._plans)))
-                plans = [SpectraPlan(self._kernels, batch) for batch in self._batches(matrices)]
-                self._plans[key] = plans
+                plans = self._plans[key] = self.plans(matrices)
             return plans
 
     def _batches(self, matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
@@ -195,7 +206,8 @@ class CudaBackend:
                 batch, size = [], 0
             batch.append(matrix)
             size += more
-        yield batch
+        if batch:
+            yield batch
 
     def _measure_large(self, weight: Tensor, matrix: Matrix) -> Tensor:
         """One row by torch's eigenvalue routine, from an fp64 Gram matrix: it waits for the host."""

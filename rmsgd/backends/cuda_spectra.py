@@ -3,7 +3,8 @@
 The structs are those of ``csrc/spectrum/gram_cuda.h`` and ``spectrum_cuda.h``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -12,42 +13,55 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rmsgd.backends.base import FIELDS
-from rmsgd.backends.cuda_teams import Teams, choose_teams
+from rmsgd.backends.cuda_devices import Attributes, device_of
+from rmsgd.backends.cuda_teams import THREADS as _TRIDIAGONAL_THREADS
+from rmsgd.backends.cuda_teams import Team, Wave, choose_teams, widest_team
+from rmsgd.backends.cuda_teams import padded as _padded
 from rmsgd.backends.kernels import DTYPES, TEAM_SHARED, Kernels, upload
 from rmsgd.backends.streams import Streams, named_range
 from rmsgd.layers import Unfolding
 
 Matrix = tuple[Tensor, Unfolding]
 
-LARGEST = 1024
+LARGEST = 8192
 """Rows beyond which a matrix goes another way."""
 
 _TILE = 64
 _COLUMNS_PER_SPLIT = 2048
 _SPLIT_TILES = 64
 """Matrices of fewer tiles than this are split along their columns too."""
-_GRAM_THREADS, _TRIDIAGONAL_THREADS, _MEASURE_THREADS, _SVD_THREADS = 256, 512, 256, 512
+_GRAM_THREADS, _STURM_THREADS, _MEASURE_THREADS, _SVD_THREADS = 256, 256, 256, 512
+_STURM_PART = 32
+"""Eigenvalues that a block looks for."""
 _GRID_BARRIER_BYTES = 1024
-_VECTORS = 5
-"""Vectors of scratch for a reduction."""
 _MOST_SVD_BLOCKS = 32
 """All that a grid barrier has room for."""
+_ITEMSIZES = {"": 4, "_double": 8}
+"""Bytes of an element in either precision, by the ending of its kernels' names."""
 
 _SIDE = np.dtype([("size", "i8", 4), ("stride", "i8", 4)])
+_REDUCTION = np.dtype(
+    [
+        ("matrix", "i8"),
+        ("vectors", "i8"),
+        ("blocks", "i4"),
+        ("near_rows", "i4"),
+        ("near_slab", "i4"),
+        ("unused", "i4"),
+    ]
+)
 _MATRIX = np.dtype(
     [
         ("weight", "u8"),
         ("small", _SIDE),
         ("large", _SIDE),
         ("M", "i8"),
-        ("matrix", "i8"),
         ("partial", "i8"),
-        ("vectors", "i8"),
+        ("reduction", _REDUCTION, 2),
         ("L", "i4"),
         ("dtype", "i4"),
         ("stride", "i4"),
         ("splits", "i4"),
-        ("blocks", "i4", 2),
     ]
 )
 _ITEM = np.dtype([("matrix", "i4"), ("row_tile", "i4"), ("column_tile", "i4"), ("split", "i4")])
@@ -55,6 +69,11 @@ _STATE = np.dtype(
     [
         ("fingerprint", "u8"),
         ("trace", "f8"),
+        ("lower", "f8"),
+        ("s_limit", "f8"),
+        ("upper", "f8"),
+        ("needed", "i4"),
+        ("nonzero", "i4"),
         ("exponent", "i4"),
         ("nonzero_rows", "i4"),
         ("stage", "i4"),
@@ -75,19 +94,14 @@ _ARGUMENTS = np.dtype(
                 "grid_barrier",
                 "table",
                 "row",
-                "svd_scratch",
             )
         ),
         ("matrices", "i4"),
-        ("shared_bytes", "i4"),
+        ("first", "i4"),
         ("svd_blocks", "i4"),
         ("unused", "i4"),
     ]
 )
-
-
-def _padded(L: int) -> int:
-    return (L + 3) // 4 * 4
 
 
 def _splits(L: int, M: int) -> int:
@@ -100,26 +114,38 @@ def _tiles(L: int) -> int:
     return rows * (rows + 1) // 2
 
 
-def _workspace_parts(L: int, M: int) -> tuple[int, int, int]:
-    """Bytes of one matrix: the Gram matrix in fp64, partial tiles, the reduction's vectors and result."""
-    stride, splits = _padded(L), _splits(L, M)
-    partial = _tiles(L) * splits * _TILE * _TILE * 4 if splits > 1 else 0
-    return L * stride * 8, partial, (_VECTORS + 2) * stride * 8
+def _partial_bytes(L: int, M: int) -> int:
+    """Of the partial tiles of a Gram matrix in fp32."""
+    splits = _splits(L, M)
+    return _tiles(L) * splits * _TILE * _TILE * 4 if splits > 1 else 0
+
+
+def _vector_bytes(L: int, itemsize: int, team: Team) -> int:
+    """Of everything beside the matrix: ``ReductionVectors`` and ``spectrum_scratch``."""
+    vectors = 8 + (0 if team.near_rows else 4 * team.blocks)
+    scratch = 2 * (L + 2) * (8 + itemsize) + (max(L, _MEASURE_THREADS) + 2) * 4
+    return vectors * _padded(L) * itemsize + -(-scratch // 16) * 16
+
+
+def reduction_bytes(L: int, itemsize: int, team: Team) -> int:
+    """Bytes of workspace that one matrix takes in one precision, without partial tiles."""
+    return L * _padded(L) * itemsize + _vector_bytes(L, itemsize, team)
 
 
 def workspace_bytes(unfolding: Unfolding) -> int:
-    """Bytes of workspace that one matrix needs."""
-    return sum(_workspace_parts(unfolding.L, unfolding.M))
+    """Bytes of workspace that one matrix needs as one of many: its fp32 Gram matrix and what goes with it."""
+    L, M = unfolding.L, unfolding.M
+    return reduction_bytes(L, 4, Team(1, True, False)) + _partial_bytes(L, M)
 
 
-def svd_scratch_bytes(L: int, members: int) -> int:
+def svd_bytes(L: int, members: int) -> int:
     """Bytes for the singular values of one matrix: ``singular_values_scratch``, gamma and counts."""
-    return (2 * L * L + 9 * L + L) * 8 + max(L, members) * 4
+    at_a_time = L if L <= 1024 else 1024 * 1024 // L
+    return (L * L + at_a_time * L + 9 * L + L) * 8 + max(L, members) * 4
 
 
-def _measure_shared(L: int, itemsize: int) -> int:
-    counts = max(L, 96, _MEASURE_THREADS)
-    return TEAM_SHARED + 2 * (2 * L + 2) * itemsize + (L + 2) * 8 + (counts + 2) * 4
+def _sturm_shared(itemsize: int) -> int:
+    return TEAM_SHARED + 2 * _STURM_PART * itemsize + _STURM_THREADS * 4
 
 
 def _gram_shared(itemsize: int) -> int:
@@ -144,20 +170,19 @@ def _side(weight: Tensor, dims: Sequence[int]) -> tuple[list[int], list[int]]:
     return [1] * empty + sizes, [0] * empty + strides
 
 
-class _Reduction(NamedTuple):
-    """The reduction to tridiagonal form in one precision."""
+class _Round(NamedTuple):
+    """Matrices that are reduced and measured together in one precision: neighbours in the order of size."""
 
-    kernel: str
-    shared: int
-    """Bytes of shared memory per block."""
-    teams: Teams
-
-
-def _team_blocks(teams: Teams) -> NDArray[np.void]:
-    blocks = np.zeros(sum(teams.blocks), _TEAM_BLOCK)
-    blocks["matrix"] = np.repeat(np.arange(len(teams.blocks)), teams.blocks)
-    blocks["block"] = np.concatenate([np.arange(size) for size in teams.blocks])
-    return blocks
+    suffix: str
+    """Of the kernels' names."""
+    first: int
+    matrices: int
+    teams: list[Team]
+    waves: list[Wave]
+    places: list[int]
+    """Where in the workspace each matrix begins, and its vectors after it."""
+    end: int
+    """Where the last one ends."""
 
 
 class SpectraPlan:
@@ -175,52 +200,83 @@ class SpectraPlan:
         # Largest first: what takes longest begins first.
         order = sorted(range(len(matrices)), key=lambda i: -matrices[i][1].L)
         chosen = [matrices[i] for i in order]
-        self._rows = [u.L for _, u in chosen]
+        self.rows = [u.L for _, u in chosen]
+        self._columns = [u.M for _, u in chosen]
+        self._splits = [_splits(u.L, u.M) for _, u in chosen]
         self.count = len(chosen)
-        self._reductions = (
-            self._plan_reduction("rmsgd_tridiagonal", 4),
-            self._plan_reduction("rmsgd_tridiagonal_double", 8),
-        )
+        self._about = device_of(Attributes(*kernels.attributes(self._index)))
         resident = kernels.resident_blocks("rmsgd_svd", self._index, _SVD_THREADS, TEAM_SHARED)
         self._svd_blocks = max(1, min(_MOST_SVD_BLOCKS, resident))
-        table, self.workspace_bytes = self._matrix_table(chosen)
-        items, self._item_counts = _items(self._rows, table["splits"])
+        partial = [_partial_bytes(u.L, u.M) for _, u in chosen]
+        single = self._round("", 0, self.count, partial)
+        # In fp64 the workspace is used anew, as often as it takes.
+        alone = [reduction_bytes(n, 8, widest_team(n, 8, self._about)) for n in self.rows]
+        svd = svd_bytes(self.rows[0], self._svd_blocks * _SVD_THREADS)
+        self.workspace_bytes = max(single.end, svd, *alone)
+        self.rounds = [single, *self._double_rounds(alone)]
+        table = self._matrix_table(chosen)
+        for row, place, size in zip(table, single.places, partial, strict=True):
+            row["partial"] = place - size
+        items, self._item_counts = _items(self.rows, table["splits"])
         state = np.zeros(self.count, _STATE)
         state["stage"] = table["dtype"] == DTYPES[torch.float64]
-        blocks = np.concatenate([_team_blocks(reduction.teams) for reduction in self._reductions])
-        self._matrices, self._items, self._state, self._blocks, self._row = (
-            upload(part, self._device) for part in (table, items, state, blocks, np.array(order, np.int32))
-        )
+        blocks = np.concatenate([_team_blocks(round_) for round_ in self.rounds])
+        parts = [-(-n // _STURM_PART) for n in self.rows]
+        self._part_ends = np.concatenate([[0], np.cumsum(parts)])
+        self._tables = [
+            upload(part, self._device)
+            for part in (table, items, state, blocks, _numbered(parts), np.array(order, np.int32))
+        ]
 
-    def _plan_reduction(self, kernel: str, itemsize: int) -> _Reduction:
-        # A reduction by one block keeps its vectors and its matrix in shared memory if there is room, two
-        # blocks to a multiprocessor.
-        most, multiprocessor = self._kernels.shared_memory(self._index)
-        parts = TEAM_SHARED + 4 * _TRIDIAGONAL_THREADS * itemsize
-        budget = min(most, multiprocessor // 2 - 1024) - parts
-        sizes = (rows * _padded(L) * itemsize for L in self._rows for rows in (_VECTORS, _VECTORS + L))
-        shared = parts + max((size for size in sizes if size <= budget), default=0)
-        capacity = self._kernels.resident_blocks(kernel, self._index, _TRIDIAGONAL_THREADS, shared)
-        return _Reduction(kernel, shared, choose_teams(self._rows, itemsize, max(1, capacity)))
+    STURM_THREADS, STURM_PART = _STURM_THREADS, _STURM_PART
 
-    def _matrix_table(self, chosen: Sequence[Matrix]) -> tuple[NDArray[np.void], int]:
+    def tile_columns(self) -> list[int]:
+        """Columns that each block of the fp32 products sums over."""
+        return [
+            -(-M // splits)
+            for L, M, splits in zip(self.rows, self._columns, self._splits, strict=True)
+            for _ in range(_tiles(L) * splits)
+        ]
+
+    def _round(self, suffix: str, first: int, count: int, before: Sequence[int]) -> _Round:
+        """Of neighbouring matrices, each with so many bytes before it."""
+        itemsize, rows = _ITEMSIZES[suffix], self.rows[first : first + count]
+        kernel = f"rmsgd_tridiagonal{suffix}"
+
+        def capacity(shared: int) -> int:
+            return self._kernels.resident_blocks(kernel, self._index, _TRIDIAGONAL_THREADS, shared)
+
+        teams = choose_teams(rows, itemsize, capacity, self._about)
+        places, end = [], 0
+        for n, team, more in zip(rows, teams.teams, before, strict=True):
+            places.append(end + more)
+            end += more + reduction_bytes(n, itemsize, team)
+        return _Round(suffix, first, count, teams.teams, teams.waves, places, end)
+
+    def _double_rounds(self, alone: Sequence[int]) -> Iterator[_Round]:
+        """As many matrices at a time as there is room for."""
+        first, filled = 0, 0
+        for i, size in enumerate([*alone, self.workspace_bytes + 1]):
+            if filled + size > self.workspace_bytes:
+                yield self._round("_double", first, i - first, [0] * (i - first))
+                first, filled = i, 0
+            filled += size
+
+    def _matrix_table(self, chosen: Sequence[Matrix]) -> NDArray[np.void]:
         table = np.zeros(len(chosen), _MATRIX)
-        place = 0
+        table["splits"] = self._splits
         for row, (weight, u) in zip(table, chosen, strict=True):
-            matrix, partial, vectors = _workspace_parts(u.L, u.M)
             row["weight"], row["dtype"] = weight.data_ptr(), DTYPES[weight.dtype]
             for side in ("small", "large"):
                 row[side]["size"], row[side]["stride"] = _side(weight, getattr(u, side))
             row["L"], row["M"], row["stride"] = u.L, u.M, _padded(u.L)
-            row["splits"] = _splits(u.L, u.M)
-            row["matrix"], row["partial"], row["vectors"] = (
-                place,
-                place + matrix,
-                place + matrix + partial,
-            )
-            place += matrix + partial + vectors
-        table["blocks"] = np.stack([reduction.teams.blocks for reduction in self._reductions], axis=1)
-        return table, place
+        for round_ in self.rounds:
+            itemsize = _ITEMSIZES[round_.suffix]
+            for i, (team, place) in enumerate(zip(round_.teams, round_.places, strict=True), round_.first):
+                to, n = table[i]["reduction"][itemsize // 8], self.rows[i]
+                to["matrix"], to["vectors"] = place, place + n * _padded(n) * itemsize
+                to["blocks"], to["near_rows"], to["near_slab"] = team
+        return table
 
     def measure(self, streams: Streams, table: Tensor) -> None:
         """Write the rows of these matrices into ``table`` (matrices, FIELDS), on the current stream.
@@ -231,23 +287,19 @@ class SpectraPlan:
         """
         assert table.shape[1] == FIELDS
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self._device)
-        svd_bytes = svd_scratch_bytes(self._rows[0], self._svd_blocks * _SVD_THREADS)
-        scratch = torch.empty(svd_bytes, dtype=torch.uint8, device=self._device)
-        # Their memory, and that of what the current stream made before, is first used on the caller's.
+        # Its memory, and that of what the current stream made before, is first used on the caller's.
         streams.caller_waits()
         barriers = 2 * self.count + 1  # of each matrix in either precision, and of the singular values
+        matrices, items, first_state, blocks, parts, row = self._tables
         with streams.caller_stream():
             barrier = torch.zeros(barriers * _GRID_BARRIER_BYTES, dtype=torch.uint8, device=self._device)
-            state = self._state.clone()
+            state = first_state.clone()
         arguments = np.zeros(1, _ARGUMENTS)
         head = arguments[0]
-        head["matrix"], head["item"] = self._matrices.data_ptr(), self._items.data_ptr()
-        head["row"] = self._row.data_ptr()
-        head["workspace"], head["svd_scratch"] = workspace.data_ptr(), scratch.data_ptr()
-        head["state"], head["grid_barrier"] = state.data_ptr(), barrier.data_ptr()
-        head["table"], head["matrices"] = table.data_ptr(), self.count
-        head["svd_blocks"] = self._svd_blocks
-        first_item = self._items.data_ptr()
+        head["matrix"], head["row"] = matrices.data_ptr(), row.data_ptr()
+        head["workspace"], head["state"] = workspace.data_ptr(), state.data_ptr()
+        head["grid_barrier"], head["table"] = barrier.data_ptr(), table.data_ptr()
+        head["matrices"], head["svd_blocks"] = self.count, self._svd_blocks
 
         def launch(
             name: str, blocks: int, threads: int, shared: int, stream: int, cooperative: bool = False
@@ -257,41 +309,75 @@ class SpectraPlan:
                     name, self._index, blocks, threads, shared, stream, arguments, cooperative
                 )
 
-        def reduce_and_measure(double: int, stream: int) -> None:
-            kernel, shared, teams = self._reductions[double]
-            head["shared_bytes"] = shared
-            before = sum(self._reductions[0].teams.blocks) if double else 0
-            suffix, precision = ("_double", ", fp64") if double else ("", "")
-            with named_range(f"rmsgd: tridiagonal forms{precision}"):
-                for first, blocks in teams.waves:
-                    head["block"] = self._blocks.data_ptr() + (before + first) * _TEAM_BLOCK.itemsize
-                    launch(kernel, blocks, _TRIDIAGONAL_THREADS, shared, stream, True)
-            with named_range(f"rmsgd: eigenvalues and EVBMF{precision}"):
-                shared = _measure_shared(self._rows[0], 8 if double else 4)
-                launch(f"rmsgd_measure{suffix}", self.count, _MEASURE_THREADS, shared, stream)
-
-        gram, parts, gram_double = self._item_counts
+        gram, sums, gram_double = self._item_counts
+        head["item"] = items.data_ptr()
         with named_range("rmsgd: fingerprint"):
             launch("rmsgd_fingerprint", gram, _GRAM_THREADS, TEAM_SHARED, streams.caller())
         with named_range("rmsgd: Gram matrices"):
             launch("rmsgd_gram", gram, _GRAM_THREADS, _gram_shared(4), streams.caller())
-            head["item"] = first_item + gram * _ITEM.itemsize
-            launch("rmsgd_gram_sum", parts, _GRAM_THREADS, TEAM_SHARED, streams.caller())
+            head["item"] += np.uint64(gram * _ITEM.itemsize)
+            launch("rmsgd_gram_sum", sums, _GRAM_THREADS, TEAM_SHARED, streams.caller())
+        head["item"] += np.uint64(sums * _ITEM.itemsize)
         streams.side_waits()
         stream = streams.current()
-        reduce_and_measure(0, stream)
-        with named_range("rmsgd: Gram matrices, fp64"):
-            head["item"] = first_item + (gram + parts) * _ITEM.itemsize
-            launch("rmsgd_gram_double", gram_double, _GRAM_THREADS, _gram_shared(8), stream)
-        reduce_and_measure(1, stream)
+        head["block"] = blocks.data_ptr()
+        for suffix, first, count, _, waves, _, _ in self.rounds:
+            itemsize, precision = _ITEMSIZES[suffix], ", fp64" if suffix else ""
+            if suffix:
+                with named_range(f"rmsgd: Gram matrices{precision}"):
+                    tiles = int(gram_double[first : first + count].sum())
+                    launch("rmsgd_gram_double", tiles, _GRAM_THREADS, _gram_shared(8), stream)
+                    head["item"] += np.uint64(tiles * _ITEM.itemsize)
+            with named_range(f"rmsgd: tridiagonal forms{precision}"):
+                for wave in waves:
+                    launch(
+                        f"rmsgd_tridiagonal{suffix}",
+                        wave.blocks,
+                        _TRIDIAGONAL_THREADS,
+                        wave.shared,
+                        stream,
+                        True,
+                    )
+                    head["block"] += np.uint64(wave.blocks * _TEAM_BLOCK.itemsize)
+            with named_range(f"rmsgd: eigenvalues{precision}"), _replaced(head, "block"):
+                begin, end = (int(self._part_ends[i]) for i in (first, first + count))
+                head["block"] = parts.data_ptr() + begin * _TEAM_BLOCK.itemsize
+                launch(f"rmsgd_sturm{suffix}", end - begin, _STURM_THREADS, _sturm_shared(itemsize), stream)
+            with named_range(f"rmsgd: EVBMF{precision}"):
+                head["first"] = first
+                launch(f"rmsgd_measure{suffix}", count, _MEASURE_THREADS, TEAM_SHARED, stream)
         with named_range("rmsgd: SVD"):
             launch("rmsgd_svd", self._svd_blocks, _SVD_THREADS, TEAM_SHARED, stream, True)
-        for tensor in (barrier, state, self._matrices, self._items, self._state, self._blocks, self._row):
+        for tensor in (barrier, state, *self._tables):
             streams.record_stream(tensor)
 
 
-def _items(rows: Sequence[int], splits: NDArray[np.int32]) -> tuple[NDArray[np.void], tuple[int, int, int]]:
-    """The blocks of the fp32 products, of the sums of their parts, and of the fp64 products."""
+@contextmanager
+def _replaced(head: np.void, field: str) -> Iterator[None]:
+    """Within it a field may have another value."""
+    before = head[field]
+    yield
+    head[field] = before
+
+
+def _numbered(counts: Sequence[int]) -> NDArray[np.void]:
+    """For each matrix as many blocks as asked for, numbered from 0."""
+    blocks = np.zeros(sum(counts), _TEAM_BLOCK)
+    blocks["matrix"] = np.repeat(np.arange(len(counts)), counts)
+    blocks["block"] = np.concatenate([np.arange(count) for count in counts])
+    return blocks
+
+
+def _team_blocks(round_: _Round) -> NDArray[np.void]:
+    blocks = _numbered([team.blocks for team in round_.teams])
+    blocks["matrix"] += round_.first
+    return blocks
+
+
+def _items(
+    rows: Sequence[int], splits: NDArray[np.int32]
+) -> tuple[NDArray[np.void], tuple[int, int, NDArray[np.int64]]]:
+    """The blocks of the fp32 products, of the sums of their parts, and of each matrix's fp64 products."""
     tiles = [np.stack(np.triu_indices(-(-L // _TILE)), axis=1).astype(np.int32) for L in rows]
 
     def items(chosen: Sequence[int], parts: Sequence[int]) -> NDArray[np.void]:
@@ -311,4 +397,4 @@ def _items(rows: Sequence[int], splits: NDArray[np.int32]) -> tuple[NDArray[np.v
         items(split, [1] * len(split)),
         items(everything, [1] * len(rows)),
     )
-    return np.concatenate(kinds), (len(kinds[0]), len(kinds[1]), len(kinds[2]))
+    return np.concatenate(kinds), (len(kinds[0]), len(kinds[1]), np.array([len(part) for part in tiles]))

@@ -16,11 +16,22 @@ from numpy.typing import NDArray
 from rmsgd._version import __version__
 from rmsgd.backends.base import BackendUnavailable
 from rmsgd.backends.cuda import CudaBackend, check_torch, try_out
+from rmsgd.backends.cuda_devices import Attributes
 from rmsgd.extras import install_command
 
 SOURCES = ("sgd/step_cuda.cu", "spectrum/spectrum_cuda.cu", "evbmf/rates_cuda.cu")
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _WITHOUT_ASKING = 48 * 1024
+_ATTRIBUTES = (
+    "MultiProcessorCount",
+    "MaxSharedMemoryPerBlockOptin",
+    "MaxSharedMemoryPerMultiprocessor",
+    "L2CacheSize",
+    "ClockRate",
+    "MemoryClockRate",
+    "GlobalMemoryBusWidth",
+)
+"""What CuPy calls the fields of ``Attributes``."""
 
 
 def source_folder() -> Path:
@@ -174,13 +185,10 @@ class NvrtcKernels:
         multiprocessors: int = self._cupy.cuda.Device(device).attributes["MultiProcessorCount"]
         return each * multiprocessors
 
-    def shared_memory(self, device: int) -> tuple[int, int]:
+    def attributes(self, device: int) -> Attributes:
         """See ``kernels.Kernels``."""
-        attributes = self._cupy.cuda.Device(device).attributes
-        return (
-            attributes["MaxSharedMemoryPerBlockOptin"],
-            attributes["MaxSharedMemoryPerMultiprocessor"],
-        )
+        known = self._cupy.cuda.Device(device).attributes
+        return Attributes(*(known.get(name, 0) for name in _ATTRIBUTES))
 
 
 def create() -> CudaBackend:

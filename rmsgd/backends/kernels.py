@@ -1,5 +1,6 @@
 """What the CUDA backends ask of compiled kernels, whoever compiled them, and how tables get to a GPU."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,8 +34,8 @@ class Kernels(Protocol):
     def resident_blocks(self, name: str, device: int, threads: int, shared_bytes: int) -> int:
         """How many blocks of a kernel fit on the device at once."""
 
-    def shared_memory(self, device: int) -> tuple[int, int]:
-        """Bytes of shared memory that a block may ask for, and that a multiprocessor has."""
+    def attributes(self, device: int) -> Sequence[int]:
+        """What the device has: the fields of ``cuda_devices.Attributes``."""
 
 
 def upload(table: NDArray[Any], device: torch.device) -> Tensor:

@@ -146,7 +146,14 @@ int emulated_current_device() { return current_context ? int(current_context - c
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : kSharedBytes;
+  static const std::map<cudaDeviceAttr, int> known = {
+      {cudaDevAttrMultiProcessorCount, 1},
+      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, kSharedBytes},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, kSharedBytes},
+      {cudaDevAttrClockRate, 1'500'000},
+  };
+  const auto found = known.find(attribute);
+  *value = found == known.end() ? 0 : found->second;
   return cudaSuccess;
 }
 

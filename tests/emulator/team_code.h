@@ -73,8 +73,10 @@ struct Problem {
   int stride;
   int nonzero_rows;
   double trace;
-  std::vector<rmsgd::Pack<T, 4>> matrix, vectors, parts;
-  std::vector<T> tridiagonal;  // the diagonal and, from element `stride` on, the off-diagonal
+  std::vector<rmsgd::Pack<T, 4>> matrix, exchanged, rows, parts;
+  std::vector<T> tridiagonal;  // see rmsgd::Tridiagonal
+  std::vector<T> values, part_scratch;
+  std::vector<int> counts;
   std::vector<double> scratch;
 
   // gram: (n, n), of a trace near 1.
@@ -84,10 +86,14 @@ struct Problem {
         nonzero_rows(0),
         trace(0.0),
         matrix(std::size_t(n) * stride / 4),
-        vectors(rmsgd::tridiagonal_vectors(stride) / 4),
-        parts(rmsgd::tridiagonal_parts(stride, members) / 4),
-        tridiagonal(2 * stride),
-        scratch(rmsgd::measure_scratch<T>(n, members) / 8 + 1) {
+        exchanged(rmsgd::exchanged_elements(stride) / 4),
+        rows(rmsgd::reflected_elements(stride) / 4),
+        parts(rmsgd::part_elements(stride, members) / 4),
+        tridiagonal(3 * stride),
+        values(n),
+        part_scratch(rmsgd::STURM_SCRATCH),
+        counts(rmsgd::sturm_part_counts(members)),
+        scratch(rmsgd::spectrum_scratch<T>(n, members) / 8 + 1) {
     for (int i = 0; i < n; ++i) {
       trace += gram[i * n + i];
       nonzero_rows += gram[i * n + i] > 0.0;
@@ -97,16 +103,22 @@ struct Problem {
 
   template <class Team>
   void reduce(Team& team) {
-    rmsgd::tridiagonalise(team, matrix[0].value, n, stride, vectors[0].value, parts[0].value,
-                          tridiagonal.data());
+    rmsgd::tridiagonalise(team, rmsgd::Slabs(n, stride, 1), matrix[0].value, stride, exchanged[0].value,
+                          rows[0].value, parts[0].value, rmsgd::Tridiagonal<T>(tridiagonal.data(), stride));
   }
 
-  // Whether the values decide the row. They are all found, for the test to look at, `values` (n).
+  // Whether the values decide the row.
   template <class Team>
   bool measure(Team& team, double M, double* row) {
+    const rmsgd::Tridiagonal<T> reduced(tridiagonal.data(), stride);
+    const rmsgd::SpectrumBounds bounds =
+        rmsgd::spectrum_bounds(team, reduced, n, M, trace, nonzero_rows, counts.data());
+    for (int part = 0; part * rmsgd::STURM_PART < n; ++part) {
+      rmsgd::find_part(team, reduced, n, bounds, part, part_scratch.data(), counts.data(), values.data());
+    }
     const rmsgd::TridiagonalSpectrum spectrum =
-        rmsgd::tridiagonal_spectrum(team, tridiagonal.data(), &tridiagonal[stride], n, M, trace, nonzero_rows,
-                                    reinterpret_cast<unsigned char*>(scratch.data()));
+        rmsgd::known_spectrum(team, reduced, n, M, trace, bounds, values.data(),
+                              reinterpret_cast<unsigned char*>(scratch.data()));
     return rmsgd::measure_spectrum<T>(team, spectrum, n, M, 0, row);
   }
 };

@@ -1,0 +1,68 @@
+"""What a plan of teams and waves takes on a GPU, by a simulation of its events.
+
+Teams wait and work in turn, and whoever works shares what there is with the others that do.
+"""
+
+import numpy as np
+
+from rmsgd.backends import cuda_devices
+
+ROWS_AT_ONCE = 16
+"""Of a team between two events."""
+
+
+def simulate(rows, itemsize, plan, per_multiprocessor, device):
+    """Seconds of all waves, one after the other."""
+    seconds, first = 0.0, 0
+    for blocks in (wave.blocks for wave in plan.waves):
+        end = first
+        while blocks > 0:
+            blocks -= plan.teams[end].blocks
+            end += 1
+        assert blocks == 0
+        seconds += cuda_devices.LAUNCH
+        seconds += _wave(rows[first:end], itemsize, plan.teams[first:end], per_multiprocessor, device)
+        first = end
+    assert first == len(rows)
+    return seconds
+
+
+def _wave(rows, itemsize, teams, per_multiprocessor, device):
+    n = np.array(rows, float)
+    blocks = np.array([team.blocks for team in teams], float)
+    near = np.array([team.near_slab for team in teams])
+    cycles = cuda_devices.ROW + np.where(blocks > 1, cuda_devices.GRID_BARRIER, 0)
+    row_waits = cycles / device.clock
+    # On chip an element is loaded and stored, and so is as much again loaded of its row's vectors.
+    own_rate = blocks / per_multiprocessor * np.where(near, device.shared_rate / 1.5, device.block_rate)
+
+    passed = np.zeros_like(n)
+    waits = np.minimum(ROWS_AT_ONCE, n) * row_waits  # seconds left of waiting; then
+    moves = np.zeros_like(n)  # bytes left to move
+    now = 0.0
+    while (passed < n).any():
+        alive = passed < n
+        working = alive & (waits <= 0)
+        rate = np.where(working, own_rate, 0.0)
+        far = working & ~near
+        demand = rate[far].sum()
+        limit = device.l2_rate
+        if (itemsize * (n - passed) ** 2)[alive & ~near].sum() > device.l2_bytes:
+            limit = min(limit, device.dram_rate)
+        if demand > limit:
+            rate[far] *= limit / demand
+        with np.errstate(divide="ignore", invalid="ignore"):
+            until = np.where(working, moves / rate, np.where(alive, waits, np.inf))
+        step = max(until.min(), 0.0)
+        now += step
+        waits = np.where(alive & ~working, waits - step, waits)
+        moves = np.where(working, moves - rate * step, moves)
+        done = alive & (until <= step * (1 + 1e-9) + 1e-15)
+        begun, ended = done & ~working, done & working
+        left = np.minimum(ROWS_AT_ONCE, n - passed)
+        size = n - passed - left / 2
+        moves = np.where(begun, 2 * itemsize * left * size**2, moves)
+        waits = np.where(begun, 0.0, waits)
+        passed = np.where(ended, passed + left, passed)
+        waits = np.where(ended, np.minimum(ROWS_AT_ONCE, n - passed) * row_waits, waits)
+    return now
