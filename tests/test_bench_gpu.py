@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import rehearsal
@@ -15,8 +16,9 @@ from rich.console import Console
 
 from bench import models, peers
 from bench.__main__ import main
-from bench.gpu import budget, checks, clocks, command, measurements, processes, tables, targets
+from bench.gpu import budget, checks, clocks, command, counting, measurements, processes, tables, targets
 from bench.gpu.budget import Need, share
+from bench.gpu.cards import CARDS
 from rmsgd.backends import ENTRIES
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -105,11 +107,42 @@ def test_interrupted_what_was_measured_is_kept(run):
     assert result["build"]["a"] == 1
 
 
-def test_the_sections_come_in_order_of_use_and_usually_fit():
-    assert list(command.SECTIONS) == [
-        "build", "smoke", "tests", "step", "epoch-end", "eigenvalues", "epoch-time", "sanitizer",
-    ]  # fmt: skip
-    assert sum(s.need.typical for s in command.SECTIONS.values()) < command.BUDGET_S < 480
+def test_the_stages_come_in_order_of_use_and_usually_fit():
+    assert list(command.STAGES) == ["build", "tests", "time", "peers", "sanitize"]
+    assert [section for sections in command.STAGES.values() for section in sections] == list(command.SECTIONS)
+    for stages, seconds in (((), command.BUDGET_S), (("sanitize",), command.SANITIZE_S)):
+        names = command.sections_of(stages)
+        assert command.budget_of(names) == seconds
+        assert sum(command.SECTIONS[name].need.typical for name in names) < seconds
+    assert command.BUDGET_S <= 360
+    assert command.SANITIZE_S <= 240
+
+
+def test_a_stage_is_asked_for_by_name_and_has_a_result_of_its_own(run, tmp_path):
+    sections = {name: section({"rows": []}) for name in command.SECTIONS}
+    status, result = run(sections, "time")
+    assert status == 0
+    assert result.keys() - {"schema", "machine", "targets"} == set(command.STAGES["time"])
+    run(sections, "build", "peers")
+    for stage in ("build", "time", "peers"):
+        kept = json.loads((tmp_path / f"gpu-{stage}.json").read_text())
+        assert set(command.STAGES[stage]) <= kept.keys()
+
+
+def test_only_the_last_stage_has_to_be_asked_for(run):
+    sections = {name: section({}) for name in command.SECTIONS}
+    _, result = run(sections)
+    assert "sanitizer" not in result
+    assert "eigenvalues" in result
+    _, result = run(sections, "sanitize")
+    assert set(command.STAGES["sanitize"]) <= result.keys()
+    assert "build" not in result
+
+
+def test_an_unknown_stage_is_answered_with_those_there_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["gpu", "tests", "tmie"])
+    assert "no stage 'tmie'; choose from build, tests, time" in " ".join(capsys.readouterr().err.split())
 
 
 # -- time --------------------------------------------------------------------------------------------
@@ -131,13 +164,14 @@ def test_a_section_with_next_to_no_time_gets_none(remaining):
 
 
 def test_no_overrun_of_any_section_takes_the_whole_over_its_time():
-    remaining, needs = float(command.BUDGET_S), [s.need for s in command.SECTIONS.values()]
+    remaining = float(command.BUDGET_S)
+    needs = [command.SECTIONS[name].need for name in command.sections_of(())]
     taken = []
     for i, need in enumerate(needs):
         taken.append(share(need, needs[i + 1 :], remaining))
         remaining -= taken[-1]
     assert remaining >= 0
-    assert min(taken[:-1]) >= 20  # all but the sanitizer's
+    assert min(taken) >= 20
 
 
 def test_backends_share_a_sections_time_and_what_one_leaves_the_next_one_gets(monkeypatch):
@@ -387,6 +421,77 @@ def test_every_measurement_runs_on_the_pretended_gpu(gpu_folder, monkeypatch):
     assert all(ratio["median"] > 0 for ratio in rows["step"][0]["wall_ratio_to"].values())
     assert [sum(row["stages"].values()) for row in rows["epoch-end"]] == [38, 38]
     assert "torch eigvalsh" in rows["eigenvalues"][0]["ratio"]
+
+
+def test_kernels_are_timed_by_name_and_others_are_left_out():
+    seen = [
+        SimpleNamespace(key=name, device_time_total=total, count=count)
+        for name, total, count in (("rmsgd_gram", 30, 10), ("sgemm", 99, 1), ("rmsgd_tridiagonal", 500, 20))
+    ]
+    found = measurements.kernel_seconds(seen, 10)
+    assert found == {
+        "rmsgd_tridiagonal": {"seconds": pytest.approx(50e-6), "launches": 2},
+        "rmsgd_gram": {"seconds": pytest.approx(3e-6), "launches": 1},
+    }
+    assert list(found) == ["rmsgd_tridiagonal", "rmsgd_gram"]
+    rows = [{"network": "resnet18", "kernels": found}, {"network": "resnet50", "error": "no [profiler]"}]
+    table = printed(*tables.tables({"kernels": {"rows": rows}}))
+    assert "0.050" in table
+    assert "no [profiler]" in table
+
+
+# -- counted times -----------------------------------------------------------------------------------
+
+
+H200 = next(card for card in CARDS if card.name == "H200")
+RTX_2080_TI = next(card for card in CARDS if card.name == "RTX 2080 Ti")
+
+
+@pytest.mark.parametrize(
+    ("network", "card", "goal_ms"),
+    [
+        ("resnet18", H200, 3),
+        ("resnet50", H200, 6),
+        ("vit-b16", H200, 15),
+        ("resnet50", RTX_2080_TI, 15),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_by_count_an_epoch_end_reaches_its_goal(network, card, goal_ms):
+    row = counting.count(network, card)
+    assert 0 < row["total_ms"] <= goal_ms
+    assert row["total_ms"] == pytest.approx(sum(row[f"{stage}_ms"] for stage in tables.COUNTED))
+    old = counting.count_before(network, card)
+    assert row["total_ms"] < old["total_ms"]
+    assert row["host"] == 0
+
+
+def test_counted_times_come_from_the_tables_that_kernels_are_launched_by(monkeypatch):
+    before = counting.count("resnet18", H200)
+    monkeypatch.setattr("rmsgd.backends.cuda_spectra._COLUMNS_PER_SPLIT", 10**9)
+    assert counting.count("resnet18", H200)["gram_ms"] > before["gram_ms"]
+    (plan,) = counting.plans_of(counting.weights_of("resnet18"), H200)
+    assert before["waves"] == len(plan.rounds[0].waves)
+    assert before["reduction_ms"] == pytest.approx(1e3 * sum(w.seconds for w in plan.rounds[0].waves))
+
+
+def test_matrices_that_were_left_to_the_host_are_counted_now():
+    old, new = counting.count_before("transformer-1b", H200), counting.count("transformer-1b", H200)
+    assert (old["host"], new["host"]) == (97, 0)
+    assert new["batches"] > 1
+    assert "host" in printed(tables.counted([old, new]))
+
+
+def test_counted_times_as_json_are_all_that_is_printed(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(counting, "NETWORKS", {"mobilenetv2": counting.NETWORKS["mobilenetv2"]})
+    monkeypatch.setattr(counting, "CARDS", (H200,))
+    assert main(["gpu", "--model", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["counted"]
+    assert [(row["device"], row["design"]) for row in rows] == [("H200", "before"), ("H200", "after")]
+    assert all({"network", "total_ms", "dominated_by"} <= row.keys() for row in rows)
+    assert main(["gpu", "--model", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "none of this was measured" in " ".join(said.split())
 
 
 # -- targets -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from emulated import ROOT
 from setuptools import Distribution
 
 import setup
+from bench.gpu.counting import REGISTERS
 from rmsgd.backends import cupy_
 from setup import NVCC_FLAGS, find_nvcc
 
@@ -28,8 +29,19 @@ REPORT = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)' for 'sm_(?P<arch>\d+)'\n"
     r".*Function properties for (?P=kernel)\n"
     r" +(?P<frame>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-    r"(?P<loads>\d+) bytes spill loads"
+    r"(?P<loads>\d+) bytes spill loads\n"
+    r".*Used (?P<registers>\d+) registers(?:(?!Compiling)[^\n])*?(?:, (?P<shared>\d+) bytes smem|\n)"
 )
+MOST_REGISTERS = {
+    **REGISTERS,
+    "rmsgd_step": 64,
+    "rmsgd_step_large": 64,
+    "rmsgd_sturm": 64,
+    "rmsgd_sturm_double": 128,
+    "rmsgd_fingerprint": 64,
+    "rmsgd_gram_sum": 64,
+}
+"""With which so many threads are resident as the launches and the planner count on; other kernels: 128."""
 
 
 @pytest.mark.parametrize("source", cupy_.SOURCES)
@@ -49,6 +61,8 @@ def test_nvcc_compiles_every_kernel_without_a_warning_a_spill_or_a_stack_frame(s
     assert compiled == sorted((kernel, arch) for kernel in kernels_of(source) for arch in ARCHS), said
     for report in reports:
         assert [report[what] for what in ("frame", "stores", "loads")] == ["0"] * 3, report[0]
+        assert int(report["registers"]) <= MOST_REGISTERS.get(report["kernel"], 128), report[0]
+        assert report["shared"] is None, "shared memory is what the launch asks for"
 
 
 def test_without_nvcc_the_cuda_kernels_are_left_out_or_an_error_where_they_are_asked_for(monkeypatch):

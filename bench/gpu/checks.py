@@ -78,6 +78,12 @@ def gpu_tests(
     return {"backends": found, "error": "; ".join(failed) or None}
 
 
+def stress(limit_s: float, log: Path, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Epoch ends under load, which have to give the same bits; see `bench.gpu.stress`."""
+    ended = processes.run([sys.executable, "-m", "bench.gpu.stress"], limit_s, log, environment)
+    return {"said": ended.output.strip()[-300:], "error": ended.failure()}
+
+
 def results(output: str) -> dict[str, Any]:
     """What `pytest -v` has printed so far: how many passed, who failed, and who had not yet ended."""
     tests = [(match["test"], match["result"]) for match in TEST.finditer(output)]

@@ -36,6 +36,7 @@ EIGENVALUE_SIZES = (32, 64, 128, 256, 512, 768, 1024)
 MATRICES = 16
 COPIED_FLOATS = 2**28
 ROUNDS = 7
+PROFILED = 5
 LONGEST_CASE_S = 1.0  # of all rounds of an eigenvalue routine
 
 
@@ -174,6 +175,46 @@ def release_seconds(model: nn.Module) -> float:
     return seconds
 
 
+# -- its kernels -------------------------------------------------------------------------------------
+
+
+def kernels() -> Iterator[Row]:
+    """Device seconds of every kernel of an epoch end, from torch's profiler."""
+    for network in EPOCH_END_NETWORKS:
+        try:
+            yield {
+                "network": network,
+                "backend": backend_name(),
+                **kernels_of(weighted(network, WEIGHTS[-1])),
+            }
+        except Exception as error:
+            yield {"network": network, "error": reason(error)}
+        torch.cuda.empty_cache()
+
+
+def kernels_of(model: nn.Module) -> Row:
+    """Seconds and launches by name, the mean of some epoch ends; the profiler's own cost is not in them."""
+    optimizer: Any = peers.make("rmsgd", model.named_parameters())
+    optimizer.epoch_step()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(PROFILED):
+            optimizer.epoch_step()
+        torch.cuda.synchronize()
+    return {"kernels": kernel_seconds(profiler.key_averages(), PROFILED)}
+
+
+def kernel_seconds(averages: Any, times: int) -> dict[str, dict[str, float]]:
+    """Of our kernels among what a profiler saw in `times` epoch ends, the longest first."""
+    ours = [event for event in averages if event.key.startswith("rmsgd_")]
+    ours.sort(key=lambda event: -event.device_time_total)
+    return {
+        event.key: {"seconds": event.device_time_total / 1e6 / times, "launches": event.count / times}
+        for event in ours
+    }
+
+
 # -- eigenvalues -------------------------------------------------------------------------------------
 
 
@@ -228,9 +269,17 @@ def cupy_eigvalsh(gram: Tensor) -> None:
     cupy.linalg.eigvalsh(cupy.from_dlpack(gram))
 
 
+def jax_eigvalsh(gram: Tensor) -> None:
+    """cuSOLVER's batched routine, XsyevBatched, through JAX: the fair vendor baseline."""
+    import jax
+
+    jax.block_until_ready(jax.numpy.linalg.eigvalsh(jax.dlpack.from_dlpack(gram.contiguous())))
+
+
 VENDOR: dict[str, Callable[[Tensor], object]] = {
     "torch eigvalsh": torch_eigvalsh,
     "cupy eigvalsh": cupy_eigvalsh,
+    "jax eigvalsh": jax_eigvalsh,
 }
 
 
@@ -239,6 +288,7 @@ VENDOR: dict[str, Callable[[Tensor], object]] = {
 SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
     "step": step,
     "epoch-end": epoch_end,
+    "kernels": kernels,
     "eigenvalues": eigenvalues,
 }
 PREFIX = "row "

@@ -16,7 +16,13 @@ Rows = Sequence[Mapping[str, Any]]
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """A table for every section that has rows."""
-    made = {"step": _step, "epoch-end": _epoch_end, "eigenvalues": _eigenvalues, "epoch-time": _epoch_time}
+    made = {
+        "step": _step,
+        "epoch-end": _epoch_end,
+        "kernels": _kernels,
+        "epoch-time": _epoch_time,
+        "eigenvalues": _eigenvalues,
+    }
     return [make(rows) for section, make in made.items() if (rows := result.get(section, {}).get("rows"))]
 
 
@@ -90,6 +96,37 @@ def _epoch_end(rows: Rows) -> Table:
                 f"{row['extra_bytes'] / 2**20:.0f}",
                 " / ".join(map(str, row["stages"].values())),
             )
+    return table
+
+
+def _kernels(rows: Rows) -> Table:
+    table = _table("network", "kernel", "ms", "launches", title="Kernels of an epoch end")
+    for row in rows:
+        if why := _why_not(row):
+            table.add_row(row["network"], why)
+            continue
+        for name, kernel in row["kernels"].items():
+            table.add_row(row["network"], name, f"{kernel['seconds'] * 1e3:.3f}", f"{kernel['launches']:.0f}")
+    return table
+
+
+COUNTED = ("fingerprint", "gram", "reduction", "sturm_evbmf", "idle")
+
+
+def counted(rows: Rows) -> Table:
+    """Counted times of epoch ends, each network and card in the design of before and of now."""
+    title = "Epoch end, ms, counted for the tables it is launched by: none of this was measured"
+    table = _table("network", "card", *COUNTED, "total", "before", "dominated by", title=title)
+    before = {(row["network"], row["device"]): row for row in rows if row["design"] == "before"}
+    for row in (row for row in rows if row["design"] == "after"):
+        old = before[row["network"], row["device"]]
+        table.add_row(
+            row["network"],
+            row["device"],
+            *(f"{row[f'{stage}_ms']:.2f}" for stage in (*COUNTED, "total")),
+            "host" if old["host"] else f"{old['total_ms']:.1f}",
+            row["dominated_by"],
+        )
     return table
 
 

@@ -28,8 +28,8 @@ LARGEST = 8192
 
 _TILE = 64
 _COLUMNS_PER_SPLIT = 2048
-_SPLIT_TILES = 64
-"""Matrices of fewer tiles than this are split along their columns too."""
+_SPLIT_TILES = 128
+"""A matrix whose tiles are few is split along its columns too, into no more parts of tiles than this."""
 _GRAM_THREADS, _STURM_THREADS, _MEASURE_THREADS, _SVD_THREADS = 256, 256, 256, 512
 _STURM_PART = 32
 """Eigenvalues that a block looks for."""

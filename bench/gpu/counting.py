@@ -1,0 +1,191 @@
+"""The epoch end on GPUs that are not here, counted from the tables that its kernels would be launched by."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from math import ceil, log2
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bench import models
+from bench.gpu import before
+from bench.gpu.cards import CARDS, Card
+from bench.models.transformer import Block
+from rmsgd.backends.cuda import CudaBackend
+from rmsgd.backends.cuda_devices import LAUNCH
+from rmsgd.backends.cuda_spectra import LARGEST, SpectraPlan
+from rmsgd.layers import Unfolding, unfoldings
+
+REGISTERS = {
+    "rmsgd_gram": 128,
+    "rmsgd_tridiagonal": 64,
+    "rmsgd_tridiagonal_double": 128,
+    "rmsgd_svd": 128,
+}
+"""Of a thread, at most; a test holds the compiled kernels against it."""
+
+TILE = 64
+FFMA_SHARE = 0.66
+"""Of the instructions of a Gram tile."""
+STURM_STEP = 45
+"""Cycles from one pivot of a Sturm sequence to the next: a reciprocal, a product, two sums, a comparison."""
+DIVISIONS = 16
+"""Per cycle and multiprocessor."""
+EVBMF_VALUE = 500
+"""Cycles for one more value in the search of the free energy's minimum."""
+NEEDED = 0.5
+"""Share of the eigenvalues that EVBMF asks for: fewer than 1 / (1 + L / M) of them can be kept."""
+
+
+def _vit_huge() -> nn.Module:
+    blocks = [Block(1280) for _ in range(32)]
+    return nn.Sequential(nn.Conv2d(3, 1280, 14, 14), *blocks, nn.Linear(1280, 1000))
+
+
+def _one_billion() -> nn.Module:
+    return nn.Sequential(*(Block(2048, bias=False) for _ in range(24)), nn.Linear(2048, 32_000, bias=False))
+
+
+_BUILT = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenetv2", "vit-b16")
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    **{name: partial(models.build, name) for name in _BUILT},
+    "vit-h14": _vit_huge,
+    "transformer-1b": _one_billion,
+}
+
+
+class CountedKernels:
+    """See ``rmsgd.backends.kernels.Kernels``: what a card would say, and no launch."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+
+    def attributes(self, device: int) -> Sequence[int]:
+        """The card's."""
+        return self.card.attributes
+
+    def resident_blocks(self, name: str, device: int, threads: int, shared_bytes: int) -> int:
+        """From the kernel's registers and the card's limits."""
+        return self.card.resident(threads, REGISTERS[name], shared_bytes)
+
+    def launch(self, *arguments: Any, **options: Any) -> None:
+        """Raise RuntimeError: there is no GPU."""
+        raise RuntimeError("a counted card launches nothing")
+
+
+class Stage(NamedTuple):
+    """Seconds of a part of the epoch end, and what takes most of them."""
+
+    seconds: float
+    limit: str
+
+
+def weights_of(network: str) -> list[tuple[Tensor, Unfolding]]:
+    """The matrices that an epoch end measures, without values."""
+    with torch.device("meta"):
+        weights = [p for p in NETWORKS[network]().parameters() if p.ndim > 1]
+    return [(w, u) for w in weights for u in unfoldings(w.shape)]
+
+
+def plans_of(matrices: Sequence[tuple[Tensor, Unfolding]], card: Card) -> list[SpectraPlan]:
+    """The tables for these matrices on a card: those that the backend would launch by."""
+    backend = CudaBackend("counted", CountedKernels(card), "no GPU")
+    return backend.plans([m for m in matrices if m[1].L <= LARGEST])
+
+
+def _gram(plan: SpectraPlan, card: Card) -> Stage:
+    """Tiles over the multiprocessors, the longest last; or their reading of the weights."""
+    cycles = [columns * TILE * TILE / (card.lanes * FFMA_SHARE) for columns in plan.tile_columns()]
+    even = sum(cycles) / card.attributes.multiprocessors
+    bytes_read = sum(2 * TILE * columns * 4 for columns in plan.tile_columns())
+    return max(
+        Stage((even + max(cycles)) / card.device.clock, "arithmetic"),
+        Stage(bytes_read / card.device.l2_rate, "L2"),
+    )
+
+
+def _reduction(plan: SpectraPlan) -> Stage:
+    waves = plan.rounds[0].waves
+    return Stage(sum(wave.seconds for wave in waves), max(waves, key=lambda wave: wave.seconds).limit)
+
+
+def _sturm(plan: SpectraPlan, card: Card) -> Stage:
+    """One chain of pivots per look at a bracket, or the divisions of all of them."""
+    threads, part = plan.STURM_THREADS, plan.STURM_PART
+    looks = ceil(26 / log2(1 + threads // part))
+    chain = max(plan.rows) * (2 + looks) * STURM_STEP
+    divisions = sum(n * threads * (2 * ceil(n / part) + looks * ceil(NEEDED * n / part)) for n in plan.rows)
+    search = EVBMF_VALUE * NEEDED * max(plan.rows)
+    share = divisions / DIVISIONS / card.attributes.multiprocessors
+    limit = "chain" if chain > share else "divisions"
+    return Stage((max(chain, share) + search) / card.device.clock, limit)
+
+
+def _idle(plan: SpectraPlan) -> float:
+    """Launches of fp64 and SVD, whose blocks as a rule find nothing to do."""
+    return LAUNCH * (1 + sum(3 + len(round_.waves) for round_ in plan.rounds[1:]))
+
+
+def count(network: str, card: Card) -> dict[str, Any]:
+    """The row of a network on a card, in milliseconds."""
+    matrices = weights_of(network)
+    plans = plans_of(matrices, card)
+    read = sum(u.L * u.M * weight.element_size() for weight, u in matrices)
+    stages = {"fingerprint": [Stage(read / card.device.dram_rate, "DRAM")]}
+    stages["gram"] = [_gram(plan, card) for plan in plans]
+    stages["reduction"] = [_reduction(plan) for plan in plans]
+    stages["sturm_evbmf"] = [_sturm(plan, card) for plan in plans]
+    stages["idle"] = [Stage(_idle(plan), "launches") for plan in plans]
+    row = _row(network, card, "after", stages)
+    row["batches"] = len(plans)
+    row["waves"] = sum(len(plan.rounds[0].waves) for plan in plans)
+    row["workspace_mib"] = max(plan.workspace_bytes for plan in plans) / 2**20
+    row["host"] = sum(u.L > LARGEST for _, u in matrices)
+    return row
+
+
+def count_before(network: str, card: Card) -> dict[str, Any]:
+    """The same by the design before this one, with the same constants."""
+    matrices = weights_of(network)
+    small = [(w, u) for w, u in matrices if u.L <= before.LARGEST]
+    plans = plans_of(small, card)
+    read = sum(u.L * u.M * weight.element_size() for weight, u in small)
+    rows = sorted((u.L for _, u in small), reverse=True)
+    capacity = card.resident(512, 64, card.attributes.shared_multiprocessor // 2 - 1024)
+    reduction = before.reduction(rows, capacity, card.device) if rows else (0.0, "none")
+    sturm = before.sturm_cycles(rows, NEEDED) / card.device.clock
+    search = EVBMF_VALUE * NEEDED * max(rows, default=0) / card.device.clock
+    stages = {
+        "fingerprint": [Stage(read / card.device.dram_rate, "DRAM")],
+        "gram": [_gram(plan, card) for plan in plans],
+        "reduction": [Stage(*reduction)],
+        "sturm_evbmf": [Stage(sturm + search, "chain")],
+        "idle": [Stage(before.IDLE_LAUNCHES * LAUNCH, "launches")],
+    }
+    row = {**_row(network, card, "before", stages), "host": len(matrices) - len(small)}
+    if row["host"]:
+        row["dominated_by"] = "host: torch.linalg.eigvalsh, not counted"
+    return row
+
+
+def _row(network: str, card: Card, design: str, stages: dict[str, list[Stage]]) -> dict[str, Any]:
+    seconds = {name: sum(stage.seconds for stage in found) for name, found in stages.items()}
+    longest = max(seconds, key=lambda name: seconds[name])
+    limit = max(stages[longest]).limit
+    return {
+        "device": card.name,
+        "network": network,
+        "design": design,
+        **{f"{name}_ms": 1e3 * value for name, value in seconds.items()},
+        "total_ms": 1e3 * sum(seconds.values()),
+        "dominated_by": f"{longest}: {limit}",
+    }
+
+
+def counted() -> Iterator[dict[str, Any]]:
+    """Every network on every card, before and after."""
+    for network in NETWORKS:
+        for card in CARDS:
+            yield count_before(network, card)
+            yield count(network, card)

@@ -1,0 +1,45 @@
+"""`python -m bench.gpu.stress`: 200 epoch ends under load, which have to give the same bits.
+
+A race in global memory is nothing that a sanitizer of shared memory sees: here it shows as another bit.
+"""
+
+import sys
+
+import torch
+
+from bench import models
+from bench.weights import make_trained_like
+from rmsgd.backends import backend_for
+from rmsgd.layers import unfoldings
+
+TIMES = 200
+NETWORK = "resnet18"
+DEVICE = torch.device("cuda")
+
+
+def main() -> int:
+    """0 where all tables are the first one; else 1, and which differed."""
+    torch.manual_seed(0)
+    network = models.build(NETWORK)
+    make_trained_like(network)
+    weights = [p.detach() for p in network.to(DEVICE).parameters() if p.ndim > 1]
+    # One that goes on to fp64, and one to the SVD.
+    weights += [torch.randn(300, 3, device=DEVICE) @ torch.randn(3, 400, device=DEVICE)]
+    matrices = [(w, u) for w in weights for u in unfoldings(w.shape)]
+    backend = backend_for(DEVICE)
+    expected = backend.measure(matrices)
+    load, other = torch.randn(2048, 2048, device=DEVICE), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    different = []
+    for turn in range(TIMES):
+        with torch.cuda.stream(other):
+            for _ in range(turn % 8):  # now more, now less
+                load = torch.tanh(load @ load)
+        table = backend.measure(matrices)
+        if not torch.equal(table.nan_to_num(-1.0), expected.nan_to_num(-1.0)):
+            different.append(turn)
+    print(f"{len(matrices)} matrices, {TIMES} times: {len(different)} tables differ {different[:10]}")
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
