@@ -214,6 +214,7 @@ class SpectraPlan:
         svd = svd_bytes(self.rows[0], self._svd_blocks * _SVD_THREADS)
         self.workspace_bytes = max(single.end, svd, *alone)
         self.rounds = [single, *self._double_rounds(alone)]
+        self.workspace_bytes = max(self.workspace_bytes, *(round_.end for round_ in self.rounds))
         table = self._matrix_table(chosen)
         for row, place, size in zip(table, single.places, partial, strict=True):
             row["partial"] = place - size
