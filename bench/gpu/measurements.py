@@ -5,6 +5,7 @@ is not there, or that cannot do it, is "absent" with the reason, and the rest go
 """
 
 import copy
+import importlib
 import json
 import statistics
 import sys
@@ -271,9 +272,8 @@ def cupy_eigvalsh(gram: Tensor) -> None:
 
 def jax_eigvalsh(gram: Tensor) -> None:
     """cuSOLVER's batched routine, XsyevBatched, through JAX: the fair vendor baseline."""
-    import jax
-
-    jax.block_until_ready(jax.numpy.linalg.eigvalsh(jax.dlpack.from_dlpack(gram.contiguous())))
+    jax, dlpack = (importlib.import_module(name) for name in ("jax", "jax.dlpack"))
+    jax.block_until_ready(jax.numpy.linalg.eigvalsh(dlpack.from_dlpack(gram.contiguous())))
 
 
 VENDOR: dict[str, Callable[[Tensor], object]] = {
