@@ -140,12 +140,11 @@ def threads(tmp_path_factory):
     return target
 
 
-def races(program, members, skip):
+def races(program, members, skip=-1, skip_sum=-1):
     """Whether ThreadSanitizer reports a data race, and what it said."""
     environment = {**os.environ, "TSAN_OPTIONS": "exitcode=66"}
-    done = subprocess.run(
-        [program, str(members), str(skip)], env=environment, capture_output=True, text=True, timeout=PATIENCE
-    )
+    command = [program, *map(str, (members, skip, skip_sum))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     if "unexpected memory mapping" in done.stderr:
         pytest.skip("ThreadSanitizer cannot run under this kernel's address randomisation")
     assert done.returncode in (0, 66), done.stderr
@@ -153,12 +152,12 @@ def races(program, members, skip):
 
 
 def test_no_barrier_is_missing(threads):
-    found, said = races(threads, 5, -1)
+    found, said = races(threads, 5)
     assert not found, said
 
 
-@pytest.mark.parametrize("barrier", [0, 1, 20])
-def test_a_missing_barrier_is_found(threads, barrier):
-    found, said = races(threads, 5, barrier)
+@pytest.mark.parametrize("fault", [{"skip": 0}, {"skip": 1}, {"skip": 20}, {"skip_sum": 3}], ids=str)
+def test_a_missing_barrier_of_a_block_or_of_blocks_is_found(threads, fault):
+    found, said = races(threads, 5, **fault)
     assert found
     assert "data race" in said

@@ -66,11 +66,46 @@ class Member {
   std::vector<double>& slots_;
 };
 
-// Storage of one problem, shared by the team.
+// A member of a team of blocks; `own` is the member of its block.
+template <class Meeting>
+class BlocksMember {
+ public:
+  BlocksMember(int block, int blocks, Member<Meeting>& own, Meeting& meeting, std::vector<double>& slots)
+      : block_(block), blocks_(blocks), own_(own), meeting_(meeting), slots_(slots) {}
+
+  int rank() const { return block_ * own_.size() + own_.rank(); }
+  int size() const { return blocks_ * own_.size(); }
+  Member<Meeting>& block() { return own_; }
+  int blocks() const { return blocks_; }
+  int block_number() const { return block_; }
+
+  // The sum number `skip` waits for nobody: a fault that tests must find.
+  template <class T>
+  T sum(T x) {
+    if (sums_++ == skip) return x;
+    slots_[rank()] = double(x);
+    meeting_.wait(rank());
+    T total = 0;
+    for (const double part : slots_) total += T(part);
+    meeting_.wait(rank());
+    return total;
+  }
+
+  inline static int skip = -1;
+
+ private:
+  int block_, blocks_, sums_ = 0;
+  Member<Meeting>& own_;
+  Meeting& meeting_;
+  std::vector<double>& slots_;
+};
+
+// Storage of one problem, shared by a team of `blocks` blocks of `members`.
 template <class T>
 struct Problem {
   int n;
   int stride;
+  rmsgd::Slabs slabs;
   int nonzero_rows;
   double trace;
   std::vector<rmsgd::Pack<T, 4>> matrix, exchanged, rows, parts;
@@ -80,15 +115,16 @@ struct Problem {
   std::vector<double> scratch;
 
   // gram: (n, n), of a trace near 1.
-  Problem(const double* gram, int n, int members)
+  Problem(const double* gram, int n, int members, int blocks = 1)
       : n(n),
         stride((n + 3) / 4 * 4),
+        slabs(n, stride, blocks),
         nonzero_rows(0),
         trace(0.0),
         matrix(std::size_t(n) * stride / 4),
         exchanged(rmsgd::exchanged_elements(stride) / 4),
-        rows(rmsgd::reflected_elements(stride) / 4),
-        parts(rmsgd::part_elements(stride, members) / 4),
+        rows(std::size_t(blocks) * rmsgd::reflected_elements(stride) / 4),
+        parts(std::size_t(blocks) * rmsgd::part_elements(stride, members) / 4),
         tridiagonal(3 * stride),
         values(n),
         part_scratch(rmsgd::STURM_SCRATCH),
@@ -97,14 +133,20 @@ struct Problem {
     for (int i = 0; i < n; ++i) {
       trace += gram[i * n + i];
       nonzero_rows += gram[i * n + i] > 0.0;
-      for (int j = 0; j < n; ++j) matrix[(i * stride + j) / 4].value[j % 4] = T(gram[i * n + j]);
+      for (int j = 0; j < n; ++j) {
+        const int place = slabs.place(i, j);
+        matrix[place / 4].value[place % 4] = T(gram[i * n + j]);
+      }
     }
   }
 
   template <class Team>
   void reduce(Team& team) {
-    rmsgd::tridiagonalise(team, rmsgd::Slabs(n, stride, 1), matrix[0].value, stride, exchanged[0].value,
-                          rows[0].value, parts[0].value, rmsgd::Tridiagonal<T>(tridiagonal.data(), stride));
+    const int block = team.block_number();
+    rmsgd::tridiagonalise(team, slabs, matrix[slabs.slab(block) / 4].value, slabs.width(block),
+                          exchanged[0].value, rows[block * (rows.size() / slabs.blocks)].value,
+                          parts[block * (parts.size() / slabs.blocks)].value,
+                          rmsgd::Tridiagonal<T>(tridiagonal.data(), stride));
   }
 
   // Whether the values decide the row.

@@ -1,5 +1,6 @@
-// The same team code on real threads, for ThreadSanitizer: `team_threads MEMBERS SKIP` leaves out barrier
-// SKIP of every member (-1: none), so that the test can see the sanitizer find it.
+// The same team code on real threads, for ThreadSanitizer: `team_threads MEMBERS SKIP SKIP_SUM` leaves out
+// barrier SKIP of every member (-1: none) and sum SKIP_SUM of every team of blocks, so that the test can see the
+// sanitizer find it.
 #include <pthread.h>
 
 #include <cstdlib>
@@ -24,6 +25,7 @@ struct ThreadMeeting {
 };
 
 using Member = team_code::Member<ThreadMeeting>;
+using BlocksMember = team_code::BlocksMember<ThreadMeeting>;
 
 template <class Work>
 void run(int members, const Work& work) {
@@ -39,6 +41,22 @@ void run(int members, const Work& work) {
   for (std::thread& thread : threads) thread.join();
 }
 
+template <class Work>
+void run_blocks(int blocks, int members, const Work& work) {
+  ThreadMeeting everyone(blocks * members);
+  std::vector<double> all_slots(blocks * members);
+  std::vector<std::thread> running;
+  for (int block = 0; block < blocks; ++block) {
+    running.emplace_back([&, block] {
+      run(members, [&](Member& own) {
+        BlocksMember team(block, blocks, own, everyone, all_slots);
+        work(team);
+      });
+    });
+  }
+  for (std::thread& thread : running) thread.join();
+}
+
 std::vector<double> random_matrix(int rows, int columns) {
   std::mt19937 random(1);
   std::normal_distribution<double> normal;
@@ -47,8 +65,7 @@ std::vector<double> random_matrix(int rows, int columns) {
   return matrix;
 }
 
-template <class T>
-void measure(int members, int n, int M) {
+std::vector<double> gram_matrix(int n, int M) {
   const std::vector<double> A = random_matrix(n, M);
   std::vector<double> gram(std::size_t(n) * n);
   for (int i = 0; i < n; ++i) {
@@ -56,6 +73,19 @@ void measure(int members, int n, int M) {
       for (int k = 0; k < M; ++k) gram[i * n + j] += A[i * M + k] * A[j * M + k] / (double(n) * M);
     }
   }
+  return gram;
+}
+
+template <class T>
+void reduce_by_blocks(int blocks, int members, int n) {
+  const std::vector<double> gram = gram_matrix(n, n + 9);
+  team_code::Problem<T> problem(gram.data(), n, members, blocks);
+  run_blocks(blocks, members, [&](BlocksMember& team) { problem.reduce(team); });
+}
+
+template <class T>
+void measure(int members, int n, int M) {
+  const std::vector<double> gram = gram_matrix(n, M);
   team_code::Problem<T> problem(gram.data(), n, members);
   double row[rmsgd::METRICS_FIELDS];
   run(members, [&](Member& team) {
@@ -101,6 +131,9 @@ void update_rates(int members, int layers) {
 int main(int, char** arguments) {
   const int members = std::atoi(arguments[1]);
   Member::skip = std::atoi(arguments[2]);
+  BlocksMember::skip = std::atoi(arguments[3]);
+  reduce_by_blocks<float>(3, 2, 26);
+  reduce_by_blocks<double>(2, 3, 13);
   measure<float>(members, 19, 40);
   measure<double>(members, 12, 12);
   singular_values(members, 9, 30);
