@@ -16,10 +16,22 @@ from rich.console import Console
 
 from bench import models, peers
 from bench.__main__ import main
-from bench.gpu import budget, checks, clocks, command, counting, measurements, processes, tables, targets
+from bench.gpu import (
+    budget,
+    checks,
+    clocks,
+    command,
+    counting,
+    measurements,
+    processes,
+    stress,
+    tables,
+    targets,
+)
 from bench.gpu.budget import Need, share
 from bench.gpu.cards import CARDS
 from rmsgd.backends import ENTRIES
+from rmsgd.backends.cuda import CudaBackend
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -423,6 +435,36 @@ def test_every_measurement_runs_on_the_pretended_gpu(gpu_folder, monkeypatch):
     assert "torch eigvalsh" in rows["eigenvalues"][0]["ratio"]
 
 
+@pytest.fixture
+def small_stress(monkeypatch):
+    """On matrices that the emulator measures in seconds, of every stage of the accuracy guard."""
+    monkeypatch.setattr(models, "build", lambda name: torch.nn.Sequential(torch.nn.Linear(12, 9)))
+    for name, value in {"TIMES": 3, "LOAD": 8, "DEFICIENT": (12, 15)}.items():
+        monkeypatch.setattr(stress, name, value)
+
+
+@pytest.mark.parametrize("order", ["launched", "others last"])
+def test_epoch_ends_under_load_give_the_same_bits_on_the_pretended_gpu(
+    gpu_folder, small_stress, capsys, order
+):
+    with rehearsal.rehearsed(gpu_folder, order):
+        assert stress.main() == 0
+    assert "2 matrices, 3 times: 0 tables differ" in capsys.readouterr().out
+
+
+def test_an_epoch_end_that_gives_another_bit_fails_the_stress(gpu_folder, small_stress, monkeypatch, capsys):
+    measure, turns = CudaBackend.measure, []
+
+    def measured(backend, matrices):
+        turns.append(0)
+        return measure(backend, matrices) + (len(turns) == 3)
+
+    monkeypatch.setattr(CudaBackend, "measure", measured)
+    with rehearsal.rehearsed(gpu_folder):
+        assert stress.main() == 1
+    assert "1 tables differ [1]" in capsys.readouterr().out
+
+
 def test_kernels_are_timed_by_name_and_others_are_left_out():
     seen = [
         SimpleNamespace(key=name, device_time_total=total, count=count)
@@ -479,7 +521,7 @@ def test_matrices_that_were_left_to_the_host_are_counted_now():
     old, new = counting.count_before("transformer-1b", H200), counting.count("transformer-1b", H200)
     assert (old["host"], new["host"]) == (97, 0)
     assert new["batches"] > 1
-    assert "host" in printed(tables.counted([old, new]))
+    assert "host" in printed(*tables.counted([old, new]))
 
 
 def test_counted_times_as_json_are_all_that_is_printed(monkeypatch, capsys, tmp_path):
@@ -491,7 +533,7 @@ def test_counted_times_as_json_are_all_that_is_printed(monkeypatch, capsys, tmp_
     assert all({"network", "total_ms", "dominated_by"} <= row.keys() for row in rows)
     assert main(["gpu", "--model", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "none of this was measured" in " ".join(said.split())
+    assert "mobilenetv2, ms, by count: not measured" in " ".join(said.split())
 
 
 # -- targets -----------------------------------------------------------------------------------------

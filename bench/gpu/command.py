@@ -239,7 +239,7 @@ def model(as_json: bool, out: Path) -> int:
         sys.stdout.write(json.dumps({"counted": rows}) + "\n")
         return DONE
     console = Console()
-    console.print(tables.counted(rows))
+    console.print(*tables.counted(rows))
     measured = out / "gpu.json"
     if measured.is_file():
         console.print(*tables.tables(json.loads(measured.read_text())))

@@ -14,6 +14,10 @@ from rmsgd.layers import unfoldings
 
 TIMES = 200
 NETWORK = "resnet18"
+DEFICIENT = (300, 400)
+"""A matrix of rank 3, which goes on to fp64 and beyond."""
+LOAD = 2048
+"""Rows of the square matrices that another stream multiplies meanwhile."""
 DEVICE = torch.device("cuda")
 
 
@@ -23,12 +27,12 @@ def main() -> int:
     network = models.build(NETWORK)
     make_trained_like(network)
     weights = [p.detach() for p in network.to(DEVICE).parameters() if p.ndim > 1]
-    # One that goes on to fp64, and one to the SVD.
-    weights += [torch.randn(300, 3, device=DEVICE) @ torch.randn(3, 400, device=DEVICE)]
+    rows, columns = DEFICIENT
+    weights += [torch.randn(rows, 3, device=DEVICE) @ torch.randn(3, columns, device=DEVICE)]
     matrices = [(w, u) for w in weights for u in unfoldings(w.shape)]
     backend = backend_for(DEVICE)
     expected = backend.measure(matrices)
-    load, other = torch.randn(2048, 2048, device=DEVICE), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    load, other = torch.randn(LOAD, LOAD, device=DEVICE), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     different = []
     for turn in range(TIMES):
         with torch.cuda.stream(other):

@@ -111,23 +111,26 @@ def _kernels(rows: Rows) -> Table:
 
 
 COUNTED = ("fingerprint", "gram", "reduction", "sturm_evbmf", "idle")
+_COUNTED_HEADINGS = ("read", "Gram", "reduce", "values", "idle")
 
 
-def counted(rows: Rows) -> Table:
-    """Counted times of epoch ends, each network and card in the design of before and of now."""
-    title = "Epoch end, ms, counted for the tables it is launched by: none of this was measured"
-    table = _table("network", "card", *COUNTED, "total", "before", "dominated by", title=title)
+def counted(rows: Rows) -> list[Table]:
+    """Counted times of epoch ends, a table per network: each card in the design of before and of now."""
     before = {(row["network"], row["device"]): row for row in rows if row["design"] == "before"}
+    made: dict[str, Table] = {}
     for row in (row for row in rows if row["design"] == "after"):
-        old = before[row["network"], row["device"]]
-        table.add_row(
-            row["network"],
+        network = row["network"]
+        if network not in made:
+            title = f"Epoch end of {network}, ms, by count: not measured"
+            made[network] = _table("card", *_COUNTED_HEADINGS, "total", "before", "mostly", title=title)
+        old = before[network, row["device"]]
+        made[network].add_row(
             row["device"],
             *(f"{row[f'{stage}_ms']:.2f}" for stage in (*COUNTED, "total")),
             "host" if old["host"] else f"{old['total_ms']:.1f}",
             row["dominated_by"],
         )
-    return table
+    return list(made.values())
 
 
 def _eigenvalues(rows: Rows) -> Table:
