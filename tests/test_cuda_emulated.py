@@ -108,6 +108,7 @@ def test_every_metric_is_the_references(backend, weight):
 
 
 @WEIGHTS
+@pytest.mark.filterwarnings("ignore:a weight of shape")
 def test_what_is_true_of_small_matrices_is_true_of_those_that_torch_measures(backend, monkeypatch, weight):
     monkeypatch.setattr(cuda, "LARGEST", 1)
     matrices = spectra(weight(), low_rank(20, 30, 3, 0.0))
@@ -117,9 +118,13 @@ def test_what_is_true_of_small_matrices_is_true_of_those_that_torch_measures(bac
 
 def test_only_what_has_more_rows_than_the_largest_goes_to_torch(backend, monkeypatch):
     monkeypatch.setattr(cuda, "LARGEST", 20)
-    matrices = spectra(torch.randn(21, 30), torch.randn(20, 30), torch.randn(30, 19))
-    assert_measured(backend.measure(matrices), matrices)
-    assert backend._kernels.launched.count("rmsgd_values") == 1
+    cuda._warn_of_large.cache_clear()
+    matrices = spectra(torch.randn(21, 30), torch.randn(20, 30), torch.randn(30, 19), torch.randn(21, 30))
+    with pytest.warns(UserWarning, match=r"shape \(21, 30\) is measured by torch") as warned:
+        tables = [backend.measure(matrices) for _ in range(2)]
+    assert len(warned) == 1
+    assert_measured(tables[1], matrices)
+    assert backend._kernels.launched.count("rmsgd_values") == 4
 
 
 def test_a_weight_whose_strides_change_in_its_place_is_measured_anew(backend):
@@ -264,6 +269,16 @@ def test_a_network_of_equal_matrices_has_a_workspace_of_fp32(library):
     assert len(plan.rounds) <= 4
 
 
+@pytest.mark.parametrize(
+    ("shape", "parts"), [((512, 4608), 3), ((64, 100_000), 49), ((512, 1000), 1), ((2048, 9000), 1)], ids=str
+)
+def test_a_matrix_of_few_tiles_is_split_along_its_columns(library, shape, parts):
+    plan = cuda_spectra.SpectraPlan(EmulatedKernels(library), spectra(torch.empty(shape, device="meta")))
+    rows = -(-shape[0] // 64)
+    tiles = rows * (rows + 1) // 2
+    assert plan.tile_columns() == [-(-shape[1] // parts)] * tiles * parts
+
+
 def deficient(rows, columns, dtype):
     return torch.randn(3, columns).repeat(rows // 3, 1).to(dtype)
 
@@ -375,8 +390,18 @@ def test_running_out_of_memory_halves_the_workspace(library, monkeypatch):
     monkeypatch.setattr(torch, "empty", short_of_memory)
     assert torch.equal(backend.measure(matrices), at_once)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()))
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=r"shape \(40, 80\) takes .* no room: free some"):
         backend._measure_small(matrices, backend._streams(torch.device("cpu")), at_once, range(4))
+
+
+def test_a_matrix_that_torch_has_no_room_for_is_named(backend, monkeypatch):
+    def no_room(*_):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(cuda, "LARGEST", 20)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", no_room)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=r"shape \(21, 30\) takes .* no room: free some"):
+        backend.measure(spectra(torch.randn(20, 30), torch.randn(21, 30)))
 
 
 @pytest.mark.slow

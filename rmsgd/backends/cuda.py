@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from threading import Lock
 
 import numpy as np
@@ -145,7 +146,11 @@ class CudaBackend:
         streams.side_waits()
         for i, (weight, u) in enumerate(matrices):
             if u.L > LARGEST:
-                table[i] = self._measure_large(weight.detach(), (weight, u))
+                _warn_of_large(tuple(weight.shape))
+                try:
+                    table[i] = self._measure_large(weight.detach(), (weight, u))
+                except torch.cuda.OutOfMemoryError:
+                    raise _no_room(weight, 16 * u.L * (u.L + u.M)) from None
         return table
 
     def _measure_small(
@@ -170,12 +175,7 @@ class CudaBackend:
                 largest = max(matrices, key=lambda matrix: workspace_bytes(matrix[1]))
                 if self._budget <= workspace_bytes(largest[1]):
                     needed = SpectraPlan(self._kernels, [largest]).workspace_bytes
-                    raise torch.cuda.OutOfMemoryError(
-                        f"measuring a weight of shape {tuple(largest[0].shape)} takes {needed >> 20} MiB of "
-                        "GPU memory beside it, and there is no room: free some before epoch_step(), or leave "
-                        "the weight out with probe=False in its group. Weights, momentum and rates are as "
-                        "they were"
-                    ) from None
+                    raise _no_room(largest[0], needed) from None
                 self._budget //= 2
                 self._plans.clear()
         if not whole:
@@ -276,6 +276,24 @@ class CudaBackend:
             )
         for tensor in vars(tables).values():
             streams.record_stream(tensor)
+
+
+def _no_room(weight: Tensor, needed: int) -> torch.cuda.OutOfMemoryError:
+    """For a weight whose measurement takes so many bytes."""
+    return torch.cuda.OutOfMemoryError(
+        f"measuring a weight of shape {tuple(weight.shape)} takes {needed >> 20} MiB of GPU memory beside "
+        "it, and there is no room: free some before epoch_step(), or leave the weight out with probe=False "
+        "in its group. Weights, momentum and rates are as they were"
+    )
+
+
+@cache
+def _warn_of_large(shape: tuple[int, ...]) -> None:
+    warnings.warn(
+        f"a weight of shape {shape} is measured by torch.linalg.eigvalsh, and the host waits for it: the "
+        f"kernels measure matrices of up to {LARGEST} rows. probe=False in its group leaves it out",
+        stacklevel=2,
+    )
 
 
 def create() -> CudaBackend:
