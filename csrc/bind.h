@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <limits>
 #include <string>
 
@@ -18,13 +19,19 @@ namespace rmsgd {
 
 using Pointer = std::uintptr_t;  // a data pointer as Python holds it
 
+// Every element type's name, in the order of their numbers.
+#define RMSGD_NAME(name, Element, Buffer, code) #name,
+inline constexpr const char* ELEMENT_TYPES[] = {RMSGD_ELEMENT_TYPES(RMSGD_NAME)};
+#undef RMSGD_NAME
+
 // The dtype of that name; raises ValueError for any other name.
 inline Dtype dtype_of(const std::string& name) {
-  if (name == "float32") return Dtype::float32;
-  if (name == "float64") return Dtype::float64;
-  if (name == "float16") return Dtype::float16;
-  if (name == "bfloat16") return Dtype::bfloat16;
-  throw pybind11::value_error("expected float32, float64, float16 or bfloat16, got " + name);
+  std::string known;
+  for (int k = 0; k < int(std::size(ELEMENT_TYPES)); ++k) {
+    if (name == ELEMENT_TYPES[k]) return Dtype(k);
+    known += (k == 0 ? "" : ", ") + std::string(ELEMENT_TYPES[k]);
+  }
+  throw pybind11::value_error("expected one of " + known + ", got " + name);
 }
 
 // An address and a number of elements of that dtype from there on. ValueError: it is null, misaligned, or

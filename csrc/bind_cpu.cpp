@@ -256,5 +256,8 @@ PYBIND11_MODULE(_cpu, m) {
         "spectrum_begin"_a.noconvert(), "weight"_a.noconvert(), "stable_rank"_a.noconvert(),
         "ready"_a.noconvert(), "unbounded"_a.noconvert(), "eta"_a.noconvert(), "follower"_a.noconvert(),
         "leader"_a.noconvert(), "follower_group"_a.noconvert(), "groups"_a, "metrics"_a.noconvert());
+  m.def("element_types", [] {
+    return std::vector<std::string>(std::begin(rmsgd::ELEMENT_TYPES), std::end(rmsgd::ELEMENT_TYPES));
+  });
   m.def("isa", [] { return rmsgd::isa_name(rmsgd::active_isa()); });
 }

@@ -102,10 +102,9 @@ class SoleUse {
   StepPlan& plan_;
 };
 
-// Whether kernels take gradients of this type beside such weights.
+// Whether kernels take gradients of this type beside such weights: of their own, or of their arithmetic.
 bool goes_with(Dtype gradient, Dtype weight) {
-  const bool half = weight == Dtype::float16 || weight == Dtype::bfloat16;
-  return gradient == weight || (half && gradient == Dtype::float32);
+  return gradient == weight || gradient == buffer_dtype(weight);
 }
 
 void step(StepPlan& plan, const std::vector<Pointer>& gradients, const std::vector<GroupTuple>& groups,
@@ -120,7 +119,7 @@ void step(StepPlan& plan, const std::vector<Pointer>& gradients, const std::vect
     const Dtype dtype = gradient_dtypes[k] = dtypes ? dtype_of((*dtypes)[k]) : tensors[k].dtype;
     if (!goes_with(dtype, tensors[k].dtype)) {
       throw py::value_error("dtypes: " + std::to_string(k) + " is " + (*dtypes)[k] +
-                            ", neither the parameter's nor float32 beside half precision");
+                            ", neither the parameter's nor float32 beside a narrower one");
     }
     if (gradients[k] == 0) continue;
     check_memory("gradients", gradients[k], dtype, tensors[k].numel);
@@ -140,10 +139,10 @@ void step(StepPlan& plan, const std::vector<Pointer>& gradients, const std::vect
 
 std::optional<Dtype> dtype_of(const dlpack::Tensor& t) {
   if (t.type_lanes != 1) return std::nullopt;
-  if (t.type_code == 2 && t.type_bits == 32) return Dtype::float32;
-  if (t.type_code == 2 && t.type_bits == 64) return Dtype::float64;
-  if (t.type_code == 2 && t.type_bits == 16) return Dtype::float16;
-  if (t.type_code == 4 && t.type_bits == 16) return Dtype::bfloat16;
+#define RMSGD_CODE(name, Element, Buffer, code) \
+  if (t.type_code == code && t.type_bits == 8 * sizeof(Element)) return Dtype::name;
+  RMSGD_ELEMENT_TYPES(RMSGD_CODE)
+#undef RMSGD_CODE
   return std::nullopt;
 }
 

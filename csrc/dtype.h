@@ -1,20 +1,107 @@
-// Element types of weights, buffers and gradients.
+// Element types of weights, buffers and gradients, each declared once.
 #pragma once
 
 #include "team.h"
 
+// Every element type, in the order of rmsgd/element_types.py: its name in torch, its type here, the type of
+// its arithmetic and of the buffer that goes with it, and its type code in DLPack.
+// clang-format off
+#define RMSGD_ELEMENT_TYPES(type)   \
+  type(float32, float, float, 2)    \
+  type(float64, double, double, 2)  \
+  type(float16, Float16, float, 2)  \
+  type(bfloat16, BFloat16, float, 4)
+// clang-format on
+
 namespace rmsgd {
 
-enum class Dtype : int { float32, float64, float16, bfloat16 };  // as DTYPES of rmsgd/backends/kernels.py
+struct Float16 {
+  unsigned short bits;
+};
+
+struct BFloat16 {
+  unsigned short bits;
+};
+
+#define RMSGD_NAME(name, Element, Buffer, code) name,
+enum class Dtype : int { RMSGD_ELEMENT_TYPES(RMSGD_NAME) };
+#undef RMSGD_NAME
+
+// The type of the arithmetic on such elements, and of the memory of past gradients that goes with them.
+template <class Element>
+struct BufferOf;
+
+#define RMSGD_BUFFER(name, Element, Buffer, code) \
+  template <>                                     \
+  struct BufferOf<Element> {                      \
+    using type = Buffer;                          \
+  };
+RMSGD_ELEMENT_TYPES(RMSGD_BUFFER)
+#undef RMSGD_BUFFER
+
+template <class Element>
+struct DtypeOf;
+
+#define RMSGD_DTYPE(name, Element, Buffer, code) \
+  template <>                                    \
+  struct DtypeOf<Element> {                      \
+    static constexpr Dtype value = Dtype::name;  \
+  };
+RMSGD_ELEMENT_TYPES(RMSGD_DTYPE)
+#undef RMSGD_DTYPE
+
+// Whether the arithmetic is wider than the elements. Gradients may then have its type too.
+template <class Element>
+RMSGD_FN constexpr bool is_narrow() {
+  return sizeof(Element) < sizeof(typename BufferOf<Element>::type);
+}
+
+// A number that is no element type: the caller has not checked what it was given. Going on would read memory
+// as what it is not.
+[[noreturn]] RMSGD_FN void unknown_element_type() {
+#ifdef __CUDA_ARCH__
+  __trap();
+#else
+  __builtin_trap();
+#endif
+}
+
+// What `visit` returns for the address as a pointer to elements of that type. `visit` is an object and not a
+// lambda where CUDA compiles it: NVRTC 13.0 takes one with a parameter of type auto for code of the host.
+template <class Visit>
+RMSGD_FN constexpr auto with_elements(Dtype dtype, const void* address, const Visit& visit) {
+  switch (dtype) {
+#define RMSGD_CASE(name, Element, Buffer, code) \
+  case Dtype::name:                             \
+    return visit(static_cast<const Element*>(address));
+    RMSGD_ELEMENT_TYPES(RMSGD_CASE)
+#undef RMSGD_CASE
+  }
+  unknown_element_type();
+}
 
 // Bytes of an element.
 RMSGD_FN constexpr int size_of(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+  switch (dtype) {
+#define RMSGD_CASE(name, Element, Buffer, code) \
+  case Dtype::name:                             \
+    return int(sizeof(Element));
+    RMSGD_ELEMENT_TYPES(RMSGD_CASE)
+#undef RMSGD_CASE
+  }
+  unknown_element_type();
 }
 
-// Of the memory of past gradients that belongs to a weight.
+// The type of the buffer that goes with a weight.
 RMSGD_FN constexpr Dtype buffer_dtype(Dtype weight) {
-  return weight == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  switch (weight) {
+#define RMSGD_CASE(name, Element, Buffer, code) \
+  case Dtype::name:                             \
+    return DtypeOf<Buffer>::value;
+    RMSGD_ELEMENT_TYPES(RMSGD_CASE)
+#undef RMSGD_CASE
+  }
+  unknown_element_type();
 }
 
 }  // namespace rmsgd

@@ -2,6 +2,7 @@
 // and how CUDA kernels load and store them, 16 bytes per access.
 #pragma once
 
+#include "dtype.h"
 #include "team.h"
 
 #ifndef __CUDACC_RTC__
@@ -11,14 +12,6 @@
 #endif
 
 namespace rmsgd {
-
-struct Float16 {
-  unsigned short bits;
-};
-
-struct BFloat16 {
-  unsigned short bits;
-};
 
 RMSGD_FN float float_of_word(unsigned word) {
 #ifdef __CUDA_ARCH__

@@ -1,4 +1,5 @@
-// Runs of float16 and bfloat16 elements to float32 and back, for kernels compiled once per instruction set.
+// Runs of narrow elements to float32 and back, for kernels compiled once per instruction set: by the
+// compiler's vectors of one element's conversion, or by an overload where there are instructions for it.
 #pragma once
 
 #include <stdint.h>
@@ -7,11 +8,13 @@
 
 namespace rmsgd::RMSGD_ISA {
 
-inline void widen_all(const BFloat16* __restrict in, int64_t n, float* __restrict out) {
+template <class Element>
+inline void widen_all(const Element* __restrict in, int64_t n, float* __restrict out) {
   for (int64_t i = 0; i < n; ++i) out[i] = widen(in[i]);
 }
 
-inline void narrow_all(const float* __restrict in, int64_t n, BFloat16* __restrict out) {
+template <class Element>
+inline void narrow_all(const float* __restrict in, int64_t n, Element* __restrict out) {
   for (int64_t i = 0; i < n; ++i) narrow(in[i], out[i]);
 }
 

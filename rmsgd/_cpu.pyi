@@ -17,7 +17,7 @@ class StepPlan:
         parameters: data pointers.
         buffers: data pointers of the momentum buffers or velocities, 0 where there is none. A buffer
             is float64 for a float64 parameter, else float32.
-        dtypes: "float32", "float64", "float16" or "bfloat16" for each parameter.
+        dtypes: the name of each parameter's type, one of ``element_types()``.
         numels: number of elements of each.
         groups: for each, an index into the `groups` that `step` is given.
         eta_indices: for each, the index of its learning rate in `eta`.
@@ -205,6 +205,9 @@ def update_rates(
             memory, or there is no such column or rule.
         IndexError: an index is out of range.
     """
+
+def element_types() -> list[str]:
+    """The names of the element types, in the order of their numbers."""
 
 def isa() -> str:
     """The instruction set of the kernels that run: "baseline", "avx2" or "avx512".

@@ -5,10 +5,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-
-SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 MEAN_OF_ALL, NO_LEADER = -1, -2
 """In place of the layer that a parameter without a spectrum follows."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from rmsgd.backends import backend_for
 from rmsgd.backends.base import NOISE_VARIANCE, RANK
 from rmsgd.backends.svd import power_of_two, scaled_singular_values, without_numerical_zeros
-from rmsgd.layers import SUPPORTED_DTYPES
+from rmsgd.element_types import ELEMENT_TYPES
 from rmsgd.reference import shrink
 
 
@@ -49,7 +49,7 @@ def evbmf(weight: Tensor, vectors: bool = False) -> LowRank:
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
-    if weight.dtype not in SUPPORTED_DTYPES:
+    if weight.dtype not in ELEMENT_TYPES:
         raise TypeError(f"weight must be a real floating-point tensor, got {weight.dtype}")
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"weight must be a matrix with at least one entry, got shape {tuple(weight.shape)}")

@@ -12,7 +12,15 @@ PACKAGE = Path(rmsgd.__file__).parent
 
 # From the bottom up. A module belongs to the longest of these names that it begins with.
 LAYERS = [
-    ["rmsgd._version", "rmsgd._cpu", "rmsgd._cuda", "rmsgd.extras", "rmsgd.layers", "rmsgd.reference"],
+    [
+        "rmsgd._version",
+        "rmsgd._cpu",
+        "rmsgd._cuda",
+        "rmsgd.element_types",
+        "rmsgd.extras",
+        "rmsgd.layers",
+        "rmsgd.reference",
+    ],
     ["rmsgd.backends", "rmsgd.rules"],
     ["rmsgd.lowrank", "rmsgd.metrics", "rmsgd.plots"],
     ["rmsgd.inspection.reading"],

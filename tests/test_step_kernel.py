@@ -430,7 +430,7 @@ ARGUMENTS = {
     ("wrong", "error", "message"),
     [
         ({"buffers": []}, ValueError, "buffers: expected one for each of the 1 parameters, got 0"),
-        ({"dtypes": ["int32"]}, ValueError, "float16 or bfloat16, got int32"),
+        ({"dtypes": ["int32"]}, ValueError, "float16, bfloat16, got int32"),
         ({"numels": [-1]}, ValueError, "numels: .* negative"),
         ({"parameters": [0]}, ValueError, "parameters: a pointer is null"),
         ({"groups": [-1]}, IndexError, "groups: an index is negative"),

@@ -6,7 +6,7 @@
 namespace rmsgd::RMSGD_ISA {
 namespace {
 
-// Half-precision elements converted at a time: the converted values stay in the first-level cache.
+// Narrow elements converted at a time: the converted values stay in the first-level cache.
 constexpr int64_t BLOCK = 512;
 
 template <Memory memory, bool nesterov, class A>
@@ -61,38 +61,42 @@ void step_same(const StepPiece& piece, const StepTensor& tensor, const Stepper<A
        static_cast<A*>(tensor.buffer) + piece.begin, static_cast<const A*>(tensor.gradient) + piece.begin);
 }
 
-void load(Dtype dtype, const void* from, int64_t begin, int64_t n, float* to) {
-  if (dtype == Dtype::float16) {
-    widen_all(static_cast<const Float16*>(from) + begin, n, to);
-  } else {
-    widen_all(static_cast<const BFloat16*>(from) + begin, n, to);
-  }
-}
-
-void store(Dtype dtype, const float* from, int64_t n, void* to, int64_t begin) {
-  if (dtype == Dtype::float16) {
-    narrow_all(from, n, static_cast<Float16*>(to) + begin);
-  } else {
-    narrow_all(from, n, static_cast<BFloat16*>(to) + begin);
-  }
-}
-
-// A half-precision weight, whose gradient has its type or float32.
-void step_half(const StepPiece& piece, const StepTensor& tensor, const Stepper<float>& step) {
+// A weight that is narrower than its arithmetic, with a gradient of its own type or of the arithmetic's.
+template <class Element>
+void step_narrow(const StepPiece& piece, const StepTensor& tensor, const Stepper<float>& step) {
   float weights[BLOCK], gradients[BLOCK];
   for (int64_t i = piece.begin; i < piece.end; i += BLOCK) {
     const int64_t n = piece.end - i < BLOCK ? piece.end - i : BLOCK;
     const float* g = gradients;
-    if (tensor.gradient_dtype == Dtype::float32) {
-      g = static_cast<const float*>(tensor.gradient) + i;
+    if (tensor.gradient_dtype == tensor.dtype) {
+      widen_all(static_cast<const Element*>(tensor.gradient) + i, n, gradients);
     } else {
-      load(tensor.gradient_dtype, tensor.gradient, i, n, gradients);
+      g = static_cast<const float*>(tensor.gradient) + i;
     }
-    load(tensor.dtype, tensor.weight, i, n, weights);
+    Element* const weight = static_cast<Element*>(tensor.weight) + i;
+    widen_all(weight, n, weights);
     step(n, weights, static_cast<float*>(tensor.buffer) + i, g);
-    store(tensor.dtype, weights, n, tensor.weight, i);
+    narrow_all(weights, n, weight);
   }
 }
+
+// The step on weights of one type.
+struct TypedStep {
+  const StepPiece& piece;
+  const StepTensor& tensor;
+  const StepGroup& group;
+  double grad_scale;
+
+  template <class Element>
+  void operator()(const Element*) const {
+    const Stepper<typename BufferOf<Element>::type> step(tensor, group, grad_scale);
+    if constexpr (is_narrow<Element>()) {
+      step_narrow<Element>(piece, tensor, step);
+    } else {
+      step_same(piece, tensor, step);
+    }
+  }
+};
 
 }  // namespace
 
@@ -101,17 +105,7 @@ void step_pieces(const StepPiece* pieces, int64_t count, const StepTensor* tenso
   for (const StepPiece* piece = pieces; piece < pieces + count; ++piece) {
     const StepTensor& tensor = tensors[piece->tensor];
     if (tensor.gradient == nullptr) continue;
-    const StepGroup& group = groups[tensor.group];
-    switch (tensor.dtype) {
-      case Dtype::float64:
-        step_same(*piece, tensor, Stepper<double>(tensor, group, grad_scale));
-        break;
-      case Dtype::float32:
-        step_same(*piece, tensor, Stepper<float>(tensor, group, grad_scale));
-        break;
-      default:
-        step_half(*piece, tensor, Stepper<float>(tensor, group, grad_scale));
-    }
+    with_elements(tensor.dtype, tensor.weight, TypedStep{*piece, tensor, groups[tensor.group], grad_scale});
   }
 }
 

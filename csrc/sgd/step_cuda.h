@@ -157,6 +157,28 @@ RMSGD_FN void step_typed(Team& team, const CudaStepGroup& group, double eta, dou
   }
 }
 
+// The step on weights of one type, whose gradients have that type or, where it is narrow, that of the buffer.
+template <class Team>
+struct TypedStep {
+  Team& team;
+  const CudaStepGroup& group;
+  double eta, grad_scale;
+  const CudaStepTensor& tensor;
+  const void* gradient;
+  bool single;
+  const CudaStepItem& item;
+  bool fresh;
+
+  template <class T>
+  RMSGD_FN void operator()(const T*) const {
+    using A = typename BufferOf<T>::type;
+    if constexpr (is_narrow<T>()) {
+      if (single) return step_typed<T, A, A>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
+    }
+    step_typed<T, A, T>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
+  }
+};
+
 // Takes the step on one item. Nobody but this team touches the item's elements or its flag.
 template <class Team, int words>
 RMSGD_FN void step_item(Team& team, const StepArguments<words>& arguments, int number) {
@@ -172,27 +194,8 @@ RMSGD_FN void step_item(Team& team, const StepArguments<words>& arguments, int n
   const double eta = arguments.eta[tensor.eta];
   const double grad_scale = arguments.grad_scale != nullptr ? double(*arguments.grad_scale) : 1.0;
   const bool fresh = arguments.fresh_item[number] != 0;
-  switch (tensor.dtype) {
-    case Dtype::float32:
-      step_typed<float, float, float>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
-      break;
-    case Dtype::float64:
-      step_typed<double, double, double>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
-      break;
-    case Dtype::float16:
-      if (single) {
-        step_typed<Float16, float, float>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
-      } else {
-        step_typed<Float16, float, Float16>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
-      }
-      break;
-    default:
-      if (single) {
-        step_typed<BFloat16, float, float>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
-      } else {
-        step_typed<BFloat16, float, BFloat16>(team, group, eta, grad_scale, tensor, gradient, item, fresh);
-      }
-  }
+  with_elements(tensor.dtype, tensor.weight,
+                TypedStep<Team>{team, group, eta, grad_scale, tensor, gradient, single, item, fresh});
   team.barrier();  // all have read the flag
   if (fresh && group.momentum != 0.0 && team.rank() == 0) {
     arguments.fresh_item[number] = 0;

@@ -181,17 +181,8 @@ void pack_group(T* to, const Source* data, const Side& small, const Side& large,
 template <class T>
 void pack(T* to, const MatrixView& matrix, const Side& small, const Side& large, int64_t row, int64_t first,
           int64_t depth, T scale) {
-  switch (matrix.dtype) {
-    case Dtype::float32:
-      return pack_group(to, static_cast<const float*>(matrix.data), small, large, row, first, depth, scale);
-    case Dtype::float64:
-      return pack_group(to, static_cast<const double*>(matrix.data), small, large, row, first, depth, scale);
-    case Dtype::float16:
-      return pack_group(to, static_cast<const Float16*>(matrix.data), small, large, row, first, depth, scale);
-    case Dtype::bfloat16:
-      return pack_group(to, static_cast<const BFloat16*>(matrix.data), small, large, row, first, depth,
-                        scale);
-  }
+  with_elements(matrix.dtype, matrix.data,
+                [&](auto* data) { pack_group(to, data, small, large, row, first, depth, scale); });
 }
 
 // ---- products ----
@@ -322,16 +313,8 @@ void gram_f64(const MatrixView& matrix, double scale, double* out, ptrdiff_t str
 
 Magnitude magnitude(const MatrixView& matrix) {
   const Side small = tidied(matrix.small), large = tidied(matrix.large);
-  switch (matrix.dtype) {
-    case Dtype::float64:
-      return magnitude_of(static_cast<const double*>(matrix.data), small, large);
-    case Dtype::float16:
-      return magnitude_of(static_cast<const Float16*>(matrix.data), small, large);
-    case Dtype::bfloat16:
-      return magnitude_of(static_cast<const BFloat16*>(matrix.data), small, large);
-    default:
-      return magnitude_of(static_cast<const float*>(matrix.data), small, large);
-  }
+  return with_elements(matrix.dtype, matrix.data,
+                       [&](auto* data) { return magnitude_of(data, small, large); });
 }
 
 }  // namespace RMSGD_ISA

@@ -14,22 +14,6 @@ __device__ __forceinline__ Stage next_stage() {
   return sizeof(T) == 4 ? STAGE_FP64 : STAGE_SVD;
 }
 
-// What `visit` returns for the weight, a pointer to elements of its own type. It is an object and not a
-// lambda, because NVRTC 13.0 takes one with a parameter of type auto for code of the host.
-template <class Visit>
-__device__ __forceinline__ auto with_elements(const CudaMatrix& matrix, const Visit& visit) {
-  switch (matrix.dtype) {
-    case Dtype::float32:
-      return visit(static_cast<const float*>(matrix.weight));
-    case Dtype::float64:
-      return visit(static_cast<const double*>(matrix.weight));
-    case Dtype::float16:
-      return visit(static_cast<const Float16*>(matrix.weight));
-    default:
-      return visit(static_cast<const BFloat16*>(matrix.weight));
-  }
-}
-
 // One member's part of a sum that changes with any element of rows [top, bottom) and columns [begin, end).
 struct Fingerprint {
   const CudaMatrix& matrix;
@@ -64,8 +48,8 @@ struct Fingerprint {
 template <class Team>
 __device__ __forceinline__ unsigned long long fingerprint(Team& team, const CudaMatrix& matrix, int top,
                                                           int bottom, long long begin, long long end) {
-  return team.sum(
-      with_elements(matrix, Fingerprint{matrix, top, bottom, begin, end, team.rank(), team.size()}));
+  return team.sum(with_elements(matrix.dtype, matrix.weight,
+                                Fingerprint{matrix, top, bottom, begin, end, team.rank(), team.size()}));
 }
 
 // Adds that of a tile's rows, over one part of the columns, to the matrix's.
@@ -125,7 +109,7 @@ __device__ __forceinline__ void gram_block(const SpectrumArguments& arguments) {
   if (arguments.state[item.matrix].stage != stage_of<T>()) return;
   const CudaMatrix& matrix = arguments.matrix[item.matrix];
   with_elements(
-      matrix,
+      matrix.dtype, matrix.weight,
       GramTile<T>{matrix, reinterpret_cast<T*>(arguments.workspace + matrix.reduction[stage_of<T>()].matrix),
                   reinterpret_cast<T*>(arguments.workspace + matrix.partial),
                   *reinterpret_cast<GramShared<T>*>(shared_memory() + TEAM_SHARED), item});
@@ -277,7 +261,8 @@ struct ElementAt {
 
 __device__ __forceinline__ double element_of(const CudaMatrix& matrix, long long column, int row) {
   const long long row_offset = offset_of(matrix.small, unsigned(row));
-  return with_elements(matrix, ElementAt{row_offset + offset_of(matrix.large, unsigned(column))});
+  return with_elements(matrix.dtype, matrix.weight,
+                       ElementAt{row_offset + offset_of(matrix.large, unsigned(column))});
 }
 
 __device__ __forceinline__ void svd_matrix(GridTeam& team, const SpectrumArguments& arguments, int number) {

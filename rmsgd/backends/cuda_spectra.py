@@ -17,8 +17,9 @@ from rmsgd.backends.cuda_devices import Attributes, device_of
 from rmsgd.backends.cuda_teams import THREADS as _TRIDIAGONAL_THREADS
 from rmsgd.backends.cuda_teams import Team, Wave, choose_teams, widest_team
 from rmsgd.backends.cuda_teams import padded as _padded
-from rmsgd.backends.kernels import DTYPES, TEAM_SHARED, Kernels, upload
+from rmsgd.backends.kernels import TEAM_SHARED, Kernels, upload
 from rmsgd.backends.streams import Streams, named_range
+from rmsgd.element_types import NUMBERS
 from rmsgd.layers import Unfolding
 
 Matrix = tuple[Tensor, Unfolding]
@@ -220,7 +221,7 @@ class SpectraPlan:
             row["partial"] = place - size
         items, self._item_counts = _items(self.rows, table["splits"])
         state = np.zeros(self.count, _STATE)
-        state["stage"] = table["dtype"] == DTYPES[torch.float64]
+        state["stage"] = table["dtype"] == NUMBERS[torch.float64]
         blocks = np.concatenate([_team_blocks(round_) for round_ in self.rounds])
         parts = [-(-n // _STURM_PART) for n in self.rows]
         self._part_ends = np.concatenate([[0], np.cumsum(parts)])
@@ -267,7 +268,7 @@ class SpectraPlan:
         table = np.zeros(len(chosen), _MATRIX)
         table["splits"] = self._splits
         for row, (weight, u) in zip(table, chosen, strict=True):
-            row["weight"], row["dtype"] = weight.data_ptr(), DTYPES[weight.dtype]
+            row["weight"], row["dtype"] = weight.data_ptr(), NUMBERS[weight.dtype]
             for side in ("small", "large"):
                 row[side]["size"], row[side]["stride"] = _side(weight, getattr(u, side))
             row["L"], row["M"], row["stride"] = u.L, u.M, _padded(u.L)

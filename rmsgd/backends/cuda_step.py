@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rmsgd.backends.base import StepGroup, StepTables
-from rmsgd.backends.kernels import DTYPES, Kernels, upload
+from rmsgd.backends.kernels import Kernels, upload
 from rmsgd.backends.streams import Streams, named_range
+from rmsgd.element_types import NUMBERS
 
 THREADS = 256
 WARP = 32
@@ -84,7 +85,7 @@ class CudaStepper:
             zip(self._parameters, tables.buffers, tables.groups, strict=True)
         ):
             address = 0 if buffer is None else buffer.data_ptr()
-            tensors[i] = (p.data_ptr(), address, DTYPES[p.dtype], group, i)
+            tensors[i] = (p.data_ptr(), address, NUMBERS[p.dtype], group, i)
         items, first_items = _items([p.numel() for p in self._parameters])
         self._on_device = [upload(tensors, self._device), upload(items, self._device)]
         of_item = torch.from_numpy(items["tensor"].astype(np.int64)).to(self._device)

@@ -8,9 +8,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-"""The kernels' numbers for element types, those of ``csrc/dtype.h``."""
-
 TEAM_SHARED = 512
 """Bytes of shared memory that a block's team takes before anything else does (``csrc/team_cuda.h``)."""
 

@@ -23,14 +23,8 @@ from rmsgd.backends.base import (
     is_aligned,
 )
 from rmsgd.backends.svd import singular_values
+from rmsgd.element_types import ELEMENT_TYPES
 from rmsgd.layers import Unfolding, as_matrix
-
-_DTYPES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
 
 PARTS = ("gram", "tridiagonal", "eigenvalues", "evbmf")
 """What the core's time for spectra goes to."""
@@ -47,7 +41,7 @@ class NativeStepper(HostStepper):
         self._plan = core.StepPlan(
             [p.data_ptr() for p in tables.parameters],
             [0 if b is None else b.data_ptr() for b in tables.buffers],
-            [_DTYPES[p.dtype] for p in tables.parameters],
+            [ELEMENT_TYPES[p.dtype] for p in tables.parameters],
             [p.numel() for p in tables.parameters],
             tables.groups,
             range(len(tables.parameters)),
@@ -61,9 +55,8 @@ class NativeStepper(HostStepper):
         """See ``base.Stepper``."""
         usable = [g if g is None or self._is_usable(g) else g.clone() for g in gradients]
         pointers = [0 if g is None else g.data_ptr() for g in usable]
-        dtypes = [
-            _DTYPES[p.dtype if g is None else g.dtype] for g, p in zip(usable, self._parameters, strict=True)
-        ]
+        typed = zip(usable, self._parameters, strict=True)
+        dtypes = [ELEMENT_TYPES[p.dtype if g is None else g.dtype] for g, p in typed]
         self._plan.step(pointers, groups, grad_scale, torch.get_num_threads(), dtypes)
 
     def _is_usable(self, gradient: Tensor) -> bool:
@@ -129,7 +122,7 @@ def _describe(weight: Tensor, unfolding: Unfolding) -> tuple[object, ...]:
     small, large = unfolding.small, unfolding.large
     return (
         weight.data_ptr(),
-        _DTYPES[weight.dtype],
+        ELEMENT_TYPES[weight.dtype],
         [shape[d] for d in small],
         [strides[d] for d in small],
         [shape[d] for d in large],

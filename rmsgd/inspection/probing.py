@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from rmsgd.backends import backend_for
+from rmsgd.element_types import ELEMENT_TYPES
 from rmsgd.inspection.reading.sources import open_source
 from rmsgd.inspection.reading.stored import CheckpointError, NotMeasurableError, StoredTensor, plain_numbers
 from rmsgd.inspection.weights.constants import constant_by_name, constant_by_value
 from rmsgd.inspection.weights.effective import effective_weights, lora_products
-from rmsgd.layers import SUPPORTED_DTYPES, Unfolding, unfoldings
+from rmsgd.layers import Unfolding, unfoldings
 from rmsgd.metrics import LayerMetrics
 
 BATCH_BYTES = 64 << 20
@@ -103,7 +104,7 @@ class Probing:
             raise NotMeasurableError(stored.skip)
         _check_shape(stored.shape)
         weight = _check_numbers(stored.read())
-        if weight.dtype not in SUPPORTED_DTYPES:  # floats of 8 bits
+        if weight.dtype not in ELEMENT_TYPES:  # floats of 8 bits
             weight = weight.float()
         return weight if self._device is None else weight.to(self._device)
 
@@ -199,6 +200,6 @@ def _check_shape(shape: Sequence[int]) -> None:
 def _check_numbers(tensor: Tensor) -> Tensor:
     """The tensor itself, if its memory holds the weight's numbers."""
     kind = str(tensor.dtype).removeprefix("torch.")
-    if plain_numbers(tensor).dtype not in SUPPORTED_DTYPES and not re.match(r"float8_e[45]", kind):
+    if plain_numbers(tensor).dtype not in ELEMENT_TYPES and not re.match(r"float8_e[45]", kind):
         raise NotMeasurableError(f"{kind}: quantised or packed weights, or indices")
     return tensor

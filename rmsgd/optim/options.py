@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from rmsgd import rules
 from rmsgd.backends.base import RateGroup, StepGroup
-from rmsgd.layers import SUPPORTED_DTYPES
+from rmsgd.element_types import ELEMENT_TYPES, known_element_types
 from rmsgd.optim.layouts import extent, has_memory
 from rmsgd.rules import RULES
 
@@ -168,9 +168,8 @@ def fault(p: Tensor) -> str | None:
         return "is a nested tensor; RMSGD needs plain ones, such as one parameter for each part"
     if p.is_complex():
         return f"is complex ({p.dtype}); RMSGD needs real parameters, such as torch.view_as_real gives"
-    if p.dtype not in SUPPORTED_DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
-        return f"has dtype {p.dtype}; RMSGD knows {known}"
+    if p.dtype not in ELEMENT_TYPES:
+        return f"has dtype {p.dtype}; RMSGD knows {known_element_types()}"
     if p.layout != torch.strided:
         return f"has layout {p.layout}; RMSGD needs dense parameters"
     if not has_memory(p):
