@@ -200,19 +200,37 @@ def test_an_lr_that_is_given_during_a_step_stays():
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
 
 
-def test_a_tensor_as_lr_stays_the_users_also_where_groups_share_it():
-    lr = torch.tensor(LR)
-    model, optimizer, rates = ready(OPTIMIZERS["AdamW"], lr)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    before = [p.detach().clone() for p in model.parameters()]
+@pytest.mark.parametrize("optimizer_of", [OPTIMIZERS["AdamW"], OPTIMIZERS["SGD fused"]])
+def test_a_tensor_as_lr_stays_the_users(optimizer_of):
+    model, other = network(), network()
+    groups = rmsgd.layer_groups(model.named_parameters(), lr=torch.tensor(LR))
+    assert len({id(group["lr"]) for group in groups}) == len(groups)
+    optimizer = optimizer_of(groups, LR)
+    tensors = [group["lr"] for group in optimizer.param_groups]
+    rates = moved(model, optimizer, rmsgd.LayerRates(optimizer))
+    other.load_state_dict(model.state_dict())
+    expected = optimizer_of(
+        [{"params": [p], "lr": rates.learning_rates()[n]} for n, p in other.named_parameters()], LR
+    )
+    for m in (model, other):
+        gradients(m, 0)
     optimizer.step()
-    assert all(group["lr"] is lr for group in optimizer.param_groups)
-    assert float(lr) == pytest.approx(LR)
-    # The first step of Adam moves every element by the rate.
-    for (name, p), old in zip(model.named_parameters(), before, strict=True):
-        change = float((p.detach() - old * (1 - 0.01 * rates.learning_rates()[name])).abs().median())
-        assert change == pytest.approx(rates.learning_rates()[name], rel=1e-3)
+    expected.step()
+    assert all(group["lr"] is lr for group, lr in zip(optimizer.param_groups, tensors, strict=True))
+    assert {float(lr) for lr in tensors} == {float(torch.tensor(LR))}
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    for lr in tensors:  # as a scheduler writes it, and not even during a step it is undone
+        lr.fill_(0.5)
+    optimizer.step(lambda: [lr.fill_(0.25) for lr in tensors] and torch.zeros(()))
+    assert {float(lr) for lr in tensors} == {0.25}
+
+
+def test_one_tensor_as_lr_of_several_groups_is_refused():
+    groups = rmsgd.layer_groups(network().named_parameters())
+    optimizer = torch.optim.AdamW(groups, lr=torch.tensor(LR))
+    with pytest.raises(ValueError, match=r'groups 0 and 1 share one tensor as "lr".*layer_groups'):
+        rmsgd.LayerRates(optimizer)
 
 
 SCHEDULERS = {

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from functools import wraps
 from numbers import Real
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,8 +36,9 @@ class AppliedLr:
     def __init__(self, optimizer: Any, multipliers: Callable[[], Sequence[float]]) -> None:
         self._optimizer = optimizer
         self._multipliers = multipliers
-        self._during: list[tuple[dict[str, Any], Any, Any]] = []  # group, its lr, the lr of this step
-        self._tensors: dict[int, Tensor] = {}
+        self._active = False
+        self._during: list[_Applied] = []
+        self._factors: dict[int, Tensor] = {}
         self._watches = True
         known = _OURS in vars(optimizer)
         setattr(optimizer, _OURS, self)
@@ -51,34 +52,45 @@ class AppliedLr:
         Raises:
             ValueError: a group has no lr, or one that is no number. Nothing has changed then.
         """
-        if self._during:
+        if self._active:
             return
         groups = self._optimizer.param_groups
         check_lr(groups)
-        for g, (group, factor) in enumerate(zip(groups, self._multipliers(), strict=True)):
-            if factor != 1.0:
-                lr = group["lr"]
-                group["lr"] = self._product(g, lr, factor) if isinstance(lr, Tensor) else lr * factor
-                self._during.append((group, lr, group["lr"]))
+        factors = self._multipliers()
+        self._active = True
+        for g, (group, factor) in enumerate(zip(groups, factors, strict=True)):
+            lr = group["lr"]
+            if isinstance(lr, Tensor):
+                self._during.append(_multiplied(lr, self._factor(g, lr, factor)))
+            elif factor != 1.0:
+                group["lr"] = lr * factor
+                self._during.append(_Replaced(group, lr, group["lr"]))
 
-    def _product(self, g: int, lr: Tensor, factor: float) -> Tensor:
-        """In a tensor of our own: groups may share theirs, and a compiled step knows the one it reads."""
-        product = self._tensors.get(g)
-        if product is None or product.dtype != lr.dtype or product.device != lr.device:
-            product = self._tensors[g] = lr.detach().clone()
-        return product.copy_(lr.detach()).mul_(factor)
+    def _factor(self, g: int, lr: Tensor, factor: float) -> Tensor:
+        """The factor where the lr is: a CUDA graph that holds the step reads it there at every replay."""
+        known = self._factors.get(g)
+        if known is None or known.dtype != lr.dtype or known.device != lr.device:
+            known = self._factors[g] = torch.empty((), dtype=lr.dtype, device=lr.device)
+        return known.fill_(factor)
+
+    def refresh(self) -> None:
+        """Bring new multipliers to where graphs read them; waits for a GPU only if an lr is a tensor."""
+        if self._factors:
+            for g, factor in enumerate(self._multipliers()):
+                if g in self._factors:
+                    self._factors[g].fill_(factor)
 
     def restore(self) -> None:
         """Give every group its lr again, but for one that was given another during the step."""
-        for group, lr, ours in self._during:
-            if dict.get(group, "lr") is ours:
-                group["lr"] = lr
+        for applied in self._during:
+            applied.undo()
         self._during = []
+        self._active = False
 
     @contextmanager
     def during_step(self) -> Iterator[None]:
         """Within it, the rates are multiplied, and it is seen once whether the optimizer reads them."""
-        watches = self._watches and not torch.compiler.is_compiling() and _has_gradients(self._optimizer)
+        watches = self._watches and _has_gradients(self._optimizer)
         with _watched(self._optimizer) if watches else nullcontext(()) as watched:
             self.apply()
             for group in watched:
@@ -90,37 +102,99 @@ class AppliedLr:
             self._watches &= not watches
 
 
+class _Replaced(NamedTuple):
+    """A number that took the place of another in a group."""
+
+    group: dict[str, Any]
+    before: Any
+    during: Any
+
+    def undo(self) -> None:
+        if dict.get(self.group, "lr") is self.during:
+            self.group["lr"] = self.before
+
+
+class _Multiplied(NamedTuple):
+    """A tensor that was multiplied in place: a compiled step knows the tensor itself."""
+
+    lr: Tensor
+    before: Tensor
+    version: int
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        if self.lr._version == self.version:
+            self.lr.copy_(self.before)
+
+
+_Applied: TypeAlias = _Replaced | _Multiplied
+
+
+@torch.no_grad()
+def _multiplied(lr: Tensor, factor: Tensor) -> _Multiplied:
+    before = lr.detach().clone()
+    lr.mul_(factor)
+    return _Multiplied(lr, before, lr._version)
+
+
 def check_lr(groups: Sequence[dict[str, Any]]) -> None:
-    """Raise ValueError for a group without a learning rate that can be multiplied."""
+    """Raise ValueError for a group without a learning rate that can be multiplied apart from the others'."""
+    owner: dict[int, int] = {}
     for g, group in enumerate(groups):
         lr = dict.get(group, "lr")
         if not isinstance(lr, Real | Tensor) or (isinstance(lr, Tensor) and lr.numel() != 1):
             raise ValueError(
                 f'group {g}: "lr" must be a number or a tensor of one element, got {in_short(lr)}'
             )
+        if isinstance(lr, Tensor) and owner.setdefault(id(lr), g) != g:
+            raise ValueError(
+                f'the groups {owner[id(lr)]} and {g} share one tensor as "lr": give each a tensor of its '
+                "own, as rmsgd.layer_groups(params, lr=tensor) does"
+            )
 
 
 def _wrap(optimizer: Any) -> None:
     inner = optimizer.step
 
-    def apply_and_step(*args: Any, **kwargs: Any) -> Any:
-        with getattr(optimizer, _OURS).during_step():
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with _of(optimizer).during_step():
             return inner(*args, **kwargs)
 
-    # Numbers that change do not belong in a graph. What is within, the step of the optimizer, does.
-    uncompiled = _disable_dynamo(apply_and_step, recursive=False)
+    # While torch.compile traces. Numbers that change do not belong in a graph, and what is within does: so
+    # this frame is left alone, the two calls are too, and the optimizer's step is compiled.
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        apply()
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            restore()
+
+    apply = _disable_dynamo(lambda: _of(optimizer).apply())
+    restore = _disable_dynamo(lambda: _of(optimizer).restore())
+    compiled = _disable_dynamo(compiled, recursive=False)
 
     @wraps(inner)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (uncompiled if torch.compiler.is_compiling() else apply_and_step)(*args, **kwargs)
+        return (compiled if torch.compiler.is_compiling() else watched)(*args, **kwargs)
 
     optimizer.step = MethodType(step, optimizer)
 
 
 def _hook(optimizer: Any) -> None:
     if hasattr(optimizer, "register_step_pre_hook"):
-        optimizer.register_step_pre_hook(lambda it, args, kwargs: getattr(it, _OURS).apply())
-        optimizer.register_step_post_hook(lambda it, args, kwargs: getattr(it, _OURS).restore())
+        optimizer.register_step_pre_hook(_untraced(lambda it, args, kwargs: _of(it).apply()))
+        optimizer.register_step_post_hook(_untraced(lambda it, args, kwargs: _of(it).restore()))
+
+
+def _untraced(function: Callable[..., None]) -> Callable[..., None]:
+    """The function, called and not traced by torch.compile, which is not imported before it is used."""
+    left_alone = _disable_dynamo(function)
+    return lambda *args: (left_alone if torch.compiler.is_compiling() else function)(*args)
+
+
+def _of(optimizer: Any) -> AppliedLr:
+    applied: AppliedLr = getattr(optimizer, _OURS)
+    return applied
 
 
 def _has_gradients(optimizer: Any) -> bool:

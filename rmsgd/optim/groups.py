@@ -40,7 +40,8 @@ def layer_groups(params: Parameters, **defaults: Any) -> list[dict[str, Any]]:
     Args:
         params: named parameters, parameters, or groups of either, each of which is split, as the
             ``param_groups`` of an optimizer. Names are worth giving: rates and reports go by them.
-        defaults: options of every group; a group's own come first.
+        defaults: options of every group; a group's own come first. Each group gets a tensor of its own where
+            an option is one, as ``lr=torch.tensor(3e-4)`` is for a compiled step.
 
     Returns:
         The groups, in the order of registration. In each of them the layer is first.
@@ -63,9 +64,14 @@ def layer_groups(params: Parameters, **defaults: Any) -> list[dict[str, Any]]:
             leader = leader_of(entry.name, latest.get(entry.group), names)
             members.setdefault((entry.group, leader), []).append(entry)
     return [
-        {**defaults, **options[group], "params": [_as_given(entry) for entry in of_group]}
+        {**_own(defaults), **_own(options[group]), "params": [_as_given(entry) for entry in of_group]}
         for (group, _), of_group in members.items()
     ]
+
+
+def _own(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options, every tensor among them as one of the group's own."""
+    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in options.items()}
 
 
 def _entries(params: Parameters) -> tuple[list[dict[str, Any]], list[_Entry]]:

@@ -76,8 +76,8 @@ class LayerRates:
 
     Raises:
         TypeError: ``optimizer`` is none, or is RMSGD, which moves its rates itself.
-        ValueError: an option is out of its range, a group has no lr, or the parameters of a group would have
-            different rates; the message names them.
+        ValueError: an option is out of its range, a group has no lr or shares it, as a tensor, with another
+            group, or the parameters of a group would have different rates; the message names them.
     """
 
     def __init__(
@@ -211,6 +211,7 @@ class LayerRates:
         except Exception:
             self._options, self.state = kept
             raise
+        self._applied.refresh()
 
     # -- what to call ----------------------------------------------------------------------------
 
@@ -232,6 +233,7 @@ class LayerRates:
         self._refresh()
         messages = self._rates.epoch_step(self._groups(), self.state)
         self._ratios = None
+        self._applied.refresh()
         for message in messages:
             warnings.warn(message, stacklevel=3)
 
