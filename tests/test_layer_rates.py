@@ -461,7 +461,7 @@ def test_a_second_one_takes_the_place_of_the_first():
     ("options", "message"),
     [
         ({"rule": "rank-momentums"}, "did you mean 'rank-momentum'"),
-        ({"rule": None}, "rule must be one of rank-momentum"),
+        ({"rule": None}, "rule must be a function or one of rank-momentum"),
         ({"beta": 1.0}, r"beta must be in \[0, 1\), got 1.0"),
         ({"zeta": 0.0}, "zeta must be above 0"),
         ({"linear": "no"}, "linear must be True or False"),

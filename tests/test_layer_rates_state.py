@@ -263,6 +263,34 @@ def test_ranks_share_the_work_and_reproduce_one_process(job, kind):
             torch.testing.assert_close(p, q)
 
 
+def tails(kind):
+    """The tail exponents of a network, and the ratios that a rule of one's own makes of them."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1), nn.Flatten(), nn.Linear(20, 7), nn.Linear(7, 3)
+    )
+    if kind == "fsdp":
+        fully_shard(model)
+    optimizer = torch.optim.SGD(rmsgd.layer_groups(model.named_parameters()), lr=LR)
+    rates = rmsgd.LayerRates(optimizer, by_tail, process_group=dist.group.WORLD if kind == "ddp" else None)
+    rates.step()
+    return rates.learning_rates(), rates.report().to_dict()
+
+
+def by_tail(report):
+    return {layer.name: 1.0 / layer.alpha for layer in report.measured}
+
+
+by_tail.measures = "tails"
+
+
+@NEEDS_JOBS
+def test_ranks_share_the_measuring_of_tails(job):
+    alone = job.run(tails, "alone")
+    assert len(set(alone[0][0].values())) == 4
+    for kind in ("ddp", "fsdp"):
+        assert job.run(tails, kind) == alone
+
+
 def disagree():
     model = network()
     optimizer = torch.optim.SGD(rmsgd.layer_groups(model.named_parameters()), lr=LR)

@@ -22,7 +22,7 @@ LAYERS = [
         "rmsgd.reference",
     ],
     ["rmsgd.backends", "rmsgd.rules"],
-    ["rmsgd.lowrank", "rmsgd.metrics", "rmsgd.plots"],
+    ["rmsgd.lowrank", "rmsgd.metrics", "rmsgd.plots", "rmsgd.tails", "rmsgd.tail_rules"],
     ["rmsgd.inspection.reading"],
     ["rmsgd.inspection.weights"],
     ["rmsgd.inspection.probing"],

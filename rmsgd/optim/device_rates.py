@@ -17,13 +17,14 @@ from torch import Tensor
 
 from rmsgd.backends import backend_for
 from rmsgd.backends.base import RateGroup, RateTables
-from rmsgd.layers import NO_LEADER, Unfolding, leader_of, unfoldings
+from rmsgd.layers import MEAN_OF_ALL, NO_LEADER, Unfolding, leader_of, unfoldings
 from rmsgd.optim.distributed import SharedMeasurement, is_dtensor
-from rmsgd.optim.measurement import Measurement
+from rmsgd.optim.measurement import Measurement, TailMeasurement
 from rmsgd.optim.options import applied_rate, fault, stands_still
 from rmsgd.optim.records import ParamRecord, trained_tensors
 from rmsgd.optim.state import State
 from rmsgd.rules import RULES, Rule
+from rmsgd.tails import Slices, tail_exponents
 
 _PROBING = ("probe", "linear", "rule")
 """The options of a group that decide which of its parameters are measured."""
@@ -79,8 +80,9 @@ class DeviceRates:
             groups[records[i].group]["initial_rank"] == "measure" for i in lacking
         )
         spread = any(map(is_dtensor, self._parameters))
-        shared = process_group is not None or (spread and self._spectra)
-        self._sharing = SharedMeasurement(self._spectra, process_group) if shared else None
+        self._process_group = process_group
+        self._shares = bool(process_group is not None or (spread and self._spectra))
+        self._sharing = SharedMeasurement(self._spectra, process_group) if self._shares else None
 
     def _make_tables(self, groups: Sequence[Mapping[str, Any]]) -> RateTables:
         layers = [(self._parameters[i], groups[self.records[i].group]) for i in self._probed]
@@ -218,13 +220,49 @@ class DeviceRates:
             if self._lacks_ranks:
                 self._fill_in(metrics)
             self._backend.update_rates(self._tables, groups, metrics)
-        return Measurement(
-            [self.records[i].position for i in self._probed],
-            [self.records[i].name for i in self._probed],
-            [tuple(self._parameters[i].shape) for i in self._probed],
-            metrics,
-            partial(self._backend.wait_side_stream, self.device),
-        )
+        return self._measurement(metrics)
+
+    def measure(self) -> Measurement:
+        """Measure every layer, and move no rate."""
+        with self._backend.side_stream(self.device):
+            metrics = self._measure()
+        return self._measurement(metrics)
+
+    def measure_tails(self) -> TailMeasurement:
+        """Measure the tail exponent of every layer; waits for a GPU."""
+        weights = [(self._parameters[i], Slices.of(self._parameters[i].shape)) for i in self._probed]
+        if self._shares:
+            sharing = SharedMeasurement(weights, self._process_group, columns=2)
+            table = sharing(lambda mine: tail_exponents(mine).to(self.device)).cpu()
+        else:
+            table = tail_exponents(weights)
+        return TailMeasurement(*self._layers(), table)
+
+    def set_ratios(self, ratios: Mapping[str, float], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Give layers rates by name, as multiples of their lr0, and their followers the same multiples."""
+        self._backend.wait_side_stream(self.device)
+        eta, of_layers = self.eta.tolist(), self._tables.unbounded.tolist()
+        shares = []
+        for layer, i in enumerate(self._probed):
+            lr0 = groups[self.records[i].group]["lr0"]
+            if self.records[i].name in ratios:
+                eta[i] = of_layers[layer] = lr0 * ratios[self.records[i].name]
+            shares.append(eta[i] / lr0)
+        for i, leader in self._leaders.items():
+            if leader != NO_LEADER and shares:
+                share = sum(shares) / len(shares) if leader == MEAN_OF_ALL else shares[leader]
+                eta[i] = groups[self.records[i].group]["lr0"] * share
+        self.eta.copy_(torch.tensor(eta, dtype=self.eta.dtype))
+        self._tables.unbounded.copy_(torch.tensor(of_layers, dtype=self.eta.dtype))
+
+    def _layers(self) -> tuple[list[int], list[str], list[tuple[int, ...]]]:
+        """Where the measured layers stand, what they are called and their shapes."""
+        layers = [self.records[i] for i in self._probed]
+        shapes = [tuple(self._parameters[i].shape) for i in self._probed]
+        return [m.position for m in layers], [m.name for m in layers], shapes
+
+    def _measurement(self, metrics: Tensor) -> Measurement:
+        return Measurement(*self._layers(), metrics, partial(self._backend.wait_side_stream, self.device))
 
     def _description(self, groups: Sequence[RateGroup]) -> list[str]:
         """What all ranks have to hold alike, a line for each layer. Rates only where no wait is needed."""

@@ -9,17 +9,25 @@ import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rmsgd.backends.base import FIELDS
-from rmsgd.layers import Unfolding
 
-Matrix: TypeAlias = tuple[Tensor, Unfolding]
-Measure: TypeAlias = Callable[[Sequence[Matrix]], Tensor]
+
+class Work(Protocol):
+    """What is to be measured of a tensor, such as an unfolding of it."""
+
+    @property
+    def cost(self) -> int:
+        """The time that it takes, in any unit."""
+
+
+Matrix: TypeAlias = tuple[Tensor, Work]
+Measure: TypeAlias = Callable[[Sequence[Any]], Tensor]
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -111,10 +119,12 @@ class SharedMeasurement:
     Args:
         matrices: on every rank the same ones in the same order.
         process_group: of the ranks that hold copies of the plain tensors; None: each for itself.
+        columns: of the table that is measured.
     """
 
-    def __init__(self, matrices: Sequence[Matrix], process_group: Any) -> None:
+    def __init__(self, matrices: Sequence[Matrix], process_group: Any, columns: int = FIELDS) -> None:
         self._matrices = matrices
+        self._columns = columns
         shared: dict[Any, list[int]] = {}
         self._ranks: dict[Any, Ranks] = {}
         for i, (weight, _) in enumerate(matrices):
@@ -132,11 +142,11 @@ class SharedMeasurement:
             ranks.check_agreement(lines, device)
 
     def __call__(self, measure: Measure) -> Tensor:
-        """The metrics table of all matrices; ``measure`` is the backend's, for those of this rank."""
+        """The table of all matrices; ``measure`` makes that of those of this rank."""
         if not self._matrices:
             return measure([])
         parts = [self._measure(measure, mesh, mine) for mesh, mine in self._shared.items()]
-        table = torch.empty(len(self._matrices), FIELDS, dtype=torch.float64, device=parts[0].device)
+        table = torch.empty(len(self._matrices), self._columns, dtype=torch.float64, device=parts[0].device)
         for part, rows in zip(parts, self._shared.values(), strict=True):
             table[rows] = part
         return table
@@ -146,10 +156,10 @@ class SharedMeasurement:
         ranks = self._ranks.get(mesh)
         if ranks is None:
             return measure(matrices)
-        owners = split([unfolding.cost for _, unfolding in matrices], ranks.size)
+        owners = split([work.cost for _, work in matrices], ranks.size)
         mine = [i for i, owner in enumerate(owners) if owner == ranks.index]
         device = local(matrices[0][0]).device
-        table = torch.zeros(len(matrices), FIELDS, dtype=torch.float64, device=device)
+        table = torch.zeros(len(matrices), self._columns, dtype=torch.float64, device=device)
         if mesh is not None:
             matrices = _gather(matrices, mine)
         if mine:
@@ -166,10 +176,10 @@ def _gather(matrices: Sequence[Matrix], mine: Sequence[int]) -> list[Matrix]:
     wanted = set(mine)
     previous: Tensor | None = None
     whole: Tensor | None = None
-    for i, (weight, unfolding) in enumerate(matrices):
+    for i, (weight, work) in enumerate(matrices):
         if weight is not previous:
             previous, whole = weight, weight.full_tensor()  # type: ignore[attr-defined]
         if i in wanted:
             assert whole is not None
-            result[i] = (whole, unfolding)
+            result[i] = (whole, work)
     return result

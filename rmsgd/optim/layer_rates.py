@@ -17,6 +17,7 @@ from rmsgd.optim.load_rates import checked
 from rmsgd.optim.optimizer import RMSGD
 from rmsgd.optim.options import OPTIONS, check_ranges, device_of, fault, in_short, is_trained, listed
 from rmsgd.optim.rates import Rates
+from rmsgd.optim.ratio_rules import RatioRule, name_of
 from rmsgd.optim.records import (
     ParamRecord,
     all_parameters,
@@ -27,9 +28,14 @@ from rmsgd.optim.records import (
 )
 from rmsgd.optim.state import State, complete_rates
 from rmsgd.rules import DEFAULT, REFERENCE_LR, RULES
+from rmsgd.tail_rules import TAIL_RULES
+from rmsgd.tails import TailReport
 
 NAMES: Mapping[str, str] = {"rank-momentum": DEFAULT} | {name: name for name in RULES}
-"""What a rule may be called, and its name in ``rmsgd.rules``."""
+"""What a rule of the stable rank may be called, and its name in ``rmsgd.rules``."""
+
+_OPTIONS = {"beta": 0.98, "zeta": 1.0, "initial_rank": None}
+"""The options of those rules and their defaults."""
 
 
 class LayerRates:
@@ -60,12 +66,19 @@ class LayerRates:
     kept within 1/2 and 2. Algorithm 1 adds zeta (s(t+1) - s(t)) to a rate, which is right for rates of the
     size of .03, the paper's. Here a gain counts for the same ratio at every lr.
 
+    The rules "tempbalance" and "llr" map the tail exponents of the layers' spectra to ratios, from the
+    heaviest tail to the lightest: see ``rmsgd.tail_rules``. They forget what was before, and have no ratios
+    before the first ``step``: call it once before the training, as their authors do.
+
     Args:
         optimizer: any optimizer whose groups have an "lr". A group may hold one layer that is measured, and
             parameters that follow it, as ``layer_groups`` makes them. ``probe=False`` in a group leaves its
             parameters unmeasured. A second ``LayerRates`` of an optimizer takes the place of the first.
-        rule: "rank-momentum", or a rule of RMSGD by its name: "bounded" is the same, "paper" is Algorithm 1
-            to the letter, and "release" and "published" are what the authors' code computes, for SGD.
+        rule: "rank-momentum"; "tempbalance" or "llr"; a rule of RMSGD by its name ("bounded" is rank-
+            momentum, "paper" is Algorithm 1 to the letter, "release" and "published" are what the authors'
+            code computes, for SGD); or a function of your own, from the ``Report`` of a measurement to a dict
+            of ratios by the names of layers. A function with the attribute ``measures = "tails"`` is given a
+            ``rmsgd.tails.TailReport``. Layers that it leaves out keep their rates.
         beta: momentum of the ratio, in [0, 1).
         zeta: gain of the stable rank's change, above 0.
         linear: whether 2-D weights are measured, besides convolutions.
@@ -76,14 +89,15 @@ class LayerRates:
 
     Raises:
         TypeError: ``optimizer`` is none, or is RMSGD, which moves its rates itself.
-        ValueError: an option is out of its range, a group has no lr or shares it, as a tensor, with another
-            group, or the parameters of a group would have different rates; the message names them.
+        ValueError: an option is out of its range or is none of the rule's, a group has no lr or shares it, as
+            a tensor, with another group, or the parameters of a group would have different rates; the message
+            names them.
     """
 
     def __init__(
         self,
         optimizer: Any,
-        rule: str = "rank-momentum",
+        rule: str | RatioRule = "rank-momentum",
         *,
         beta: float = 0.98,
         zeta: float = 1.0,
@@ -104,13 +118,25 @@ class LayerRates:
         self.rule = rule
         self.process_group = process_group
         self.state: dict[Tensor, State] = {}
-        of_rule = RULES[_known(rule)]
+        self._ratio_rule: RatioRule | None = None
+        if rule in NAMES:
+            base = RULES[NAMES[str(rule)]]
+            self._rule = base.name
+        else:
+            given = [name for name, default in _OPTIONS.items() if options[name] != default]
+            if given:
+                whose = repr(rule) if isinstance(rule, str) else "a rule of your own"
+                raise ValueError(
+                    f"{given[0]} is an option of the rules of the stable rank, and not of {whose}"
+                )
+            base = RULES["paper"]  # has no bounds
+            self._ratio_rule = _ratio_rule(rule)
+            self._rule = name_of(self._ratio_rule)
         if initial_rank is None:
-            options["initial_rank"] = of_rule.initial_rank
+            options["initial_rank"] = base.initial_rank
         self._options = options
-        self._rule = of_rule.name
         self._fixed = {
-            "rule": of_rule.name,
+            "rule": base.name,
             "lr0": REFERENCE_LR,
             "min_lr": 1e-10,
             "gamma": 1.0,
@@ -225,13 +251,15 @@ class LayerRates:
         Raises:
             RuntimeError: the ranks of a process group or a mesh do not hold the same layers, a parameter has
                 no values, or a CUDA graph is being captured. Nothing has changed then.
-            ValueError: the parameters of a group would have different rates, as after a change of the groups.
+            ValueError: the parameters of a group would have different rates, as after a change of the groups,
+                or a rule of your own gave what is no ratio. No rate has changed then.
+            TypeError: a rule of your own returned no dict.
         """
         check_not_capturing(
             filter(is_trained, all_parameters(self.optimizer.param_groups)), "LayerRates.step()"
         )
         self._refresh()
-        messages = self._rates.epoch_step(self._groups(), self.state)
+        messages = self._rates.epoch_step(self._groups(), self.state, self._ratio_rule)
         self._ratios = None
         self._applied.refresh()
         for message in messages:
@@ -244,28 +272,33 @@ class LayerRates:
         """
         self._refresh()
         groups = self._groups()
-        for message in self._rates.large(groups):
+        for message in self._rates.large(groups) if self._ratio_rule is None else ():
             warnings.warn(message, stacklevel=2)
         self._rates.write_back()
         return self._rates.by_name(groups)
 
-    def report(self) -> Report:
-        """The metrics that the last ``step`` measured; computes nothing.
+    def report(self) -> Report | TailReport:
+        """What the last ``step`` measured, a ``TailReport`` under a rule of tail exponents; computes nothing.
 
         Raises:
             RuntimeError: there was no ``step`` yet.
         """
         if not self._rates.measured:
             raise RuntimeError("report() needs a step() of LayerRates first: nothing has been measured yet")
-        return self._rates.report()
+        report: Report | TailReport = self._rates.report()
+        return report
 
 
-def _known(rule: object) -> str:
-    if not isinstance(rule, str) or rule not in NAMES:
-        nearest = difflib.get_close_matches(str(rule), NAMES, 1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"rule must be one of {', '.join(NAMES)}, got {in_short(rule)}{hint}")
-    return NAMES[rule]
+def _ratio_rule(rule: object) -> RatioRule:
+    """A rule that is a function, by itself or by its name."""
+    if isinstance(rule, str) and rule in TAIL_RULES:
+        return TAIL_RULES[rule]
+    if callable(rule):
+        return rule
+    names = [*NAMES, *TAIL_RULES]
+    nearest = difflib.get_close_matches(str(rule), names, 1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"rule must be a function or one of {', '.join(names)}, got {in_short(rule)}{hint}")
 
 
 def _kinds(parameters: Sequence[Tensor]) -> list[object]:

@@ -1,4 +1,4 @@
-"""What one epoch end measured: the metrics of every matrix, and the layers they belong to."""
+"""What one epoch end measured: the metrics of every matrix or layer, and the layers they belong to."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from torch import Tensor
 from rmsgd.backends.base import MEASURED, STATUS
 from rmsgd.layers import unfoldings
 from rmsgd.metrics import LayerMetrics
+from rmsgd.tails import ALPHA, TAIL_STATUS, LayerTail, Slices
 
 
 @dataclass(frozen=True)
@@ -43,3 +44,28 @@ class Measurement:
         """The layers' metrics by their positions."""
         layers = zip(self.positions, self.names, self.shapes, self._rows(), strict=True)
         return {i: LayerMetrics.from_rows(name, shape, rows) for i, name, shape, rows in layers}
+
+
+@dataclass(frozen=True)
+class TailMeasurement:
+    """The tail exponents of the layers of one device; ``metrics`` is their table, (layers, 2) on the host."""
+
+    positions: Sequence[int]
+    """Where the layers stand among all parameters."""
+    names: Sequence[str]
+    shapes: Sequence[tuple[int, ...]]
+    metrics: Tensor
+
+    def not_finite(self) -> list[str]:
+        """Names of the layers whose weights hold a NaN or an Inf."""
+        return [layer.name for layer in self.layers().values() if layer.skipped is not None]
+
+    def layers(self) -> dict[int, LayerTail]:
+        """The layers' tails by their positions."""
+        layers = zip(self.positions, self.names, self.shapes, self.metrics.tolist(), strict=True)
+        return {i: _tail(name, shape, row) for i, name, shape, row in layers}
+
+
+def _tail(name: str, shape: tuple[int, ...], row: Sequence[float]) -> LayerTail:
+    skipped = None if row[TAIL_STATUS] == MEASURED else "NaN or infinite entries"
+    return LayerTail(name, shape, Slices.of(shape).values, row[ALPHA], skipped)

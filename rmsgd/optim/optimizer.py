@@ -442,7 +442,8 @@ class RMSGD(Optimizer):
         Raises:
             RuntimeError: there was no ``epoch_step`` yet.
         """
-        return self._rates.report()
+        report: Report = self._rates.report()
+        return report
 
 
 # A scheduler of torch's wraps an optimizer's step, to see that it is called first, in a function that

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from rmsgd.inspection.report.report import Report
 from rmsgd.optim.device_rates import DeviceRates
-from rmsgd.optim.measurement import Measurement
+from rmsgd.optim.measurement import Measurement, TailMeasurement
 from rmsgd.optim.options import is_trained, multiplier, rate_group, stands_still
+from rmsgd.optim.ratio_rules import RatioRule, checked_ratios, measures_tails
 from rmsgd.optim.records import ParamRecord, parameter_names
 from rmsgd.optim.state import State
+from rmsgd.tails import TailReport
 
 Groups = Sequence[Mapping[str, Any]]
 States = Mapping[Tensor, State]
@@ -30,7 +32,8 @@ class Rates:
 
     def __init__(self) -> None:
         self.devices: list[DeviceRates] = []
-        self._measured: list[Measurement] | None = None
+        self._measured: list[Measurement] | list[TailMeasurement] | None = None
+        self._of_tails = False
         self._named_as_large: set[Tensor] = set()
         self._warned_of_nothing_to_measure = False
 
@@ -57,25 +60,42 @@ class Rates:
             if wait or device.on_host:
                 device.write_back()
 
-    def epoch_step(self, groups: Groups, states: States) -> list[str]:
-        """Measure every layer and move its rate.
+    def epoch_step(self, groups: Groups, states: States, rule: RatioRule | None = None) -> list[str]:
+        """Measure every layer and move its rate, by the rules of the groups or by one for all layers.
 
         Returns:
             What the user should be warned of.
 
         Raises:
             RuntimeError: layers have no values, or are not the same on all ranks. Nothing has changed then.
+            TypeError or ValueError: ``rule`` returned something else than ratios. No rate has changed then.
         """
         counts = [_epochs_and_decay([states[p] for p in group["params"]]) for group in groups]
         rate_groups = [rate_group(group, *count) for group, count in zip(groups, counts, strict=True)]
         for device in self.devices:
             device.check_epoch_end(rate_groups)
-        self._measured = [device.epoch_step(rate_groups) for device in self.devices]
+        if rule is None:
+            self._measured = [device.epoch_step(rate_groups) for device in self.devices]
+        else:
+            self._apply_rule(rule, groups)
         for group, moved, (epoch, decay) in zip(groups, rate_groups, counts, strict=True):
             for p in () if stands_still(group) else group["params"]:
                 states[p].update(epoch=epoch + 1, decay=decay * moved.decay)
         self.write_back(wait=False)
-        return [*self._nothing_measured(groups), *self.large(groups, wait=False), *self._not_finite()]
+        large = self.large(groups, wait=False) if rule is None else []
+        return [*self._nothing_measured(groups), *large, *self._not_finite()]
+
+    def _apply_rule(self, rule: RatioRule, groups: Groups) -> None:
+        measured: list[Measurement] | list[TailMeasurement]
+        if measures_tails(rule):
+            measured = [device.measure_tails() for device in self.devices]
+        else:
+            measured = [device.measure() for device in self.devices]
+        report = _report(measured, measures_tails(rule))
+        ratios = checked_ratios(rule(report), [layer.name for layer in report.layers])
+        for device in self.devices:
+            device.set_ratios(ratios, groups)
+        self._measured, self._of_tails = measured, measures_tails(rule)
 
     def _nothing_measured(self, groups: Groups) -> list[str]:
         """A warning, once, that there is no layer to measure, where that may be a surprise.
@@ -134,16 +154,22 @@ class Rates:
         """Whether there was an epoch end, so that ``report`` has something to say."""
         return self._measured is not None
 
-    def report(self) -> Report:
-        """The metrics that the last ``epoch_step`` measured; computes nothing.
+    def report(self) -> Any:
+        """The ``Report`` of what the last ``epoch_step`` measured, a ``TailReport`` for a rule that asks for
+        it.
 
         Raises:
             RuntimeError: there was no ``epoch_step`` yet.
         """
         if self._measured is None:
             raise RuntimeError("report() needs an epoch_step() first: nothing has been measured yet")
-        layers = {at: layer for part in self._measured for at, layer in part.layers().items()}
-        return Report(tuple(layer for _, layer in sorted(layers.items())))
+        return _report(self._measured, self._of_tails)
+
+
+def _report(measured: Sequence[Measurement] | Sequence[TailMeasurement], tails: bool) -> Report | TailReport:
+    layers: dict[int, Any] = {at: layer for part in measured for at, layer in part.layers().items()}
+    in_order = tuple(layer for _, layer in sorted(layers.items()))
+    return TailReport(in_order) if tails else Report(in_order)
 
 
 _NOTHING_TO_MEASURE = (

@@ -1,0 +1,124 @@
+"""The tail exponents of weights, many at once: how heavy the tail of a layer's spectrum is."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rmsgd.backends.base import MEASURED, NOT_FINITE
+from rmsgd.layers import unfoldings
+from rmsgd.metrics import plain
+from rmsgd.reference import hill_alpha
+
+ALPHA, TAIL_STATUS = range(2)
+"""Columns of a table of tail exponents, which has a row per weight."""
+
+
+class Slices(NamedTuple):
+    """A weight as the matrices whose eigenvalues are its spectrum: one of a matrix, and of a kernel (o, i,
+    *k) one (o, i) for each position of k.
+    """
+
+    matrices: int
+    rows: int
+    columns: int
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> "Slices":
+        """Those of a weight of this shape, of two or more dimensions."""
+        return cls(math.prod(shape[2:]), shape[0], shape[1])
+
+    @property
+    def values(self) -> int:
+        """How many eigenvalues there are."""
+        return self.matrices * min(self.rows, self.columns)
+
+    @property
+    def cost(self) -> int:
+        """Time of measuring them in units of a multiplication; see ``Unfolding.cost``."""
+        L, M = sorted((self.rows, self.columns))
+        return self.matrices * L**2 * (M + 3 * L)
+
+
+@dataclass(frozen=True)
+class LayerTail:
+    """The tail of one weight's spectrum."""
+
+    name: str
+    shape: tuple[int, ...]
+    values: int
+    """How many eigenvalues its spectrum has."""
+    alpha: float
+    """The tail exponent, above 1: see ``rmsgd.reference.hill_alpha``. NaN where there is none."""
+    skipped: str | None = None
+    """Why the weight was not measured; None where it was."""
+
+
+@dataclass(frozen=True)
+class TailReport:
+    """The tail exponents of a network's layers, in the order of its parameters."""
+
+    layers: tuple[LayerTail, ...]
+
+    @property
+    def measured(self) -> tuple[LayerTail, ...]:
+        """The layers that were not skipped."""
+        return tuple(layer for layer in self.layers if layer.skipped is None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"layers": [fields]}``, ready for JSON: None for what is undefined."""
+        return {"layers": [{k: plain(v) for k, v in vars(layer).items()} for layer in self.layers]}
+
+
+def tail_exponents(weights: Sequence[tuple[Tensor, Slices]]) -> Tensor:
+    """The table (weights, 2) of ``ALPHA`` and ``TAIL_STATUS``, float64 on the host; waits for a GPU.
+
+    The eigenvalues of all slices of a kernel are one spectrum, as in TempBalance. A weight with a NaN or an
+    Inf has the status ``NOT_FINITE``.
+    """
+    matrices = [part for weight, _ in weights for part in _slices(weight)]
+    found = iter(eigenvalues(matrices))
+    table = torch.full((len(weights), 2), math.nan, dtype=torch.float64, device="cpu")
+    for row, (_, slices) in zip(table, weights, strict=True):
+        spectrum = torch.cat([next(found).cpu() for _ in range(slices.matrices)])
+        row[TAIL_STATUS] = NOT_FINITE if spectrum.isnan().any() else MEASURED
+        row[ALPHA] = hill_alpha(spectrum.sqrt().numpy())
+    return table
+
+
+def has_tail(shape: Sequence[int]) -> bool:
+    """Whether a weight of this shape has a spectrum."""
+    return len(shape) > 1 and bool(unfoldings(shape))
+
+
+def _slices(weight: Tensor) -> list[Tensor]:
+    """The matrices of a weight, views of it where its layout allows them."""
+    weight = weight.detach()
+    return list(weight.flatten(2).permute(2, 0, 1)) if weight.ndim > 2 else [weight]
+
+
+@torch.no_grad()
+def eigenvalues(weights: Sequence[Tensor]) -> list[Tensor]:
+    """All eigenvalues of ``W W^T``, or of ``W^T W`` if that is smaller, of every matrix at once.
+
+    For each (min(m, n),) float64 on its device, descending; NaN where a weight has a NaN or an Inf. Those
+    that are numerically zero are 0.
+    """
+    alike: dict[object, list[int]] = {}
+    for i, weight in enumerate(weights):
+        alike.setdefault((weight.shape, weight.dtype, weight.device), []).append(i)
+    found: list[Tensor] = [torch.empty(0)] * len(weights)
+    for places in alike.values():
+        stack = torch.stack([weights[i] for i in places])
+        stack = stack if stack.dtype == torch.float64 else stack.float()
+        finite = stack.isfinite().flatten(1).all(1)
+        gamma = torch.linalg.svdvals(torch.where(finite[:, None, None], stack, 0.0)).double()
+        eps = max(stack.shape[1:]) * torch.finfo(stack.dtype).eps
+        gamma = torch.where(gamma > eps * gamma[:, :1], gamma, 0.0)
+        gamma[~finite] = math.nan
+        for i, values in zip(places, gamma, strict=True):
+            found[i] = values * values
+    return found
