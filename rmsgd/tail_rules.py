@@ -9,6 +9,7 @@ wise rates" in the documentation for where a paper and its code differ, and wher
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from rmsgd.tails import LayerTail, TailReport
 
@@ -50,7 +51,8 @@ class TailRule:
     least_values: int = 0
     """Layers with fewer eigenvalues keep the ratio 1."""
     at_highest: tuple[str, ...] = ()
-    """Layers with one of these in their name are given ``highest`` and have no part in the map."""
+    """Patterns, such as "*head": a layer of which a part of the name matches one, as "lm_head.weight" does,
+    is given ``highest`` and has no part in the map."""
     within: Callable[[str], object] | None = None
     """Of the name of a layer, the set that it is balanced in; None: all layers are one set."""
 
@@ -64,7 +66,7 @@ class TailRule:
         ratios: dict[str, float] = {}
         sets: dict[object, list[LayerTail]] = {}
         for layer in report.measured:
-            if any(part in layer.name for part in self.at_highest):
+            if any(fnmatchcase(part, like) for part in layer.name.split(".") for like in self.at_highest):
                 ratios[layer.name] = self.highest
             elif layer.name in spared or layer.values < self.least_values or math.isnan(layer.alpha):
                 ratios[layer.name] = 1.0
@@ -93,7 +95,7 @@ LLR = TailRule(
     lowest=1.0,
     highest=5.0,
     least_values=50,
-    at_highest=("embed", "wte", "wpe", "head"),
+    at_highest=("*embed*", "wte", "wpe", "*head"),
 )
 """Layerwise Learning Rates: He et al., "One LR Doesn't Fit All: Heavy-Tail Guided Layerwise Learning Rates
 for LLMs" (ICML 2026), for AdamW and Muon on language models, every 40 to 100 steps."""

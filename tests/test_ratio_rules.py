@@ -70,7 +70,7 @@ def test_llr_gives_embeddings_and_heads_the_highest_ratio():
     report = of(
         tail("transformer.wte.weight", 1.0),
         tail("h.0.attn.weight", 2.0),
-        tail("h.0.mlp.weight", 3.0),
+        tail("h.0.mlp.multihead_in.weight", 3.0),
         tail("h.1.attn.weight", 4.0),
         tail("lm_head.weight", 9.0),
     )
