@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a network with several optimizers side by side",
     "study": "repeat the paper's tables and figures, and compare with what it published",
     "same-lr": "hold the default rule against SGD at the same learning rate on small tasks",
+    "layer-rates": "time layer-wise rates for AdamW against a loop of SVDs, and train a GPT with each rule",
     "epoch-time": "time an epoch with several optimizers, part by part",
     "gate": "fail when the optimizer got slower: the check for CI",
     "noise-search": "compare the EVBMF searches: ours, rmsgd 1.0.2's and the Python VBMF's",

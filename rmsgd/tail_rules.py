@@ -95,7 +95,7 @@ LLR = TailRule(
     lowest=1.0,
     highest=5.0,
     least_values=50,
-    at_highest=("*embed*", "wte", "wpe", "*head"),
+    at_highest=("*emb*", "wte", "wpe", "*head"),
 )
 """Layerwise Learning Rates: He et al., "One LR Doesn't Fit All: Heavy-Tail Guided Layerwise Learning Rates
 for LLMs" (ICML 2026), for AdamW and Muon on language models, every 40 to 100 steps."""

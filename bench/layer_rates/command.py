@@ -1,0 +1,106 @@
+"""Layer-wise rates for other optimizers: the cost of a step and of a measurement, and a GPT with every rule.
+
+`groups` times a step of fused AdamW with one group, with a group per layer, and with LayerRates. `epoch-end`
+times `LayerRates.step` against a loop of full SVDs over the layers, as the authors of TempBalance measure.
+`language` trains a small GPT; its runs are kept in the folder of the results, and one that was there is not
+repeated.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from bench import arguments, measure, output
+from bench.layer_rates import language, speed
+from bench.measure import Interval
+from bench.names import look_up
+from bench.networks import networks
+
+PARTS = {"groups": speed.step, "epoch-end": speed.epoch_end, "language": language.runs}
+MODELS = ("resnet18", "resnet50", "vit-b16")
+
+
+def speed_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Seconds of every case, and how many times as long it takes as the first."""
+    result = Table(title=title)
+    result.add_column("model")
+    for case in rows[0]["seconds"]:
+        result.add_column(case, justify="right")
+    for row in rows:
+        cells = []
+        for case, seconds in row["seconds"].items():
+            ratio = row["ratio"].get(case)
+            cells.append(f"{seconds * 1e3:.1f} ms" + (f"\n{Interval(**ratio)}" if ratio else ""))
+        result.add_row(row["model"], *cells)
+    return result
+
+
+def language_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The losses of every variant, and its differences from AdamW."""
+    result = Table(title="A small GPT, nats per byte: means over seeds, and minus AdamW [95 %]")
+    for heading in (
+        "variant",
+        "held out",
+        "minus AdamW",
+        "training",
+        "minus AdamW",
+        "ratios",
+        "time measuring",
+    ):
+        result.add_column(heading, justify="left" if heading == "variant" else "right")
+    for row in rows:
+        cells = [row["variant"]]
+        for key in ("held_out", "training"):
+            difference = row.get(f"{key}_difference")
+            cells += [f"{row[key]:.3f}", Interval(*difference).text("+.3f") if difference else "-"]
+        low, high = row["ratios"]
+        result.add_row(*cells, f"{low:.2f} to {high:.2f}", f"{row['measuring']:.1%}")
+    return result
+
+
+def main(given: Sequence[str]) -> int:
+    """Measures, prints the tables, writes `layer-rates.json`; 0."""
+    parser = argparse.ArgumentParser(prog="python -m bench layer-rates", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(".out/layer-rates"), help="folder of the results")
+    parser.add_argument(
+        "--parts", type=arguments.names, default=tuple(PARTS), help="comma-separated (default: all)"
+    )
+    parser.add_argument(
+        "--models", type=networks, default=MODELS, help=f"comma-separated (default: {','.join(MODELS)})"
+    )
+    parser.add_argument("--rounds", type=arguments.positive, default=6, help="interleaved rounds (default 6)")
+    parser.add_argument("--threads", type=arguments.positive, default=1, help="of torch (default 1)")
+    parser.add_argument("--seeds", type=arguments.positive, default=3, help="of the GPT (default 3)")
+    parser.add_argument(
+        "--steps", type=arguments.positive, default=400, help="of a run of the GPT (default 400)"
+    )
+    options = parser.parse_args(given)
+    for part in options.parts:
+        look_up("part", part, PARTS)
+    output.check(options.out)
+    torch.set_num_threads(options.threads)
+    console = Console()
+    result: dict[str, Any] = {"schema": 1, "machine": measure.machine()}
+    if "groups" in options.parts:
+        rows = speed.rows(speed.step, options.models, 5 * options.rounds)
+        result["groups"] = rows
+        console.print(speed_table("A step of AdamW, fused", rows))
+    if "epoch-end" in options.parts:
+        rows = speed.rows(speed.epoch_end, options.models, options.rounds)
+        result["epoch-end"] = rows
+        console.print(speed_table("A measurement of all layers", rows))
+    if "language" in options.parts:
+        with Progress() as progress:
+            bar = progress.add_task("training", total=options.seeds * len(language.VARIANTS))
+            found = language.runs(options.out, options.seeds, options.steps, lambda: progress.advance(bar))
+        result["language"] = language.summary(found)
+        result["runs"] = found
+        console.print(language_table(result["language"]))
+    output.finish(options.out / "layer-rates.json", result, console)
+    return 0

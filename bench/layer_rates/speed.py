@@ -1,0 +1,104 @@
+"""What LayerRates costs: more parameter groups in every step, and a measurement now and then."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import rmsgd
+from bench import measure
+from bench.networks import network
+from bench.weights import make_trained_like
+from rmsgd.tails import TailReport
+
+RULES = ("rank-momentum", "tempbalance")
+
+
+def _adamw(model: nn.Module, split: bool) -> torch.optim.Optimizer:
+    groups: Any = rmsgd.layer_groups(model.named_parameters()) if split else model.parameters()
+    return torch.optim.AdamW(groups, lr=1e-9, fused=True)
+
+
+def step(name: str, rounds: int) -> dict[str, Any]:
+    """A step of fused AdamW: all parameters in one group, a group per layer, and with rates of their own."""
+    torch.manual_seed(0)
+    model = network(name)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    one, many, rated = _adamw(model, False), _adamw(model, True), _adamw(model, True)
+    rates = rmsgd.LayerRates(rated, rule=_spread)
+    rates.step()
+    cases = {"one group": one.step, "a group per layer": many.step, "with LayerRates": rated.step}
+    seconds = measure.interleave(cases, rounds, min_seconds=0.02, warmup=2)
+    return {
+        "model": name,
+        "tensors": sum(1 for _ in model.parameters()),
+        "groups": len(many.param_groups),
+        **_compared(seconds, "one group"),
+    }
+
+
+def _spread(report: rmsgd.Report) -> dict[str, float]:
+    """A ratio of its own for every layer."""
+    return {layer.name: 1.0 + 0.001 * i for i, layer in enumerate(report.measured)}
+
+
+def svd_loop(model: nn.Module) -> dict[str, float]:
+    """Tail exponents as the authors of TempBalance measure them: a full SVD of every layer, one by one.
+
+    A kernel (o, i, k, k) is k^2 matrices of o x i, times the square root of one half.
+    """
+    exponents = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            weight = module.weight.detach().clone()
+            if weight.ndim == 4:
+                weight = (weight.flatten(2) * math.sqrt(0.5)).permute(2, 0, 1)
+            eigenvalues = torch.linalg.svdvals(weight).flatten().square().sort().values
+            logs, first = eigenvalues.log(), len(eigenvalues) // 2
+            tail = logs[first:]
+            exponents[name] = 1 + len(tail) / float(tail.sum() - len(tail) * tail[0])
+    return exponents
+
+
+def epoch_end(name: str, rounds: int) -> dict[str, Any]:
+    """`LayerRates.step` under two rules against a loop of full SVDs, which the second of them asks for."""
+    torch.manual_seed(0)
+    model = network(name)
+    make_trained_like(model)
+    optimizer = torch.optim.SGD(rmsgd.layer_groups(model.named_parameters()), lr=0.1)
+    rates = {rule: rmsgd.LayerRates(optimizer, rule=rule) for rule in RULES}
+    cases = {"SVD loop": lambda: svd_loop(model)} | {rule: rates[rule].step for rule in RULES}
+    seconds = measure.interleave(cases, rounds)
+    report = rates["tempbalance"].report()
+    assert isinstance(report, TailReport)
+    ours = {layer.name: layer.alpha for layer in report.measured}
+    theirs = {f"{layer}.weight": alpha for layer, alpha in svd_loop(model).items()}
+    apart = [abs(ours[layer] / alpha - 1) for layer, alpha in theirs.items() if layer in ours]
+    return {
+        "model": name,
+        "layers": len(ours),
+        "compared": len(apart),
+        "exponents_apart": max(apart),
+        **_compared(seconds, "SVD loop"),
+    }
+
+
+def _compared(seconds: Mapping[str, Any], reference: str) -> dict[str, Any]:
+    """Median seconds of every case, and how many times as long it takes as the reference."""
+    return {
+        "seconds": {case: float(np.median(values)) for case, values in seconds.items()},
+        "ratio": {
+            case: measure.ratio(values, seconds[reference])._asdict()
+            for case, values in seconds.items()
+            if case != reference
+        },
+    }
+
+
+def rows(kind: Any, models: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+    """One of the measurements above for every network."""
+    return [kind(name, rounds) for name in models]
