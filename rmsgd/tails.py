@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from rmsgd.backends.base import MEASURED, NOT_FINITE
-from rmsgd.layers import unfoldings
 from rmsgd.metrics import plain
 from rmsgd.reference import hill_alpha
 
@@ -82,16 +81,18 @@ def tail_exponents(weights: Sequence[tuple[Tensor, Slices]]) -> Tensor:
     matrices = [part for weight, _ in weights for part in _slices(weight)]
     found = iter(eigenvalues(matrices))
     table = torch.full((len(weights), 2), math.nan, dtype=torch.float64, device="cpu")
-    for row, (_, slices) in zip(table, weights, strict=True):
-        spectrum = torch.cat([next(found).cpu() for _ in range(slices.matrices)])
+    for row, (weight, slices) in zip(table, weights, strict=True):
+        spectrum = torch.cat([_significant(next(found).cpu(), weight) for _ in range(slices.matrices)])
         row[TAIL_STATUS] = NOT_FINITE if spectrum.isnan().any() else MEASURED
         row[ALPHA] = hill_alpha(spectrum.sqrt().numpy())
     return table
 
 
-def has_tail(shape: Sequence[int]) -> bool:
-    """Whether a weight of this shape has a spectrum."""
-    return len(shape) > 1 and bool(unfoldings(shape))
+def _significant(spectrum: Tensor, weight: Tensor) -> Tensor:
+    """The eigenvalues of a slice, 0 where the rounding of single precision, or of float64, may be all."""
+    dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+    rounding = max(weight.shape[:2]) * torch.finfo(dtype).eps
+    return torch.where(spectrum <= rounding**2 * spectrum.max(), 0.0, spectrum)
 
 
 def _slices(weight: Tensor) -> list[Tensor]:
@@ -104,8 +105,7 @@ def _slices(weight: Tensor) -> list[Tensor]:
 def eigenvalues(weights: Sequence[Tensor]) -> list[Tensor]:
     """All eigenvalues of ``W W^T``, or of ``W^T W`` if that is smaller, of every matrix at once.
 
-    For each (min(m, n),) float64 on its device, descending; NaN where a weight has a NaN or an Inf. Those
-    that are numerically zero are 0.
+    For each (min(m, n),) float64 on its device, descending; NaN where a weight has a NaN or an Inf.
     """
     alike: dict[object, list[int]] = {}
     for i, weight in enumerate(weights):
@@ -116,8 +116,6 @@ def eigenvalues(weights: Sequence[Tensor]) -> list[Tensor]:
         stack = stack if stack.dtype == torch.float64 else stack.float()
         finite = stack.isfinite().flatten(1).all(1)
         gamma = torch.linalg.svdvals(torch.where(finite[:, None, None], stack, 0.0)).double()
-        eps = max(stack.shape[1:]) * torch.finfo(stack.dtype).eps
-        gamma = torch.where(gamma > eps * gamma[:, :1], gamma, 0.0)
         gamma[~finite] = math.nan
         for i, values in zip(places, gamma, strict=True):
             found[i] = values * values

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
 import rmsgd
+from rmsgd.integrations import log_dict
 
 LR = 0.03
 
@@ -152,6 +153,18 @@ def test_the_ratio_of_a_layer_is_the_one_computed_by_hand():
     assert rates.learning_rates()["w"] == pytest.approx(0.5 * (1 + gain))
     rates.step()  # no gain: half of the way back
     assert rates.learning_rates()["w"] == pytest.approx(0.5 * (1 + 0.5 * gain))
+
+
+@pytest.mark.parametrize(("rule", "metric"), [("rank-momentum", "stable_rank"), ("tempbalance", "alpha")])
+def test_rates_and_metrics_are_one_dict_for_a_tracker(rule, metric):
+    optimizer = torch.optim.SGD(rmsgd.layer_groups(network().named_parameters()), lr=LR)
+    rates = rmsgd.LayerRates(optimizer, rule=rule)
+    assert log_dict(rates) == {f"learning_rate/{n}": rate for n, rate in rates.learning_rates().items()}
+    rates.step()
+    found = log_dict(rates)
+    assert found["learning_rate/0.weight"] == rates.learning_rates()["0.weight"]
+    assert found[f"{metric}/3.weight"] == getattr(rates.report().layers[1], metric)
+    assert all(type(value) is float for value in found.values())
 
 
 # -- group["lr"] stays the user's -------------------------------------------------------------------

@@ -8,7 +8,9 @@ optimizer of timm. Each module needs its framework; ``import rmsgd`` needs none 
 from typing import Any
 
 from rmsgd.metrics import NETWORK_QUALITY, SCALARS
+from rmsgd.optim.layer_rates import LayerRates
 from rmsgd.optim.optimizer import RMSGD
+from rmsgd.tails import TailReport
 
 _WRAPPED_AS = ("optimizer", "optim")
 """Where a wrapper keeps what it wraps: Accelerate, Lightning, DeepSpeed; ZeroRedundancyOptimizer."""
@@ -32,6 +34,9 @@ def unwrap(optimizer: Any) -> RMSGD:
 def log_dict(optimizer: Any) -> dict[str, float]:
     """Learning rates and metrics of every layer as one flat dict, which any tracker takes.
 
+    Of an optimizer that holds an RMSGD, or of a ``LayerRates``, whose reports may be of tail exponents:
+    ``alpha/NAME`` then.
+
     ``learning_rate/NAME`` for every parameter; from the first ``epoch_step`` on also ``stable_rank/NAME``,
     ``condition_number/NAME`` and ``quality/NAME`` of every measured layer (one for each of
     ``rmsgd.metrics.SCALARS``), and ``quality``, Q of the network, where a layer was measured. On a GPU this
@@ -41,12 +46,14 @@ def log_dict(optimizer: Any) -> dict[str, float]:
         Names to floats: rates as they are applied, metrics in the ranges that ``rmsgd.metrics`` declares.
 
     Raises:
-        TypeError: there is no RMSGD in the optimizer.
+        TypeError: there is no RMSGD in the optimizer, and it is no LayerRates.
     """
-    inner = unwrap(optimizer)
+    inner = optimizer if isinstance(optimizer, LayerRates) else unwrap(optimizer)
     values = {f"learning_rate/{name}": rate for name, rate in inner.learning_rates().items()}
     if inner._rates.measured:
         report = inner.report()
+        if isinstance(report, TailReport):
+            return values | {f"alpha/{layer.name}": layer.alpha for layer in report.measured}
         for metric in SCALARS:
             values |= {f"{metric.name}/{x.name}": getattr(x, metric.name) for x in report.measured}
         if report.measured:
