@@ -459,6 +459,25 @@ def test_an_optimizer_that_does_not_derive_from_torchs_is_served_too():
     assert groups[0]["lr"] == LR
 
 
+def test_an_optimizer_that_accelerate_has_wrapped_is_served_as_well():
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, other = network(), network()
+    results = []
+    for wraps in (False, True):
+        m = (model, other)[wraps]
+        optimizer = torch.optim.SGD(rmsgd.layer_groups(m.named_parameters()), lr=LR)
+        wrapped = accelerator.prepare(optimizer) if wraps else optimizer
+        rates = moved(m, wrapped, rmsgd.LayerRates(wrapped))
+        gradients(m, 0)
+        wrapped.step()
+        assert {group["lr"] for group in optimizer.param_groups} == {LR}
+        results.append([*rates.learning_rates().values(), *(float(p.detach().sum()) for p in m.parameters())])
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+    assert results[0] == pytest.approx(results[1])
+
+
 def test_a_second_one_takes_the_place_of_the_first():
     _, optimizer, first = ready()
     step = optimizer.step

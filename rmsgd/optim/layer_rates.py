@@ -119,8 +119,8 @@ class LayerRates:
         self.process_group = process_group
         self.state: dict[Tensor, State] = {}
         self._ratio_rule: RatioRule | None = None
-        if rule in NAMES:
-            base = RULES[NAMES[str(rule)]]
+        if isinstance(rule, str) and rule in NAMES:
+            base = RULES[NAMES[rule]]
             self._rule = base.name
         else:
             given = [name for name, default in _OPTIONS.items() if options[name] != default]
@@ -194,6 +194,7 @@ class LayerRates:
         if not hold_the_same(self.optimizer.param_groups, self._order):
             self._rebuild()
         if self._ratios is None:
+            self._refresh()  # the model may have moved since
             with torch.inference_mode(False), torch.no_grad():
                 for device in self._rates.devices:
                     device.measure_first()
