@@ -53,6 +53,7 @@ HOW = {
     "noise-search": "every free energy in float64",
     "study": "means over seeds",
     "same-lr": "means over seeds",
+    "layer-rates-gpt": "means over seeds",
     "split": "processes over gloo; medians of interleaved rounds",
     "gate": "each run against a baseline of the machine when it was quiet",
 }
@@ -222,6 +223,50 @@ def _same_lr(rows: list[dict[str, Any]]) -> str:
     return _markdown(list(SAME_LR_HEADINGS), [same_lr_cells(row) for row in rows])
 
 
+def timed_cells(row: Mapping[str, Any]) -> list[str]:
+    """Milliseconds of every case, and how many times as long it takes as the first, with its interval."""
+    return [
+        f"{seconds * 1e3:.1f}" + (f"<br>{_interval(row['ratio'][case])}" if case in row["ratio"] else "")
+        for case, seconds in row["seconds"].items()
+    ]
+
+
+def _layer_rates_step(rows: list[dict[str, Any]]) -> str:
+    headings = ["a step of fused AdamW, ms; / one group [95 %]", "tensors", "groups", *rows[0]["seconds"]]
+    return _markdown(
+        headings, [[row["model"], str(row["tensors"]), str(row["groups"]), *timed_cells(row)] for row in rows]
+    )
+
+
+def _layer_rates_end(rows: list[dict[str, Any]]) -> str:
+    headings = ["a measurement, ms; / SVD loop [95 %]", "layers", *rows[0]["seconds"]]
+    return _markdown(headings, [[row["model"], str(row["layers"]), *timed_cells(row)] for row in rows])
+
+
+GPT_HEADINGS = (
+    "a GPT, nats per byte",
+    "held out",
+    "minus AdamW [95 %]",
+    "training",
+    "minus AdamW [95 %]",
+    "ratios",
+)
+
+
+def gpt_cells(row: Mapping[str, Any]) -> list[str]:
+    """A variant: held-out and training loss with the differences from AdamW, and the range of its ratios."""
+    cells = [row["variant"]]
+    for key in ("held_out", "training"):
+        difference = row.get(f"{key}_difference")
+        cells += [f"{row[key]:.3f}", Interval(*difference).text("+.3f") if difference else "-"]
+    low, high = row["ratios"]
+    return [*cells, f"{low:.2f} to {high:.2f}"]
+
+
+def _layer_rates_gpt(rows: list[dict[str, Any]]) -> str:
+    return _markdown(list(GPT_HEADINGS), [gpt_cells(row) for row in rows])
+
+
 def _study(rows: list[dict[str, Any]]) -> str:
     headings = ["digits, test accuracy (%)", "mean ± std", "gap", "Q", "rmsgd minus it [95 %]", "p (Holm)"]
     return _markdown(headings, [[row["optimizer"], *study_cells(row)] for row in rows])
@@ -346,6 +391,9 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "probe-speed": _probe_speed,
     "study": _study,
     "same-lr": _same_lr,
+    "layer-rates-step": _layer_rates_step,
+    "layer-rates-end": _layer_rates_end,
+    "layer-rates-gpt": _layer_rates_gpt,
     "epoch-time": _epoch_time,
     "gate": _gate,
     "split": _split,

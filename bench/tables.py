@@ -17,7 +17,7 @@ from bench.study import report
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 PAGES = (
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "learning-rates", "study")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "layer-rates", "learning-rates", "study")),
     ROOT / "README.md",
 )
 
@@ -44,6 +44,7 @@ def recorded(folder: Path) -> list[dict[str, Any]]:
     cost = {"machine": speed["machine"], "cost": readme.cost_rows({**speed, **probe, **epoch}, "resnet18")}
     others = [read(f"{name}.json") for name in ("split-cpu", "noise-search", "gate")]
     others += [read(path.name) for path in folder.glob("same-lr.json")]
+    others += [read(path.name) for path in sorted(folder.glob("layer-rates*.json"))]
     return [speed, probe, epoch, digits, cost, *others]
 
 

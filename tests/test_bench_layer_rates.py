@@ -1,6 +1,7 @@
 """What layer-wise rates cost and are worth: what is compared is the same work, and runs are kept."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -63,10 +64,28 @@ def test_the_first_losses_of_all_variants_are_the_same_and_runs_are_not_repeated
 
 
 def test_the_command_writes_what_it_measured(tmp_path, capsys, one_thread):
-    flags = ["--models", "resnet18", "--rounds", "1", "--seeds", "2", "--steps", "4", "--out", str(tmp_path)]
+    page = tmp_path / "page.md"
+    tables = ("layer-rates-step", "layer-rates-end", "layer-rates-gpt")
+    page.write_text("".join(f"<!-- measured: {name} -->\n<!-- /measured -->\n" for name in tables))
+    flags = [
+        "--readme",
+        str(page),
+        "--models",
+        "resnet18",
+        "--rounds",
+        "1",
+        "--seeds",
+        "2",
+        "--steps",
+        "4",
+        "--out",
+        str(tmp_path),
+    ]
     assert main(["layer-rates", *flags]) == 0
     written = json.loads((tmp_path / "layer-rates.json").read_text())
-    assert {"groups", "epoch-end", "language", "runs", "machine"} <= set(written)
+    assert {"layer-rates-step", "layer-rates-end", "layer-rates-gpt", "runs", "machine"} <= set(written)
+    assert re.search(r"\| resnet18 \| 6 \| 3 \| \d", page.read_text())
+    assert re.search(r"\| llr \| \d\.\d{3} \|", page.read_text())
     said = capsys.readouterr().out
     assert "A measurement of all layers" in said
     assert "tempbalance" in said

@@ -16,9 +16,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bench import arguments, measure, output
+from bench import arguments, measure, output, readme, terminal
 from bench.layer_rates import language, speed
-from bench.measure import Interval
 from bench.names import look_up
 from bench.networks import networks
 
@@ -26,41 +25,31 @@ PARTS = {"groups": speed.step, "epoch-end": speed.epoch_end, "language": languag
 MODELS = ("resnet18", "resnet50", "vit-b16")
 
 
+TABLES = {
+    "groups": "layer-rates-step",
+    "epoch-end": "layer-rates-end",
+    "language": "layer-rates-gpt",
+}
+"""What the result of each part is called, and its table in the documentation."""
+
+
 def speed_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Seconds of every case, and how many times as long it takes as the first."""
+    """Milliseconds of every case, and how many times as long it takes as the first."""
     result = Table(title=title)
-    result.add_column("model")
-    for case in rows[0]["seconds"]:
-        result.add_column(case, justify="right")
+    for heading in ("model", *rows[0]["seconds"]):
+        result.add_column(heading, justify="left" if heading == "model" else "right")
     for row in rows:
-        cells = []
-        for case, seconds in row["seconds"].items():
-            ratio = row["ratio"].get(case)
-            cells.append(f"{seconds * 1e3:.1f} ms" + (f"\n{Interval(**ratio)}" if ratio else ""))
-        result.add_row(row["model"], *cells)
+        result.add_row(row["model"], *(cell.replace("<br>", "\n") for cell in readme.timed_cells(row)))
     return result
 
 
 def language_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The losses of every variant, and its differences from AdamW."""
-    result = Table(title="A small GPT, nats per byte: means over seeds, and minus AdamW [95 %]")
-    for heading in (
-        "variant",
-        "held out",
-        "minus AdamW",
-        "training",
-        "minus AdamW",
-        "ratios",
-        "time measuring",
-    ):
-        result.add_column(heading, justify="left" if heading == "variant" else "right")
+    result = Table(title="Means over seeds, and differences from AdamW [95 %]")
+    for heading in readme.GPT_HEADINGS:
+        result.add_column(heading, justify="left" if heading == readme.GPT_HEADINGS[0] else "right")
     for row in rows:
-        cells = [row["variant"]]
-        for key in ("held_out", "training"):
-            difference = row.get(f"{key}_difference")
-            cells += [f"{row[key]:.3f}", Interval(*difference).text("+.3f") if difference else "-"]
-        low, high = row["ratios"]
-        result.add_row(*cells, f"{low:.2f} to {high:.2f}", f"{row['measuring']:.1%}")
+        result.add_row(*readme.gpt_cells(row))
     return result
 
 
@@ -80,27 +69,28 @@ def main(given: Sequence[str]) -> int:
     parser.add_argument(
         "--steps", type=arguments.positive, default=400, help="of a run of the GPT (default 400)"
     )
+    parser.add_argument("--readme", type=Path, help="rewrite the tables of this file")
     options = parser.parse_args(given)
     for part in options.parts:
         look_up("part", part, PARTS)
-    output.check(options.out)
+    output.check(options.out, options.readme, [TABLES[part] for part in options.parts])
     torch.set_num_threads(options.threads)
     console = Console()
     result: dict[str, Any] = {"schema": 1, "machine": measure.machine()}
     if "groups" in options.parts:
         rows = speed.rows(speed.step, options.models, 5 * options.rounds)
-        result["groups"] = rows
+        result[TABLES["groups"]] = rows
         console.print(speed_table("A step of AdamW, fused", rows))
     if "epoch-end" in options.parts:
         rows = speed.rows(speed.epoch_end, options.models, options.rounds)
-        result["epoch-end"] = rows
+        result[TABLES["epoch-end"]] = rows
         console.print(speed_table("A measurement of all layers", rows))
     if "language" in options.parts:
         with Progress() as progress:
             bar = progress.add_task("training", total=options.seeds * len(language.VARIANTS))
             found = language.runs(options.out, options.seeds, options.steps, lambda: progress.advance(bar))
-        result["language"] = language.summary(found)
+        result[TABLES["language"]] = rows = language.summary(found)
         result["runs"] = found
-        console.print(language_table(result["language"]))
-    output.finish(options.out / "layer-rates.json", result, console)
+        terminal.show(language_table(rows), console)
+    output.finish(options.out / "layer-rates.json", result, console, page=options.readme)
     return 0
