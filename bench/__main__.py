@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from bench.errors import UnavailableError, UsageError, is_out_of_memory
 
-# Command to what it does. Its module has the same name, with underscores, and a function
-# `main(arguments: Sequence[str]) -> int`; it is imported only when it is asked for.
+# From a command to what it does. Its module has the same name with underscores, and a function
+# `main(arguments: Sequence[str]) -> int`. A module is imported only when its command is given.
 COMMANDS = {
     "train": "train a network with several optimizers side by side",
     "study": "repeat the paper's tables and figures, and compare with what it published",
@@ -16,10 +16,10 @@ COMMANDS = {
     "layer-rates": "time layer-wise rates for AdamW against a loop of SVDs, and train a GPT with each rule",
     "epoch-time": "time an epoch with several optimizers, part by part",
     "gate": "fail when the optimizer got slower: the check for CI",
-    "noise-search": "compare the EVBMF searches: ours, rmsgd 1.0.2's and the Python VBMF's",
+    "noise-search": "compare EVBMF's search for the noise variance with rmsgd 1.0.2's and the Python VBMF's",
     "gpu": "build, test and measure the CUDA kernels on this machine's GPU",
     "speed": "time the step and the epoch end against torch's SGD and rmsgd 1.0.2",
-    "split": "time the epoch end shared by two processes, and model more of them",
+    "split": "time an epoch end that two processes share, and model it for more processes",
     "spectrum": "time the spectrum of one matrix of each size, part by part, against torch's routines",
     "probe-speed": "time rmsgd.probe against WeightWatcher on the same state dicts",
     "tables": "write the measured tables of README and docs from the recorded results",
@@ -30,8 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        Its exit status; 1 where memory does not suffice, 2 for what cannot be done here or be written, 130
-        when interrupted. Bad arguments exit with 2; any other error is a fault of the program and passes.
+        The command's exit status; 1 where memory does not suffice, 2 where something cannot be done here or
+            cannot be written, 130 when interrupted. Bad arguments exit with 2. Any other error is a fault of
+            the program and passes.
 
     """
     parser = argparse.ArgumentParser(

@@ -1,4 +1,4 @@
-"""What the commands' arguments have in common: types, checks and the lists in their help."""
+"""The types and checks of arguments that commands share, and the lists in their help."""
 
 import argparse
 import ast
@@ -15,7 +15,7 @@ from bench.errors import UsageError
 from bench.names import look_up
 
 WIDEST = 100
-"""No machine holds a network of that many times its channels."""
+"""The largest factor on channel counts: no machine holds a wider network."""
 
 KNOWN = (
     f"Models: {', '.join(models.ARCHITECTURES)}.  Optimizers: {', '.join(peers.PEERS)}.  "
@@ -37,7 +37,7 @@ def integers(text: str) -> tuple[int, ...]:
 
 
 def some_of(kind: str, known: Mapping[str, object]) -> Callable[[str], tuple[str, ...]]:
-    """`A,B,...`, each a key of `known`, which holds things of this kind."""
+    """A parser of `A,B,...`, where each name is a key of `known`, which holds things of this kind."""
 
     def known_names(text: str) -> tuple[str, ...]:
         try:
@@ -58,7 +58,7 @@ def positive(text: str) -> int:
 
 
 def number(text: str) -> float:
-    """The number that a text is; NaN where it is none."""
+    """The number that a text stands for; NaN if it is not a number."""
     try:
         return float(text)
     except ValueError:
@@ -82,7 +82,7 @@ def width(text: str) -> float:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Adds `--set`: what is given is a list for `overrides`."""
+    """Adds `--set`, whose values are a list for `overrides`."""
     parser.add_argument(
         "--set",
         type=assignment,
@@ -124,13 +124,13 @@ def check_device(name: str) -> None:
 
 
 def check_taking_part(overrides: Iterable[str], optimizers: Iterable[str]) -> None:
-    """Raises UsageError when there are settings for an optimizer that is not among these."""
+    """Raises UsageError when there are settings for an optimizer that does not take part."""
     if unused := set(overrides) - set(optimizers):
         raise UsageError(f"settings for {', '.join(sorted(unused))}, which is not among the optimizers")
 
 
 def check_unique(what: str, values: Sequence[object]) -> None:
-    """Raises UsageError when there is none, or one stands there twice."""
+    """Raises UsageError when there is no value, or one is given twice."""
     if not values:
         raise UsageError(f"at least one {what} is needed")
     if len(set(values)) < len(values):

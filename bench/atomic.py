@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever kills the process or fills the disk."""
+"""Files that are written whole or not at all, whatever kills the process or fills the disk."""
 
 import io
 import os
@@ -13,13 +13,13 @@ PARTIAL = ".part"
 def write(path: Path, content: bytes | memoryview) -> None:
     """Writes a file so that at every moment `path` holds the old content or all of the new.
 
-    Content goes to a temporary file beside it, to the disk (fsync), and then takes the name; the
-    folder is synchronised too, so that the name outlives a power cut. Processes that write the same
-    file do not meet; one that is killed leaves its temporary file to `sweep`.
+    The content goes to a temporary file beside it and to the disk (fsync), and the file is then renamed. The
+    folder is synchronised too, so that the name outlives a power cut. Processes that write the same file do
+    not disturb each other. One that is killed leaves its temporary file to `sweep`.
 
     Raises:
-        OSError: the disk is full, or cannot be written to. The old file is intact and the temporary
-            one is gone.
+        OSError: the disk is full, or cannot be written to. The old file is intact, and the temporary file is
+            gone.
 
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
@@ -40,13 +40,13 @@ def write(path: Path, content: bytes | memoryview) -> None:
 
 
 def save(path: Path, content: Any) -> None:
-    """`torch.save` by way of `write`. It is serialised in memory first: torch's writer hides a full disk."""
+    """`torch.save` through `write`, serialised in memory first, since torch's writer hides a full disk."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write(path, buffer.getbuffer())
 
 
 def sweep(folder: Path) -> None:
-    """Removes what killed processes left in a folder and below it, where no other process writes now."""
+    """Removes what killed processes left in and below a folder that no other process writes to now."""
     for partial in folder.rglob(f"*{PARTIAL}"):
         partial.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
-"""How much a step and an epoch end have to do: bytes moved, multiplications."""
+"""How much work a step and an epoch end are: bytes moved, multiplications."""
 
 from rmsgd.layers import Unfolding
 
 STEP_BYTES = 20
-"""Moved per fp32 parameter: weight, gradient and velocity are read, weight and velocity written."""
+"""Bytes moved per fp32 parameter: weight, gradient and velocity are read, weight and velocity are written."""
 
 
 def gram_multiplications(unfolding: Unfolding) -> int:

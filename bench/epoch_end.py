@@ -1,6 +1,6 @@
 """The cases of an epoch end that are timed.
 
-The gate times them for older revisions of rmsgd too, so that only what those have is imported from it here.
+The gate times them for older revisions of rmsgd too, so this module imports only names that those have.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,9 @@ def spectra(model: nn.Module) -> list[tuple[Tensor, Unfolding]]:
 def gram_products(model: nn.Module) -> Callable[[], None]:
     """`torch.mm` of every unfolding with its transpose: both modes, whole matrices, in fp32.
 
-    A measure and no floor: a Gram matrix is symmetric, so half of each product is enough, and the modes of
-    a 1x1 convolution share one.
+    This is a yardstick and not a lower bound: a Gram matrix is symmetric, so half of each product is enough,
+        and
+    the modes of a 1x1 convolution share one.
     """
     matrices = []
     for p, u in spectra(model):
@@ -51,7 +52,7 @@ def torch_spectra(model: nn.Module) -> Callable[[], None]:
 
 
 def epoch_end(model: nn.Module, process_group: Any = None) -> Callable[[], None]:
-    """RMSGD's epoch end, and its rates, so that nothing can hide behind it."""
+    """RMSGD's epoch end and the read of its rates, so that no work is left running when the clock is read."""
     optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03, process_group=process_group)
 
     def end() -> None:

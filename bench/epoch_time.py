@@ -17,14 +17,14 @@ from bench.epoch_timing import Settings
 from bench.measure import Interval
 
 DEFAULT_OPTIMIZERS = ("rmsgd", "sgd", "sgd-per-layer", "sam", "sgdp", "adamp", "adam")
-TOLERANCE = 0.03  # of a round, between the sum of its parts and one clock around it
+TOLERANCE = 0.03  # the largest difference between a round's time and the sum of its parts, as a share of it
 
 
 def main(given: Sequence[str]) -> int:
     """Times, prints the table, writes JSON, CSV and a bar chart.
 
     Returns:
-        0, or 1 when the parts do not add up or the memory does not suffice.
+        0, or 1 when the parts do not add up or memory does not suffice.
 
     """
     parser = _parser()
@@ -116,7 +116,7 @@ def table(result: dict[str, Any]) -> Table:
         f"epoch\n({reference} = 1)",
         "added\n(%)",
     ):
-        rows.add_column(heading, justify="right")  # wraps where a terminal is narrow: no figure is cut
+        rows.add_column(heading, justify="right")  # it wraps on a narrow terminal, so that no number is cut
     for row in result["optimizers"]:
         is_reference = row["optimizer"] == reference
         rows.add_row(
@@ -142,7 +142,7 @@ def _write(out: Path, result: dict[str, Any], console: Console) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A line per optimizer; an interval is three columns, `_median`, `_low` and `_high`. Seconds."""
+    """Writes a line per optimizer, in seconds. An interval is three columns: `_median`, `_low`, `_high`."""
     flat = []
     for row in rows:
         line: dict[str, Any] = {}
@@ -156,12 +156,12 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def overhead_chart(path: Path, result: dict[str, Any]) -> Path:
-    """What an epoch costs beyond the reference's: by its whole time, and by steps and epoch ends alone."""
+    """Draws an epoch's overhead over the reference's: of the whole, and of steps and epoch ends alone."""
     rows, config, reference = result["optimizers"], result["config"], result["reference"]
 
     def triple(interval: dict[str, float | None], scale: float, offset: float) -> tuple[float, float, float]:
         ends = (interval[part] for part in ("median", "low", "high"))
-        # Few rounds have no interval: its ends are no numbers.
+        # Few rounds give no interval, and its ends are then NaN.
         value, low, high = (math.nan if end is None else scale * end - offset for end in ends)
         return value, low, high
 
@@ -190,6 +190,6 @@ def _complaints(result: dict[str, Any], console: Console) -> int:
             )
         if not row["finite"]:
             console.print(
-                f"{row['optimizer']}: its loss is no number any more; the times stand", soft_wrap=True
+                f"{row['optimizer']}: its loss is no longer a number; the times are valid", soft_wrap=True
             )
     return status

@@ -1,24 +1,24 @@
 """What an epoch costs with each optimizer, part by part: the engine of `python -m bench epoch-time`.
 
-The protocol, whole:
+This is the whole protocol:
 
-1. Every optimizer has its own copy of the network, from the same seed; nothing is loaded or moved
-   while the clock runs, the batches are on the device.
-2. Warm-up, not timed: two steps, an epoch end and an evaluation batch of each.
+1. Every optimizer has its own copy of the network, from the same seed. The batches are on the device, so that
+   nothing is loaded or moved while the clock runs.
+2. Two steps, an epoch end and an evaluation batch of each optimizer warm up and are not timed.
 3. A round trains a few steps with every optimizer in turn, in an order drawn anew each round, then
-   ends an epoch and evaluates one batch. What else the machine does meets all of them alike.
-4. Parts are booked at their boundaries: forward and backward (with SAM's second pass, which runs
-   inside its step), the step itself, the epoch end, the evaluation. On CUDA the first two are read
-   from events on the stream, so that nothing waits in between; the epoch end and the evaluation
-   start and end with an idle device, so that nothing hides in a side stream.
-5. The epoch is composed: steps of an epoch x (forward and backward + step) + epoch end. Evaluation
-   stands apart: it is the same for all. Probing is part of an epoch only for the optimizer that
-   needs it.
-6. Reported is the median over rounds with a 95 % interval, from six rounds on. Ratios are taken within a
-   round and then their median. "Added" is the optimizer's own time (steps and epoch end) beyond the
-   reference's, in per cent of the reference's epoch: it leaves out the forward and backward pass,
-   which is the same computation for every optimizer with one pass, and with it most of the noise.
-7. A clock around every round checks the parts: their sum has to be within 3 % of it.
+   ends an epoch and evaluates one batch. So other work on the machine slows all of them alike.
+4. Time is booked by parts: forward and backward (with SAM's second pass, which runs inside its step), the
+   step itself, the epoch end, the evaluation. On CUDA the first two are read from events on the stream, so
+   that nothing waits in between. The epoch end and the evaluation start and end with an idle device, so that
+   their work on a side stream is counted.
+5. The time of an epoch is composed: steps of an epoch x (forward and backward + step) + epoch end. It leaves
+   out the evaluation, which is the same for all. An epoch end is part of it only for an optimizer that has
+   one.
+6. The report gives the median over rounds, with a 95 % interval from six rounds on. Ratios are taken within a
+   round, and their median is reported. "Added" is the optimizer's own time (steps and epoch end) beyond the
+   reference's, in per cent of the reference's epoch. It leaves out the forward and backward pass, which is
+   the same computation for every optimizer with one pass, and with it most of the noise.
+7. A clock around every round checks the parts: their sum has to be within 3 % of the whole.
 """
 
 import math
@@ -39,11 +39,11 @@ from bench.errors import UsageError, is_out_of_memory
 from bench.training import cross_entropy
 
 SCHEMA = "rmsgd-bench-epoch-time/1"
-# Training and test samples of an epoch of synthetic data: CIFAR's, ImageNet's, and the windows of
-# 256 characters in a megabyte of text, by the last side of a sample.
+# From the last side of a sample to the training and test samples of an epoch of synthetic data: those of
+# CIFAR, of ImageNet, and the windows of 256 characters in a megabyte of text.
 EPOCHS = {32: (50_000, 10_000), 224: (1_281_167, 50_000), 256: (3_921, 435)}
 POOL = 4  # batches kept on the device and used in turn
-LONG_ENOUGH = 0.3  # seconds that the steps of a round take at least
+LONG_ENOUGH = 0.3  # the least seconds that the steps of a round take
 
 
 class DoesNotFitError(RuntimeError):
@@ -93,7 +93,7 @@ class Workload:
 
 
 def workload(settings: Settings) -> Workload:
-    """The data of `settings`; UsageError when model and data do not fit."""
+    """The data of `settings`; raises UsageError when model and data do not fit."""
     samples = None if settings.data == "digits" else POOL * settings.batch
     if settings.data == "synthetic":
         train, test = EPOCHS.get(models.architecture(settings.model).sample[-1], EPOCHS[32])
@@ -109,19 +109,19 @@ def workload(settings: Settings) -> Workload:
         train, test = len(dataset.train), len(dataset.test)
     elif settings.data != "synthetic":
         train, test = data.sizes(Path(settings.data))
-    # As `data.Batches` makes them: what is left of the training set after the last whole batch is not used.
+    # As in `data.Batches`, the samples after the last whole batch are not used.
     steps, evaluations = train // settings.batch, math.ceil(test / count)
     return Workload(batches, held_out, steps, evaluations, dataset.classes)
 
 
 class Case:
-    """One optimizer with a network of its own, and what its rounds took.
+    """One optimizer with a network of its own, and the times of its rounds.
 
     Attributes:
-        seconds: part to seconds per round: of one step for "forward_backward" and "step", of one
-            for "epoch_end", of one batch for "evaluation"; "parts" and "whole" are a round's
-            training by the sum of its parts and by one clock around it.
-        finite: the loss has stayed a number.
+        seconds: from a part to its seconds in each round: those of one step for "forward_backward" and
+            "step", of one epoch end for "epoch_end", of one batch for "evaluation". "parts" and "whole" are a
+            round's training by the sum of its parts and by one clock around it.
+        finite: whether the loss has stayed a number.
 
     """
 
@@ -176,7 +176,7 @@ class Case:
         for inputs, targets in islice(self._batches, steps):
 
             def gradients(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-                # Inside SAM's step: what came before this second pass was the step.
+                # This runs inside SAM's step: the time before this second pass belongs to the step.
                 clock.stop("step")
                 loss = cross_entropy(self._network(inputs), targets)
                 if torch.is_grad_enabled():  # a line search asks for the loss alone
@@ -207,7 +207,7 @@ class Case:
         return time.perf_counter()
 
     def memory(self) -> dict[str, float | None]:
-        """MiB of optimizer state, and on CUDA the peak of one step beside the other cases."""
+        """MiB of the optimizer's state, and on CUDA the peak of one step beside the other cases."""
         state = sum(
             value.nbytes
             for optimizer in peers.parts(self._optimizer)
@@ -301,7 +301,7 @@ def said_when_full(settings: Settings) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    # Outside the handler: the error's traceback holds the tensors that filled the device.
+    # This stands outside the handler, since the error's traceback holds the tensors that filled the device.
     fitting = largest_fitting_batch(settings)
     advice = f"batch {fitting} would fit" if fitting else "not even a batch of 1 would fit"
     names = ", ".join(settings.optimizers)
@@ -312,7 +312,7 @@ def said_when_full(settings: Settings) -> Iterator[None]:
 
 
 def largest_fitting_batch(settings: Settings) -> int:
-    """The largest halving of the batch with which every case makes its first steps; 0 if none."""
+    """The largest half, quarter, ... of the batch with which every case makes its first steps; 0 if none."""
     batch = settings.batch // 2
     while batch:
         if torch.cuda.is_available():

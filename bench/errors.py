@@ -1,12 +1,12 @@
-"""What a command answers with one line instead of a traceback."""
+"""Errors that a command answers with one line instead of a traceback."""
 
 
 class UsageError(ValueError):
-    """What was asked for makes no sense, or cannot be done here; the message says what was expected."""
+    """The request makes no sense, or cannot be met here. The message says what was expected."""
 
 
 class UnavailableError(RuntimeError):
-    """An optional package is not installed, and could not be fetched; the message says how to get it."""
+    """An optional package is not installed, and could not be fetched. The message says how to get it."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

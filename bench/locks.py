@@ -1,4 +1,4 @@
-"""One process at a time: a lock on a folder that goes with the process, however that ends."""
+"""A lock on a folder for one process at a time, which is released when the process ends in any way."""
 
 import fcntl
 import os
@@ -8,17 +8,17 @@ from pathlib import Path
 
 
 class BusyError(RuntimeError):
-    """Another process is at this folder."""
+    """Another process holds this folder."""
 
 
 @contextmanager
 def locked(folder: Path, wait: bool = False, name: str = ".lock") -> Iterator[None]:
-    """Holds the folder for this process alone; the lock goes with the process, however that ends.
+    """Holds the folder for this process alone. The lock is released when the process ends in any way.
 
     Args:
-        folder: to hold; it is there.
-        wait: until another process lets go of it.
-        name: of the lock's file: who holds one by another name is not met.
+        folder: the folder to hold, which must exist.
+        wait: whether to wait until another process releases it.
+        name: the name of the lock's file. Locks of different names do not exclude each other.
 
     Raises:
         BusyError: another process holds it, and this one does not wait.

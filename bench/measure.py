@@ -1,8 +1,8 @@
 """Timing that can be trusted on a noisy machine, and results that can be read later.
 
-Cases that are to be compared are timed in turn, round by round, so that whatever else the machine
-does meets all of them alike. A comparison is the median over rounds of the paired ratio, with a
-distribution-free confidence interval. Absolute seconds are for the reader's orientation only.
+Cases that are to be compared are timed in turn, round by round, so that other work on the machine slows all
+of them alike. A comparison is the median over rounds of the paired ratio, with a distribution-free confidence
+interval. Absolute seconds are for the reader's orientation only.
 """
 
 import gc
@@ -32,7 +32,7 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """A median (or mean) and its interval; `low` and `high` are None where the samples tell of none."""
+    """A median (or mean) and its interval; `low` and `high` are None where the samples give no interval."""
 
     median: float
     low: float | None
@@ -42,7 +42,7 @@ class Interval(NamedTuple):
         return self.text()
 
     def text(self, form: str = ".3f") -> str:
-        """`median [low, high]`, or `median [-]`, every number in this format."""
+        """The text `median [low, high]`, or `median [-]`, with every number in this format."""
         bounds = "-" if self.low is None else f"{self.low:{form}}, {self.high:{form}}"
         return f"{self.median:{form}} [{bounds}]"
 
@@ -65,14 +65,14 @@ class Interleaved:
     several times per round and the mean is kept.
 
     Args:
-        cases: name to function without arguments. What it returns is ignored.
+        cases: from a name to a function without arguments, whose result is ignored.
         min_seconds: shortest time a case may run in one round, in seconds.
         warmup: calls of every case before anything is timed; at least one.
         synchronise: called before the clock is read, for devices that work asynchronously
             (`torch.cuda.synchronize`).
 
     Raises:
-        ValueError: there is no case, or `warmup` < 1, or `min_seconds` is negative.
+        ValueError: there is no case, `warmup` is below 1, or `min_seconds` is negative.
 
     """
 
@@ -137,7 +137,7 @@ class HostClock:
     """Books time under phases by the host's clock, waiting for the device at every boundary.
 
     Args:
-        device: what has to be idle before the clock is read.
+        device: the device that has to be idle before the clock is read.
         phases: names that `seconds` holds from the start, at 0.
 
     Attributes:
@@ -162,10 +162,10 @@ class HostClock:
 
 
 class EventClock:
-    """Books time under phases by CUDA events on the current stream, which stop neither side.
+    """Books time under phases by CUDA events on the current stream, which stop neither host nor device.
 
-    `seconds` waits for the device; between two boundaries it counts what passed on the stream,
-    including the time the stream waited for the host.
+    `seconds` waits for the device. It counts the time that passed on the stream between two boundaries,
+    including the time in which the stream waited for the host.
     """
 
     def __init__(self, device: torch.device, phases: Iterable[str] = ()) -> None:
@@ -193,7 +193,7 @@ class EventClock:
 
 
 def synchronise(device: torch.device) -> None:
-    """Waits until `device` has done what it was asked to."""
+    """Waits until `device` has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -214,13 +214,13 @@ def collector_paused() -> Iterator[None]:
 def median(samples: npt.ArrayLike) -> Interval:
     """Median of `samples`, shape (n,), with its distribution-free interval of `CONFIDENCE`.
 
-    Each sample lies below the true median with probability 1/2, whatever it is drawn from, so the number
-    that do is binomial. The interval reaches from the (k+1)-th smallest sample to the (k+1)-th largest, with
-    the largest k that leaves it out with a probability of 1 - CONFIDENCE at most; below six samples not even
-    the smallest and the largest do.
+    Each sample lies below the true median with probability 1/2, whatever it is drawn from, so the number of
+    samples below it is binomial. The interval reaches from the (k+1)-th smallest sample to the (k+1)-th
+    largest, with the largest k for which the probability to miss the median is at most 1 - CONFIDENCE. Fewer
+    than six samples give no interval, since even from the smallest to the largest the probability is higher.
 
     Raises:
-        ValueError: no samples, or not one-dimensional, or NaN among them.
+        ValueError: `samples` is empty, is not one-dimensional, or holds a NaN.
 
     """
     values = np.sort(np.asarray(samples, dtype=np.float64))
@@ -254,7 +254,7 @@ def ratio(a: npt.ArrayLike, b: npt.ArrayLike) -> Interval:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on: hardware, threads and versions. Names no host or user."""
+    """The machine of a measurement: hardware, threads and versions, without names of hosts or users."""
     description: dict[str, Any] = {
         "cpu": _cpu_model(),
         "architecture": platform.machine(),
@@ -283,10 +283,10 @@ def count(number: int, what: str) -> str:
 
 
 def write_json(path: str | Path, payload: Any) -> None:
-    """Writes `payload` as indented JSON, whole or not at all; folders are made.
+    """Writes `payload` as indented JSON, whole or not at all, and makes its folders.
 
-    NumPy and torch values become plain numbers and lists, NaN and infinities become null (JSON has
-    neither), dataclasses and named tuples are the caller's to convert.
+    NumPy and torch values become plain numbers and lists. NaN and infinities, which JSON lacks, become null.
+    Dataclasses and named tuples must have been converted by the caller.
     """
     path = Path(path)
     text = json.dumps(plain(payload), indent=1, allow_nan=False) + "\n"
@@ -304,7 +304,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """`value` in what JSON has: NumPy and torch values as numbers and lists, NaN and infinities as None."""
+    """`value` in JSON's types: NumPy and torch values as numbers and lists, NaN and infinities as None."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):

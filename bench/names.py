@@ -1,4 +1,4 @@
-"""Looking names up with an answer that helps when there is no such name."""
+"""Looking names up, with a suggestion where there is no such name."""
 
 import difflib
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ Value = TypeVar("Value")
 
 
 def look_up(kind: str, name: str, known: Mapping[str, Value]) -> Value:
-    """`known[name]`.
+    """Returns `known[name]`.
 
     Raises:
         UsageError: there is no such name; the message suggests the nearest and lists them all.

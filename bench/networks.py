@@ -19,7 +19,7 @@ class OneLinear(nn.Module):
 
 
 def network(name: str) -> nn.Module:
-    """A model of `bench.models`, or "linear-N"; UsageError when there is none of that name."""
+    """A model of `bench.models`, or "linear-N"; raises UsageError when there is none of that name."""
     size = _linear_size(name)
     return build(name) if size is None else OneLinear(size)
 

@@ -1,14 +1,14 @@
-"""`python -m bench noise-search`: whose noise variance is right, where EVBMF searches differ.
+"""`python -m bench noise-search`: which search finds the minimum of EVBMF's free energy.
 
-The free energy of a spectrum has many local minima. The same matrices go through three searches:
+The free energy of a spectrum has many local minima. Three searches minimise it for the same matrices:
 
     rmsgd        the global minimiser
     rmsgd-1.0.2  the authors' package: SciPy's bounded Brent search of absolute tolerance 1e-5, on
                  an fp32 spectrum
     vbmf         the search of the widely copied Python VBMF: the same Brent search in float64
 
-and every result is judged by the exact free energy at its sigma^2. A search counts as wrong where
-its free energy is above the lowest by more than rounding.
+Every result is judged by the exact free energy at its sigma^2. A search has missed the minimum if its free
+energy is above the lowest by more than rounding.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def brent(c: Array, L: int, M: int) -> float:
 
 
 def release(matrix: torch.Tensor) -> float:
-    """What rmsgd 1.0.2 finds: its EVBMF, with the variance caught as its search returns it."""
+    """The noise variance of rmsgd 1.0.2, caught inside its EVBMF when the search returns it."""
     factorisation: Any = import_module(f"{peers.load_rmsgd_1_0_2().__name__}.matrix_factorization")
     search = factorisation.minimize_scalar
     found: list[float] = []
@@ -70,7 +70,7 @@ def release(matrix: torch.Tensor) -> float:
 
 
 def compare(model: str, weights: str, description: str) -> dict[str, Any]:
-    """One row: how often each search misses the minimum, and how far off it is."""
+    """One row of the table: how often each search misses the minimum, and by how much."""
     torch.manual_seed(0)
     module = network(model)
     if weights == "trained-like":
@@ -94,7 +94,8 @@ def compare(model: str, weights: str, description: str) -> dict[str, Any]:
         }
         for name, found in variances.items():
             threshold = reference.threshold(L, M)[2] * found
-            # Omega steps up at a breakpoint, where a minimiser may sit: the side it was found on counts.
+            # Omega steps up at a breakpoint, where a minimiser may lie. The side on which it was found
+            # counts.
             energy = min(reference.free_energy(v, c, L, M) for v in (found, found * (1 + 1e-12)))
             misses[name] += energy > lowest + 1e-6 * (1 + abs(lowest))
             other_rank[name] += int((c > threshold * (1 + 1e-12)).sum()) != rank
@@ -125,8 +126,8 @@ def main(arguments: Sequence[str]) -> int:
     """Compares, prints the table, writes `noise-search.json`; 0."""
     parser = argparse.ArgumentParser(
         prog="python -m bench noise-search",
-        description="Compare the EVBMF searches, ours, rmsgd 1.0.2's and the Python VBMF's, by the "
-        "free energy they end at.",
+        description="Compare the searches of rmsgd, rmsgd 1.0.2 and the Python VBMF for EVBMF's noise "
+        "variance, by the free energy at which they end.",
     )
     parser.add_argument("--out", type=Path, default=Path(".out/noise-search"), help="folder for the JSON")
     parser.add_argument(

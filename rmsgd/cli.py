@@ -34,8 +34,8 @@ from rmsgd.inspection.report.series_table import series_table
 from rmsgd.inspection.report.text import printable
 
 OK, NOTHING, FAILED, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes: something was measured; all was read, but nothing in it could be measured; something could not
-be read, written or understood; Ctrl-C."""
+"""Exit codes: 0 where a layer was measured, 1 where all was read and no layer could be measured, 2 where
+something could not be read, written or understood, 130 on Ctrl-C."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = _parser().parse_args(arguments)
             return int(options.run(options))
         finally:
-            print(end="", flush=True)  # at exit it would be too late for what follows
+            print(end="", flush=True)  # an error that came only at exit could not be caught here
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         _drop_stdout()
         return OK
@@ -98,17 +98,17 @@ def _parser() -> argparse.ArgumentParser:
         "--key",
         metavar="NAME",
         help="where in the checkpoint the network lies, such as model_ema, or keys with dots between "
-        "(default: it is looked for, and what else is there is said)",
+        "(default: the command finds it, and names the other networks in the file)",
     )
     probe.add_argument(
         "--include-buffers",
         action="store_true",
-        help="measure also what is taken for a mask, a positional table or another constant",
+        help="also measure tensors that look like masks, positional tables or other constants",
     )
     probe.add_argument(
         "--merge-lora",
         action="store_true",
-        help="measure also the product of every LoRA pair, as one more layer",
+        help="also measure the product of every LoRA pair, as one more layer",
     )
     probe.add_argument("--device", help="where to measure: cpu, cuda, cuda:1 (default: cpu)")
     probe.add_argument("--json", action="store_true", help="write JSON, and nothing else, to stdout")
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument(
         "--layer",
         metavar="NAME",
-        help="the layer whose low rank and noise the figure of a "
+        help="the layer whose low-rank part and noise the figure of a "
         "series shows (default: the one whose quality changed most)",
     )
     probe.set_defaults(run=lambda options: _probe(options, probe))
@@ -163,14 +163,14 @@ def _probe(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _print_notes(paths: Sequence[str], reports: Sequence[Report]) -> None:
-    """Under a table: what there is to know of the checkpoints."""
+    """Print what a reader should know of each checkpoint, under the table."""
     for path, report in zip(paths, reports, strict=False):
         for note in report.notes:
             print(f"{printable(path)}: {printable(note)}")
 
 
 def _check_usage(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Find out before anything is measured what could not be done after it."""
+    """Exit with a usage error, before anything is measured, for what could not be done afterwards."""
     if options.compare and len(options.paths) != 2:
         parser.error(f"--compare takes two paths, got {len(options.paths)}")
     if options.compare and (options.plot or options.html):
@@ -197,19 +197,19 @@ def _check_usage(options: argparse.Namespace, parser: argparse.ArgumentParser) -
 
 
 def _is_checkpoint(target: str, paths: Sequence[str]) -> bool:
-    """Whether a file is one of those that the paths are read from, by whatever name, or is named like one."""
+    """Whether a file is one that the paths are read from, or is named like a checkpoint."""
     suffixes = (*CHECKPOINT_SUFFIXES, ".index.json")
     if any(name.lower().endswith(suffixes) for name in (target, os.path.realpath(target))):
         return True
     files: list[Path] = []
     for path in paths:
-        with suppress(CheckpointError):  # said when the path is read
+        with suppress(CheckpointError):  # the error is reported when the path is read
             files += checkpoint_files(path)[0]
     return os.path.exists(target) and any(os.path.exists(f) and os.path.samefile(target, f) for f in files)
 
 
 def _measure(paths: Sequence[str], options: argparse.Namespace) -> tuple[list[Report], int]:
-    """The reports of the paths, as far as they could be read and until Ctrl-C, and the exit code."""
+    """The reports of the paths that could be read before Ctrl-C, and the exit code."""
     reports: list[Report] = []
     code = OK
     with _progress_bar() as bar:
@@ -258,7 +258,7 @@ def _measure_one(
 def _result(
     paths: Sequence[str], reports: Sequence[Report], compare: bool
 ) -> tuple[_Result | None, RenderableType | None]:
-    """What the paths are together, and its table; no table where nothing was read."""
+    """The report, series or comparison of the paths, and its table; no table where nothing was read."""
     if compare:
         if len(reports) < 2 or not all(report.layers for report in reports):
             return None, None
@@ -305,7 +305,7 @@ class _Console(Console):
 
 
 def _console(stream: TextIO) -> Console:
-    """Where output goes to a file or a pipe, lines are as long as they need to be."""
+    """A console for a stream. In a file or a pipe its lines are as long as they need to be."""
     return _Console(file=stream, width=None if stream.isatty() else 100_000, highlight=False)
 
 
@@ -318,7 +318,7 @@ class _Bar(Progress):
 
 
 def _progress_bar() -> Progress:
-    """On stderr, only where someone looks at it; gone when it is done."""
+    """A progress bar on stderr. It is shown on terminals only, and vanishes when it is done."""
     console = _console(sys.stderr)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
     return _Bar(
@@ -331,8 +331,8 @@ def _advance(bar: Progress, task: TaskID, index: int, share: float) -> None:
 
 
 def _drop_stdout() -> None:
-    """Let Python write the rest of stdout's buffer to nowhere when it exits: it would fail again."""
-    with suppress(OSError):  # one without a file descriptor
+    """Redirect stdout to the null device, since flushing its buffer at exit would fail again."""
+    with suppress(OSError):  # a stream may have no file descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -19,11 +19,12 @@ _CUPY = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
 
 
 def examine() -> dict[str, Any]:
-    """What runs here, ready for JSON.
+    """Find out what runs here, in a form that is ready for JSON.
 
-    "backends": [{"name", "device", "available", "reason"}], in order of preference; "used": device
-    to the name of the backend that runs on it, or the reason why none does; "versions": name to
-    version, None where it is not installed; "warnings" and "advice": lines of text.
+    Returns:
+    A dict of "backends", a list of {"name", "device", "available", "reason"} in order of preference; "used",
+    from device to the name of the backend that runs on it, or to the reason why none does; "versions", from
+    name to version, or to None where it is not installed; "warnings" and "advice", lists of lines.
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     used = {device: _used(device) for device in devices}
@@ -79,7 +80,7 @@ def _installed(distribution: str) -> str | None:
 
 
 def _instruction_set() -> str | None:
-    """Of the compiled core's kernels; None where the core cannot run."""
+    """The instruction set of the compiled core's kernels; None where the core cannot run."""
     try:
         core: Any = import_module("rmsgd._cpu")
         return str(core.isa())
@@ -98,7 +99,7 @@ def _warnings() -> list[str]:
 
 
 def _advice(device: str, used: str) -> str | None:
-    """What brings a fast backend to a device that has only a slow one."""
+    """How to get a fast backend for a device that has only a slow one; None where it has one."""
     if used.startswith("none") or used not in ("numba", "torch", "reference"):
         return None
     if device == "cuda":

@@ -1,4 +1,4 @@
-"""How to install what is optional: the command that is right for how this package got here."""
+"""How to install an extra: the command that fits the way in which this package was installed."""
 
 import json
 import shlex
@@ -13,8 +13,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 def install_command(extra: str) -> str:
     """The command that installs one of the package's extras, such as "plot" or "numba".
 
-    In a checkout it names the checkout. An installation from a folder, a file or a repository is repeated
-    from there, and one from an index by name.
+    In a checkout the command names the checkout. An installation from a folder, a file or a repository is
+    repeated from there, and an installation from an index by name.
     """
     return f"pip install {_requirement(extra)}"
 

@@ -1,4 +1,4 @@
-"""How a weight is seen as a matrix, and which layer a parameter without one follows."""
+"""How a weight is seen as a matrix, and which layer a parameter that is not measured follows."""
 
 import math
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 MEAN_OF_ALL, NO_LEADER = -1, -2
-"""In place of the layer that a parameter without a spectrum follows."""
+"""These stand in place of the layer that a parameter without a spectrum follows."""
 
 
 class Unfolding(NamedTuple):
-    """A weight as an L x M matrix with L <= M: which of its dimensions make up either side.
+    """A weight as an L x M matrix with L <= M: which of its dimensions make up each side.
 
     A conv weight ``(o, i, *k)`` has the mode "out", ``(o, i * prod k)``, and the mode "in",
     ``(i, o * prod k)``; a 2-D weight has the one mode "matrix". The two modes of a 1 x 1 kernel are
@@ -26,11 +26,11 @@ class Unfolding(NamedTuple):
     M: int
     modes: tuple[str, ...]
     channels: tuple[int, ...]
-    """Per mode, the rows before the smaller side was chosen: what the released code divides by."""
+    """For each mode, the rows before the smaller side was chosen. The released code divides by them."""
 
     @property
     def cost(self) -> int:
-        """Time of measuring it in units of a multiplication: Gram matrix and tridiagonal form."""
+        """Estimated time to measure it, in multiplications: those of Gram matrix and tridiagonal form."""
         return self.L**2 * (self.M + 3 * self.L)
 
 
@@ -42,7 +42,7 @@ def _unfold(shape: Sequence[int], rows: tuple[int, ...], mode: str) -> Unfolding
 
 
 def unfoldings(shape: Sequence[int]) -> tuple[Unfolding, ...]:
-    """The unfoldings of a weight of this shape that have a spectrum (L > 1), distinct ones only.
+    """The distinct unfoldings of a weight of this shape that have a spectrum (L > 1).
 
     Raises:
         ValueError: the shape has fewer than two dimensions.
@@ -70,10 +70,10 @@ def as_matrix(weight: Tensor, unfolding: Unfolding) -> Tensor:
 
 
 def leader_of(name: str | None, earlier_in_group: int | None, probed_names: Sequence[str | None]) -> int:
-    """Which probed parameter's ratio a parameter that is not probed takes (an index or ``MEAN_OF_ALL``).
+    """The probed parameter whose ratio a parameter that is not probed takes, by index, or ``MEAN_OF_ALL``.
 
-    The one before it in its own group, else the one whose module path shares the longest prefix
-    with its own (the first of equals), else none in particular.
+    It is the one before it in its own group. If there is none, it is the one whose module path shares the
+    longest prefix with its own (the first of equals). If there is none either, it is ``MEAN_OF_ALL``.
     """
     if earlier_in_group is not None:
         return earlier_in_group

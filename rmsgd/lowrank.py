@@ -1,4 +1,4 @@
-"""EVBMF of a single matrix, for rank selection and low-rank compression."""
+"""EVBMF (empirical variational Bayes matrix factorization) of one matrix, to select a rank or compress."""
 
 from dataclasses import dataclass
 
@@ -17,27 +17,27 @@ class LowRank:
     """The low-rank part of a matrix, ``U @ diag(singular_values) @ Vh``, and the noise beside it."""
 
     singular_values: Tensor
-    """(rank,) float64 on the weight's device, in units of the weight: shrunk, descending."""
+    """(rank,) float64 on the weight's device: the shrunk values, descending, in units of the weight."""
     noise_variance: float
-    """Variance of the noise per entry, in squared units of the weight: where the free energy is least."""
+    """The noise variance per entry, in squared units of the weight: the minimiser of the free energy."""
     rank: int
-    """How many singular values lie above the threshold of the noise: 0 to min(m, n)."""
+    """How many singular values lie above the noise threshold, 0 to min(m, n)."""
     U: Tensor | None
-    """(m, rank) float64 on the weight's device, orthonormal columns; None without ``vectors=True``."""
+    """(m, rank) float64 on the weight's device, with orthonormal columns; None without ``vectors=True``."""
     Vh: Tensor | None
-    """(rank, n) float64 on the weight's device, orthonormal rows; None without ``vectors=True``."""
+    """(rank, n) float64 on the weight's device, with orthonormal rows; None without ``vectors=True``."""
 
 
 @torch.no_grad()
 def evbmf(weight: Tensor, vectors: bool = False) -> LowRank:
-    """Factorise a matrix into low rank and noise by empirical variational Bayes, exactly.
+    """Split a matrix into a low-rank part and noise by empirical variational Bayes matrix factorization.
 
-    The noise variance is the global minimiser of the free energy (Nakajima et al., JMLR 14, 2013),
-    found in float64; the rank is the number of singular values above its threshold, and those are
+    The noise variance is the global minimiser of the free energy (Nakajima et al., JMLR 14, 2013), which is
+    found in float64. The rank is the number of singular values above its threshold, and those values are
     shrunk as the analytic solution says.
 
     Args:
-        weight: (m, n), either side the larger, any real floating dtype, CPU or CUDA, any strides.
+        weight: (m, n), either side the larger, any real floating dtype, on a CPU or a GPU, any strides.
         vectors: also return the singular vectors.
 
     Returns:
@@ -45,7 +45,8 @@ def evbmf(weight: Tensor, vectors: bool = False) -> LowRank:
 
     Raises:
         TypeError: ``weight`` is not a dense floating-point tensor.
-        ValueError: it is not a matrix with at least one entry, or has a NaN or an Inf.
+        ValueError: ``weight`` is not a matrix with at least one entry, has no values (it is on the meta
+            device), or has a NaN or an Inf.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")

@@ -1,8 +1,8 @@
 """A figure of what happens to every layer over the epochs, and what all figures have in common.
 
-They are for people with and without full colour vision, and written without a display. Layers, of which
-there may be hundreds, are coloured by depth; what there are few of, by a palette that survives every
-common form of colour blindness.
+Figures suit readers with and without full colour vision, and are written without a display. Layers, of which
+there may be hundreds, are coloured by depth. Few things, such as optimizers, are coloured by a palette that
+readers with any common form of colour blindness can tell apart.
 
 matplotlib is imported when the first figure is drawn. Where it is missing, ModuleNotFoundError says
 which extra brings it.
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from rmsgd.extras import install_command
 
-# Okabe and Ito's palette (2008), black last: it is easily taken for an axis.
+# Okabe and Ito's palette (2008). Black comes last, since it is easily taken for an axis.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 DPI = 150
 
@@ -40,10 +40,10 @@ def layer_curves(
     first: int = 1,
     log: bool = False,
 ) -> None:
-    """Draw one curve per layer over the epochs, coloured by depth: the course of ``learning_rates()``, say.
+    """Draw one curve per layer over the epochs, coloured by depth, for example of ``learning_rates()``.
 
-    Curves are labelled at their ends, curves that end at the same height together. Where there are more than
-    ``_MOST_LABELLED`` of them, a colour bar tells how deep a layer lies.
+    Curves are labelled at their ends; curves that end at the same height share a label. Where there are more
+    than ``_MOST_LABELLED`` of them, a colour bar tells how deep a layer lies.
 
     Args:
         path: file to write, in the format of its suffix.
@@ -53,7 +53,7 @@ def layer_curves(
         title: above the axes.
         xlabel: label of the horizontal axis.
         first: number of the first epoch.
-        log: logarithmic vertical axis; values that are not positive are left out.
+        log: draw a logarithmic vertical axis; values that are not positive are left out.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -92,7 +92,7 @@ def layer_curves(
 
 
 def require_matplotlib() -> Any:
-    """The module; ModuleNotFoundError says which extra brings it."""
+    """Import matplotlib and return it; ModuleNotFoundError says which extra installs it."""
     try:
         import matplotlib
     except ImportError as error:
@@ -102,7 +102,7 @@ def require_matplotlib() -> Any:
 
 
 def blank(width: float, height: float) -> Any:
-    """An empty figure of so many inches: no window system, and no state shared with the user's plots."""
+    """An empty figure of this size in inches, which shares no state with the user's plots."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
@@ -157,7 +157,7 @@ class _End(NamedTuple):
 
 
 def _label_ends(axes: Any, ends: Sequence[_End]) -> None:
-    """Name the curves beside their ends, from the highest down; those that end alike have one label."""
+    """Name the curves beside their ends, from the highest down; curves that end alike share a label."""
     to_share = axes.transData + axes.transAxes.inverted()
     heights = [float(to_share.transform((1.0, end.value))[1]) for end in ends]
     groups: list[tuple[float, list[int]]] = []
@@ -170,7 +170,7 @@ def _label_ends(axes: Any, ends: Sequence[_End]) -> None:
     free = 1.0 + _LINE
     for height, members in groups:
         free = min(height, free - _LINE)
-        first = min(members)  # of the network
+        first = min(members)  # the layer that comes first in the network
         end = ends[first]
         more = f" and {len(members) - 1} more" if len(members) > 1 else ""
         axes.annotate(
@@ -187,10 +187,10 @@ def _label_ends(axes: Any, ends: Sequence[_End]) -> None:
 
 
 def short_names(names: Sequence[str], most: int = 28) -> list[str]:
-    """Layers' names for labels, at most so many characters where that leaves different names different.
+    """Layers' names for labels, of at most ``most`` characters where different names then stay different.
 
-    Of a long name the head, the tail and every number are kept, since numbers tell blocks apart, and what is
-    left out is "…". Names that would read alike are written in full.
+    A long name keeps its head, its tail and every number, since numbers tell blocks apart, and "…" stands for
+    the rest. Names that would read alike are written in full.
     """
     plain = [name.removesuffix(".weight") for name in names]
     short = [_shortened(name, most) for name in plain]
@@ -231,12 +231,12 @@ def _joined(parts: Sequence[str]) -> str:
 
 
 def _marker_of_one_point(values: npt.NDArray[np.float64]) -> str:
-    """A single point draws no line: mark it."""
+    """The marker of a curve: a single point draws no line, so it gets one."""
     return "o" if np.count_nonzero(~np.isnan(values)) == 1 else ""
 
 
 def whole_numbers(axes: Any) -> None:
-    """Ticks of the horizontal axis at whole numbers alone: epochs have no halves."""
+    """Put the ticks of the horizontal axis at whole numbers only, since epochs have no halves."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,6 +1,6 @@
-"""The formulas in plain float64 NumPy: the oracle of every test, and the source that numba compiles.
+"""The formulas in plain float64 NumPy, against which every kernel is tested and which numba compiles.
 
-Everything here is written to be read against the papers, not to be fast. Notation, for an L x M
+Everything here is written to be compared with the papers, not to be fast. Notation, for an L x M
 matrix with L <= M and singular values ``gamma_1 >= ... >= gamma_L``:
 
     c_h = gamma_h^2 / M        alpha = L / M        x_h = c_h / sigma^2        s = 1 / sigma^2
@@ -42,7 +42,7 @@ def free_energy(noise_variance: float, c: Array, L: int, M: int) -> float:
     x = np.asarray(c, dtype=np.float64) / noise_variance
     above = x > x_threshold
     tau = tau_of(x[above], alpha)
-    # x - tau = 1 + alpha + alpha / tau: the difference of two large numbers, taken exactly.
+    # The difference of two large numbers is taken exactly: x - tau = 1 + alpha + alpha / tau.
     kept = 1.0 + alpha + alpha / tau + np.log1p(tau) + alpha * np.log1p(tau / alpha)
     return float(x[~above].sum() + L * math.log(noise_variance) + kept.sum())
 
@@ -68,12 +68,12 @@ def free_energy_of_rank(k: int, s: float, c: Array, tail: float, L: int, alpha: 
 def minimise_free_energy(c: Array, L: int, M: int) -> tuple[int, float, float]:
     """The global minimum of Omega: ``(rank, noise_variance, free_energy)``. Compiled by numba.
 
-    c: (L,) float64, ``gamma_h^2 / M`` in descending order, values that count as zero set to 0.
+    ``c`` is (L,) float64, ``gamma_h^2 / M`` in descending order, with values that count as zero set to 0.
 
-    Every interval between breakpoints is looked at: where G_k is positive at the right end, its
-    larger root is found by Newton's iteration from there; where it is not, the right end itself is
-    a candidate, since Omega steps up behind it. Among candidates within ``1e-12 (1 + |Omega|)`` the
-    smaller rank wins. Fewer than ``L / (1 + alpha)`` nonzero values: sigma^2 = 0 and that rank.
+    Every interval between breakpoints is searched. Where G_k is positive at the right end, its larger root
+    is found by Newton's iteration from there. Where it is not, the right end itself is a candidate, since
+    Omega steps up behind it. Among candidates within ``1e-12 (1 + |Omega|)`` the smaller rank wins. If fewer
+    than ``L / (1 + alpha)`` values are nonzero, sigma^2 is 0 and their number is the rank.
     """
     alpha, _, x_threshold = threshold(L, M)
     tails = np.zeros(L + 1)
@@ -126,7 +126,7 @@ def low_rank_metrics(d: Array, L: int) -> tuple[float, float, float]:
     """``(stable rank, condition, nuclear)`` of the shrunk values ``d`` (rank,). Compiled by numba.
 
     Stable rank ``sum d^2 / (L d_1^2)`` (Eq. 2), condition ``1 - d_r / d_1`` (Eq. 3), nuclear
-    ``sum d / d_1``, which the released code divides by a channel count. Empty: ``(0, 1, 0)``.
+    ``sum d / d_1``, which the released code divides by a channel count. An empty ``d`` gives ``(0, 1, 0)``.
     """
     if len(d) == 0:
         return 0.0, 1.0, 0.0
@@ -137,8 +137,8 @@ def low_rank_metrics(d: Array, L: int) -> tuple[float, float, float]:
 def measure_singular_values(gamma: Array, L: int, M: int) -> tuple[int, float, float, float, float]:
     """EVBMF and metrics of one matrix: rank, noise variance, stable rank, condition, nuclear.
 
-    gamma: (L,) float64 singular values, descending, those that count as zero set to 0.
-    Compiled by numba. A single row (L = 1) has no spectrum: rank 0, ``sigma^2 = gamma^2 / M``.
+    ``gamma`` is (L,) float64, the singular values in descending order, with those that count as zero set to
+    0. Compiled by numba. A single row (L = 1) has no spectrum: its rank is 0 and ``sigma^2 = gamma^2 / M``.
     """
     if L == 1 or gamma[0] == 0.0:
         return 0, gamma[0] * gamma[0] / M, 0.0, 1.0, 0.0
@@ -153,7 +153,7 @@ def measure_singular_values(gamma: Array, L: int, M: int) -> tuple[int, float, f
     d = np.sqrt(kept) * shrink(kept, variance, L, M)
     stable_rank, condition, nuclear = low_rank_metrics(d, L)
     unit = math.ldexp(1.0, exponent - 1)
-    # Infinite where it is no double: math.ldexp would raise, and NumPy warn.
+    # The result is infinite where it exceeds a double: math.ldexp would raise, and NumPy would warn.
     return rank, 4.0 * float(variance) * unit * unit, stable_rank, condition, nuclear
 
 
@@ -221,8 +221,8 @@ def momentum_update(
     """One SGD step with momentum: the new ``(w, v)``. Compiled by numba, where w is one element.
 
     ``velocity_form`` is Algorithm 1, ``v <- momentum v - (1 - dampening) eta g, w <- w + v``;
-    otherwise torch's ``v <- momentum v + (1 - dampening) g, w <- w - eta v``. A ``fresh`` v counts
-    as zero and its gradient is not dampened. Without momentum v is left as it is.
+    otherwise it is torch's ``v <- momentum v + (1 - dampening) g, w <- w - eta v``. A ``fresh`` v counts
+    as zero, and its gradient is not dampened. Without momentum v is left as it is.
     """
     g = (-grad if maximize else grad) + weight_decay * w
     if momentum == 0.0:

@@ -1,10 +1,10 @@
-"""The implementations of what the optimizer needs done on a device, one backend each, chosen by device.
+"""The operations of the optimizer on a device: one backend per implementation, chosen by the device.
 
-``native`` is the compiled core, ``numba`` the reference compiled where no compiler was there at
-installation, ``cuda`` the kernels that nvcc compiled at installation, ``cupy`` the same ones
-compiled at run time, ``torch`` plain torch operations for any device, ``reference`` float64 NumPy for
-tests. Other packages may register more (``rmsgd.backends.plugins``). The environment variable
-``RMSGD_BACKEND`` forces one by name.
+``native`` is the compiled core. ``numba`` is the reference compiled by numba, for installations without a
+compiler. ``cuda`` has the kernels that nvcc compiled at installation, and ``cupy`` compiles the same kernels
+at run time. ``torch`` is plain torch operations for any device, and ``reference`` is float64 NumPy for tests.
+Other packages may register more (``rmsgd.backends.plugins``). The environment variable ``RMSGD_BACKEND``
+forces one by name.
 """
 
 import os
@@ -59,25 +59,25 @@ _NAMES = [entry.name for entry in ENTRIES]
 
 
 def _entries() -> Iterator[Entry]:
-    """Every backend in order of preference: those of other packages go before plain torch operations only."""
+    """Every backend in order of preference; those of other packages come before ``torch``."""
     yield from _FAST
     yield from plugins.entries(_NAMES)
     yield from _SLOW
 
 
 def statuses(*devices: str) -> list[Status]:
-    """Every backend's status, in order of preference; of these device types' only, if any are named."""
+    """The status of every backend in order of preference, or only of those for the device types given."""
     return [entry.status() for entry in _entries() if not devices or entry.device in devices]
 
 
 def backend_for(device: torch.device) -> Backend:
-    """The backend that runs on ``device``: the one RMSGD_BACKEND names, else the first available.
+    """The backend that runs on ``device``: the one that RMSGD_BACKEND names, else the first available one.
 
     Raises:
         ValueError: RMSGD_BACKEND names no backend, or one for another device.
         BackendUnavailable: RMSGD_BACKEND names one that cannot run here.
     """
-    # A GPU is tried out when its backend is loaded: this one, so that no other gets a context.
+    # Loading a backend tries its GPU out. Only this one is tried, so that no other GPU gets a context.
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
     with torch.cuda.device(device) if on_gpu else nullcontext():
         return _backend_for(device)
@@ -93,7 +93,7 @@ def _backend_for(device: torch.device) -> Backend:
                 return entry.load()
             except BackendUnavailable:
                 continue
-        if entry.device == plugins.UNKNOWN:  # it may have been meant for this device
+        if entry.device == plugins.UNKNOWN:  # it may be for this device
             warnings.warn(f"backend {entry.name}: {entry.status().reason}", stacklevel=2)
     raise BackendUnavailable(f"no backend runs on {device}")
 

@@ -1,8 +1,8 @@
 """What a backend is, and the tables it works on.
 
-Four operations on one device: a stepper for mini-batches, ``measure`` and ``measure_spectrum`` for spectra
-with EVBMF, ``update_rates`` for the learning-rate rules. Two more say how these lie in time beside the
-caller's work: ``side_stream`` and ``wait_side_stream``.
+A backend has four operations on one device: ``stepper`` for mini-batches, ``measure`` and
+``measure_spectrum`` for spectra with EVBMF, and ``update_rates`` for the learning-rate rules. Two more order
+these beside the caller's work: ``side_stream`` and ``wait_side_stream``.
 """
 
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ class StepGroup(NamedTuple):
     """The hyper-parameters of one parameter group at one step."""
 
     multiplier: float
-    """What eta is multiplied by: the group's lr over the lr it was created with. On a GPU it may be a
-    float64 tensor of one element there, read when the step runs."""
+    """The factor on eta: the group's lr over the lr it was created with. On a GPU it may be a float64 tensor
+    of one element there, which is read when the step runs."""
     momentum: float
     dampening: float
     weight_decay: float
@@ -48,9 +48,9 @@ class StepTables:
 
     parameters: Sequence[Tensor]
     buffers: Sequence[Tensor | None]
-    """Of the parameters' strides; float64 for a float64 parameter, else float32."""
+    """They have the parameters' strides, and float64 for a float64 parameter, else float32."""
     groups: Sequence[int]
-    """Per parameter, the index of its group among those given to ``step``."""
+    """For each parameter the index of its group among those given to ``step``."""
     eta: Tensor
     """(parameters,) float64, the learning rates before the groups' multipliers."""
     fresh: Tensor
@@ -61,30 +61,30 @@ class Stepper(Protocol):
     """Takes steps for one set of parameters, whose memory stays where it is."""
 
     def scaling(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> float | None:
-        """What to give the next step as ``grad_scale``; None where an overflow skips it.
+        """The ``grad_scale`` of the next step, or None where an overflow skips it.
 
-        Both are one float each, as ``torch.amp.GradScaler`` sets them. A GPU reads them when the step
+        Both arguments hold one float, as ``torch.amp.GradScaler`` sets them. A GPU reads them when the step
         runs, and nothing waits for them here.
         """
 
     def step(
         self, gradients: Sequence[Tensor | None], groups: Sequence[StepGroup], grad_scale: float = 1.0
     ) -> None:
-        """One momentum step, in place; gradients are never written.
+        """Take one momentum step, in place. Gradients are never written.
 
-        They have the parameters' strides, and their dtypes or, beside half precision, float32.
+        Gradients have the parameters' strides and dtypes; those of half-precision parameters may be float32.
         """
 
     def step_parameters(self, groups: Sequence[StepGroup], grad_scale: float = 1.0) -> list[int] | None:
-        """The same along the parameters' own ``grad``, read without a Python operation for each.
+        """Take the step along the parameters' own ``grad``, without a Python operation for each of them.
 
-        Returns the indices of the parameters without a gradient; None where nothing was done, because
-        this stepper does not know how, or a gradient is not as ``step`` takes it.
+        Returns the indices of the parameters without a gradient. Returns None where no step was taken,
+        because this stepper cannot do it, or because a gradient is not in the form that ``step`` takes.
         """
 
 
 class HostStepper:
-    """What steppers that the host drives share: they read AMP's numbers, and take gradients one by one."""
+    """The base of steppers that the host drives: it reads AMP's numbers and leaves the rest to ``step``."""
 
     def scaling(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> float | None:
         """See ``Stepper``."""
@@ -119,9 +119,9 @@ class RateTables:
     """All layers of one device in registration order, and the parameters that follow them.
 
     Layer l measures the rows ``[spectrum_begin[l], spectrum_begin[l + 1])`` of the metrics table,
-    weighted by ``weight``. Its rule moves ``unbounded``; ``eta``, the rate that is applied, is that within
-    the bounds of its group. ``leader`` is, per follower, the layer whose ratio eta / lr0 it takes, within the
-    bounds of its own group, or ``layers.MEAN_OF_ALL`` or ``layers.NO_LEADER``.
+    weighted by ``weight``. Its rule moves ``unbounded``. The rate that is applied, ``eta``, is ``unbounded``
+    kept within the bounds of the layer's group. For each follower, ``leader`` is the layer whose ratio eta /
+    lr0 it takes, kept within the bounds of its own group, or ``layers.MEAN_OF_ALL`` or ``layers.NO_LEADER``.
     """
 
     parameter: Tensor  # (layers,) int32: index into eta
@@ -138,7 +138,7 @@ class RateTables:
 
 
 class OnHost:
-    """What backends that the host drives share: nothing runs beside the caller's work."""
+    """The base of backends that the host drives, under which nothing runs beside the caller's work."""
 
     on_host = True
 
@@ -166,45 +166,45 @@ class Backend(Protocol):
 
     name: str
     description: str
-    """What runs, for ``rmsgd doctor``."""
+    """A line for ``rmsgd doctor`` on what runs."""
     on_host: bool
-    """Whether rates and metrics are in the host's memory, and not on the parameters' device."""
+    """Whether rates and metrics lie in the host's memory instead of on the parameters' device."""
 
     def stepper(self, tables: StepTables) -> Stepper:
         """A stepper for these parameters."""
 
     def side_stream(self, device: torch.device) -> AbstractContextManager[None]:
-        """Within it, ``measure`` and ``update_rates`` run beside the caller's stream; steps wait for them."""
+        """In it ``measure`` and ``update_rates`` run beside the caller's stream, and steps wait for them."""
 
     def wait_side_stream(self, device: torch.device) -> None:
-        """Before results of work done on the side stream are read: make the caller's stream wait for them."""
+        """Make the caller's stream wait for the side stream. Call it before results from there are read."""
 
     def measure(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> Tensor:
         """The metrics table (matrices, FIELDS), float64, on the matrices' device or the host.
 
-        A matrix with a NaN or an Inf has STATUS ``NOT_FINITE`` and NaN in every metric; so has one of
-        STATUS ``CHANGED``, which was written to while it was measured beside the caller's stream.
+        A matrix with a NaN or an Inf has the STATUS ``NOT_FINITE`` and NaN in every metric. A matrix that was
+        written to while it was measured beside the caller's stream has the STATUS ``CHANGED`` and NaN too.
         """
 
     def measure_spectrum(self, gamma: Tensor, M: int) -> Tensor:
-        """One row of the table from L singular values (float64, descending, zeros set to 0)."""
+        """One row of the table from L singular values (float64, descending, numerical zeros set to 0)."""
 
     def update_rates(self, tables: RateTables, groups: Sequence[RateGroup], metrics: Tensor) -> None:
-        """Move the learning rates: one epoch end."""
+        """Move the learning rates by one epoch end: update ``tables`` in place from the metrics table."""
 
 
 def buffer_dtype(p: Tensor) -> torch.dtype:
-    """The type of a parameter's buffer, and of the arithmetic that updates it."""
+    """The dtype of a parameter's buffer, and of the arithmetic that updates it."""
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
 def is_aligned(tensor: Tensor) -> bool:
-    """Whether its address is a multiple of its element's size, as kernels take it."""
+    """Whether a tensor's address is a multiple of the size of an element, as kernels require."""
     return tensor.data_ptr() % tensor.element_size() == 0
 
 
 def same_layout(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """``gradient`` with the strides of ``parameter``, itself where it has them already."""
+    """``gradient`` with the strides of ``parameter``; the tensor itself where it has them, else a copy."""
     if gradient.stride() == parameter.stride():
         return gradient
     return torch.empty_strided(

@@ -49,7 +49,7 @@ class Entry:
 
 @cache
 def _load(create: Callable[[], Backend]) -> Backend | str:
-    """The backend, or why it cannot run here: to find that out may have taken a minute of compilation."""
+    """The backend, or why it cannot run here. It is kept, since it may take a minute of compilation."""
     try:
         return create()
     except BackendUnavailable as error:
@@ -57,5 +57,5 @@ def _load(create: Callable[[], Backend]) -> Backend | str:
 
 
 def forget_loaded() -> None:
-    """Make every backend anew when it is asked for next."""
+    """Forget the backends that were loaded, so that each is made anew at its next use."""
     _load.cache_clear()

@@ -27,7 +27,7 @@ from rmsgd.element_types import ELEMENT_TYPES
 from rmsgd.layers import Unfolding, as_matrix
 
 PARTS = ("gram", "tridiagonal", "eigenvalues", "evbmf")
-"""What the core's time for spectra goes to."""
+"""The parts of the core's time for spectra."""
 
 
 class NativeStepper(HostStepper):
@@ -60,7 +60,7 @@ class NativeStepper(HostStepper):
         self._plan.step(pointers, groups, grad_scale, torch.get_num_threads(), dtypes)
 
     def _is_usable(self, gradient: Tensor) -> bool:
-        """Whether the gradient is aligned, and in none of the memory that the step writes."""
+        """Whether the gradient is aligned and shares no memory with what the step writes."""
         return is_aligned(gradient) and gradient.untyped_storage().data_ptr() not in self._written
 
     def step_parameters(self, groups: Sequence[StepGroup], grad_scale: float = 1.0) -> list[int] | None:
@@ -86,12 +86,12 @@ class NativeBackend(OnHost):
         return NativeStepper(self._core, tables)
 
     def measure(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> Tensor:
-        """See ``base.Backend``; a Gram matrix where it is accurate enough, else an SVD."""
+        """See ``base.Backend``. The Gram matrix is used where it is accurate enough, else an SVD."""
         matrices = [(w if is_aligned(w) else w.clone(), u) for w, u in matrices]
         described = [_describe(*matrix) for matrix in matrices]
         rows = self._core.measure(described, torch.get_num_threads())
         table = torch.from_numpy(rows)
-        # Rarely any: a look at each row would cost a tenth of a small network's epoch end.
+        # There is rarely any such row, and to look at each would cost a tenth of a small network's epoch end.
         for i in np.flatnonzero(rows[:, STATUS] == NEEDS_SVD).tolist():
             weight, unfolding = matrices[i]
             matrix = as_matrix(weight.detach(), unfolding).double()
@@ -101,7 +101,7 @@ class NativeBackend(OnHost):
         return table
 
     def seconds_by_part(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> NDArray[np.float64]:
-        """Seconds (PARTS,) that the core takes to measure these matrices, the sum over them."""
+        """Seconds (PARTS,) that the core takes to measure these matrices, part by part, summed over them."""
         described = [_describe(*matrix) for matrix in matrices]
         _, seconds = self._core.measure_parts(described, torch.get_num_threads())
         return np.asarray(seconds)
@@ -117,7 +117,7 @@ class NativeBackend(OnHost):
 
 
 def _describe(weight: Tensor, unfolding: Unfolding) -> tuple[object, ...]:
-    """A weight as the core takes it: address, dtype, sizes and strides of either side."""
+    """A weight in the form that the core takes: address, dtype, and sizes and strides of either side."""
     shape, strides = weight.shape, weight.stride()
     small, large = unfolding.small, unfolding.large
     return (
@@ -140,5 +140,5 @@ def create() -> NativeBackend:
         ) from None
     try:
         return NativeBackend(_cpu)
-    except RuntimeError as error:  # RMSGD_ISA asks for what this CPU does not have
+    except RuntimeError as error:  # RMSGD_ISA names an instruction set that this CPU does not have
         raise BackendUnavailable(str(error)) from None

@@ -1,4 +1,4 @@
-"""The reference compiled by numba: the fallback where no compiler was there at installation."""
+"""The reference compiled by numba: the fallback for installations without a compiler."""
 
 from types import FunctionType, ModuleType
 from typing import Any
@@ -34,14 +34,14 @@ def _compile_reference() -> dict[str, Any]:
     scope = dict(vars(reference))
     for name in _COMPILED:
         source = getattr(reference, name)
-        # A function looks names up in the module it came from: here that is `scope`.
+        # A function looks names up in the module that it came from, which is `scope` here.
         copy = FunctionType(source.__code__, scope, name, source.__defaults__, source.__closure__)
         scope[name] = numba.njit(copy, nogil=True)
     return scope
 
 
 def _launch_threads(numba: ModuleType) -> None:
-    """Start numba's threads, which would else change the number of torch's at the first step."""
+    """Start numba's threads now. At the first step they would change the number of torch's threads."""
     before = torch.get_num_threads()
     numba.get_num_threads()
     torch.set_num_threads(before)
@@ -80,7 +80,7 @@ def create() -> NumpyBackend:
         return new_w, new_v
 
     def update(*arguments: Any) -> tuple[Array, Array]:
-        # As many threads as torch has: more would spin, waiting for each other, on a machine that is busy.
+        # numba gets as many threads as torch has: more would spin and wait for each other on a busy machine.
         before = numba.get_num_threads()
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         try:

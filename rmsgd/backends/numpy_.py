@@ -1,4 +1,4 @@
-"""The reference as a backend: its functions as they are, or compiled by numba."""
+"""The reference as a backend, whose functions run as they are or compiled by numba."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from rmsgd.layers import Unfolding, as_matrix
 
 
 def _on_arrays(update: Callable[..., tuple[Any, Any]]) -> Update:
-    """An update of flat arrays, as ``reference.momentum_update`` takes them, for tensors."""
+    """Turn an update of flat arrays, such as ``reference.momentum_update``, into one of tensors."""
 
     def on_tensors(
         w: Tensor, grad: Tensor, v: Tensor, eta: float, hyper: StepGroup, fresh: bool
@@ -41,7 +41,7 @@ def _on_arrays(update: Callable[..., tuple[Any, Any]]) -> Update:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """A dense tensor's elements in the order they lie in memory, as a view."""
+    """A view of a dense tensor's elements in the order in which they lie in memory."""
     return torch.as_strided(tensor, (tensor.numel(),), (1,))
 
 
@@ -65,7 +65,7 @@ class NumpyBackend(OnHost):
         return OneByOneStepper(tables, self._update)
 
     def measure(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> Tensor:
-        """See ``base.Backend``: a float64 SVD of every matrix."""
+        """See ``base.Backend``. Every matrix is measured by a float64 SVD."""
         table = torch.full((len(matrices), FIELDS), math.nan, dtype=torch.float64, device="cpu")
         for row, (weight, unfolding) in zip(table, matrices, strict=True):
             matrix = as_matrix(weight.detach(), unfolding).double().numpy()

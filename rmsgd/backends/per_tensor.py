@@ -1,4 +1,4 @@
-"""Steps a parameter at a time, for the backends without a fused step."""
+"""A stepper for backends without a fused step, which takes one parameter after the other."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,14 +8,14 @@ from torch import Tensor
 from rmsgd.backends.base import HostStepper, StepGroup, StepTables, buffer_dtype
 
 Update = Callable[[Tensor, Tensor, Tensor, float, StepGroup, bool], tuple[Tensor, Tensor]]
-"""``(w, grad, v, eta, hyper, fresh)`` to the new ``(w, v)``: ``reference.momentum_update`` on tensors.
+"""From ``(w, grad, v, eta, hyper, fresh)`` to the new ``(w, v)``: ``reference.momentum_update`` on tensors.
 
-All three have the type of the arithmetic, float64 for a float64 parameter, else float32.
+w, grad and v have the dtype of the arithmetic, float64 for a float64 parameter and else float32.
 """
 
 
 class OneByOneStepper(HostStepper):
-    """Momentum steps by an update of one parameter."""
+    """Takes momentum steps by an ``Update`` of one parameter at a time."""
 
     def __init__(self, tables: StepTables, update: Update) -> None:
         self._tables = tables

@@ -12,7 +12,7 @@ A package registers a backend by an entry point of the group ``rmsgd.backends`` 
 
     entry = Entry("mlu", "mlu", create)  # create() gives what rmsgd.backends.base.Backend describes
 
-Whatever is wrong with such a package is one line in ``rmsgd doctor`` and never an error of the optimizer.
+A fault of such a package shows as a line in ``rmsgd doctor`` and never as an error of the optimizer.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -26,7 +26,7 @@ from rmsgd.backends.entry import Entry
 GROUP = "rmsgd.backends"
 
 UNKNOWN = "unknown"
-"""The device of a backend whose package does not get as far as saying it."""
+"""The device of a backend whose package fails before it names one."""
 
 
 def names() -> list[str]:
@@ -35,11 +35,11 @@ def names() -> list[str]:
 
 
 def entries(taken: Collection[str], only: str | None = None) -> Iterator[Entry]:
-    """What installed packages register, by name; each package is imported when its turn comes.
+    """The entries that installed packages register. Each package is imported when its turn comes.
 
     Args:
-        taken: names that none of them may have.
-        only: the one name that is asked for; None: all.
+        taken: names that are in use and that no package may give its backend.
+        only: the name to look for; None looks for all.
     """
     for point in _points():
         if only is not None and point.name != only:
@@ -61,11 +61,11 @@ def _package(point: EntryPoint) -> str:
 
 @cache
 def _entry(point: EntryPoint) -> Entry:
-    """The entry that a package registers, made safe; where there is none, one that tells why."""
+    """The entry that a package registers, guarded against its errors, or one that tells why there is none."""
     package = _package(point)
     try:
         found = point.load()
-    except Exception as error:  # whatever a module does when it is imported
+    except Exception as error:  # a module may raise anything when it is imported
         return _broken(point.name, f"{package} cannot be imported: {_in_one_line(error)}")
     if not isinstance(found, Entry):
         kind = type(found).__name__
@@ -81,7 +81,7 @@ def _broken(name: str, reason: str) -> Entry:
 
 
 def _guarded(create: Callable[[], Backend], package: str) -> Callable[[], Backend]:
-    """``create``, whose every failure is a backend that is not available."""
+    """Wrap ``create`` so that its every failure is a BackendUnavailable."""
 
     def guarded() -> Backend:
         try:

@@ -1,4 +1,4 @@
-"""Float64 NumPy: every formula as it is written. For tests and comparisons."""
+"""The formulas in float64 NumPy as a backend, for tests and comparisons."""
 
 from rmsgd import reference
 from rmsgd.backends.numpy_ import NumpyBackend

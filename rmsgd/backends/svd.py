@@ -1,6 +1,6 @@
-"""Singular values by torch's SVD in float64: for the matrices that a Gram matrix does not decide.
+"""Singular values by torch's SVD in float64, for matrices whose Gram matrix is not accurate enough.
 
-The torch backend measures every matrix so, the compiled cores those few that are left over.
+The torch backend measures every matrix in this way, and the compiled cores those few.
 """
 
 import math
@@ -19,15 +19,15 @@ def singular_values(matrix: Tensor, largest: float) -> Tensor:
 
 
 def power_of_two(largest: float) -> float:
-    """What to divide a matrix of this largest magnitude by, so that no square overflows or vanishes."""
+    """The divisor for a matrix of this largest magnitude with which no square overflows or vanishes."""
     return math.ldexp(1.0, math.frexp(largest)[1] - 1)
 
 
 def scaled_singular_values(matrix: Tensor) -> Tensor:
     """Singular values of a float64 matrix that was divided by its ``power_of_two``.
 
-    Those at or below ``M 2^-52 gamma_1`` are zero. Rows and columns of zeros, as in a pruned weight, cost
-    nothing.
+    Values at or below ``M 2^-52 gamma_1`` are set to 0. Rows and columns of zeros, as in a pruned weight,
+    cost nothing.
     """
     gamma = matrix.new_zeros(min(matrix.shape))
     M = max(matrix.shape)

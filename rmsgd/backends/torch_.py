@@ -1,4 +1,4 @@
-"""Plain torch operations: the last resort, on any device."""
+"""Plain torch operations, the last resort on any device."""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from rmsgd.layers import Unfolding, as_matrix
 def _update(
     w: Tensor, grad: Tensor, v: Tensor, eta: float, hyper: StepGroup, fresh: bool
 ) -> tuple[Tensor, Tensor]:
-    # Written for arrays, and arithmetic is arithmetic.
+    # The reference is written for arrays, and its arithmetic works on tensors as well.
     return reference.momentum_update(  # type: ignore[return-value]
         w,  # type: ignore[arg-type]
         grad,  # type: ignore[arg-type]
@@ -43,7 +43,7 @@ def _update(
 
 
 class TorchBackend(OnHost):
-    """Singular values by ``torch.linalg`` in float64, everything after them by the reference."""
+    """Computes singular values by ``torch.linalg`` in float64 and everything else by the reference."""
 
     name = "torch"
     description = f"torch {torch.__version__}, slow"

@@ -1,4 +1,4 @@
-"""RMSGD inside other people's training loops: callbacks that end its epochs, and its figures for a log.
+"""RMSGD inside other training loops: callbacks that call ``epoch_step``, and its numbers for a log.
 
 ``rmsgd.integrations.lightning.EpochStep`` and ``rmsgd.integrations.transformers.EpochStep`` are callbacks
 of Lightning and of the Hugging Face Trainer; ``rmsgd.integrations.timm.register`` makes "rmsgd" an
@@ -13,14 +13,14 @@ from rmsgd.optim.optimizer import RMSGD
 from rmsgd.tails import TailReport
 
 _WRAPPED_AS = ("optimizer", "optim")
-"""Where a wrapper keeps what it wraps: Accelerate, Lightning, DeepSpeed; ZeroRedundancyOptimizer."""
+"""The wrapped optimizer's attribute: in Accelerate, Lightning and DeepSpeed; in ZeroRedundancyOptimizer."""
 
 
 def unwrap(optimizer: Any) -> RMSGD:
-    """The RMSGD inside an optimizer that Accelerate, Lightning, DeepSpeed or ZeRO may have wrapped.
+    """Return the RMSGD inside an optimizer that Accelerate, Lightning, DeepSpeed or ZeRO may have wrapped.
 
     Raises:
-        TypeError: there is none; the message names what there is.
+        TypeError: there is none; the message names the types that were found.
     """
     types = []
     while not isinstance(optimizer, RMSGD):
@@ -32,21 +32,21 @@ def unwrap(optimizer: Any) -> RMSGD:
 
 
 def log_dict(optimizer: Any) -> dict[str, float]:
-    """Learning rates and metrics of every layer as one flat dict, which any tracker takes.
+    """Return learning rates and metrics of every layer as one flat dict, which any tracker takes.
 
-    Of an optimizer that holds an RMSGD, or of a ``LayerRates``, whose reports may be of tail exponents:
-    ``alpha/NAME`` then.
+    ``optimizer`` holds an RMSGD or is a ``LayerRates``. If the latter reports tail exponents, the dict has
+    ``alpha/NAME`` instead of the metrics.
 
-    ``learning_rate/NAME`` for every parameter; from the first ``epoch_step`` on also ``stable_rank/NAME``,
-    ``condition_number/NAME`` and ``quality/NAME`` of every measured layer (one for each of
-    ``rmsgd.metrics.SCALARS``), and ``quality``, Q of the network, where a layer was measured. On a GPU this
-    waits for the last ``epoch_step``, so call it after one, not at every step.
+    It has the key ``learning_rate/NAME`` for every parameter. From the first ``epoch_step`` on it also has
+    ``stable_rank/NAME``, ``condition_number/NAME`` and ``quality/NAME`` for every measured layer (one for
+    each of ``rmsgd.metrics.SCALARS``), and ``quality``, Q of the network, if a layer was measured. On a GPU
+    this waits for the last ``epoch_step``, so call it after an epoch end, not at every step.
 
     Returns:
         Names to floats: rates as they are applied, metrics in the ranges that ``rmsgd.metrics`` declares.
 
     Raises:
-        TypeError: there is no RMSGD in the optimizer, and it is no LayerRates.
+        TypeError: there is no RMSGD in ``optimizer``, and it is not a LayerRates.
     """
     inner = optimizer if isinstance(optimizer, LayerRates) else unwrap(optimizer)
     values = {f"learning_rate/{name}": rate for name, rate in inner.learning_rates().items()}
@@ -62,6 +62,6 @@ def log_dict(optimizer: Any) -> dict[str, float]:
 
 
 def check_interval(every_n_steps: int | None) -> None:
-    """Raise ValueError for a number of steps that is not a positive whole one, or None."""
+    """Raise ValueError for a number of steps that is neither a positive whole number nor None."""
     if every_n_steps is not None and not (isinstance(every_n_steps, int) and every_n_steps > 0):
         raise ValueError(f"every_n_steps must be a positive whole number or None, got {every_n_steps!r}")

@@ -1,4 +1,4 @@
-"""RMSGD under Lightning: a callback that ends its epochs."""
+"""RMSGD under Lightning: a callback that calls ``epoch_step``."""
 
 from typing import Any
 
@@ -14,14 +14,15 @@ except ImportError:
 class EpochStep(Callback):
     """Calls ``epoch_step`` of every RMSGD optimizer of the trainer at the end of each epoch.
 
-    That is after the last optimizer step of the epoch and before its validation, so that every
-    checkpoint holds it: a run resumed from one takes no epoch end twice and misses none. Every rank
-    calls it: in a job of several processes give the optimizer a ``process_group`` to share the work.
+    The call comes after the last optimizer step of the epoch and before its validation, so that every
+    checkpoint holds it. A run that is resumed from a checkpoint takes no epoch end twice and misses none.
+    Every rank makes the call: in a job of several processes give the optimizer a ``process_group`` to share
+    the work.
 
     Args:
-        every_n_steps: instead of at epoch ends, after so many optimizer steps as the trainer counts them
-            (``trainer.global_step``), however many batches each accumulates.
-        log: whether to give ``rmsgd.integrations.log_dict`` to the trainer's loggers each time.
+        every_n_steps: call after this number of optimizer steps instead of at epoch ends, as the trainer
+            counts them (``trainer.global_step``), however many batches each accumulates.
+        log: whether to give ``rmsgd.integrations.log_dict`` to the trainer's loggers after each call.
 
     Raises:
         ValueError: ``every_n_steps`` is not a positive whole number or None.
@@ -35,7 +36,7 @@ class EpochStep(Callback):
         self._seen = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Look for the optimizers, and go on counting from where a checkpoint left off."""
+        """Look for the optimizers, and count the steps on from where a checkpoint left off."""
         self._seen = trainer.global_step
         if not _optimizers(trainer):
             for optimizer in trainer.optimizers or [None]:
@@ -44,7 +45,7 @@ class EpochStep(Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End RMSGD's epoch if this batch ends one."""
+        """Call ``epoch_step`` if this batch ends an epoch, or ``every_n_steps`` steps."""
         n, before, self._seen = self.every_n_steps, self._seen, trainer.global_step
         if trainer.is_last_batch if n is None else self._seen // n > before // n:
             for optimizer in _optimizers(trainer):

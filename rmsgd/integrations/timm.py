@@ -7,9 +7,9 @@ from rmsgd.optim.optimizer import RMSGD
 
 
 def register() -> None:
-    """Make ``timm.optim.create_optimizer_v2(model, "rmsgd", ...)`` give an RMSGD optimizer.
+    """Make ``timm.optim.create_optimizer_v2(model, "rmsgd", ...)`` return an RMSGD optimizer.
 
-    Its ``epoch_step`` is still to be called at epoch ends; no scheduler of timm's does.
+    You still call its ``epoch_step`` at epoch ends, since no scheduler of timm does.
     """
     default_registry.register(
         OptimInfo(
