@@ -1,4 +1,4 @@
-"""Where a command writes: looked at before anything is measured, for what is measured takes hours."""
+"""The files that a command writes. They are checked before it measures, since that may take hours."""
 
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -11,16 +11,16 @@ from bench import measure, readme
 
 
 def check(folder: Path, page: Path | None = None, tables: Iterable[str] = ()) -> None:
-    """Makes the folder of the results, and sees that it and the page can be written.
+    """Makes the folder of the results, and checks that the folder and the page can be written.
 
     Args:
-        folder: of `--out`.
-        page: of `--readme`.
-        tables: of the page that are to be rewritten.
+        folder: the folder given by `--out`.
+        page: the page given by `--readme`.
+        tables: the names of the page's tables that are to be rewritten.
 
     Raises:
         OSError: the folder or the page cannot be written.
-        UsageError: the page has no mark of such a table.
+        UsageError: the page has no mark for one of these tables.
 
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -31,10 +31,10 @@ def check(folder: Path, page: Path | None = None, tables: Iterable[str] = ()) ->
 
 
 def check_file(path: Path) -> None:
-    """Makes the folder of a file that is to be written, and sees that the file can be.
+    """Makes the folder of a file, and checks that the file can be written.
 
     Raises:
-        OSError: it cannot.
+        OSError: the file cannot be written.
 
     """
     if path.is_dir():
@@ -55,14 +55,14 @@ def finish(
     page: Path | None = None,
     draw: Callable[[], Sequence[Path]] = tuple,
 ) -> None:
-    """Writes the result as JSON, the figures and the page's tables, and says which files there are now.
+    """Writes the result as JSON, the figures and the page's tables, and prints the names of these files.
 
     Args:
-        path: of the JSON.
-        result: as `measure.write_json` and `readme.rewrite` take it.
-        console: where it is said.
-        page: of `--readme`.
-        draw: writes the figures; see `figures`.
+        path: the path of the JSON file.
+        result: the result, in the form that `measure.write_json` and `readme.rewrite` take.
+        console: the console to print the names on.
+        page: the page given by `--readme`.
+        draw: the function that writes the figures; see `figures`.
 
     """
     measure.write_json(path, result)
@@ -74,12 +74,12 @@ def finish(
 
 
 def say(written: Iterable[Path], console: Console) -> None:
-    """Says which files there are now."""
+    """Prints the names of the files that were written."""
     console.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
 
 
 def figures(draw: Callable[[], Sequence[Path]], console: Console) -> list[Path]:
-    """The files that `draw` returns; none, and a word why, where matplotlib is missing."""
+    """The files that `draw` returns; where matplotlib is missing there are none, and it prints the reason."""
     try:
         return list(draw())
     except ModuleNotFoundError as error:

@@ -1,9 +1,9 @@
-"""RMSGD and the optimizers it is measured against, each in the settings of its authors.
+"""RMSGD and the optimizers that it is compared with, each in the settings of its authors.
 
-Learning rates and weight decay are those of the paper's code (SGD .1, Adam .0003, AdamP .01,
-AdaBound .01, weight decay 1e-4, every rate but RMSGD's halved each tenth of the run); where it
-publishes none, those of the optimizer's own authors. Peers come from torch, from pytorch_optimizer and
-from the RMSGD authors' own package; only SLS, which no kept package has, is code of ours.
+Learning rates and weight decay are those of the paper's code (SGD .1, Adam .0003, AdamP .01, AdaBound .01,
+weight decay 1e-4, every rate but RMSGD's halved after each tenth of the run). Where that code has none, they
+are those of the optimizer's own authors. Peers come from torch, from pytorch_optimizer and from the RMSGD
+authors' own package. Only SLS, which no maintained package has, is written here.
 """
 
 import hashlib
@@ -52,12 +52,13 @@ class Peer:
 
     Attributes:
         create: makes it from a list of (name, parameter) and the settings.
-        settings: the keyword arguments of its authors.
+        settings: the keyword arguments that its authors use.
         note: what it is, and where the settings differ from the package's defaults.
-        scheduled: the paper halves its learning rate each tenth of the run.
-        needs_closure: `step` wants a function that computes the gradients anew, or only the loss where
-            gradients are disabled; those at the current weights must be there already.
-        needs_loss: `step` wants the loss at the current weights too.
+        scheduled: whether the paper halves its learning rate after each tenth of the run.
+        needs_closure: whether `step` takes a function that computes the loss and the gradients anew, or only
+            the loss where gradients are disabled. The gradients at the current weights must have been
+            computed.
+        needs_loss: whether `step` also takes the loss at the current weights.
 
     """
 
@@ -69,7 +70,7 @@ class Peer:
     needs_loss: bool = False
 
     def step_arguments(self, closure: Callable[[], Tensor], loss: Tensor) -> tuple[Any, ...]:
-        """What its `step` is called with, of the function that computes the gradients and the loss."""
+        """The arguments for its `step`, some of `closure` (see `needs_closure`) and `loss`."""
         if self.needs_loss:
             return closure, loss.detach()
         return (closure,) if self.needs_closure else ()
@@ -190,7 +191,7 @@ PEERS: dict[str, Peer] = {
 
 
 def peer(name: str) -> Peer:
-    """The peer called `name`; UsageError with a suggestion when there is none."""
+    """The peer called `name`; raises UsageError with a suggestion when there is none."""
     return look_up("optimizer", name, PEERS)
 
 
@@ -206,11 +207,12 @@ def make(
     Args:
         name: a key of `PEERS`.
         named_parameters: (name, parameter) pairs; those that need no gradient are left out.
-        steps: in an epoch, which SLS's step recovers by; None leaves the authors' number.
+        steps: the number of steps in an epoch, over which SLS's step size recovers; None leaves the authors'
+            number.
         overrides: settings that replace or extend the authors'.
 
     Raises:
-        UsageError: unknown name, or a setting the optimizer refuses.
+        UsageError: the name is unknown, or the optimizer refuses a setting.
         PeerUnavailableError: its package is missing and cannot be fetched.
 
     """
@@ -226,33 +228,33 @@ def make(
 
 
 def schedule(name: str, optimizer: Optimizer, epochs: int) -> StepLR | None:
-    """What halves the rate of the optimizer called `name`; None where the paper leaves its rate alone.
+    """The schedule that halves the rate of the optimizer called `name`; None where the paper uses none.
 
-    The paper's StepLR, every 25 epochs of 250, in proportion to a run of so many epochs: every tenth of it,
+    The paper's StepLR halves every 25 epochs of 250. In a run of `epochs` epochs it halves after each tenth,
     rounded up to whole epochs.
     """
     return StepLR(optimizer, math.ceil(epochs / 10), 0.5) if peer(name).scheduled else None
 
 
 def reference(optimizers: Sequence[str]) -> str:
-    """Whose epoch time is 1: SGD where it takes part, else the first."""
+    """The optimizer whose epoch time counts as 1: SGD where it takes part, else the first."""
     return "sgd" if "sgd" in optimizers else optimizers[0]
 
 
 def parts(optimizer: Optimizer) -> list[Optimizer]:
-    """An optimizer, and the one inside it whose state is not in its own (SAM's)."""
+    """An optimizer, and the optimizer inside it (SAM's) whose state is not part of its own."""
     inner = getattr(optimizer, "base_optimizer", None)
     return [optimizer] if inner is None else [optimizer, inner]
 
 
 def load_rmsgd_1_0_2() -> ModuleType:
-    """The authors' package, imported as `rmsgd_1_0_2` so that it does not stand in for ours.
+    """The authors' package, imported as `rmsgd_1_0_2` so that it does not replace this one.
 
     It is fetched once, with pip and without its dependencies, checked against its known digest and
-    unpacked into `.out/peers/` of the checkout. A process tries that once, and not for long.
+    unpacked into `.out/peers/` of the checkout. A process tries to fetch it once, for a short time.
 
     Raises:
-        PeerUnavailableError: pip could not fetch it, or what came has another digest.
+        PeerUnavailableError: pip could not fetch it, or the file has another digest.
 
     """
     if RELEASE_MODULE in sys.modules:
@@ -277,7 +279,7 @@ def load_rmsgd_1_0_2() -> ModuleType:
 
 @cache
 def _fetch_release(target: Path) -> str | None:
-    """Puts the authors' package into `target`; what prevented that, or None."""
+    """Puts the authors' package into `target`. Returns the reason if that failed, else None."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
@@ -300,7 +302,7 @@ def _fetch_release(target: Path) -> str | None:
         try:
             os.replace(unpacked, target)
         except OSError:
-            # Another process was quicker; its files are the same.
+            # Another process was quicker, and its files are the same.
             if not target.is_dir():
                 raise
     return None

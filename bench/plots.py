@@ -1,8 +1,8 @@
 """Figures of the benchmarks, written without a display, for every kind of colour vision.
 
 The functions that draw a whole figure take plain dictionaries and sequences, write one file, whose format
-follows the suffix, and return where. Where matplotlib is missing, ModuleNotFoundError says which extra
-brings it.
+follows from the suffix, and return its path. Where matplotlib is missing, ModuleNotFoundError says which
+extra installs it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from rmsgd.plots import DPI, PALETTE, one_panel
 
 DASHES = ("-", "--", "-.", ":")
 MARKERS = "osD^vP*X<>hd"
-# An optimizer looks the same in every figure; those that are compared most differ most.
+# An optimizer looks the same in every figure. Those that are compared most often differ most in looks.
 STYLES = {
     "sgd": (0, "o"),
     "adam": (1, "s"),
@@ -33,7 +33,7 @@ STYLES = {
     "rmsgd-paper": (1, "v"),
     "adamw": (7, "s"),
 }
-"""Optimizer to its colour's index in the palette and its marker."""
+"""From an optimizer to the index of its colour in the palette, and its marker."""
 
 
 def style_of(optimizer: str) -> tuple[str, str]:
@@ -43,7 +43,7 @@ def style_of(optimizer: str) -> tuple[str, str]:
 
 
 def style(index: int) -> tuple[str, str]:
-    """The colour and the marker of what is no optimizer, by its place."""
+    """The colour and the marker of anything but an optimizer, by its index."""
     return PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
 
 
@@ -94,7 +94,7 @@ def bands_over_time(
         centre = np.nanmean(across, axis=0)
         low, high = np.nanmin(heights, axis=0), np.nanmax(heights, axis=0)
         axes.fill_between(centre, low, high, color=colour, alpha=0.2, linewidth=0)
-        if len(centre) == 1:  # a band without a width
+        if len(centre) == 1:  # the band would have no width
             axes.vlines(centre, low, high, color=colour, alpha=0.4)
         mean = np.nanmean(heights, axis=0)
         late += [*low[len(low) // 2 :], *high[len(high) // 2 :]]
@@ -147,7 +147,8 @@ def proportions(
     ends = np.array([min(x), max(x)])
     axes.plot(ends, slope * ends, "-", color="0.75", zorder=0, label="proportional")
     stacks = np.array(list(series.values()), dtype=np.float64)
-    # In turn left of the highest point and right of the lowest, away from the line: neighbours may be close.
+    # Names stand in turn left of the highest point and right of the lowest, so that close neighbours stay
+    # apart.
     for turn, i in enumerate(np.argsort(x)):
         left = turn % 2 == 0
         axes.annotate(
@@ -207,7 +208,7 @@ def overheads(
                 fontsize=8,
             )
     axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
-    # Linear within 1 %, logarithmic beyond: a tenth of a per cent and a second pass are both to be seen.
+    # The axis is linear within 1 % and logarithmic beyond, so that it shows a tenth of a per cent and 100 %.
     axes.set_xscale("symlog", linthresh=1)
     axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}".replace("-", "−"))
     axes.set_yticks(range(len(names)), names)
@@ -220,6 +221,6 @@ def overheads(
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Writes the figure and returns where."""
+    """Writes the figure and returns its path."""
     figure.savefig(path, dpi=DPI)
     return path

@@ -1,12 +1,11 @@
 """`python -m bench probe-speed`: `rmsgd.probe` against WeightWatcher on the same state dicts.
 
-Both look at a network's weights alone, but not at the same thing. WeightWatcher's `analyze()` (its
-defaults) takes every singular value of one form of each weight and fits a power law to them, and its
-stable rank is of the raw weight, energy over largest: ||W||_F^2 / ||W||_2^2, between 1 and the rank.
-Ours is of the low-rank part only, as a share of full rank between 0 and 1, and the mean over both
-unfoldings of a convolution. Both are printed side by side. So that the power law is not all that is
-compared, a third case is the least that any probe by full SVD does: SciPy's singular values of every
-weight, one unfolding each.
+Both look at a network's weights alone, and they measure different things. WeightWatcher's `analyze()` (with
+its defaults) takes every singular value of one unfolding of each weight and fits a power law to them. Its
+stable rank is that of the raw weight, ||W||_F^2 / ||W||_2^2, between 1 and the rank. The stable rank of rmsgd
+is that of the low-rank part only, as a share of full rank between 0 and 1, and the mean over both unfoldings
+of a convolution. Both are printed side by side. A third case is the least work of any probe by full SVD,
+without a power law: SciPy's singular values of every weight, one unfolding each.
 
 WeightWatcher is optional (the extra `weightwatcher`); without it its column is absent.
 """
@@ -47,7 +46,7 @@ def full_svd(state: StateDict) -> None:
 
 
 def weightwatcher() -> Callable[[StateDict], Any] | None:
-    """WeightWatcher's analysis of a state dict as a data frame; None where it is not installed."""
+    """A function that analyses a state dict by WeightWatcher; None where that is not installed."""
     with _silence():
         try:
             from weightwatcher import WeightWatcher
@@ -70,7 +69,7 @@ def _silence():  # type: ignore[no-untyped-def]
 
 
 def compare(name: str, rounds: int, theirs: Callable[[StateDict], Any] | None) -> dict[str, Any]:
-    """One network: seconds of every case in interleaved rounds, and both tools' stable ranks."""
+    """The row of one network: seconds of every case in interleaved rounds, and both tools' stable ranks."""
     torch.manual_seed(0)
     module = network(name)
     make_trained_like(module)
@@ -114,7 +113,7 @@ def _by_layer(frame: Any) -> dict[str, float]:
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Seconds, and how many times faster `rmsgd.probe` is."""
+    """A table of seconds, and of how many times faster `rmsgd.probe` is."""
     result = Table(title="Probing a state dict: seconds (times rmsgd.probe's)")
     for heading in ("model", "layers", *readme.PROBE_CASES):
         result.add_column(heading, justify="left" if heading == "model" else "right")
@@ -124,7 +123,7 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def stable_rank_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Both definitions for a few layers of each network."""
+    """A table of both stable ranks for a few layers of each network."""
     result = Table(title="Stable rank, two definitions")
     result.add_column("layer", overflow="fold")
     for heading in ("rmsgd: low rank,\nshare of full rank", "WeightWatcher:\nraw weight"):

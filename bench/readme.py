@@ -15,10 +15,10 @@ from bench.measure import Interval, count
 
 
 def rewrite(path: Path, result: dict[str, Any]) -> None:
-    """Replace every marked table of `path` for which `result` has the figures; the file stays whole.
+    """Replace every marked table of `path` for which `result` has the figures, and nothing else in the file.
 
     Raises:
-        UsageError: the file has no mark of a table that this run measured.
+        UsageError: the file has no mark for a table that this run measured.
 
     """
     measured = [name for name in TABLES if name in result]
@@ -34,7 +34,7 @@ def marked(path: Path, names: Iterable[str]) -> str:
     """The text of `path`.
 
     Raises:
-        UsageError: it has no mark of one of these tables.
+        UsageError: the page has no mark for one of these tables.
 
     """
     text = path.read_text(encoding="utf-8")
@@ -76,7 +76,7 @@ def _interval(figures: Mapping[str, Any], form: str = ".2f") -> str:
 
 
 def step_cells(row: dict[str, Any]) -> list[str]:
-    """A row's figures: milliseconds with the ratio to fused SGD of every case, the floor's share."""
+    """A row's figures: every case's milliseconds and ratio to fused SGD, and the share of the bandwidth."""
     figures = [
         f"{seconds * 1e3:.2f} ({row['to_sgd_fused'][name]['median']:.2f})"
         for name, seconds in row["seconds"].items()
@@ -85,7 +85,7 @@ def step_cells(row: dict[str, Any]) -> list[str]:
 
 
 def _step(rows: list[dict[str, Any]]) -> str:
-    """A column per network, for there are fewer of them than of optimizers."""
+    """A table with a column per network, since there are fewer networks than optimizers."""
     headings = [
         "step, ms<br>/ fused SGD [95 %]",
         *(f"{row['model']}<br>{row['tensors']} tensors" for row in rows),
@@ -137,7 +137,7 @@ def _epoch_end(rows: list[dict[str, Any]]) -> str:
 
 
 def search_cells(row: dict[str, Any]) -> list[str]:
-    """Per search: spectra above the minimum, those with another rank, the worst error of sigma^2."""
+    """For each search: spectra above the minimum, those with another rank, the worst error of sigma^2."""
     return [
         f"{missed} ({row['another_rank'][name]}; {row['worst_error_of_variance'][name]:.1%})"
         for name, missed in row["above_the_minimum"].items()
@@ -156,7 +156,7 @@ PROBE_CASES = ("rmsgd", "full SVD", "weightwatcher")
 
 
 def probe_cells(row: Mapping[str, Any]) -> list[str]:
-    """Per case: seconds, and times those of `rmsgd.probe`; a peer that was not there is "absent"."""
+    """For each case its seconds and their ratio to `rmsgd.probe`'s; a peer not installed is "absent"."""
     cells = []
     for case in PROBE_CASES:
         if case not in row["seconds"]:
@@ -204,7 +204,7 @@ SAME_LR_HEADINGS = (
 
 
 def same_lr_cells(row: Mapping[str, Any]) -> list[str]:
-    """A task: held-out accuracies in percent, training losses in nats, and the range of RMSGD's rates."""
+    """A task's held-out accuracies in percent, its training losses in nats, the range of RMSGD's rates."""
     sgd, ours, letter = row["sgd"], row["rmsgd"], row["rmsgd-paper"]
     behind = Interval(*(100 * value for value in ours["accuracy_difference"]))
     return [
@@ -300,13 +300,13 @@ def _gate(rows: list[dict[str, Any]]) -> str:
 
 
 def split_headings(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What `split_cells` gives."""
+    """The headings of what `split_cells` gives."""
     model = " / ".join(rows[0]["modelled_to_one"])
     return ["1 rank, ms", "2 ranks / 1 [95 %]", "work of each, ms", "exchange, ms", f"model: {model}"]
 
 
 def split_cells(row: dict[str, Any]) -> list[str]:
-    """A row's figures: milliseconds as measured, then what the model gives, as shares of one rank's time."""
+    """A row's figures: the measured milliseconds, then the modelled shares of one rank's time."""
     seconds = row["seconds"]
     return [
         f"{seconds['one rank'] * 1e3:.0f}",
@@ -324,7 +324,7 @@ def _split(rows: list[dict[str, Any]]) -> str:
 
 
 def cost_rows(records: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
-    """What one network's training costs: the rows of the table "cost" from those of the whole tables.
+    """The rows of the table "cost", on one network's training, taken from the whole tables.
 
     Args:
         records: the tables "step", "epoch-end", "epoch-time" and "probe-speed".

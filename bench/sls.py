@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 TRIALS = 100
 SMALLEST = 1e-6
-FLAT = 1e-8  # a gradient of this norm or less is none
+FLAT = 1e-8  # a gradient of this norm or less counts as zero
 
 
 class SLS(Optimizer):
@@ -21,15 +21,15 @@ class SLS(Optimizer):
 
     Args:
         params: tensors, in one group: there is one step size.
-        lr: first step to try.
-        c: share of the decrease that the gradient promises which must be reached, in (0, 1).
-        backtrack: factor on a step that was too long, in (0, 1).
-        gamma: factor by which the step may grow in one epoch.
-        batches_per_epoch: steps in an epoch.
-        longest: bound on the step.
+        lr: the first step size to try.
+        c: the share of the decrease predicted by the gradient that a step must reach, in (0, 1).
+        backtrack: the factor on a step size that was too large, in (0, 1).
+        gamma: the factor by which the step size may grow in one epoch, at least 1.
+        batches_per_epoch: the number of steps in an epoch.
+        longest: the largest step size.
 
     Raises:
-        ValueError: a number outside its range, or several groups.
+        ValueError: a number is outside its range, or there are several groups.
 
     """
 
@@ -63,8 +63,9 @@ class SLS(Optimizer):
         """Takes one step.
 
         Args:
-            closure: returns the loss of the batch at the weights as they are; called without gradients.
-            loss: of the same batch at the weights whose gradients are in ``p.grad``.
+            closure: returns the loss of the batch at the current weights; it is called with gradients
+                disabled.
+            loss: the loss of the same batch at the weights whose gradients are in ``p.grad``.
 
         """
         group = self.param_groups[0]
@@ -79,7 +80,7 @@ class SLS(Optimizer):
         eta = min(group["lr"] * group["growth"], group["longest"])
         for _ in range(TRIALS):
             _move(moved, before, gradients, eta)
-            _restore(random)  # the same dropout in every trial
+            _restore(random)  # every trial has the same dropout
             if float(closure()) <= value - group["c"] * eta * squared:
                 break
             eta *= group["backtrack"]

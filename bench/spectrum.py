@@ -1,10 +1,10 @@
 """`python -m bench spectrum`: one matrix of each size, part by part, against torch's own routines.
 
-What the compiled core does with a weight (Gram matrix, tridiagonal form, eigenvalues, EVBMF) stands
-beside what could be called instead: `torch.mm` for the whole Gram product, `torch.linalg.eigvalsh` of it,
-and `torch.linalg.svdvals` of the weight. Small matrices come as a batch on either side, as many
-as a network has of them, so that it is not the call that is timed. The core's own clock says what its
-parts take; a part is kept as our kernel as long as it is the quicker one here.
+The work of the compiled core on a weight (Gram matrix, tridiagonal form, eigenvalues, EVBMF) is compared with
+routines that could be called instead: `torch.mm` for the whole Gram product, `torch.linalg.eigvalsh` of it,
+and `torch.linalg.svdvals` of the weight. Small matrices come as a batch on either side, as many as a network
+has of them, so that the overhead of a call does not count. The core's own clock times its parts. A part stays
+a kernel of rmsgd as long as it is the quicker one here.
 """
 
 import argparse
@@ -33,8 +33,8 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 LARGEST_FP64 = 2048
 ASPECT = 2
-LARGEST_SVD = 1024  # an SVD of larger ones takes minutes
-LARGE_ROUNDS = 2  # above that, a round takes half a minute
+LARGEST_SVD = 1024  # an SVD of larger matrices takes minutes
+LARGE_ROUNDS = 2  # a round of larger matrices takes half a minute
 PEERS = ("mm", "eigvalsh", "svdvals")
 
 
@@ -48,7 +48,7 @@ def matrices(size: int, count: int, dtype: torch.dtype) -> Tensor:
 
 
 def compare(native: NativeBackend, size: int, dtype: str, rounds: int) -> dict[str, Any]:
-    """One row: seconds for one matrix of every case, and what the core's own go to."""
+    """One row: seconds of every case for one matrix, and how the core's time is divided among its parts."""
     count = max(1, min(64, 2048 // size))
     weights = matrices(size, count, DTYPES[dtype])
     (unfolding,) = unfoldings(weights.shape[1:])
@@ -93,7 +93,7 @@ def compare(native: NativeBackend, size: int, dtype: str, rounds: int) -> dict[s
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows as a table."""
     result = Table(
-        title=f"An n x {ASPECT}n matrix: ms, what they go to, and how many times as long torch takes\n"
+        title=f"An n x {ASPECT}n matrix: ms, their division, and how many times as long torch takes\n"
         "(mm for the Gram matrix, eigvalsh for tridiagonal form and eigenvalues, svdvals for all)",
         box=box.SIMPLE,
         pad_edge=False,
@@ -112,7 +112,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Seconds per matrix against L^2 M, in fp32 where it was measured."""
+    """Draws seconds per matrix over L^2 M, for fp32 where it was measured."""
     shown = [row for row in rows if row["dtype"] == rows[0]["dtype"]]
 
     def series(seconds: Callable[[dict[str, float]], float]) -> list[float]:
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str]) -> int:
     output.check(options.out)
     native = backends.backend_for(torch.device("cpu"))
     if not isinstance(native, NativeBackend):
-        parser.error(f"it times the compiled core, but {native.name} runs here; `rmsgd doctor` says why")
+        parser.error(f"this times the compiled core, but {native.name} runs here; `rmsgd doctor` says why")
 
     rows = []
     with Progress(console=Console(stderr=True), transient=True) as progress:

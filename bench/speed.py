@@ -1,11 +1,12 @@
-"""`python -m bench speed`: what a step and an epoch end cost on this machine, against the peers.
+"""`python -m bench speed`: what a step and an epoch end cost on this machine, beside the peers.
 
-Everything that is compared is timed in turn in the same run (`bench.measure`). The epoch end is
-timed as `epoch_step(); learning_rates()`, so that nothing can hide behind it, on weights as training
-leaves them and on initial ones. The step's floor is a plain loop over one array with the same traffic.
-The epoch end is measured by `torch.mm` of every unfolding with its transpose, both modes: what a
-straightforward implementation begins with. It can be quicker than those, as ours is on most networks, for
-half of a symmetric product is enough and the modes of a 1x1 convolution share one.
+Everything that is compared is timed in turn in the same run (`bench.measure`). The epoch end is timed as
+`epoch_step(); learning_rates()`, so that no work is left running when the clock is read, on weights as
+training leaves them and on initial ones. The lower bound of the step is a plain loop over one array with the
+same traffic. The epoch end is compared with `torch.mm` of every unfolding with its transpose, in both modes,
+with which a straightforward implementation begins. An epoch end can be quicker than these products, and that
+of rmsgd is on most networks: half of a symmetric product is enough, and the modes of a 1x1 convolution share
+one.
 """
 
 import argparse
@@ -33,7 +34,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], Table]] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measures, prints the tables, writes `speed-cpu.json` and the plot; 0."""
+    """Measures, prints the tables, writes `speed-cpu.json` and the plot; returns 0."""
     parser = argparse.ArgumentParser(
         prog="python -m bench speed",
         description="Time the step and the epoch end against torch's SGD and rmsgd 1.0.2.",

@@ -1,4 +1,4 @@
-"""The epoch end of a whole network, against rmsgd 1.0.2 and against whole Gram products."""
+"""The epoch end of a whole network, beside rmsgd 1.0.2 and whole Gram products."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +22,8 @@ from rmsgd.backends.base import STAGE
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 MODELS = (*RESNETS, "mobilenetv2", "vit-b16", "linear-4096")
-WITHOUT_RELEASE = ("vit-b16", "linear-4096")  # minutes per call
-RELEASE_ROUNDS = 6  # the fewest that an interval can be given for
+WITHOUT_RELEASE = ("vit-b16", "linear-4096")  # rmsgd 1.0.2 takes minutes per call
+RELEASE_ROUNDS = 6  # an interval needs at least as many
 
 
 def measure(
@@ -63,7 +63,7 @@ def measure(
 
 
 def stages(model: nn.Module) -> dict[str, int]:
-    """How many matrices each stage of the accuracy guard decided, where the model is."""
+    """How many matrices each stage of the accuracy guard decided, on the model's device."""
     matrices = spectra(model)
     taken = backends.backend_for(matrices[0][0].device).measure(matrices)[:, STAGE].tolist()
     return {name: taken.count(stage) for stage, name in enumerate(STAGES)}
@@ -90,7 +90,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> Path:
-    """Seconds against the sum of L^2 M: on a line of slope 1 the cost grows as the products do."""
+    """Draws seconds over the sum of L^2 M. Along a line of slope 1 the cost grows as the products do."""
     return plots.proportions(
         path,
         [row["sum_L2M"] for row in rows],

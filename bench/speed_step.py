@@ -1,4 +1,4 @@
-"""The step of a whole network, against torch's SGD in its forms and the plain loop."""
+"""The step of a whole network, beside the forms of torch's SGD and the plain loop."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,9 +22,9 @@ FLOOR = "plain loop"
 
 
 def plain_loop(elements: int) -> Callable[[], object]:
-    """The momentum update as a plain loop over one array: `costs.STEP_BYTES` moved per element, no more.
+    """The momentum update as a plain loop over one array, which moves `costs.STEP_BYTES` per element.
 
-    Compiled by numba, on as many threads as torch uses.
+    It is compiled by numba and runs on as many threads as torch uses.
     """
     try:
         import numba
@@ -45,7 +45,7 @@ def plain_loop(elements: int) -> Callable[[], object]:
 
 
 def case(name: str, model: str) -> Callable[[], object]:
-    """The step of one optimizer for a network of its own, with gradients in place."""
+    """The step of one optimizer for a network of its own, whose gradients are there already."""
     trained = network(model)
     optimizer = peers.make(name, trained.named_parameters(), lr=1e-6)
     for p in trained.parameters():

@@ -1,14 +1,15 @@
 """`python -m bench split`: how the epoch end scales over the processes of a job.
 
 Two processes of one thread each, over gloo, time the same epoch end in turn: by the first alone while the
-other waits, and shared (`process_group`). Beside it stand what each rank does of it by itself, and what
-the exchange costs. From there on a model, in units of one rank's time:
+other waits, and shared (`process_group`). The time of each rank's part by itself, and the cost of the
+exchange, are measured too. A model gives the times of more ranks, in units of one rank's time:
 
     time(R) = largest share of the matrices + exchange ceil(log2 R)
 
-A rank's matrices are those that `rmsgd.optim.distributed.split` gives it, and its share is of the time
-that each took alone. The exchange is that of two ranks on this machine, taken to grow as a tree does: a
-network's latency is not in it. One rank factorises the slowest matrix, so its share is the limit.
+A rank's matrices are those that `rmsgd.optim.distributed.split` gives it. Its share is the sum of the times
+that these took alone. The exchange is that of two ranks on this machine and grows as a tree does; it holds no
+latency of a network connection. One rank factorises the slowest matrix, so the share of that matrix is the
+limit.
 """
 
 import argparse
@@ -41,11 +42,11 @@ from rmsgd.optim.distributed import Ranks, split
 MODELS = ("resnet18", "resnet50")
 MEASURED_RANKS = 2
 MODELLED_RANKS = (2, 8, 64, 512)
-EXCHANGES = 20  # in a row, so that it is not the barrier around them that is timed
+EXCHANGES = 20  # so many in a row, so that the barrier around them hardly counts
 
 
 def _time_together(rank: int, folder: str, model: str, rounds: int) -> None:
-    """One of two ranks; leaves what it timed in `folder`, in seconds."""
+    """Run one of two ranks, which writes its times in seconds into `folder`."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=MEASURED_RANKS
@@ -80,7 +81,7 @@ def _time_together(rank: int, folder: str, model: str, rounds: int) -> None:
     # Both ranks draw the same order, and their clocks are read at a barrier.
     seconds = Interleaved(cases, synchronise=dist.barrier).run(rounds)
     timed = {case: values.tolist() for case, values in seconds.items()} | {"own work": own_work[1:]}
-    if rank == 0:  # the other waits below
+    if rank == 0:  # the other rank waits below
         single = {str(i): partial(measure, [matrix]) for i, matrix in enumerate(matrices)}
         timed["matrices"] = [median(values).median for values in interleave(single, rounds).values()]
     dist.barrier()
@@ -89,13 +90,13 @@ def _time_together(rank: int, folder: str, model: str, rounds: int) -> None:
 
 
 def modelled(matrices: Sequence[float], costs: Sequence[int], exchange: float, ranks: int) -> float:
-    """The time of an epoch end on so many ranks over that on one.
+    """The modelled time of an epoch end on `ranks` ranks, over that on one.
 
     Args:
-        matrices: seconds of each matrix alone.
-        costs: of the same matrices, as the optimizer estimates them to share them out.
-        exchange: one exchange between two ranks over the time of one rank.
-        ranks: how many share the work.
+        matrices: the seconds that each matrix takes alone.
+        costs: the optimizer's estimates for the same matrices, by which it divides them among ranks.
+        exchange: the time of one exchange between two ranks, over the time of one rank.
+        ranks: how many ranks share the work.
 
     """
     load = [0.0] * ranks
@@ -105,7 +106,7 @@ def modelled(matrices: Sequence[float], costs: Sequence[int], exchange: float, r
 
 
 def compare(model: str, rounds: int) -> dict[str, Any]:
-    """One row: one rank and two measured, more of them modelled."""
+    """One row: the times of one and of two ranks as measured, and of more ranks by the model."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(_time_together, (folder, model, rounds), nprocs=MEASURED_RANKS)
         timed = [torch.load(f"{folder}/{rank}") for rank in range(MEASURED_RANKS)]
@@ -149,7 +150,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measures, prints the table, writes `split-cpu.json`; 0."""
+    """Measures, prints the table, writes `split-cpu.json`; returns 0."""
     parser = argparse.ArgumentParser(
         prog="python -m bench split",
         description="Time the epoch end shared by two processes, and model it for "

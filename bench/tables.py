@@ -1,7 +1,7 @@
 """`python -m bench tables`: the measured tables of README and docs, from the recorded results.
 
-The commands that measure write their own tables with `--readme`. This one measures nothing: it serves when
-the form of a table has changed, and the table "cost", which takes the results of several commands.
+The commands that measure write their own tables with `--readme`. This command measures nothing. It is for
+tables whose form has changed, and for the table "cost", which combines the results of several commands.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def recorded(folder: Path) -> list[dict[str, Any]]:
 
 
 def rewrite(page: Path, results: Sequence[dict[str, Any]]) -> None:
-    """Write every marked table of a page of which there is a result."""
+    """Write every marked table of a page for which there is a result."""
     text = page.read_text(encoding="utf-8")
     for result in results:
         known = {name: rows for name, rows in result.items() if f"<!-- measured: {name} -->" in text}

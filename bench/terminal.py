@@ -7,9 +7,9 @@ from rich.table import Table
 
 
 def show(table: Table, console: Console) -> None:
-    """Prints a table where all of its words fit; else a block of lines for each row, so that none is cut.
+    """Prints a table if all of its words fit, else a block of lines for each row, so that no word is cut.
 
-    A block begins with the cell of the first column; the others follow on lines of their own.
+    A block begins with the cell of the first column, and the others follow on lines of their own.
     """
     for column in table.columns:
         texts = [str(cell) for cell in (column.header, *column.cells)]

@@ -1,7 +1,8 @@
 """The cases of `bench speed` for pytest-benchmark: `pytest bench/ --benchmark-autosave`.
 
-Cases of one group answer one question and are listed together. pytest-benchmark times a case to its end
-before the next: for ratios to trust on a busy machine use `bench speed` and `bench gate`, which take turns.
+Cases of one group answer one question and are listed together. pytest-benchmark finishes a case before it
+begins the next. For ratios that hold on a busy machine use `bench speed` and `bench gate`, whose cases take
+turns.
 """
 
 import pytest
@@ -39,7 +40,7 @@ def test_step(benchmark, model, optimizer):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_step_floor(benchmark, model):
-    """One array with the network's parameters, a plain loop: no step is quicker."""
+    """The plain loop over one array of the network's size, the lower bound of a step."""
     benchmark.group = f"step, {model}"
     parameters = network(model).parameters()
     benchmark(speed_step.plain_loop(sum(p.numel() for p in parameters)))
@@ -53,7 +54,7 @@ def test_epoch_end(benchmark, model, trained):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_gram_products(benchmark, model, trained):
-    """The whole products of every unfolding with its transpose: what the epoch end is held against."""
+    """The whole products of every unfolding with its transpose, with which the epoch end is compared."""
     benchmark.group = f"epoch end, {model}"
     benchmark(epoch_end.gram_products(trained))
 
@@ -67,7 +68,7 @@ def test_torch_spectra(benchmark, model, trained):
 @pytest.mark.parametrize("model", ["resnet14-digits"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_spectra(benchmark, model, backend, trained, monkeypatch):
-    """Every spectrum of a network with its metrics, by each backend."""
+    """All spectra of a network with their metrics, by each backend."""
     benchmark.group = f"spectra, {model}"
     monkeypatch.setenv("RMSGD_BACKEND", backend)
     measure = backends.backend_for(torch.device("cpu")).measure

@@ -26,8 +26,7 @@ def main(given: Sequence[str]) -> int:
     """Runs the command.
 
     Returns:
-        0 when every optimizer finished with at least one seed, 1 when one diverged with all of
-        them.
+        0 when every optimizer finished with at least one seed, 1 when one diverged with all seeds.
 
     """
     options = _parser().parse_args(given)
@@ -45,8 +44,8 @@ def main(given: Sequence[str]) -> int:
     )
     output.check(options.out)
     console = Console(stderr=True)
-    # Batches of digits are so small that a second thread costs as much as it brings on idle cores,
-    # and many times more on busy ones.
+    # Batches of digits are so small that a second thread costs as much as it gains on idle cores, and many
+    # times more on busy ones.
     threads = options.threads or (1 if options.data == "digits" else torch.get_num_threads())
     with arguments.torch_threads(threads):
         runs = _train(settings, console, options.out / "data")
@@ -67,8 +66,8 @@ def main(given: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench train",
-        description="Trains one network with several optimizers and seeds, epochs interleaved, and writes a "
-        "table, result.json and figures.",
+        description="Trains one network with several optimizers and seeds, in interleaved epochs, and writes "
+        "a table, result.json and figures.",
         epilog=arguments.KNOWN,
     )
     add = parser.add_argument
@@ -138,7 +137,7 @@ def _train(settings: Settings, console: Console, cache: Path) -> list[Run]:
         TextColumn("epochs"),
         TimeRemainingColumn(),
     )
-    read = training.dataset(settings, cache)  # images that are decoded now have a bar of their own
+    read = training.dataset(settings, cache)  # decoding images shows a progress bar of its own
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("starting", total=total)
 
@@ -172,7 +171,7 @@ def table(settings: Settings, summary: dict[str, dict[str, Any]]) -> Table:
         "evaluation\n(s)",
         f"epoch time\n({reference} = 1)",
     ):
-        rows.add_column(column, justify="right")  # wraps where a terminal is narrow: no figure is cut
+        rows.add_column(column, justify="right")  # it wraps on a narrow terminal, so that no number is cut
     for name, entry in summary.items():
         seconds = [_number(entry["seconds"][phase], ".3f") for phase in training.PHASES]
         ratio = entry["epoch_time_ratio"]
@@ -196,10 +195,10 @@ def _number(value: float | None, form: str) -> str:
 
 
 def figures(folder: Path, settings: Settings, runs: Sequence[Run]) -> list[Path]:
-    """Draws what the runs measured into `folder` and returns the files.
+    """Draws the results of the runs into `folder` and returns the files.
 
-    For every optimizer that probes its layers, the learning rate and the stable rank of each layer
-    (mean over seeds); for all together, the test accuracy against the time they trained.
+    For every optimizer that measures its layers there is a figure of each layer's learning rate and one of
+    its stable rank (means over seeds). One figure of all optimizers shows test accuracy over training time.
     """
     subject = f"{settings.model}, {settings.data}"
     written = []
@@ -227,7 +226,7 @@ def figures(folder: Path, settings: Settings, runs: Sequence[Run]) -> list[Path]
 
 
 def layer_means(runs: Sequence[Run], quantity: str) -> dict[str, list[float]]:
-    """Probed layer to its mean over seeds for every epoch, as far as all seeds got."""
+    """From a measured layer to its means over the seeds, one for each epoch that all seeds reached."""
     length = min(len(run.epochs) for run in runs)
     layers = list(runs[0].epochs[0].stable_rank or ())
 
@@ -241,7 +240,7 @@ def layer_means(runs: Sequence[Run], quantity: str) -> dict[str, list[float]]:
 
 
 def accuracy_over_time(runs: Sequence[Run], epochs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds trained so far and test accuracy in per cent, both (seeds, epochs), NaN after an end."""
+    """Seconds trained so far and test accuracy in per cent, both (seeds, epochs); NaN after a run's end."""
     times = np.full((len(runs), epochs), np.nan)
     accuracies = times.copy()
     for index, run in enumerate(runs):

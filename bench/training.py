@@ -2,7 +2,7 @@
 
 Every optimizer starts from the same weights and sees the same batches. Their epochs are interleaved
 (A's first, B's first, A's second, ...) in an order drawn anew each epoch, so that a busy machine
-slows all of them alike and the ratio of their epoch times stays honest.
+slows all of them alike and does not change the ratio of their epoch times.
 """
 
 import math
@@ -31,13 +31,14 @@ class Settings:
         model: key of `bench.models.ARCHITECTURES`.
         data: one of `bench.data.registry.TRAINED`, or a folder or archive that the registry recognises.
         optimizers: keys of `bench.peers.PEERS`.
-        seeds: one run per seed and optimizer; a seed fixes initial weights and batches.
+        seeds: there is one run per seed and optimizer; a seed fixes initial weights and batches.
         epochs: passes over the training set.
         batch: mini-batch size.
         width: factor on the network's channel counts.
-        samples: size of a synthetic training set, or most images read from a folder; None: 2048, all.
+        samples: size of a synthetic training set (None: 2048), or the most images read from a folder (None:
+            all).
         device: torch device.
-        overrides: optimizer name to settings that replace its authors'.
+        overrides: from an optimizer's name to settings that replace its authors'.
 
     """
 
@@ -53,7 +54,7 @@ class Settings:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raises UsageError, naming the field, for what is wrong before anything is built."""
+        """Raises UsageError, which names the field, for a wrong value before anything is built."""
         models.architecture(self.model)
         arguments.check_unique("optimizer", self.optimizers)
         arguments.check_unique("seed", self.seeds)
@@ -74,10 +75,10 @@ class Epoch:
         train_loss: mean over the batches.
         test_loss: mean over the test set, at the end of the epoch.
         test_accuracy: fraction of the test set, at the end of the epoch.
-        seconds: phase (training, epoch_end, evaluation) to seconds.
-        learning_rates: parameter name to the rate applied during this epoch.
-        stable_rank: probed parameter name to its stable rank at the end of the epoch (RMSGD only).
-        quality: of the whole network at the end of the epoch (RMSGD only).
+        seconds: from a phase (training, epoch_end, evaluation) to its seconds.
+        learning_rates: from a parameter's name to the rate applied during this epoch.
+        stable_rank: from a measured parameter's name to its stable rank at the end of the epoch (RMSGD only).
+        quality: Q of the network at the end of the epoch (RMSGD only).
 
     """
 
@@ -96,9 +97,9 @@ class Run:
 
     Attributes:
         optimizer_name: key of `bench.peers.PEERS`.
-        seed: of the initial weights and of the batches.
-        epochs: what happened so far.
-        diverged: the loss stopped being a number; no further epoch is run.
+        seed: the seed of the initial weights and of the batches.
+        epochs: the results of the epochs so far.
+        diverged: whether the loss has stopped being a number; no further epoch is run then.
 
     """
 
@@ -123,10 +124,10 @@ class Run:
         self._schedule = peers.schedule(optimizer_name, self._optimizer, settings.epochs)
 
     def train_epoch(self) -> Epoch:
-        """Trains for one epoch, then evaluates, and appends what it measured to `epochs`."""
+        """Trains for one epoch, evaluates, and appends the results to `epochs`."""
         number = len(self.epochs) + 1
-        # Dropout draws from the global generator, which runs share: without this the neighbours of a
-        # run in the interleaving would change its result.
+        # Dropout draws from the global generator, which all runs share. Without this, other runs in the
+        # interleaving would change the result of this one.
         torch.manual_seed((1_000_003 * self.seed + number) % 2**63)
         rates = self._learning_rates()
         clock = measure.HostClock(self._device, PHASES)
@@ -161,12 +162,12 @@ class Run:
 
             def gradients(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
                 loss = cross_entropy(self._network(inputs), targets)
-                if torch.is_grad_enabled():  # a line search asks for the loss alone
+                if torch.is_grad_enabled():  # a line search asks for the loss only
                     self._optimizer.zero_grad()
                     loss.backward()
                 return loss
 
-            # Read once per epoch: a host copy per step would stall a GPU.
+            # The loss is read once per epoch, since a copy to the host at every step would stall a GPU.
             loss = gradients().detach()
             total += loss
             self._optimizer.step(*self._peer.step_arguments(gradients, loss))
@@ -203,10 +204,10 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
 
 
 def dataset(settings: Settings, cache: Path | None = None) -> data.Dataset:
-    """What is trained on; `cache` is that of `bench.data.load`.
+    """The data that the runs are trained on; `cache` is that of `bench.data.load`.
 
     Raises:
-        UsageError: settings that make no sense, or data that is not there or not what it should be.
+        UsageError: a setting makes no sense, or the data is missing or not what it should be.
 
     """
     settings.check()
@@ -214,14 +215,14 @@ def dataset(settings: Settings, cache: Path | None = None) -> data.Dataset:
 
 
 def prepare(settings: Settings, read: data.Dataset | None = None) -> list[list[Run]]:
-    """Builds every run, nothing trained yet: a list per seed, in the order of the optimizers.
+    """Builds every run without training it: a list per seed, in the order of the optimizers.
 
     Args:
         settings: what is to be trained.
-        read: what `dataset` has read already.
+        read: the data, if `dataset` has read it already.
 
     Raises:
-        UsageError: settings that make no sense, or that model, data or optimizer refuse.
+        UsageError: a setting makes no sense, or model, data or optimizer refuse it.
 
     """
     settings.check()
@@ -238,15 +239,15 @@ def train(
 
     Args:
         settings: what to train.
-        on_epoch: called after every epoch with the run it belongs to.
-        read: what `dataset` has read already.
+        on_epoch: called after every epoch with the run that it belongs to.
+        read: the data, if `dataset` has read it already.
 
     Returns:
-        The runs, by seed and then in the order of `settings.optimizers`. A run whose loss stops
-        being a number ends there and says so; the others go on.
+        The runs, by seed and then in the order of `settings.optimizers`. A run whose loss stops being a
+        number ends there and is marked as diverged; the others go on.
 
     Raises:
-        UsageError: settings that make no sense, or that model, data or optimizer refuse.
+        UsageError: a setting makes no sense, or model, data or optimizer refuse it.
 
     """
     seeds = prepare(settings, read)
@@ -289,11 +290,11 @@ def result(settings: Settings, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def summary(settings: Settings, runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """One entry per optimizer: accuracy over seeds, seconds per epoch, epoch time against SGD.
+    """One entry per optimizer: accuracy over seeds, seconds per epoch, epoch time over SGD's.
 
-    The accuracy is that of the last epoch, over the seeds that did not diverge. Seconds are medians
-    over epochs and seeds; the first epoch of a run, which pays for warming up, counts only when
-    there is no other. Epoch time is training plus epoch end: evaluation is not the optimizer's.
+    The accuracy is that of the last epoch, over the seeds that did not diverge. Seconds are medians over
+    epochs and seeds. The first epoch of a run, which includes the warm-up, counts only when there is no
+    other. Epoch time is training plus epoch end, without the evaluation, which is not the optimizer's work.
     """
     reference = peers.reference(settings.optimizers)
     by_name = {name: [run for run in runs if run.optimizer_name == name] for name in settings.optimizers}
@@ -318,9 +319,9 @@ def summary(settings: Settings, runs: Sequence[Run]) -> dict[str, dict[str, Any]
 
 
 def note(settings: Settings) -> str:
-    """A sentence on the settings that were trained with: what was tuned, and what moves the rates.
+    """A sentence on the settings of the training: what was tuned, and how the rates move.
 
-    The settings of `bench.peers` are those that the optimizers' authors use on CIFAR-10: none is tuned here.
+    The settings of `bench.peers` are those that the optimizers' authors use on CIFAR-10. None is tuned here.
     """
     kinds: dict[str, list[str]] = {}
     for name in settings.optimizers:
@@ -337,7 +338,7 @@ def note(settings: Settings) -> str:
 
 
 def warm_epochs(run: Run) -> list[Epoch]:
-    """The epochs of a run whose time counts: complete ones, the first only when there is no other."""
+    """The epochs of a run whose time counts: complete ones, and the first only when there is no other."""
     complete = [epoch for epoch in run.epochs if math.isfinite(epoch.test_loss)]
     return complete[1:] or complete
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 def make_trained_like(model: nn.Module, seed: int = 0) -> None:
     """Add to every weight the low-rank part that training leaves in it.
 
-    A trained weight is its noise and a low-rank part with a few large and many small singular
-    values. Here their sizes follow a power law, ``strength i^-.7`` times the noise's largest, with a
-    strength between 1.5 and 30 and a rank of 5 to 40 % drawn per layer. Timing on initial weights
-    alone would flatter: nothing is above the noise there, and every spectrum is easy.
+    A trained weight is the sum of noise and a low-rank part with a few large and many small singular values.
+    Here the i-th of these is ``strength i^-.7`` times the largest of the noise, with a strength between 1.5
+    and 30 and a rank of 5 to 40 %, both drawn for each layer. Times on initial weights alone would be too
+    good: nothing is above the noise there, and every spectrum is easy.
     """
     generator = torch.Generator().manual_seed(seed)
 

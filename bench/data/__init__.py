@@ -1,4 +1,4 @@
-"""The data that networks learn from: as a whole for `bench train`, as batches for `bench study`.
+"""The data that networks learn from, as a whole for `bench train` and as batches for `bench study`.
 
 A data set is a module of `bench.data.sets`.
 """

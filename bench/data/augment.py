@@ -1,17 +1,17 @@
-"""Random crops, flips and holes for a whole batch at once, on the device that it is on."""
+"""Random crops, flips and holes for a whole batch at once, on its own device."""
 
 import torch
 from torch import Tensor
 
 
 def crop_and_flip(images: Tensor, pad: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Every image moved by up to `pad` pixels each way, zeros following, and mirrored by even odds.
+    """Moves every image by up to `pad` pixels, fills with zeros, and mirrors it with probability 1/2.
 
     Args:
         images: (n, channels, height, width), any type.
-        pad: most pixels to move by.
-        flip: whether to mirror; some images, digits among them, mean something else then.
-        generator: on the images' device.
+        pad: the most pixels to move by.
+        flip: whether to mirror; mirrored, some images such as digits would mean something else.
+        generator: a generator on the images' device.
 
     Returns:
         A new tensor of the same shape and type.
@@ -35,12 +35,12 @@ def crop_and_flip(images: Tensor, pad: int, flip: bool, generator: torch.Generat
 
 
 def cutout(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """One square hole of zeros per image (DeVries and Taylor, 2017), its centre anywhere in the image.
+    """Sets a square hole in every image to zero (DeVries and Taylor, 2017), its centre anywhere in the image.
 
     Args:
-        images: (n, channels, height, width), normalised: zero is the mean. Changed in place.
-        size: side of the hole, of which a part may lie outside.
-        generator: on the images' device.
+        images: (n, channels, height, width), normalised, so that zero is the mean; changed in place.
+        size: the side of the hole in pixels; a part of the hole may lie outside of the image.
+        generator: a generator on the images' device.
 
     Returns:
         `images`.

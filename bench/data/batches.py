@@ -1,4 +1,4 @@
-"""Shuffled mini-batches of samples that are where the network is."""
+"""Shuffled mini-batches of samples that lie on the network's device."""
 
 from collections.abc import Iterator
 
@@ -12,8 +12,8 @@ from bench.errors import UsageError
 class Batches:
     """Shuffled mini-batches of a split; every pass draws a new order from the seed.
 
-    All batches have the same size, so that one step costs what the next does: what is left over at
-    the end of a pass is not used in that pass.
+    All batches have the same size, so that all steps cost the same. What is left over at the end of a pass is
+    not used in that pass.
 
     Raises:
         UsageError: the split holds less than one batch.

@@ -1,4 +1,4 @@
-"""What a data set is to the commands, and what they ask of it. `bench.data.registry` finds them all."""
+"""The form of a data set, and of a command's request to it. `bench.data.registry` finds all of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,15 +17,16 @@ AS_THEY_ARE = Augmentation()
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted of a data set.
+    """A request for a data set.
 
     Attributes:
-        network: that is to read it: images are brought to the size that it reads.
-        path: where it is; empty for one that is built in.
-        cache: folder for what is decoded once; None keeps nothing.
-        limit: the most samples of each split, or the training samples of one that is made; None: all.
-        device: where a data set that is made is made.
-        complete: refuse a published data set that has not all of its images.
+        network: the network that will read it; images are resized to the size that it reads.
+        path: where the data set is; empty for one that is built in.
+        cache: a folder for decoded images, so that they are decoded once; None keeps nothing.
+        limit: the most samples of each split, or the number of training samples of a synthetic one; None:
+            all.
+        device: the device on which a synthetic data set is made.
+        complete: whether to refuse a published data set that lacks some of its images.
 
     """
 
@@ -37,18 +38,18 @@ class Request:
     complete: bool = True
 
     def at(self, path: Path) -> "Request":
-        """The same at a path."""
+        """The same request with another path."""
         return replace(self, path=path)
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of the images that the network reads."""
+        """The (height, width) of the images that the network reads."""
         height, width = self.network.sample[-2:]
         return height, width
 
 
 class Read(Protocol):
-    """Reads a data set that memory holds."""
+    """Reads a data set that fits into memory."""
 
     def __call__(self, request: Request) -> Parts:
         """Its parts: uint8 images, or floats that are standardised already, or tokens."""
@@ -58,25 +59,25 @@ class Stream(Protocol):
     """Opens a data set that is too large for memory."""
 
     def __call__(self, request: Request, device: torch.device) -> Source:
-        """It, as batches on the device."""
+        """The data set as batches on the device."""
 
 
 @dataclass(frozen=True)
 class DataSet:
     """A data set that `bench train` or `bench study` can use.
 
-    A module of `bench.data.sets` offers some by a dictionary `DATASETS`, name to data set: that module is all
-    that a new one needs.
+    A module of `bench.data.sets` offers data sets in a dictionary `DATASETS`, from name to data set. A new
+    data set needs nothing but such a module.
 
     Attributes:
-        read: for what memory holds, else None.
-        stream: for what it does not hold, else None.
-        layout: what the path given by --data must hold, and where it comes from; empty: built in.
-        recognises: whether a path given by --data alone is this data set.
-        sizes: training and test samples of a path that `recognises` accepts, without reading them.
-        augmentation: of training images.
+        read: reads a data set that fits into memory, else None.
+        stream: opens a data set that does not fit into memory, else None.
+        layout: what the path given by --data must hold, and where to get it; empty for one that is built in.
+        recognises: whether a path given by --data without a name is this data set.
+        sizes: the training and test samples of a path that `recognises` accepts, without reading them.
+        augmentation: how training images vary.
         several: see `bench.data.source.Source`.
-        trains: `bench train` may be asked for it by name.
+        trains: whether `bench train` knows it by name.
 
     """
 

@@ -1,6 +1,6 @@
 """NATS-Bench's trained networks: their weights, and the accuracies that its authors measured.
 
-Dong et al. (TPAMI 2021) publish one `INDEX.pickle.pbz2` per architecture: pickles, read here by an
+Dong et al. (TPAMI 2021) publish one `INDEX.pickle.pbz2` per architecture. These pickles are read by an
 unpickler that knows tensors and numbers and nothing else.
 """
 
@@ -33,11 +33,11 @@ class Trained:
     """One architecture, trained once.
 
     Attributes:
-        index: of the architecture.
-        epochs: it was trained for: 1, 12 or 90.
-        seed: of the training.
-        weights: name to tensor.
-        train_accuracy, test_accuracy: at the end, in [0, 1].
+        index: the architecture's index.
+        epochs: the number of epochs that it was trained for: 1, 12 or 90.
+        seed: the seed of the training.
+        weights: from name to tensor.
+        train_accuracy, test_accuracy: the accuracies at the end, in [0, 1].
 
     """
 
@@ -50,7 +50,7 @@ class Trained:
 
 
 def files(folder: Path) -> list[Path]:
-    """The architectures' files, in order; DatasetError where there is none."""
+    """The architectures' files, in order; raises DatasetError where there is none."""
     found = sorted(path for path in folder.glob("*.pickle.pbz2") if path.name.split(".")[0].isdecimal())
     if not found:
         raise DatasetError(f"{folder} holds no architecture of NATS-Bench. Expected: {LAYOUT}")
@@ -58,10 +58,10 @@ def files(folder: Path) -> list[Path]:
 
 
 def read(path: Path, dataset: str = "cifar10") -> Iterator[Trained]:
-    """Everything in one file that was trained on `dataset` ("cifar10", "cifar100", "ImageNet16-120").
+    """All networks of one file that were trained on `dataset` ("cifar10", "cifar100", "ImageNet16-120").
 
     Raises:
-        DatasetError: the file is damaged, holds code, or lacks weights ("-simple" archives do).
+        DatasetError: the file is damaged, holds code, or lacks weights, as the "-simple" archives do.
 
     """
     try:

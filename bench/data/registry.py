@@ -1,6 +1,6 @@
 """Every data set by name, for `bench train` and `bench study` alike.
 
-The modules of `bench.data.sets` are found by themselves, each with a dictionary `DATASETS`: a new data set is
+Every module of `bench.data.sets` has a dictionary `DATASETS` and is found automatically, so a new data set is
 one new module there.
 """
 
@@ -31,14 +31,14 @@ def _found() -> dict[str, DataSet]:
 DATASETS: dict[str, DataSet] = _found()
 
 TRAINED = tuple(name for name, known in DATASETS.items() if known.trains)
-"""What `bench train` may be asked for by name; the others it recognises by what is at a path."""
+"""The data sets that `bench train` knows by name. It recognises the others by the content of a path."""
 
 
 def recognised(path: Path) -> tuple[str, DataSet]:
-    """The data set that is at a path.
+    """The name of the data set at a path, and the data set.
 
     Raises:
-        UsageError: there is none that is known.
+        UsageError: the path holds no data set that is known.
 
     """
     for name, known in DATASETS.items():
@@ -48,7 +48,7 @@ def recognised(path: Path) -> tuple[str, DataSet]:
 
 
 def layouts() -> str:
-    """What a path may hold that is recognised without a name."""
+    """The layouts that are recognised at a path without a name."""
     return "; or ".join(known.layout for known in DATASETS.values() if known.sizes)
 
 
@@ -59,14 +59,14 @@ def source(
 
     Args:
         name: a key of `DATASETS`.
-        path: what the user gave as --data; it, or a folder of the data set's name in it, holds it.
-        network: a key of `bench.models.ARCHITECTURES`: images are brought to the size that it reads.
-        device: where batches are wanted.
-        cache: folder for what an archive is decoded to; None keeps nothing.
+        path: the argument of --data, which holds the data set itself or a folder of its name.
+        network: a key of `bench.models.ARCHITECTURES`; images are resized to the size that it reads.
+        device: the device of the batches.
+        cache: a folder for the images that an archive is decoded to; None keeps nothing.
 
     Raises:
-        DatasetError: the path is missing or does not hold the data set; the layout is named.
-        UsageError: unknown name.
+        DatasetError: the path is missing or does not hold the data set; the message gives the layout.
+        UsageError: the name is unknown.
 
     """
     known = look_up("data set", name, DATASETS)

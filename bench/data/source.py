@@ -1,4 +1,4 @@
-"""What a run learns from: batches that depend on seed, epoch and position alone, to be resumed at any."""
+"""The data of a run: batches that depend on seed, epoch and position alone, so that a run can be resumed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,12 +16,12 @@ EVALUATED = 512
 
 
 class DatasetError(UsageError):
-    """A data set that is not there, or is not what it should be: what is expected, and where from."""
+    """A data set is missing or not what it should be. The message says what is expected, and from where."""
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images vary: most pixels to move by, whether mirrored, side of the hole (0: none)."""
+    """How training images vary: most pixels to move by, whether to mirror, side of a hole (0: none)."""
 
     pad: int = 0
     flip: bool = False
@@ -29,13 +29,12 @@ class Augmentation:
 
 
 class Source(Protocol):
-    """A data set as runs read it.
+    """A data set in the form that runs read.
 
     Attributes:
         classes: number of logits.
         sample: (channels, height, width).
-        several: several labels an image: targets are (n, classes) of zeros and ones.
-        batches: of one size, in an epoch.
+        several: whether an image has several labels; targets are then (n, classes) of zeros and ones.
 
     """
 
@@ -44,7 +43,7 @@ class Source(Protocol):
     several: bool
 
     def batches(self, size: int) -> int:
-        """How many batches of one size an epoch has; what is left over is not used in that epoch."""
+        """The number of batches of one size in an epoch; what is left over is not used in that epoch."""
 
     def epoch(self, size: int, seed: int, epoch: int, skip: int) -> Iterator[Batch]:
         """Augmented training batches, without the first `skip`, in an order drawn from seed and epoch."""
@@ -53,23 +52,23 @@ class Source(Protocol):
         """The test set."""
 
     def train_sample(self) -> Iterator[Batch]:
-        """Training images as they are, as many as there are in the test set, always the same."""
+        """Training images without variation, as many as the test set has, always the same ones."""
 
     def varied(self, augment: bool, cutout: bool) -> "Source":
-        """The same data with other variation: none, or a hole of half the image's side on top."""
+        """The same data, not augmented unless `augment`, with holes of half the image's side if `cutout`."""
 
     def with_holdout(self) -> "Source":
-        """The training set alone, a fifth of it (always the same) in the place of the test set."""
+        """The training set alone, of which a fifth (always the same) stands in for the test set."""
 
     def limited(self, train: int | None, test: int | None, holdout: bool) -> "Source":
-        """So many training images and test images, always the same; None: all.
+        """The same data with `train` training images and `test` test images, always the same ones; None: all.
 
-        With `holdout`, as many training images that are not among those stand in for the test set.
+        With `holdout`, `test` other training images stand in for the test set.
         """
 
 
 def mix(*parts: int) -> int:
-    """A seed of several numbers."""
+    """One seed made of several numbers."""
     seed = 0
     for part in parts:
         seed = (seed * 1_000_003 + part + 1) % (1 << 63)
@@ -77,7 +76,7 @@ def mix(*parts: int) -> int:
 
 
 def chosen(have: int, wanted: int | None, what: str) -> list[int]:
-    """`wanted` of `have` images in an order that is always the same; UsageError when there are fewer."""
+    """`wanted` of `have` images in an order that is always the same; raises UsageError if there are fewer."""
     if wanted is not None and not 1 <= wanted <= have:
         raise UsageError(f"{wanted} {what} images are wanted, and there are {have}")
     return torch.randperm(have, generator=torch.Generator().manual_seed(0))[:wanted].tolist()
@@ -86,17 +85,17 @@ def chosen(have: int, wanted: int | None, what: str) -> list[int]:
 def limited_parts(
     have: tuple[int, int], train: int | None, test: int | None, holdout: bool
 ) -> tuple[list[int], list[int]]:
-    """The images of `Source.limited`: indices of training images, and of those that are judged by.
+    """The indices of the training images of `Source.limited`, and of the images that judge a run.
 
     Args:
-        have: training and test images that there are.
+        have: how many training and test images there are.
         train, test, holdout: see `Source.limited`.
 
     Returns:
-        Both from the training set where `holdout` is true.
+        The indices; those of the judging images are of the training set if `holdout`, else of the test set.
 
     Raises:
-        UsageError: there are not so many.
+        UsageError: there are too few images.
 
     """
     if not holdout:
@@ -108,7 +107,7 @@ def limited_parts(
 
 
 def whole_batches(count: int, size: int) -> int:
-    """How many batches of `size` there are in `count` images; UsageError when there is none."""
+    """How many batches of `size` there are in `count` images; raises UsageError if there is none."""
     if not 1 <= size <= count:
         raise UsageError(f"batch must be between 1 and the {count} training images, got {size}")
     return count // size
@@ -118,10 +117,10 @@ class InMemory:
     """A data set that is on the device already, as a `Source`.
 
     Args:
-        train, test: images as uint8, normalised batch by batch with the mean and deviation of the
-            training set's channels, or as floats, which are taken as they are.
+        train, test: images as uint8, which are normalised batch by batch with the mean and deviation of the
+            training set's channels, or as floats, which are used as they are.
         classes: number of logits.
-        augmentation: of the training images.
+        augmentation: how the training images vary.
         several: see `Source`.
 
     """
@@ -190,13 +189,13 @@ class InMemory:
 
     def _normalised(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
-            # A copy, as the hole is cut in place.
+            # This is a copy, since the hole is cut in place.
             return images.clone()
         return (images.float() - self._mean) / self._deviation
 
 
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the channels, (1, channels, 1, 1), without a float copy of all images."""
+    """Mean and deviation of the channels, each (1, channels, 1, 1), without a float copy of all images."""
     total = torch.zeros(images.shape[1], dtype=torch.float64, device=images.device)
     squared = torch.zeros_like(total)
     for part in images.split(1024):

@@ -23,5 +23,5 @@ class Split:
         return len(self.inputs)
 
     def to(self, device: torch.device) -> "Split":
-        """The same on a device."""
+        """The same split on a device."""
         return Split(self.inputs.to(device), self.targets.to(device))

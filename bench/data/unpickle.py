@@ -20,25 +20,25 @@ class _Restricted(pickle.Unpickler):
 
 
 def maker(value: object) -> Any:
-    """What a pickle of `value` names to make it."""
+    """The callable that a pickle of `value` names to make it."""
     return value.__reduce__()[0]
 
 
 def load(file: IO[bytes], allowed: Allowed, encoding: str = "ASCII") -> Any:
-    """The content of a pickle that may name nothing but what is in `allowed`.
+    """The content of a pickle that may name only what is in `allowed`.
 
     Args:
-        file: open for reading.
-        allowed: (module, name) to what stands for it.
-        encoding: of text that Python 2 wrote; "bytes" leaves it as bytes.
+        file: a file that is open for reading.
+        allowed: from (module, name) to the object that stands for it.
+        encoding: the encoding of text that Python 2 wrote; "bytes" leaves it as bytes.
 
     Raises:
-        pickle.UnpicklingError: it names something else, or is no complete pickle.
+        pickle.UnpicklingError: the pickle names something else, or is not complete.
 
     """
     try:
         return _Restricted(file, allowed, encoding).load()
     except pickle.UnpicklingError:
         raise
-    except Exception as error:  # a mangled pickle raises almost anything
+    except Exception as error:  # a damaged pickle can raise almost anything
         raise pickle.UnpicklingError(f"it is no complete pickle ({type(error).__name__}: {error})") from error

@@ -1,4 +1,4 @@
-"""A data set as `bench train` takes it: all of it on one device, standardised, nothing drawn at random."""
+"""A data set in the form that `bench train` takes: all on one device, standardised, without augmentation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from bench.names import look_up
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a network learns from and what it is judged by, both on one device."""
+    """The training set of a network and the test set that judges it, both on one device."""
 
     name: str
     train: Split
@@ -40,14 +40,14 @@ def load(
     Args:
         name: one of `registry.TRAINED`, or the path of a folder or archive that `registry` recognises.
         model: a key of `bench.models.ARCHITECTURES`.
-        device: where the tensors are put.
-        samples: size of the synthetic training set (2048 by default; the test set is a quarter of
+        device: the device of the tensors.
+        samples: the size of the synthetic training set (2048 by default; the test set is a quarter of
             it), or the most images that are read of each split of a folder or archive.
-        cache: folder for what an archive is decoded to; None keeps nothing.
+        cache: a folder for the images that an archive is decoded to; None keeps nothing.
 
     Raises:
-        UsageError: unknown name, a folder that is not what it claims, or samples that the model
-            cannot read.
+        UsageError: the name is unknown, a folder does not hold what it should, or the model cannot read the
+            samples.
 
     """
     if samples is not None and samples < 4:
@@ -77,7 +77,7 @@ def load(
 
 
 def sizes(path: Path) -> tuple[int, int]:
-    """How many training and test samples there are at a path that `load` accepts, without reading them."""
+    """The numbers of training and test samples at a path that `load` accepts, without reading them."""
     known = registry.recognised(path)[1]
     assert known.sizes is not None
     return known.sizes(path)
