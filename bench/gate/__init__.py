@@ -1,16 +1,16 @@
 """`python -m bench gate`: the CI check that fails when the optimizer gets slower.
 
-`rule` holds the statistics, `figures` what is timed and when it is decided, `worker` and `cases` the
-process that times, `processes` how it is started (also for another revision), `counts` and `callgrind`
-what does not depend on the clock, `baseline` the file, `command` the command line, `trial` the
-experiment that shows what the gate catches.
+`rule` holds the statistics, `figures` the ratios that are timed and when they are decided, `worker` and
+`cases` the process that times, `processes` how it is started (also for another revision), `counts` and
+`callgrind` the counts that do not depend on the clock, `baseline` the file, `command` the command line, and
+`trial` the experiment that shows what the gate catches.
 """
 
 from collections.abc import Sequence
 
 
 def main(given: Sequence[str]) -> int:
-    """See `bench.gate.command.main`, which the processes that time another revision do without."""
+    """See `bench.gate.command.main`. The processes that time another revision do not import it."""
     from bench.gate import command
 
     return command.main(given)

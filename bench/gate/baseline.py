@@ -1,4 +1,4 @@
-"""The gate's baseline: ratios with their tolerances, counts, and the machine they come from."""
+"""The gate's baseline: ratios with their tolerances, counts, and the machine that they come from."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ SCHEMA = "rmsgd-bench-gate/1"
 TOLERANCE_ELSEWHERE = 0.25
 SAME_MACHINE = ("cpu", "cores", "memory_gib", "torch")
 ISAS = ("baseline", "avx2", "avx512")
-"""A processor that has one of these has those before it."""
+"""The instruction sets in order: a processor that has one of them has those before it."""
 
 MATTERS = {
     "allocations": "torch",
@@ -21,18 +21,19 @@ MATTERS = {
     "instructions": "compiler",
     "spectra redone": "cpu",  # the weights come from LAPACK, whose last bits depend on the processor
 }
-"""How a count's name begins, to what it depends on besides the optimizer."""
+"""From the beginning of a count's name to what it depends on besides the optimizer."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a run is held against.
+    """The record that a run is compared with.
 
     Attributes:
-        machine: as `bench.measure.machine` describes it, with the core's "isa" and "compiler".
-        figures: name to {"ratio", "tolerance", "processes"}, the last the ratio in each process of --update.
-        counts: name to count.
-        tolerance_elsewhere: least tolerance on another machine than this.
+        machine: the machine as `bench.measure.machine` describes it, with the core's "isa" and "compiler".
+        figures: from name to {"ratio", "tolerance", "processes"}; the last is the ratio in each process of
+            --update.
+        counts: from name to count.
+        tolerance_elsewhere: the least tolerance on another machine than this.
 
     """
 
@@ -42,7 +43,7 @@ class Baseline:
     tolerance_elsewhere: float = TOLERANCE_ELSEWHERE
 
     def differences(self, machine: Mapping[str, Any]) -> list[str]:
-        """In what this machine is another one."""
+        """How this machine differs from that of the baseline, a line each."""
         return [
             f"{key} {machine.get(key)} here, {self.machine.get(key)} there"
             for key in SAME_MACHINE
@@ -50,13 +51,13 @@ class Baseline:
         ]
 
     def limit(self, figure: str, *, elsewhere: bool) -> float:
-        """The ratio from which on the figure is slower."""
+        """The ratio above which the figure counts as slower."""
         entry = self.figures[figure]
         tolerance = max(entry["tolerance"], self.tolerance_elsewhere if elsewhere else 0.0)
         return float(entry["ratio"] * (1 + tolerance))
 
     def why_not_comparable(self, count: str, machine: Mapping[str, Any]) -> str | None:
-        """Why a count says nothing here; None where it does."""
+        """Why a count cannot be compared on this machine; None where it can."""
         for start, key in MATTERS.items():
             if count.startswith(start) and machine.get(key) != self.machine.get(key):
                 return f"{key} {machine.get(key)} here, {self.machine.get(key)} in the baseline"
@@ -67,8 +68,8 @@ def load(path: Path, machine: Mapping[str, Any], threads: int) -> Baseline:
     """The baseline in `path`.
 
     Raises:
-        GateError: it is not there, is of another schema or incomplete, or was taken with other instruction
-            sets or threads: its ratios say nothing about this run's.
+        GateError: it is missing, has another schema or is incomplete, or was taken with other instruction
+            sets or threads, so that its ratios cannot be compared with those of this run.
 
     """
     advice = "; write one with --update"
@@ -117,7 +118,7 @@ def _missing(content: Mapping[str, Any]) -> str | None:
 
 
 def save(path: Path, baseline: Baseline) -> None:
-    """Writes it as JSON."""
+    """Writes the baseline as JSON."""
     measure.write_json(
         path,
         {

@@ -1,7 +1,7 @@
 """Instructions of the compiled core's step and spectra, counted by valgrind's callgrind.
 
-Valgrind knows no AVX-512, so the AVX2 path is counted where the processor has it. The count is exact for
-one compiler: it is compared only between builds of the same one.
+Valgrind does not know AVX-512, so the AVX2 path is counted where the processor has it. The count is exact for
+one compiler, so it is compared only between builds of the same one.
 """
 
 import os
@@ -26,7 +26,7 @@ class CallgrindError(RuntimeError):
 
 
 def count(folder: Path, isa: str) -> dict[str, int]:
-    """Name to instructions of the core in `folder`/rmsgd.
+    """From a name to the instructions of the core in `folder`/rmsgd.
 
     Raises:
         CallgrindError: valgrind or the core is missing, or valgrind cannot run it.
@@ -68,10 +68,10 @@ def count(folder: Path, isa: str) -> dict[str, int]:
 
 
 def inclusive_costs(lines: Iterable[str]) -> Counter[str]:
-    """Function to the instructions of all calls to it, from a file of callgrind's.
+    """From a function to the instructions of all calls to it, read from the lines of callgrind's file.
 
-    A name is written once, as "(7) name", and then only its number; a line "calls=" is followed by one
-    with the position and the cost of what was called.
+    A name is written once, as "(7) name", and after that only by its number. A line "calls=" is followed by a
+    line with the position and the cost of the called function.
     """
     names: dict[str, str] = {}
     costs: Counter[str] = Counter()
@@ -90,7 +90,7 @@ def inclusive_costs(lines: Iterable[str]) -> Counter[str]:
 
 
 def compiler(folder: Path) -> str | None:
-    """Which compiler built the core in `folder`/rmsgd, as it signed it; None where it did not."""
+    """The compiler that built the core in `folder`/rmsgd, by its signature; None where there is none."""
     for core in sorted(folder.glob("rmsgd/_cpu.*.so")):
         signed = re.search(rb"(?:GCC: \([^)]*\)|clang version) [\d.]+", core.read_bytes())
         if signed:

@@ -1,4 +1,4 @@
-"""What a process of the gate holds ready to be timed: the optimizer's cases and their controls."""
+"""The cases that a process of the gate can time: those of the optimizer, and their controls."""
 
 import gc
 import importlib
@@ -17,11 +17,11 @@ from bench.models import build
 from bench.weights import make_trained_like
 
 SLOWER = "RMSGD_BENCH_SLOWER"
-"""Environment variable, such as "step:0.1" or "step:0.1,epoch-end:0.1": lets those cases take that much more
-time. It is there to test the gate."""
+"""The environment variable that slows cases down to test the gate: "step:0.1,epoch-end:0.1" lets those two
+take 10 % more time."""
 
 LONG_ENOUGH_S = 0.006
-"""Shortest time of what is timed at once."""
+"""The shortest time of one timing; a quick case is called several times."""
 
 Call = Callable[[], object]
 STEP_NETWORK, MANY_TENSORS, EPOCH_END_NETWORK = "resnet18", "mobilenetv2", "mobilenetv2"
@@ -53,8 +53,8 @@ def standard() -> dict[str, Call]:
 def steps(model: str) -> tuple[Call, Call]:
     """The step of RMSGD and that of fused SGD, on the same weights, gradients and momentum.
 
-    Where tensors happen to lie in memory moves a step by 2 to 4 % from process to process; of tensors
-    that both share, it moves both alike. The numbers stay small.
+    The places of tensors in memory change a step's time by 2 to 4 % from process to process. With shared
+    tensors they change both steps alike. The values are small, so that they stay finite.
     """
     network = build(model)
     for p in network.parameters():
@@ -62,20 +62,20 @@ def steps(model: str) -> tuple[Call, Call]:
     settings: dict[str, Any] = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
     ours, theirs = (make(network.named_parameters(), **settings) for make in (rmsgd.RMSGD, sgd))
     for optimizer in (ours, theirs):
-        optimizer.step()  # the first makes the momentum
+        optimizer.step()  # the first step makes the momentum
     for p in network.parameters():
         theirs.state[p]["momentum_buffer"] = ours.state[p]["velocity"]
     return ours.step, theirs.step
 
 
 def slowed() -> dict[str, float]:
-    """Case to the share of its time that the environment asks it to take longer."""
+    """From a case to the share of its time by which the environment slows it down."""
     pairs = (part.split(":") for part in os.environ.get(SLOWER, "").split(",") if part)
     return {name: float(share) for name, share in pairs}
 
 
 def slower(call: Call, share: float) -> Call:
-    """`call`, and then for `share` of its time nothing but a busy processor."""
+    """A function that calls `call`, then keeps the processor busy for `share` of the time that it took."""
 
     def prolonged() -> None:
         start = time.perf_counter()
@@ -93,7 +93,7 @@ SGD_OPTIONS = {"lr", "momentum", "dampening", "weight_decay", "nesterov", "maxim
 def sgd(
     parameters: Iterable[Parameter] | Iterable[tuple[str, Parameter]], **settings: Any
 ) -> torch.optim.SGD:
-    """Fused SGD with those of RMSGD's settings that it knows."""
+    """Fused SGD, with those of RMSGD's settings that SGD has too."""
     known = {name: value for name, value in settings.items() if name in SGD_OPTIONS}
     return torch.optim.SGD(parameters, **known, fused=True)
 
@@ -102,12 +102,12 @@ def target(name: str) -> dict[str, Call]:
     """The caller's own step, and the same with SGD.
 
     Args:
-        name: "module:function". The function takes what makes the optimizer, `rmsgd.RMSGD` or a
-            function that is called in the same way and makes SGD, and returns a training step as a
-            function without arguments.
+        name: "module:function". The function takes a callable that makes the optimizer (`rmsgd.RMSGD`, or a
+            function with the same arguments that makes SGD) and returns a training step, which is called
+            without arguments.
 
     Raises:
-        ValueError: there is no such function, or it returns none.
+        ValueError: there is no such function, or it does not return a step.
 
     """
     module, _, function = name.partition(":")
@@ -122,12 +122,12 @@ def target(name: str) -> dict[str, Call]:
 
 
 class Bench:
-    """The cases, warm, and how often each is called per timing."""
+    """The cases after a warm-up, and how often each is called per timing."""
 
     def __init__(self, threads: int, target_name: str | None) -> None:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
-        gc.disable()  # it would run inside whatever is being timed
+        gc.disable()  # the collector would run inside a timed region
         self._cases = target(target_name) if target_name else standard()
         self._wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
         self._calls = dict.fromkeys(self._cases, 1)

@@ -35,7 +35,7 @@ SCHEMA = "rmsgd-bench-gate-run/1"
 PASSED, SLOWER, UNDECIDED = 0, 1, 2
 BASELINE = ROOT / "bench" / "baseline.json"
 LONGEST_S = 35.0
-AGAINST_S = 120.0  # a round times both sides with their controls, and has the noise of two processes
+AGAINST_S = 120.0  # a round times both sides with their controls, and two processes have more noise
 LIMIT = 1.05
 LAUNCHES = 7
 LAUNCH_S = 9.0
@@ -44,7 +44,7 @@ INTERRUPTED = 130
 
 @dataclass
 class Report:
-    """What a run found, and what it means."""
+    """The findings of a run, and its verdict."""
 
     machine: Mapping[str, Any]
     findings: list[Finding] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Report:
         return UNDECIDED if open_ else PASSED
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, as plain values."""
+        """The whole report as plain values."""
         return {
             "schema": SCHEMA,
             "exit": self.status,
@@ -104,22 +104,22 @@ def main(given: Sequence[str]) -> int:
     """Judges, or with --update measures what later runs are judged against.
 
     Returns:
-        0: nothing got slower. 1: something did; which, and by how much, is printed. 2: this could not
-        be decided, or bad arguments. 130: interrupted.
+        0: nothing got slower. 1: something did, and the output says what and by how much. 2: the gate could
+            not decide, or the arguments are wrong. 130: it was interrupted.
 
     """
     parser = _parser()
     options = parser.parse_args(given)
     if options.update and options.against:
-        parser.error("--update and --against exclude each other: a revision is held against, not stored")
+        parser.error("--update and --against exclude each other: a revision is compared with, not stored")
     if options.self_test and (options.update or options.against or options.target):
         parser.error("--self-test runs the gate as it is: without --update, --against and --target")
     if options.readme and not options.self_test:
         parser.error("--readme: the table is that of --self-test N")
     if options.json and (options.update or options.self_test):
-        parser.error("--json: it is a judgement that is printed so, not --update or --self-test")
+        parser.error("--json prints a judgement, so --update and --self-test cannot have it")
     if options.limit is not None and (options.baseline or options.update or not options.target):
-        parser.error("--limit is of --target without a baseline; a baseline has limits of its own")
+        parser.error("--limit is for --target without a baseline; a baseline has limits of its own")
     if options.baseline and options.against:
         parser.error("--baseline and --against exclude each other: one of them is judged against")
     options.seconds = options.seconds or (AGAINST_S if options.against else LONGEST_S)
@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bench gate",
         description="Fail when the optimizer got slower: ratios to controls of the same run, judged "
         "against a baseline, and exact counts.",
-        epilog="Exit status: 0 nothing got slower, 1 something did, 2 it could not be decided.",
+        epilog="Exit status: 0 nothing got slower, 1 something did, 2 the gate could not decide.",
     )
     add = parser.add_argument
     add(
@@ -175,27 +175,27 @@ def _parser() -> argparse.ArgumentParser:
         "--target",
         type=_module_and_function,
         metavar="MODULE:FUNCTION",
-        help="judge a step of your own: the function takes what makes the optimizer (rmsgd.RMSGD, or SGD "
-        "called in the same way) and returns a step to call",
+        help="judge a step of your own: the function takes a callable that makes the optimizer (rmsgd.RMSGD, "
+        "or one with the same arguments that makes SGD) and returns a step to call",
     )
     add(
         "--limit",
         type=arguments.above_zero,
-        help=f"of --target over SGD without a baseline (default: {LIMIT})",
+        help=f"largest ratio of --target to SGD without a baseline (default: {LIMIT})",
     )
     add(
         "--seconds",
         type=arguments.above_zero,
         help=f"longest time to measure (default: {LONGEST_S:.0f}; with --against {AGAINST_S:.0f})",
     )
-    add("--threads", type=arguments.positive, default=1, help="of both sides (default: %(default)s)")
+    add("--threads", type=arguments.positive, default=1, help="threads of both sides (default: %(default)s)")
     add("--no-counts", action="store_true", help="leave the exact counts out")
-    add("--json", action="store_true", help="only JSON on stdout")
+    add("--json", action="store_true", help="write JSON, and nothing else, to stdout")
     add(
         "--self-test",
         type=arguments.positive,
         metavar="N",
-        help="N runs each of unchanged and of slowed code",
+        help="test the gate by N runs each of unchanged and of slowed code",
     )
     add("--out", type=Path, default=Path(".out/gate"), help="folder for --self-test (default: %(default)s)")
     add("--readme", type=Path, help="rewrite the table of --self-test in this file")
@@ -209,7 +209,7 @@ def _module_and_function(text: str) -> str:
 
 
 def check_core() -> None:
-    """Sees that what is timed is the compiled core, unless RMSGD_BACKEND asks for something else.
+    """Checks that the compiled core runs, unless RMSGD_BACKEND names another backend.
 
     Raises:
         GateError: the core was not built or cannot run here, so that a fallback would be timed.
@@ -239,7 +239,7 @@ def describe(threads: int) -> dict[str, Any]:
 
 @contextmanager
 def progress(console: Console) -> Iterator[Progress]:
-    """What is being done, on stderr, and gone afterwards."""
+    """A progress bar on stderr that vanishes when it is done."""
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], TextColumn("{task.fields[text]}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         bar.add_task("gate", total=1.0, text="starting")
@@ -278,7 +278,7 @@ def judge(options: argparse.Namespace, report: Report, bar: Progress) -> None:
 
 
 def _baseline(options: argparse.Namespace, report: Report) -> Baseline | None:
-    """The baseline; None where the caller's step is judged without one."""
+    """The baseline; None where the user's step is judged without one."""
     if options.target and options.baseline is None:
         return None
     return baselines.load(options.baseline or BASELINE, report.machine, options.threads)
@@ -297,7 +297,7 @@ def _instructions(folder: Path, machine: Mapping[str, Any], notes: list[str]) ->
 
 
 def compared(found: Mapping[str, int], known: Baseline, machine: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row per count: the same, more (a regression), fewer, or why it is not compared."""
+    """A row per count with its verdict: the same, more (a regression), fewer, or why it is not compared."""
     rows = []
     for name in sorted({*found, *known.counts}):
         here, expected = found.get(name), known.counts.get(name)
@@ -337,8 +337,8 @@ def against(options: argparse.Namespace, report: Report, bar: Progress) -> None:
 def update(options: argparse.Namespace, machine: Mapping[str, Any], console: Console) -> int:
     """Measures in several processes and writes the baseline.
 
-    How memory happens to be laid out moves the ratios of a whole process. The baseline is the median of
-    several processes, and no tolerance is narrower than twice their spread.
+    The layout of memory shifts all ratios of a process. So the baseline is the median of several processes,
+    and no tolerance is narrower than twice their spread.
     """
     path, figures = options.baseline or BASELINE, _figures(options)
     ratios: dict[str, list[float]] = {figure.name: [] for figure in figures}
@@ -370,9 +370,7 @@ def update(options: argparse.Namespace, machine: Mapping[str, Any], console: Con
         entry = fresh[figure.name]
         table.add_row(figure.text, f"{entry['ratio']:.3f}", f"{entry['tolerance']:.1%}")
         if entry["tolerance"] > figure.tolerance:
-            notes.append(
-                f"{figure.text}: processes differ, so that its tolerance is {entry['tolerance']:.1%}"
-            )
+            notes.append(f"{figure.text}: processes differ, so its tolerance is {entry['tolerance']:.1%}")
     terminal.show(table, Console())
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
@@ -381,10 +379,10 @@ def update(options: argparse.Namespace, machine: Mapping[str, Any], console: Con
 
 
 def expectation(ratios: Sequence[float], least: float) -> dict[str, Any]:
-    """A figure of the baseline from those of several processes: median, and tolerance.
+    """A figure of the baseline from those of several processes: the median, and the tolerance.
 
-    The spread is the median absolute deviation, as a standard deviation: one process that was disturbed
-    moves neither.
+    The spread is the median absolute deviation, scaled to a standard deviation, so that one process that was
+    disturbed moves neither.
     """
     logs = np.log(ratios)
     spread = float(stats.median_abs_deviation(logs, scale="normal"))
@@ -393,7 +391,7 @@ def expectation(ratios: Sequence[float], least: float) -> dict[str, Any]:
 
 
 def self_test(options: argparse.Namespace, machine: Mapping[str, Any]) -> int:
-    """Lets `trial` show what the gate catches, against a baseline that has to be there."""
+    """Runs `trial`, which shows what the gate catches, against a baseline that must exist."""
     path = options.baseline or BASELINE
     baselines.load(path, machine, options.threads)
     settings = trial.Settings(path, options.threads, options.seconds)
@@ -401,7 +399,7 @@ def self_test(options: argparse.Namespace, machine: Mapping[str, Any]) -> int:
 
 
 def show(report: Report, console: Console) -> None:
-    """The tables, and the verdict in one line."""
+    """Prints the tables, and the verdict in one line."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("figure")
     for heading in ("ratio", "limit", "change", "rounds", "verdict"):
@@ -425,7 +423,7 @@ def show(report: Report, console: Console) -> None:
     for note in report.notes:
         console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
     if report.status == UNDECIDED:
-        console.print("undecided: an interval still holds its limit; --seconds gives more time")
+        console.print("undecided: an interval still contains its limit; --seconds gives more time")
     for reason in report.reasons:
         console.print(f"slower: {reason}", soft_wrap=True, markup=False, highlight=False)
     if report.status == PASSED:

@@ -1,4 +1,4 @@
-"""Exact counts of what a step and an epoch end do: no clock, so no noise."""
+"""Exact counts of the work of a step and an epoch end, which use no clock and so have no noise."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class _Operations(TorchDispatchMode):
 
 
 def count() -> dict[str, int]:
-    """Name to count, for a step and an epoch end of a MobileNetV2 with weights as training leaves them."""
+    """From name to count, for a step and an epoch end of MobileNetV2 with weights as training leaves them."""
     found = _of_device(torch.device("cpu"))
     if torch.cuda.is_available():
         found |= _of_device(torch.device("cuda"))
@@ -56,7 +56,7 @@ def _of_device(device: torch.device) -> dict[str, int]:
 
 
 def _spectra(optimizer: rmsgd.RMSGD, device: torch.device) -> dict[str, int]:
-    """Spectra that an epoch end asks its backend for, and those that the guard had done again."""
+    """How many spectra an epoch end asks its backend for, and how many the guard had computed again."""
     backend: Any = backends.backend_for(device)
     measure, tables = backend.measure, []
 
@@ -77,7 +77,7 @@ def _spectra(optimizer: rmsgd.RMSGD, device: torch.device) -> dict[str, int]:
 
 
 def _activity(call: Callable[[], object], device: torch.device) -> dict[str, int]:
-    """Torch operations and allocations of one call; on a GPU kernel launches and waits of the host."""
+    """Torch operations and allocations of one call; on a GPU also kernel launches and waits of the host."""
     with _Operations() as operations:
         call()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")

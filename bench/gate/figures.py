@@ -1,4 +1,4 @@
-"""What the gate times: which case over which control, and the session that decides all of them."""
+"""The figures of the gate, each of a case over its control, and the session that decides all of them."""
 
 import math
 import time
@@ -13,7 +13,7 @@ from bench.measure import Interval
 
 
 class Source(NamedTuple):
-    """A case of a process: "here" is this checkout, "there" the revision it is held against."""
+    """A case of a process: "here" is this checkout, "there" the revision that it is compared with."""
 
     side: str
     case: str
@@ -32,10 +32,10 @@ class Figure:
 
     Attributes:
         name: its key in the baseline.
-        text: what it is, for people.
-        above: whose times are multiplied above the line.
-        below: and below it.
-        tolerance: how far above what is expected it may lie, as a fraction, unless the baseline's own
+        text: its name for people.
+        above: the cases whose times are multiplied in the numerator.
+        below: the cases whose times are multiplied in the denominator.
+        tolerance: how far above its expected value it may lie, as a fraction, unless the baseline's own
             spread was larger.
 
     """
@@ -53,10 +53,10 @@ def here_over(name: str, text: str, case: str, control: str, tolerance: float) -
 
 
 def against(figure: Figure) -> Figure:
-    """A figure of this checkout over the same figure there.
+    """A figure of this checkout over the same figure of the other revision.
 
-    The controls stay in: how the memory of a process happens to be laid out moves a case and its control
-    alike, and two processes differently.
+    The controls stay in it, since the layout of a process's memory shifts a case and its control alike, and
+    two processes differently.
     """
     above, below = (
         tuple(source._replace(side="there") for source in sources) for sources in (figure.above, figure.below)
@@ -66,20 +66,19 @@ def against(figure: Figure) -> Figure:
 
 
 TOLERANCE = 0.05
-"""Half of the slow-down that has to be caught: as far from an unchanged figure as from a slowed one."""
+"""Half of the slow-down that must be caught: midway between an unchanged figure and a slowed one."""
 
 WIDER = 0.08
-"""For many small tensors: processes differ by 2 %, and rounds by more."""
+"""The tolerance for many small tensors, where processes differ by 2 % and rounds by more."""
 
 ONLY_THE_WORST = 0.5
-"""For a control of another kind than its case: a busy neighbour alone moves such a ratio by a fifth."""
+"""The tolerance for a control of another kind than its case: a busy neighbour alone moves it by a fifth."""
 
-# A busy neighbour slows whatever computes, each kind of work by another factor: in one pair of runs Gram
-# products by 16 %, LAPACK's reductions by 43 %, a copy by 2 %. With a core for each, the processor's own
-# clock said the same as the one on the wall, so the wall's is read, which also sees waits. What helps is a
-# control of the same kind: fused SGD on the same tensors, and the same spectra by torch. Over six processes
-# a neighbour that computes moved the first ratio (resnet18) by 0.1 % and the last by 1 %; single runs of
-# the gate lie within 3 % of the baseline.
+# A busy neighbour slows every kind of work by another factor: in one pair of runs Gram products by 16 %,
+# LAPACK's reductions by 43 %, a copy by 2 %. With a core for each process, CPU time and wall time agreed, so
+# wall time is read, which also counts waits. A control of the same kind as its case helps: fused SGD on the
+# same tensors, and the same spectra by torch. Over six processes a busy neighbour moved the first ratio
+# (resnet18) by 0.1 % and the last by 1 %. Single runs of the gate lie within 3 % of the baseline.
 FIGURES = (
     here_over("step", "step, resnet18 / fused SGD", "step", "sgd", TOLERANCE),
     here_over(
@@ -92,7 +91,7 @@ FIGURES = (
     here_over("epoch-end", "epoch end / torch's spectra", "epoch-end", "spectra", TOLERANCE),
 )
 
-# These watch the controls: a torch whose SGD became much slower would hide a step that did.
+# These watch the controls: if torch's SGD became much slower, it would hide a slower step.
 OF_CONTROLS = (
     here_over("step-to-copy", "step, resnet18 / copy", "step", "copy", ONLY_THE_WORST),
     here_over("epoch-end-to-gram", "epoch end / Gram products", "epoch-end", "gram", ONLY_THE_WORST),
@@ -100,7 +99,7 @@ OF_CONTROLS = (
 
 
 def target_figure(target: str) -> Figure:
-    """The caller's own step against the same step with SGD."""
+    """The figure of the user's step over the same step with SGD."""
     return here_over(f"target {target}", f"{target} / SGD", "target", "target-sgd", TOLERANCE)
 
 
@@ -109,7 +108,7 @@ NOTHING_YET = Interval(math.nan, 0.0, math.inf)
 
 @dataclass
 class Finding:
-    """A figure with its limit, and what has been found so far: a log ratio per round, and what it says."""
+    """A figure with its limit, a log ratio per round so far, and the verdict on them."""
 
     figure: Figure
     expected: float
@@ -128,7 +127,7 @@ class Finding:
 class Session:
     """Times rounds until every figure is decided or the time is up.
 
-    In a round every figure that is still open has its turn, in an order that is drawn anew.
+    A round times every figure that is still open, in an order that is drawn anew.
     """
 
     timers: Mapping[str, Timer]
@@ -136,10 +135,11 @@ class Session:
     order: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def run(self, limit_s: float, on_progress: Callable[[float], object] = lambda share: None) -> None:
-        """Decides; `on_progress` is told the share of the time that has passed."""
+        """Times and decides; `on_progress` gets the share of the time that has passed."""
         start = time.perf_counter()
         for look in range(1, LOOKS + 1):
-            # At least one round: a look without news would only spend its share of the error.
+            # There is at least one round, since a look without new data would only spend its share of the
+            # error.
             while True:
                 self._round()
                 passed = (time.perf_counter() - start) / limit_s
@@ -150,7 +150,7 @@ class Session:
                 return
 
     def collect(self, seconds: float) -> None:
-        """Times rounds for so long, at least one, and looks once, at the end."""
+        """Times rounds for `seconds`, at least one, and looks once, at the end."""
         end = time.perf_counter() + seconds
         self._round()
         while time.perf_counter() < end:
@@ -158,7 +158,7 @@ class Session:
         self._look(ERROR)
 
     def _look(self, error: float) -> list[Finding]:
-        """Judges the open findings at this error; returns those that stay open."""
+        """Judges the open findings at this error, and returns those that stay open."""
         for finding in self._open():
             finding.measured = interval(finding.logs, error)
             finding.verdict = judge(finding.measured, finding.limit)
@@ -174,10 +174,10 @@ class Session:
             finding.logs.append(self._log_ratio(finding.figure))
 
     def _log_ratio(self, figure: Figure) -> float:
-        """Log of the figure from times taken within a fraction of a second.
+        """The logarithm of the figure, from times taken within a fraction of a second.
 
-        The sources are timed one way and back again (A B B A), so that what changes steadily meanwhile
-        meets all of them alike; which comes first is drawn anew.
+        The sources are timed forth and back (A B B A), so that a steady drift affects all of them alike.
+        Which of them comes first is drawn anew.
         """
         sources = [*figure.above, *figure.below]
         way = self.order.permutation(len(sources))

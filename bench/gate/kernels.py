@@ -1,7 +1,7 @@
-"""Calls the compiled core's step and spectra, and needs no torch: what `callgrind` runs.
+"""Calls the compiled core's step and spectra without torch, so that `callgrind` can run it.
 
-`python kernels.py PATH_OF_CPU_EXTENSION`. Small on purpose: under callgrind everything takes 50 times
-as long.
+It is run as `python kernels.py PATH_OF_CPU_EXTENSION`. The work is small on purpose, since callgrind takes 50
+times as long.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def main(path: str) -> None:
-    """Three steps of 42 tensors and three measurements of six matrices, on one thread."""
+    """Take three steps of 42 tensors and measure six matrices three times, on one thread."""
     spec = importlib.util.spec_from_file_location("rmsgd._cpu", path)
     assert spec is not None
     assert spec.loader is not None

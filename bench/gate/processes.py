@@ -1,4 +1,4 @@
-"""The processes that time: of this checkout, and of another revision built in a folder of its own."""
+"""The processes that time this checkout, and another revision that is built in a folder of its own."""
 
 import json
 import os
@@ -23,10 +23,10 @@ class GateError(RuntimeError):
 
 
 class Worker:
-    """One process of `worker.py`, which holds the cases of the optimizer found in `folder`.
+    """One process of `worker.py`, which times the cases of the optimizer found in `folder`.
 
     Raises:
-        GateError: it could not be started, or died, or a case failed.
+        GateError: the process could not be started or died, or a case failed.
 
     """
 
@@ -35,7 +35,7 @@ class Worker:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
-            "KINETO_LOG_LEVEL": "6",  # torch's profiler else talks on stderr
+            "KINETO_LOG_LEVEL": "6",  # torch's profiler would write to stderr
         }
         if not slower:
             environment.pop(SLOWER, None)
@@ -73,7 +73,7 @@ class Worker:
         return seconds
 
     def count(self) -> dict[str, int]:
-        """What `counts.count` finds there."""
+        """The counts of `counts.count` in that process."""
         found: dict[str, int] = self._ask(count=True)
         return found
 
@@ -94,7 +94,7 @@ class Worker:
 
 @contextmanager
 def built(revision: str) -> Iterator[Path]:
-    """The given revision of this repository, built, in a temporary folder.
+    """A temporary folder with the given revision of this repository, built.
 
     Raises:
         GateError: there is no such revision, or it does not build.

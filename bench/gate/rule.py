@@ -1,15 +1,15 @@
 """When a ratio of times counts as slower: the one rule of the gate.
 
-A figure is a ratio of times, measured in rounds; a round gives the logarithm of the ratio. The rounds so
-far are cut into BATCHES consecutive batches, and each batch speaks with its median, which outliers do not
-move. What a busy machine does lasts longer than a round, so that rounds resemble their neighbours; batches
-are long and grow with the run, so that they are as good as independent (the method of batch means).
-Student's t of the batches' medians gives the interval of the figure.
+A figure is a ratio of times, measured in rounds. Each round gives the logarithm of the ratio. The rounds so
+far are cut into BATCHES consecutive batches, and each batch is represented by its median, which outliers do
+not move. Other work on the machine lasts longer than a round, so rounds resemble their neighbours. Batches
+are long and grow with the run, so they are nearly independent (the method of batch means). Student's t of the
+batches' medians gives the interval of the figure.
 
-The figure is slower when its whole interval lies above the limit, passed when it lies below, and else
-undecided and timed on. It is judged at LOOKS fixed times. Looking repeatedly gives chance more
-opportunities, so every look spends ERROR / LOOKS (Bonferroni): over all looks together, a figure that is
-at its limit is called either way with a probability of ERROR at most.
+The figure is slower when its whole interval lies above the limit, and passed when it lies below. Otherwise it
+is undecided and timed further. It is judged at LOOKS fixed times. Repeated looks give chance more
+opportunities, so every look spends ERROR / LOOKS (Bonferroni): over all looks together, a figure at its limit
+is decided either way with a probability of at most ERROR.
 """
 
 import math
@@ -23,14 +23,14 @@ from bench.measure import Interval
 
 BATCHES = 16
 LEAST = 3
-"""Rounds in a batch below which nothing is said: shorter batches resemble each other."""
+"""The least rounds in a batch for a verdict, since shorter batches resemble each other."""
 
 LOOKS = 8
 ERROR = 0.01
 
 
 class Verdict(StrEnum):
-    """What is known of a figure."""
+    """The verdict on a figure."""
 
     PASSED = "passed"
     SLOWER = "slower"
@@ -52,7 +52,7 @@ def interval(logs: npt.ArrayLike, error: float = ERROR / LOOKS) -> Interval:
 
 
 def judge(measured: Interval, limit: float) -> Verdict:
-    """Slower when the whole interval lies above `limit`, passed when it lies below."""
+    """The verdict: slower when the whole interval lies above `limit`, passed when it lies below."""
     if measured.low is not None and measured.low > limit:
         return Verdict.SLOWER
     if measured.high is not None and measured.high < limit:

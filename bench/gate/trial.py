@@ -1,7 +1,7 @@
 """Whether the gate can be trusted: runs of unchanged and of slowed code beside a busy neighbour.
 
-Every run is the command itself, in a process of its own, against the baseline given, which was written
-without the neighbour. The exact counts know no noise and are left out.
+Every run is the command itself, in a process of its own, against the given baseline, which was written
+without the neighbour. The exact counts have no noise and are left out.
 """
 
 import json
@@ -24,23 +24,23 @@ from bench.gate.processes import GateError
 SCHEMA = "rmsgd-bench-gate-trial/2"
 SLOW_DOWN = 0.1
 BESIDE_S = 25.0
-"""What a run may take beside its longest time to measure: to start, and to end what it is at."""
+"""Seconds that a run may take beside its longest time to measure: to start, and to finish its last round."""
 KINDS = {
     "unchanged": ("", 0),
     "step slowed": (f"step:{SLOW_DOWN}", 1),
     "epoch end slowed": (f"epoch-end:{SLOW_DOWN}", 1),
 }
-"""Kind of run to what the environment slows, and the exit status that is right."""
+"""From a kind of run to what the environment slows, and the exit status that is right."""
 ENDS = ("passed", "slower", "undecided")
-"""By exit status."""
+"""From an exit status to its meaning."""
 
-# It ends with the process that started it, however that ends.
+# It ends when the process that started it has ended in any way.
 NEIGHBOUR = "import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(1000))"
 
 
 @contextmanager
 def busy_neighbour() -> Iterator[None]:
-    """A process that computes without a pause for as long as the context lasts."""
+    """Runs a process that computes without a pause for as long as the context lasts."""
     process = subprocess.Popen([sys.executable, "-c", NEIGHBOUR])
     try:
         yield
@@ -63,7 +63,7 @@ def gate(*flags: str, slowed: str = "") -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What every run of the command is given: baseline, threads, and the longest time to measure."""
+    """The arguments of every run of the command: baseline, threads, and the longest time to measure."""
 
     baseline: Path
     threads: int
@@ -71,7 +71,7 @@ class Settings:
 
     @property
     def longest_s(self) -> float:
-        """The longest that a run may take in all."""
+        """The longest time that a run may take in all."""
         return self.seconds + BESIDE_S
 
     @property
@@ -85,14 +85,14 @@ class Settings:
 
 
 def run(count: int, settings: Settings, out: Path, page: Path | None) -> int:
-    """Runs each kind `count` times, in turn; 0 when every run was right and ended in time.
+    """Runs each kind `count` times, in turn; returns 0 when every run was right and ended in time.
 
-    Every run is written to `gate-unfinished.json` as it ends, and after the last all are in
-    `gate.json` instead. What was left unfinished by the same code, settings, baseline and machine goes on
-    where it ended.
+    Every run is written to `gate-unfinished.json` as it ends, and after the last one all are in `gate.json`
+    instead. A trial that was interrupted goes on where it ended, if code, settings, baseline and machine are
+    the same.
 
     Raises:
-        GateError: a run ended in a way that the gate does not know.
+        GateError: a run ended with a status that the gate does not have.
 
     """
     console = Console()
@@ -127,7 +127,7 @@ def run(count: int, settings: Settings, out: Path, page: Path | None) -> int:
 
 
 def _left(unfinished: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs of an unfinished record that begins as this one; none where there is no such record."""
+    """The runs of an unfinished record that begins like this one; none where there is no such record."""
     try:
         found = json.loads(unfinished.read_text(encoding="utf-8"))
         same = all(found[key] == value for key, value in measure.plain(record).items())
@@ -137,7 +137,7 @@ def _left(unfinished: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def one(kind: str, settings: Settings) -> dict[str, Any]:
-    """One run of this kind: exit status, whether it is right, seconds, and what the gate said."""
+    """One run of this kind: its exit status, whether that is right, its seconds, and the gate's output."""
     slowed, right = KINDS[kind]
     load = os.getloadavg()[0]
     start = time.perf_counter()

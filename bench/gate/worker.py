@@ -1,7 +1,8 @@
-"""A process of the gate that times what it is asked to: `python worker.py`, requests on stdin.
+"""A process of the gate that times cases on request: `python worker.py`, with requests on stdin.
 
-It imports `rmsgd` from the folder that its first request names and everything else from here, so that
-two revisions of the optimizer meet the same benchmark. One line of JSON asks, one answers.
+It imports `rmsgd` from the folder that its first request names, and everything else from here, so that two
+revisions of the optimizer are timed by the same benchmark. A request is one line of JSON, and so is an
+answer.
 """
 
 import json
@@ -17,7 +18,7 @@ ROOT = str(Path(__file__).parents[2])
 
 
 def import_from(folder: str) -> None:
-    """Makes `rmsgd` the one of this folder, and `bench` ours."""
+    """Makes Python import `rmsgd` from this folder, and `bench` from this checkout."""
     sys.path[0] = folder
     import rmsgd
 
@@ -42,7 +43,7 @@ def answers(request: dict[str, Any], bench: "Bench | None") -> tuple[Any, "Bench
 
 
 def main() -> None:
-    """Answers until stdin ends. What the cases print goes to stderr."""
+    """Answers requests until stdin ends. The output of the cases goes to stderr."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     bench: Bench | None = None
@@ -50,7 +51,7 @@ def main() -> None:
         try:
             answer, bench = answers(json.loads(line), bench)
             reply = {"answer": answer}
-        except Exception as error:  # the gate says which side failed, and how
+        except Exception as error:  # the gate reports which side failed, and how
             reply = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(reply), file=out, flush=True)
 

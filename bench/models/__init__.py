@@ -1,7 +1,7 @@
 """The networks that runs and timings use, by name.
 
-Convolutional networks are in the CIFAR form (3x3 or 1x1 stem of stride 1, 32x32 images) that
-RMSGD's authors train, "-imagenet" ones as published for 224x224; `bench.models.build("resnet18")` makes one.
+Convolutional networks are in the CIFAR form (3x3 or 1x1 stem of stride 1, 32x32 images) that RMSGD's authors
+train. Those with "-imagenet" are as published for 224x224. `bench.models.build("resnet18")` makes a network.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ class Architecture:
     """How a network is made, and what it reads.
 
     Attributes:
-        create: called with classes, in_channels (images only) and width.
+        create: makes the network from classes, in_channels (images only) and width.
         sample: shape of one sample: (channels, height, width), or (length,) for tokens.
         classes: number of logits unless the caller wants another.
-        any_size: images of another height and width do as well.
+        any_size: whether images of another height and width can be read too.
 
     """
 
@@ -64,7 +64,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture(name: str) -> Architecture:
-    """The architecture called `name`; UsageError with a suggestion when there is none."""
+    """The architecture called `name`; raises UsageError with a suggestion when there is none."""
     return look_up("model", name, ARCHITECTURES)
 
 
@@ -77,10 +77,10 @@ def build(
         name: a key of `ARCHITECTURES`.
         classes: number of logits (the vocabulary of a GPT); the architecture's own by default.
         in_channels: channels of the images; the architecture's own by default.
-        width: factor on every channel count, rounded to what the architecture can split.
+        width: factor on every channel count, which is rounded so that the architecture can split it.
 
     Raises:
-        UsageError: unknown name, or a count or width that is not positive.
+        UsageError: the name is unknown, or a count or width is not positive.
 
     """
     known = architecture(name)

@@ -21,7 +21,7 @@ DROP_CONNECT = 0.2
 
 
 class Block(nn.Module):
-    """Expand, filter every channel by itself, weigh the channels, reduce."""
+    """A block that expands, filters every channel separately, weighs the channels, and reduces."""
 
     def __init__(
         self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int, drop: float

@@ -1,4 +1,4 @@
-"""A small GPT: six layers of 384 channels, a context of 256 characters, embedding and head tied."""
+"""A small GPT: six layers of 384 channels, a context of 256 characters, and a head tied to the embedding."""
 
 import math
 
@@ -14,8 +14,8 @@ DEPTH, DIM, CONTEXT = 6, 384, 256
 class GPT(nn.Module):
     """Tokens (batch, length <= 256), int64, to logits of the next token (batch, length, classes).
 
-    Weights start from a normal distribution of standard deviation .02; those that write to the
-    residual stream are divided by sqrt(2 x layers), as in GPT-2.
+    Weights are drawn from a normal distribution of standard deviation .02. Those that write to the residual
+    stream are divided by sqrt(2 x layers), as in GPT-2.
     """
 
     def __init__(self, classes: int, width: float) -> None:

@@ -1,4 +1,4 @@
-"""MobileNetV2 (Sandler et al., CVPR 2018): for 32x32 images, where early strides are 1, and as published."""
+"""MobileNetV2 (Sandler et al., CVPR 2018), as published, and for 32x32 images, where early strides are 1."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,11 +16,11 @@ STAGES_IMAGENET = (
     (6, 320, 1, 1),
 )
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), *STAGES_IMAGENET[2:])
-"""For 32x32 images: the first reduction is left out."""
+"""The settings for 32x32 images, which leave the first reduction out."""
 
 
 class Block(nn.Module):
-    """Expand, filter every channel by itself, reduce. Blocks of stride 1 carry a shortcut."""
+    """A block that expands, filters every channel separately, and reduces. At stride 1 it has a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, stride: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def _norm(channels: int, activation: bool = True) -> list[nn.Module]:
 
 
 class InvertedResidual(nn.Module):
-    """As published: nothing to expand at expansion 1, and a shortcut only where it needs no weights."""
+    """The published block: it does not expand at expansion 1, and its shortcut never has weights."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, stride: int) -> None:
         super().__init__()

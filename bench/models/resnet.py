@@ -1,4 +1,4 @@
-"""ResNets (He et al., CVPR 2016): for small images with a 3x3 stem, else with a 7x7 one and pooling."""
+"""ResNets (He et al., CVPR 2016), with a 3x3 stem for small images, else with a 7x7 stem and pooling."""
 
 from collections.abc import Sequence
 
@@ -54,8 +54,8 @@ class ResNet(nn.Module):
         classes: number of logits.
         in_channels: channels of the images.
         width: factor on every channel count inside.
-        large: a stem that reduces the image four times, for images of 224x224.
-        stem_stride: of the first convolution where the stem is not large.
+        large: whether the stem reduces the image four times, for images of 224x224.
+        stem_stride: the stride of the first convolution where the stem is not large.
 
     """
 
@@ -128,6 +128,6 @@ def resnet14_digits(classes: int, in_channels: int, width: float) -> ResNet:
 def resnet8_stride2(classes: int, in_channels: int, width: float) -> ResNet:
     """The 6n + 2 layers of He et al., section 4.2, with n = 1, on images halved by the first convolution.
 
-    On CIFAR, an epoch takes one CPU core half a minute.
+    On CIFAR an epoch takes half a minute of one CPU core.
     """
     return ResNet(BasicBlock, (1, 1, 1), 16, classes, in_channels, width, stem_stride=2)

@@ -1,4 +1,4 @@
-"""ShuffleNetV2 for 32x32 images (Ma et al., ECCV 2018): 3x3 stem of stride 1, no pooling after it."""
+"""ShuffleNetV2 for 32x32 images (Ma et al., ECCV 2018), with a 3x3 stem of stride 1 and no pooling."""
 
 from functools import partial
 
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from bench.models.blocks import conv, scaled
 
-# Network size: channels of the three stages and of the last convolution.
+# From network size to the channels of the three stages and of the last convolution.
 SIZES = {1.0: (116, 232, 464, 1024), 1.5: (176, 352, 704, 1024)}
 BLOCKS = (3, 7, 3)  # per stage, after the block that reduces the image
 
 
 def branch(inputs: int, planes: int, stride: int) -> nn.Sequential:
-    """1x1, a 3x3 on every channel by itself, 1x1."""
+    """A 1x1 convolution, a 3x3 convolution of every channel separately, and a 1x1 convolution."""
     return nn.Sequential(
         conv(inputs, planes, 1),
         nn.BatchNorm2d(planes),

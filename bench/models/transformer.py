@@ -1,4 +1,4 @@
-"""What the vision transformer and the GPT share: pre-norm blocks with heads of 64 channels."""
+"""The blocks that the vision transformer and the GPT share: pre-norm, with heads of 64 channels."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP of four times the width; each adds to what it read through a norm."""
+    """Attention, then an MLP of four times the width. Each reads through a norm and adds to its input."""
 
     def __init__(self, dim: int, *, bias: bool = True, causal: bool = False, eps: float = 1e-5) -> None:
         super().__init__()

@@ -12,8 +12,8 @@ DEPTH, DIM, IMAGE, PATCH = 12, 768, 224, 16
 class VisionTransformer(nn.Module):
     """Images (batch, in_channels, 224, 224) to logits (batch, classes).
 
-    Weights start from a normal distribution of standard deviation .02, biases and the class token
-    from zero.
+    Weights are drawn from a normal distribution of standard deviation .02. Biases and the class token begin
+    at zero.
     """
 
     def __init__(self, classes: int, in_channels: int, width: float) -> None:

@@ -1,1 +1,1 @@
-"""A module for each data set; `bench.data.registry` finds them by themselves."""
+"""A module for each data set; `bench.data.registry` finds them automatically."""

@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 from the archives that its authors publish, packed or unpacked.
 
-The binary form is plain records. The Python form is a pickle, of which nothing is run: an unpickler
-that knows arrays and nothing else reads it.
+The binary form consists of plain records. The Python form is a pickle, which is read by an unpickler that
+knows arrays and nothing else, so that none of its code runs.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ class Form:
     """One of CIFAR's data sets.
 
     Attributes:
-        classes: how many there are.
-        labels: label bytes of a binary record, the last of which counts.
-        key: of the labels in the Python form.
+        classes: the number of classes.
+        labels: the number of label bytes of a binary record, the last of which counts.
+        key: the key of the labels in the Python form.
         binary, python: (training files, test file) of the two forms.
-        archives: name to MD5, as published beside them.
-        counts: training and test images.
+        archives: from an archive's name to its MD5, as published beside it.
+        counts: the numbers of training and test images.
 
     """
 
@@ -84,12 +84,12 @@ def read(request: Request, name: str) -> Parts:
     """The images of one of `FORMS`.
 
     Args:
-        request: its path holds an archive, or the files of one, or the folder that one unpacks to; or the
-            images in class folders, as `bench.data.images` reads them.
+        request: a request whose path holds an archive, the files of one, the folder that one unpacks to, or
+            the images in class folders as `bench.data.sets.images` reads them.
         name: a key of `FORMS`.
 
     Raises:
-        DatasetError: none of that is there, or what is there is damaged or incomplete.
+        DatasetError: the path holds none of these, or they are damaged or incomplete.
 
     """
     form, folder = FORMS[name], request.path
@@ -120,7 +120,7 @@ Decode = Callable[[bytes, Form, str], Images]
 
 
 def _find(folder: Path, form: Form) -> tuple[Content, Names, Decode]:
-    """How to read a file by name, the names of the files, and how to understand them."""
+    """A function that reads a file by name, the names of the files, and a function that decodes one."""
     if not folder.is_dir():
         raise DatasetError(f"{folder} is not a folder")
     kinds: tuple[tuple[Names, Decode], ...] = (
@@ -172,7 +172,7 @@ def _binary(content: bytes, form: Form, name: str) -> Images:
     return pixels, torch.from_numpy(records[:, form.labels - 1].astype(np.int64))
 
 
-# What the pickles of arrays name, by the module names of old and new NumPy.
+# The names in the pickles of arrays, with the module names of old and new NumPy.
 ARRAYS: unpickle.Allowed = {
     **{
         (module, "_reconstruct"): unpickle.maker(np.empty(0))
@@ -196,7 +196,7 @@ def _python(content: bytes, form: Form, name: str) -> Images:
 
 
 def _recognised(form: Form) -> Callable[[Path], bool]:
-    """Whether a folder holds the files of the binary form: all of them, or some, of which one is missing."""
+    """A test whether a folder holds files of the binary form, of which some may be missing."""
 
     def recognised(path: Path) -> bool:
         train, test = form.binary

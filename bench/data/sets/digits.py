@@ -9,12 +9,12 @@ from bench.data.split import Parts
 from bench.errors import UnavailableError
 from rmsgd.extras import install_command
 
-# Properties of the digits 0 to 9, for the loss and the accuracy of images with several labels.
+# Properties of the digits 0 to 9, with which the training on several labels per image is tried.
 PROPERTIES = ({1, 3, 5, 7, 9}, {2, 3, 5, 7}, {5, 6, 7, 8, 9}, {0, 3, 6, 9}, {0, 4, 6, 8, 9})
 
 
 def read(request: Request) -> Parts:
-    """One fifth of every class is held out, always the same fifth; channels have mean 0 and deviation 1."""
+    """The digits, standardised per channel; a fifth of every class, always the same, is the test set."""
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -29,7 +29,7 @@ def read(request: Request) -> Parts:
 
 
 def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (n, channels, height, width) as float32, each channel to mean 0 and deviation 1."""
+    """Images (n, channels, height, width) as float32, each channel scaled to mean 0 and deviation 1."""
     train, test = train.float(), test.float()
     mean = train.mean((0, 2, 3), keepdim=True)
     deviation = train.std((0, 2, 3), keepdim=True).clamp_min(1e-6)

@@ -1,4 +1,4 @@
-"""ImageNet: images that are too many for memory, decoded by worker processes while the device computes."""
+"""ImageNet, whose images do not fit into memory: worker processes decode them while the device computes."""
 
 import math
 import os
@@ -18,7 +18,7 @@ LAYOUT = (
     "train/CLASS/IMAGE and val/CLASS/IMAGE, CLASS being one of the 1,000 WordNet ids (1,281,167 and 50,000 "
     "images), from https://image-net.org"
 )
-# Of torchvision's ImageNet weights: everybody's constants since.
+# The constants of torchvision's ImageNet weights, which are in general use.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Item = tuple[Path, int]
@@ -27,10 +27,10 @@ Box = tuple[float, float, float, float]
 
 
 def load(folder: Path, size: tuple[int, int], device: torch.device) -> "Streamed":
-    """The images of `LAYOUT`, decoded when they are needed.
+    """The images of `LAYOUT`, which are decoded when they are needed.
 
     Raises:
-        DatasetError: train or val is missing or empty, or val has a class that train has not.
+        DatasetError: train or val is missing or empty, or val has a class that train lacks.
 
     """
     if not (folder / "train").is_dir() or not (folder / "val").is_dir():
@@ -54,7 +54,7 @@ def load(folder: Path, size: tuple[int, int], device: torch.device) -> "Streamed
 
 
 class Streamed:
-    """Images on the disk as a `bench.data.source.Source`; every crop depends on seed, epoch and image."""
+    """Images on the disk as a `bench.data.source.Source`, whose crops depend on seed, epoch and image."""
 
     several = False
 
@@ -113,10 +113,10 @@ class Streamed:
         loader = DataLoader(
             Images(items, self._size, seeds),
             batch_size=size,
-            # A handful of images is decoded sooner than a process starts.
+            # A few images are decoded in less time than a process takes to start.
             num_workers=workers if len(items) >= 4096 else 0,
             pin_memory=cuda,
-            # Else every pass draws from torch's own generator, and a resumed run has one pass more.
+            # Otherwise every pass would draw from torch's own generator, and a resumed run has one pass more.
             generator=torch.Generator(),
         )
         for images, targets in loader:
@@ -128,12 +128,12 @@ class Streamed:
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Decoded images: a random crop of 8 to 100 % of the area, mirrored by even odds; or the centre.
+    """Decoded images: a random crop of 8 to 100 % of the area, mirrored with probability 1/2, or the centre.
 
     Args:
         items: files and classes.
-        size: (height, width) of what comes out.
-        seeds: of every item's crop; None takes the centre 7/8 of the image.
+        size: (height, width) of the results.
+        seeds: the seed of every item's crop; None takes the centre 7/8 of the image.
 
     """
 
@@ -155,12 +155,12 @@ class Images(Dataset[tuple[Tensor, int]]):
                 else:
                     box, mirrored = crop(image.size, np.random.default_rng(self._seeds[index]))
                 full = image.size
-                # JPEGs are decoded no larger than the crop needs.
+                # A JPEG is decoded at no more than the size that the crop needs.
                 image.draft(
                     "RGB",
                     (int(width * full[0] / (box[2] - box[0])), int(height * full[1] / (box[3] - box[1]))),
                 )
-                # Each side is rounded up by itself.
+                # Each side is rounded up separately.
                 across, down = (now / before for now, before in zip(image.size, full, strict=True))
                 right, bottom = min(box[2] * across, image.width), min(box[3] * down, image.height)
                 resized = image.convert("RGB").resize(
@@ -177,7 +177,8 @@ class Images(Dataset[tuple[Tensor, int]]):
 def crop(size: tuple[int, int], random: np.random.Generator) -> tuple[Box, bool]:
     """A random part of an image of (width, height), and whether to mirror it.
 
-    8 to 100 % of the area, 3:4 to 4:3, as Szegedy et al. (2015) crop; the centre where ten draws do not fit.
+    The part has 8 to 100 % of the area and a ratio of 3:4 to 4:3, as in Szegedy et al. (2015). Where ten
+    draws do not fit, it is the centre.
     """
     width, height = size
     mirrored = bool(random.integers(2))

@@ -28,29 +28,29 @@ from bench.locks import locked
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 LAYOUT = "train/CLASS/IMAGE and test/CLASS/IMAGE or val/CLASS/IMAGE, as folders or in a zip archive"
 FORMAT = "1"
-"""The format of the decoded file: where this number changes, an archive is decoded anew."""
+"""The version of the decoded file's format. When it changes, archives are decoded anew."""
 
 Content = Callable[[str], bytes]
-"""Reads the file of a name."""
+"""A function that reads the file of a name."""
 
 Ordered = dict[str, list[tuple[str, int]]]
-"""Split ("train", "test") to its images with their classes, in the order that they are read in."""
+"""From a split ("train", "test") to its images with their classes, in the order of reading."""
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a path is meant to be a zip archive."""
+    """Whether a path is treated as a zip archive."""
     return path.suffix.lower() == ".zip" or path.is_file()
 
 
 def read(request: Request) -> Parts:
     """The images of a folder or an archive.
 
-    The classes of a split take turns (the first image of every class, then the second, ...), so that any
-    first part of it has about as many images of each.
+    The classes of a split take turns (the first image of every class, then the second, ...), so that its
+    first images, however many, are spread evenly over the classes.
 
     Raises:
-        DatasetError: what is there is not in `LAYOUT`, a class of the test set is not in the training set, an
-            archive is none or is cut, or an image cannot be decoded.
+        DatasetError: the path is not in `LAYOUT`, a class of the test set is not in the training set, an
+            archive is damaged or cut, or an image cannot be decoded.
         OSError: the images cannot be read, or the decoded ones cannot be written.
 
     """
@@ -71,7 +71,7 @@ SPLITS = ("train", "test", "val")
 
 
 def first(images: Images, limit: int | None) -> Images:
-    """The first `limit` of some images with their classes; None: all."""
+    """The first `limit` images with their classes; None: all."""
     return images[0][:limit], images[1][:limit]
 
 
@@ -90,7 +90,7 @@ def _recognises(path: Path) -> bool:
     return is_archive(path) or ((path / "train").is_dir() and held_out)
 
 
-# -- what is there -------------------------------------------------------------------------------------
+# -- files and classes ---------------------------------------------------------------------------------
 
 
 def _listed(path: Path, names: Sequence[str]) -> tuple[int, Ordered]:
@@ -136,7 +136,7 @@ def _in_turn(of_class: Sequence[Sequence[str]]) -> list[tuple[str, int]]:
 def _decoded(
     path: Path, order: Ordered, content: Content, size: tuple[int, int], bar: bool
 ) -> dict[str, Images]:
-    """The images of each split as bytes, under a progress bar where `bar` says so."""
+    """The images of each split as bytes, with a progress bar if `bar`."""
     total = sum(map(len, order.values()))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     found = {}
@@ -171,9 +171,9 @@ def _image(path: Path, name: str, content: bytes, size: tuple[int, int]) -> np.n
 def _archive(path: Path, size: tuple[int, int], cache: Path | None) -> Parts:
     """The images of an archive.
 
-    With a cache there is one file in it per archive and size, named after the archive's content. Processes
-    that share it decode an archive once, and one that is killed leaves no file that another would take for
-    whole.
+    The cache has one file per archive and size, which is named after the archive's content. Processes that
+    share a cache decode an archive once, and one that is killed leaves no incomplete file that another would
+    use.
     """
     if not path.is_file():
         raise DatasetError(f"{path} is missing" if not path.exists() else f"{path} is not a file")
@@ -198,7 +198,7 @@ def _digest(path: Path) -> str:
 
 
 def _load(path: Path) -> Parts | None:
-    """The decoded images; None where there is no such file, or none that this version wrote."""
+    """The decoded images; None where the file is missing or of another version."""
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
@@ -214,14 +214,14 @@ def _load(path: Path) -> Parts | None:
 
 
 def _unpacked(path: Path, size: tuple[int, int]) -> bytes:
-    """What is kept of an archive."""
+    """The bytes of the decoded file of an archive."""
     with _opened(path) as archive:
 
         def content(name: str) -> bytes:
             try:
                 return archive.read(name)
             except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-                # Another content than the archive's checksum says, a method that Python lacks, or a password.
+                # The content does not match its checksum, Python lacks the method, or there is a password.
                 raise DatasetError(f"{path}: {name} cannot be unpacked: {error}") from error
 
         classes, order = _listed(path, archive.namelist())

@@ -82,7 +82,7 @@ def _table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
                 raise DatasetError(f"{path} has no column {', '.join(missing)}")
             rows = []
             for row in reader:
-                # What is too much is under None, and what is missing is None.
+                # Surplus values stand under the key None, and missing ones are None.
                 if None in row or None in row.values():
                     raise DatasetError(f"{path}, line {reader.line_num}: {len(names)} values are expected")
                 rows.append(row)
@@ -100,7 +100,7 @@ def _rows(path: Path, count: int) -> list[int]:
         raise DatasetError(f"{path} is missing")
     try:
         with path.open("rb") as file:
-            # Reads this one format alone: `np.load` also opens archives.
+            # This function reads only the .npy format; `np.load` also opens archives.
             chosen = np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise DatasetError(f"{path} is no plain array of numbers: {error}") from error
@@ -113,7 +113,7 @@ def _rows(path: Path, count: int) -> list[int]:
 
 
 def _images(files: Sequence[Path], size: tuple[int, int]) -> Tensor:
-    """All images as one uint8 tensor (n, 3, height, width); decoding releases the GIL."""
+    """All images as one uint8 tensor (n, 3, height, width). Threads decode them, which releases the GIL."""
     images = torch.empty(len(files), 3, *size, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
         for index, pixels in enumerate(pool.map(lambda path: read_image(path, size), files)):
@@ -122,10 +122,10 @@ def _images(files: Sequence[Path], size: tuple[int, int]) -> Tensor:
 
 
 def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """An image as uint8 (3, height, width), brought to that size.
+    """An image as uint8 (3, height, width), resized to `size`.
 
     Raises:
-        DatasetError: it is missing, or no image.
+        DatasetError: the file is missing, or is no image.
 
     """
     from PIL import Image, UnidentifiedImageError

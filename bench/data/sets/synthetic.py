@@ -1,4 +1,4 @@
-"""Samples that are made, in the form that a network reads: to time it, and to see that it learns."""
+"""Synthetic samples in the form that a network reads, to time it and to see that it learns."""
 
 import torch
 
@@ -10,7 +10,7 @@ SAMPLES = 2048
 
 
 def read(request: Request) -> Parts:
-    """A noisy image of its class, or tokens with a fixed successor each; a quarter more for the test set."""
+    """Noisy images of their class, or tokens with a fixed successor each, and a quarter as many to test."""
     known, device = request.network, request.device
     generator = torch.Generator(device).manual_seed(0)
     kept = SAMPLES if request.limit is None else request.limit
