@@ -17,35 +17,35 @@ from rmsgd.layers import unfoldings
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric is called, what it means and how it is written."""
+    """The names of a metric, its meaning, and the format of its values."""
 
     name: str
-    """The field of ``LayerMetrics``, the column of a CSV file, the key in JSON and in logs."""
+    """Its name in code: field of ``LayerMetrics``, column of a CSV file, key in JSON and in logs."""
     label: str
-    """On the axis of a figure."""
+    """Its name on the axis of a figure."""
     heading: str
-    """Over the column of a table."""
+    """Its name over the column of a table."""
     symbol: str
     formula: str
-    """In the shrunk singular values d₁ >= ... >= dᵣ of a matrix L x M, L <= M."""
+    """How it follows from the shrunk singular values d₁ >= ... >= dᵣ of a matrix L x M, L <= M."""
     meaning: str
-    """What the number is, in three or four words, its unit among them."""
+    """What the number means, in three or four words, with its unit."""
     range: str
     better: Literal["higher", "lower"] | None
     """Which direction goes with better learning, according to the paper; None where neither does."""
     format: str
-    """How Python writes it."""
+    """The format of its values in Python."""
     help: str
-    """One sentence for people who meet it for the first time."""
+    """One sentence for readers who do not know it."""
     column: int | None = None
-    """Where backends put it in their table, which has a row per matrix; None where it is derived."""
+    """Its column in the table of the backends, which has a row per matrix; None where it is derived."""
     derive: Callable[[Mapping[str, float]], float] | None = None
-    """What it is, given the metrics declared before it."""
+    """Computes it from the metrics that are declared before it; None where it has a column."""
     per_mode: bool = False
-    """Whether a layer has one number per mode; else it has their mean."""
+    """Whether a layer has one number per mode instead of their mean."""
 
     def text(self, value: float) -> str:
-        """One value as tables show it; "-" for NaN, which stands for undefined."""
+        """A value in the format of tables; "-" for NaN, which stands for undefined."""
         return "-" if math.isnan(value) else f"{value:{self.format}}"
 
 
@@ -121,11 +121,11 @@ NOISE_VARIANCE = Metric(
 )
 
 METRICS = (RANK, STABLE_RANK, CONDITION_NUMBER, QUALITY, NOISE_VARIANCE)
-"""What is known of a layer, in the order of tables."""
+"""The metrics of a layer, in the order of tables."""
 SCALARS = tuple(metric for metric in METRICS if not metric.per_mode)
-"""Those of which a layer has one number: they are drawn, compared and logged."""
+"""The metrics of which a layer has one number. They are drawn, compared and logged."""
 AVERAGED = tuple(metric for metric in SCALARS if metric is not QUALITY)
-"""Those that a network is described by through their mean over its layers; the quality goes into Q."""
+"""The metrics whose mean over the layers describes a network. The quality is part of Q instead."""
 
 NETWORK_QUALITY = Metric(
     "quality",
@@ -144,7 +144,7 @@ NETWORK_QUALITY = Metric(
 
 @dataclass(frozen=True)
 class LayerMetrics:
-    """One weight as EVBMF sees it; ``METRICS`` says what each number is.
+    """The metrics of one weight by EVBMF; ``METRICS`` says what each number is.
 
     ``rank`` and ``noise_variance`` have one entry per mode; ``stable_rank`` (Eq. 2, 0 to 1) and
     ``condition_number`` (Eq. 3, 0 to 1) are the means over the modes and ``quality`` is
@@ -156,7 +156,7 @@ class LayerMetrics:
     """The key under which the weight is stored."""
     shape: tuple[int, ...]
     modes: tuple[str, ...]
-    """("in", "out") of a kernel, as far as they have a spectrum; ("matrix",) of a 2-D weight."""
+    """("in", "out") for a kernel, as far as they have a spectrum; ("matrix",) for a 2-D weight."""
     rank: tuple[int, ...]
     noise_variance: tuple[float, ...]
     stable_rank: float
@@ -169,8 +169,8 @@ class LayerMetrics:
     def from_rows(cls, name: str, shape: tuple[int, ...], rows: Sequence[Sequence[float]]) -> "LayerMetrics":
         """A layer from its rows of a metrics table (``backends.base``), one per unfolding of its shape.
 
-        An empty low rank has quality 0. A NaN or an Inf in the weight makes it a skipped layer, and so
-        does a change of it while it was measured.
+        An empty low rank has quality 0. A layer is skipped if its weight has a NaN or an Inf, or if the
+        weight was changed while it was measured.
         """
         if any(row[base.STATUS] == base.CHANGED for row in rows):
             return cls.skip(name, shape, "changed before it was measured")
@@ -193,17 +193,17 @@ class LayerMetrics:
 
     @classmethod
     def skip(cls, name: str, shape: tuple[int, ...], reason: str) -> "LayerMetrics":
-        """A layer that was not measured."""
+        """Make a skipped layer: it has no modes, NaN metrics and ``reason`` in ``skipped``."""
         values: dict[str, Any] = {metric.name: () if metric.per_mode else math.nan for metric in METRICS}
         return cls(name, shape, (), **values, skipped=reason)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON knows them: lists for tuples, None for what is undefined."""
+        """Return the fields in JSON's types: lists for tuples, None for NaN; see ``METRICS`` for units."""
         return {key: plain(value) for key, value in vars(self).items()}
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON knows it: None for NaN, which stands for undefined, and a list for a tuple."""
+    """A value in JSON's types: None for NaN, which stands for undefined, and a list for a tuple."""
     if isinstance(value, float) and math.isnan(value):
         return None
     return list(value) if isinstance(value, tuple) else value
@@ -217,7 +217,8 @@ def measured(layers: Sequence[LayerMetrics]) -> tuple[LayerMetrics, ...]:
 def network_quality(layers: Sequence[LayerMetrics]) -> float:
     """Q of a network, ``||q||_2^2 / sqrt(layers)`` over the layers that were measured (Eq. 5).
 
-    NaN where none was: that nothing is known of a network is another thing than that it has learned nothing.
+    It is NaN if none was measured, since then nothing is known of the network; 0 means that it has learned
+    nothing.
     """
     return reference.network_quality([layer.quality for layer in measured(layers)])
 

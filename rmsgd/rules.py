@@ -1,7 +1,7 @@
-"""The learning-rate rules: their formulas in plain float64, and whatever else differs between them.
+"""The learning-rate rules: their formulas in plain float64, and all other differences between them.
 
-A rule is one ``Rule`` here; its formula stands once more, compiled for CPU and GPU, in
-``csrc/evbmf/rates.h``. Nothing else in the package asks which rule it has before it.
+A rule is one ``Rule`` here. Its formula stands once more, compiled for CPU and GPU, in
+``csrc/evbmf/rates.h``. Nothing else in the package depends on which rule is used.
 """
 
 import math
@@ -21,7 +21,7 @@ from rmsgd.layers import MEAN_OF_ALL, NO_LEADER, unfoldings
 NextRate: TypeAlias = Callable[[RateGroup, float, float, bool], float]
 """``(group, eta, gain, held)`` to the next eta, before its floor.
 
-``gain`` is ``s(t+1) - s(t)``; ``held`` says that the release's not_ready list holds the layer.
+``gain`` is ``s(t+1) - s(t)``, and ``held`` says that the release's not_ready list holds the layer.
 ``group.decay`` is gamma at an epoch end that decays, else 1, and ``group.zeta`` is the value before it.
 """
 
@@ -36,7 +36,7 @@ def algorithm_1(group: RateGroup, eta: float, gain: float, held: bool) -> float:
 
 
 def release(group: RateGroup, eta: float, gain: float, held: bool) -> float:
-    """As rmsgd 1.0.2 computes it: the first epoch end gives ``(1 + beta) lr``, whatever was measured."""
+    """The formula of rmsgd 1.0.2: the first epoch end gives ``(1 + beta) lr``, whatever was measured."""
     if group.first:
         gain = group.initial_lr
     elif held:
@@ -45,9 +45,10 @@ def release(group: RateGroup, eta: float, gain: float, held: bool) -> float:
 
 
 def published(group: RateGroup, eta: float, gain: float, held: bool) -> float:
-    """As the branch computes it that made the paper's tables.
+    """The formula of the branch that made the paper's tables.
 
-    The first epoch end gives lr, gamma decays zeta alone, and what holds a layer is not divided by zeta.
+    The first epoch end gives lr, gamma decays zeta alone, and the term that holds a layer is not divided by
+    zeta.
     """
     if group.first:
         eta, gain = 0.0, group.initial_lr
@@ -57,20 +58,20 @@ def published(group: RateGroup, eta: float, gain: float, held: bool) -> float:
 
 
 def applied_rate(eta: float, lowest: float, highest: float) -> float:
-    """The rate that a step takes where its rule has come to ``eta``: ``min(max(eta, lowest), highest)``.
+    """The rate of a step when its rule has come to ``eta``: ``min(max(eta, lowest), highest)``.
 
-    The rule goes on from eta itself. Its gains add up to the stable rank, so a bound on what it remembers
-    would forget the gains and keep the losses: a layer that was held at the bound would fall below its
-    first rate as soon as its stable rank shrank.
+    The rule goes on from eta itself. Its gains add up to the stable rank, so a bound on eta would forget the
+    gains and keep the losses: a layer that was held at the bound would fall below its first rate as soon as
+    its stable rank shrank.
     """
     return min(max(eta, lowest), highest)
 
 
-# -- what a layer's measurement is made of -------------------------------------------------------
+# -- the measurement s of a layer ----------------------------------------------------------------
 
 
 ModeWeights: TypeAlias = Callable[[Sequence[int], float], list[float]]
-"""``(shape, lr0)`` of a layer to what each of its unfoldings counts for in its measurement s."""
+"""From ``(shape, lr0)`` of a layer to the weight of each of its unfoldings in its measurement s."""
 
 
 def mean_over_modes(shape: Sequence[int], lr0: float) -> list[float]:
@@ -81,24 +82,24 @@ def mean_over_modes(shape: Sequence[int], lr0: float) -> list[float]:
 
 
 def resolution_weight(L: int, lr0: float) -> float:
-    """What a stable rank of L rows counts for beside rates of the size of ``lr0``: ``n^2 / (1 + n^2)``.
+    """The weight of a stable rank of L rows beside rates of the size of ``lr0``: ``n^2 / (1 + n^2)``.
 
-    One kept direction more or less moves it by 1/L. It is weighed as a Wiener filter weighs a signal of the
-    size of ``lr0`` under noise of that size, with ``n = L lr0``: 512 rows count whole at a rate of .03, 64
-    for .79, 10 for .08.
+    One kept direction more or less moves the stable rank by 1/L. A Wiener filter gives this weight to a
+    signal of the size of ``lr0`` under noise of the size of 1/L, with ``n = L lr0``. At a rate of .03 it is
+    nearly 1 for 512 rows, .79 for 64 and .08 for 10.
     """
     n = L * lr0
     return n * n / (1.0 + n * n)
 
 
 def mean_weighed_by_resolution(shape: Sequence[int], lr0: float) -> list[float]:
-    """The mean over the modes, each of them counting for its ``resolution_weight``."""
+    """The mean over the modes, each multiplied by its ``resolution_weight``."""
     shares = zip(mean_over_modes(shape, lr0), unfoldings(shape), strict=True)
     return [share * resolution_weight(part.L, lr0) for share, part in shares]
 
 
 def mean_per_channel(shape: Sequence[int], lr0: float) -> list[float]:
-    """For ``sum d_i / (d_1 channels)``: the mean over both modes, one without a spectrum being 0."""
+    """The mean of ``sum d_i / (d_1 channels)`` over both modes; a mode without a spectrum counts as 0."""
     modes = 1 if len(shape) == 2 else 2
     return [sum(1.0 / channels for channels in part.channels) / modes for part in unfoldings(shape)]
 
@@ -110,38 +111,38 @@ Buffer: TypeAlias = Literal["velocity", "momentum_buffer"]
 
 @dataclass(frozen=True)
 class Rule:
-    """How the rates of layers move at an epoch end, and what their parameters' steps need to know of it."""
+    """A rule by which the rates of layers move at an epoch end, and what it asks of the steps."""
 
     name: str
     help: str
-    """What it is, in one line."""
+    """A line on what it computes."""
     next_rate: NextRate
     number: int
-    """The number of its formula in ``csrc/evbmf/rates.h``: rules of the same formula share it."""
+    """The number of its formula in ``csrc/evbmf/rates.h``. Rules with the same formula share it."""
     column: int
-    """The metric, a column of the table, that a layer's measurement s is made of."""
+    """The metric from which a layer's measurement s is computed, as a column of the table."""
     mode_weights: ModeWeights
-    """What each unfolding of a layer counts for in s."""
+    """Gives the weight of each unfolding of a layer in s."""
     initial_rank: Literal["zero", "measure"]
-    """What ``initial_rank=None`` means."""
+    """The meaning of ``initial_rank=None``."""
     buffer: Buffer
-    """How past gradients are kept: as Algorithm 1 keeps them, or as torch's SGD does."""
+    """The form of past gradients: "velocity" as in Algorithm 1, or "momentum_buffer" as in torch's SGD."""
     leaders_by_name: bool
-    """Whether a parameter without a spectrum follows a layer of its group or of its module, and not simply
-    the layer before it."""
+    """Whether a parameter without a spectrum follows a layer of its group or module instead of the layer
+    before it."""
     dimensions: tuple[int, ...] = (2, 3, 4, 5)
-    """How many dimensions the weights have that are measured."""
+    """The numbers of dimensions of the weights that are measured."""
     flat_kernels: bool = True
     """Whether kernels with a side of 1 are measured."""
     holds: bool = False
     """Whether a layer is held at its first rate while its s is 0 (the release's not_ready list)."""
     floor: float | None = None
-    """The smallest eta; None: the option ``min_lr``."""
+    """The smallest eta; None for the option ``min_lr``."""
     anchor: float = 0.0
-    """What eta decays to without gains, as a multiple of lr0; 0 in Algorithm 1."""
+    """The value to which eta decays without gains, as a multiple of lr0; 0 in Algorithm 1."""
     lowest: float = 0.0
     highest: float = math.inf
-    """Bounds of the rate that is applied, as multiples of lr0. eta itself moves beyond them."""
+    """The bounds of the rate that is applied, as multiples of lr0. eta itself may move beyond them."""
 
     def probes(self, shape: Sequence[int]) -> bool:
         """Whether weights of this shape are measured."""
@@ -189,7 +190,7 @@ _RELEASE = Rule(
 _PUBLISHED = replace(
     _RELEASE,
     name="published",
-    help="what the branch computes that made the paper's tables",
+    help="what the branch behind the paper's tables computes",
     next_rate=published,
     number=2,
     flat_kernels=False,
@@ -197,7 +198,7 @@ _PUBLISHED = replace(
 )
 
 RULES: Mapping[str, Rule] = {rule.name: rule for rule in (_BOUNDED, _PAPER, _RELEASE, _PUBLISHED)}
-"""By name; the first is the default."""
+"""The rules by name. The first is the default."""
 
 DEFAULT = _BOUNDED.name
 
@@ -212,10 +213,10 @@ _FORMULAS = {rule.number: rule.next_rate for rule in RULES.values()}
 def held_layers(
     measured: NDArray[np.float64], ready: NDArray[np.int32], watched: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
-    """Which layers the release's ``not_ready`` list holds at its first rate; updates ``ready``.
+    """The layers that the release's ``not_ready`` list holds at their first rate; updates ``ready``.
 
-    The list is walked while entries are removed from it, so the entry after a removed one is
-    skipped in that pass: neither held nor made ready. ``watched`` leaves layers out of the walk.
+    The release walks the list while it removes entries, so it skips the entry after a removed one in that
+    pass, which is then neither held nor made ready. ``watched`` leaves layers out of the walk.
     """
     held = np.zeros(len(measured), dtype=np.bool_)
     skip = False
@@ -233,7 +234,7 @@ def held_layers(
 
 
 def update_rates(tables: RateTables, groups: Sequence[RateGroup], metrics: Tensor) -> None:
-    """One epoch end over all layers, on the CPU: updates the tables in place.
+    """Take one epoch end over all layers on the CPU, and update the tables in place.
 
     Args:
         tables: their ``eta``, ``unbounded``, ``stable_rank`` and ``ready`` are updated.

@@ -45,15 +45,16 @@ class RMSGD(Optimizer):
 
         eta <- max(beta eta + zeta (s(t+1) - s(t)), min_lr)
 
-    The stable rank of L rows moves in steps of 1/L, so that the letter takes a classifier's head of ten rows
-    from .03 to .58 and loses the network; and beta takes a rate without gains to 0. The default rule,
-    "bounded", is the same around lr in place of 0, with gains that count for less where s is coarse:
+    Algorithm 1 to the letter has two weaknesses. The stable rank of L rows moves in steps of 1/L, which takes
+    a classifier's head of ten rows from .03 to .58 and loses the network. And beta takes a rate without gains
+    to 0. The default rule, "bounded", works around lr instead of 0, with gains that count for less where s is
+    coarse:
 
         eta <- lr + beta (eta - lr) + zeta n^2 / (1 + n^2) (s(t+1) - s(t)),  n = L lr
 
-    One kept direction so moves a rate by lr / 2 at most. The rate applied is eta, kept between lr / 2 and
-    2 lr; the rule goes on from eta itself. A parameter without a spectrum (a bias, a norm) follows a layer
-    that has one.
+    So one kept direction moves a rate by at most lr / 2. The rate that is applied is eta, kept between lr / 2
+    and 2 lr, and the rule goes on from eta itself. A parameter without a spectrum (a bias, a norm) follows a
+    layer that has one.
 
     ```python
     optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.03)
@@ -65,37 +66,38 @@ class RMSGD(Optimizer):
         optimizer.epoch_step()
     ```
 
-    ``group["lr"]`` belongs to the user: the rate applied to a layer is ``eta lr / lr0``, with lr0 the lr
-    that its group was created with. Warm-up and any ``torch.optim.lr_scheduler`` so act as a
-    multiplier. A group that is created with lr = 0, as a frozen stage in fine-tuning is, stands still and is
-    not measured. Once its lr is raised it begins as a new group does, with lr0 the first lr above 0, or its
-    ``initial_lr`` if that is above 0.
+    ``group["lr"]`` belongs to the user: the rate applied to a layer is ``eta lr / lr0``, where lr0 is the lr
+    that its group was created with. So warm-up and any ``torch.optim.lr_scheduler`` multiply the rates of all
+    layers. A group that is created with lr = 0, for example a frozen stage in fine-tuning, stands still and
+    is not measured. Once its lr is raised it begins as a new group does, and lr0 is the first lr above 0, or
+    its ``initial_lr`` if that is above 0.
 
     Args:
         params: parameters, named parameters, or groups of either. A group may set any of the options
             below, and ``probe=False`` to leave its parameters unmeasured.
-        lr: the first rate of every layer, 0 or more. May be a tensor of one element.
+        lr: the first rate of every layer, 0 or more; it may be a tensor of one element.
         beta: momentum of the learning rate, in [0, 1).
-        step_size: with t earlier epoch ends, rates and zeta are multiplied by ``gamma`` first whenever
-            t > 0 is a multiple of it. None: never.
+        step_size: with t earlier epoch ends, an epoch end first multiplies rates and zeta by ``gamma`` if t
+            is positive and a multiple of it; None for never.
         linear: whether 2-D weights are measured, besides convolutions.
         gamma: see ``step_size``; above 0.
-        momentum: of the gradients, 0 or more. At 0 no velocity is kept and ``dampening`` is ignored.
-        dampening: gradients enter the velocity times ``1 - dampening``, the first one whole.
+        momentum: momentum of the gradients, 0 or more. At 0 no velocity is kept and ``dampening`` is ignored.
+        dampening: gradients enter the velocity times ``1 - dampening``; the first one enters whole.
         weight_decay: L2 penalty, 0 or more; ``p.grad`` is left as it is.
-        nesterov: Nesterov momentum; needs ``momentum`` and no ``dampening``.
+        nesterov: whether to use Nesterov momentum, which needs a ``momentum`` above 0 and no ``dampening``.
         zeta: gain of the stable rank's change, above 0.
-        min_lr: smallest rate, before the multiplier. The rules of the released code have their own.
-        maximize: ascend instead.
+        min_lr: smallest rate, before the multiplier. The rules of the released code have a floor of their
+            own.
+        maximize: whether to ascend instead of descend.
         rule: "bounded" (the default: Algorithm 1 around lr, within bounds), "paper"
             (Algorithm 1 to the letter), "release" (the arithmetic of rmsgd 1.0.2) or "published" (that of the
             branch that made the paper's tables). The last two keep gradients as torch's SGD does.
-        initial_rank: "measure" takes s(0) from the weights before the first step: 0 for random ones, in
-            which no low rank is found, and the right value for pretrained ones. "zero" takes s(0) = 0, and
-            would throw the rates of pretrained weights up by s(1) in one epoch. None is "measure" for
-            the rule "bounded" and "zero", as in their sources, for the others.
-        process_group: for replicated parameters; every rank then calls ``epoch_step``, and the first ``step``
-            under ``initial_rank="measure"``.
+        initial_rank: "measure" takes s(0) from the weights before the first step. That is 0 for random ones,
+            in which no low rank is found, and the right value for pretrained ones. "zero" takes s(0) = 0,
+            which raises the rates of pretrained weights by s(1) in one epoch. None is "measure" for the rule
+            "bounded" and "zero", as in their sources, for the others.
+        process_group: the ranks that hold copies of the parameters, which share the measurement. All of them
+            must call ``epoch_step``, and under ``initial_rank="measure"`` the first ``step``.
         switches: torch's ``foreach``, ``fused``, ``capturable`` and ``differentiable``, each None or False.
 
     Raises:
@@ -156,7 +158,12 @@ class RMSGD(Optimizer):
     # -- parameters and state --------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its rates start at its lr. See ``torch.optim.Optimizer.add_param_group``."""
+        """Add a group, whose rates start at its lr. See ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            ValueError: an option is out of its range, or a parameter is in another group already.
+            TypeError: a parameter that is to be trained has a type that cannot be trained; see ``RMSGD``.
+        """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -186,7 +193,7 @@ class RMSGD(Optimizer):
         self._own_states: list[State] = []
 
     def _tables_are_current(self) -> bool:
-        """Whether groups, state, parameters and their memory are what rates and steps were made from."""
+        """Whether groups, state, parameters and memory are those that rates and steps were made from."""
         return (
             self._steps is not None
             and self._memory_needs_then == _memory_needs(self.param_groups)
@@ -205,12 +212,12 @@ class RMSGD(Optimizer):
         return all(self.state.get(p) is state for p, state in zip(self._order, self._own_states, strict=True))
 
     def _forget_departed(self) -> None:
-        """Drop the state of parameters that have left the groups; whatever else others keep there stays."""
+        """Drop the state of parameters that have left the groups. Entries that others keep there stay."""
         for p in set(self._order).difference(all_parameters(self.param_groups)):
             self.state.pop(p, None)
 
     def _start_raised_groups(self) -> None:
-        """Let the groups begin that stood still at lr = 0 and have been given an lr above 0."""
+        """Start the groups that stood still at lr = 0 and now have an lr above 0."""
         for group in filter(stands_still, self.param_groups):
             lr0 = first_lr(group)
             if lr0 > 0.0:
@@ -229,8 +236,8 @@ class RMSGD(Optimizer):
         return self._steps
 
     def _write_back(self, wait: bool = True) -> None:
-        """Bring the numbers to the state; those of a GPU, which have to be waited for, only if asked to."""
-        if self._steps is None:  # there are no tables, or what they say is no longer so
+        """Write the numbers to the state; those of a GPU, which have to be waited for, only if ``wait``."""
+        if self._steps is None:  # there are no tables, or they are out of date
             return
         self._rates.write_back(wait)
         for step in self._steps:
@@ -266,9 +273,9 @@ class RMSGD(Optimizer):
         self._own_states = [self.state[p] for p in self._order]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to go on: tensors and plain numbers only; see ``rmsgd.optim.state``.
+        """Return all that a run needs to go on, in tensors and plain numbers; see ``rmsgd.optim.state``.
 
-        What others keep in ``optimizer.state``, as wrappers do, is in it as it is.
+        Entries that others, such as wrappers, keep in ``optimizer.state`` are part of it, unchanged.
         """
         self._write_back()
         self._forget_departed()
@@ -284,11 +291,11 @@ class RMSGD(Optimizer):
         checkpoint's tensors are copied.
 
         Raises:
-            ValueError: the checkpoint is of rmsgd 1.0.2 or of another optimizer, or its parameters are not
-                the optimizer's, or a value in it is none that an optimizer writes; the message names what
-                differs, and nothing has been changed.
+            ValueError: the checkpoint is one of rmsgd 1.0.2 or of another optimizer, its parameters are not
+                the optimizer's, or it holds a value that no optimizer writes. The message names the
+                difference, and nothing has been changed.
         """
-        if not isinstance(state_dict, dict):  # what one holds is looked at after other hooks have
+        if not isinstance(state_dict, dict):  # the content of a dict is checked after other hooks have run
             check_form(state_dict)
         handle = self.register_load_state_dict_pre_hook(check_and_complete)  # sees what other hooks give
         try:
@@ -332,16 +339,19 @@ class RMSGD(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One mini-batch: move every parameter that has a gradient.
 
-        A CUDA graph may hold it: at every replay it reads the rates, a learning rate that is a tensor, and
-        AMP's scale. Capture it anew after ``load_state_dict`` and ``add_param_group``, and when other
-        parameters than before are trained or have moved.
+        A CUDA graph may hold this step. At every replay it reads the rates, a learning rate that is a tensor,
+        and AMP's scale. Capture it anew after ``load_state_dict`` and ``add_param_group``, and when other
+        parameters are trained than before or parameters have moved in memory.
 
         Args:
-            closure: reevaluates the model and returns the loss, which is returned.
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            The loss of ``closure``; None without one.
 
         Raises:
             RuntimeError: a gradient is sparse, a parameter was resized, or two parameters share memory.
-            TypeError: a parameter that was frozen is trained now and cannot be, because of its type.
+            TypeError: a parameter that was frozen is now trained and has a type that cannot be trained.
                 Nothing has been changed in either case.
         """
         loss = None
@@ -389,7 +399,7 @@ class RMSGD(Optimizer):
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         steps = self._current_steps()
-        if len(steps) > 1:  # one device's gradients are looked at before any of them is used
+        if len(steps) > 1:  # the gradients of all devices are checked before any of them is used
             for step in steps:
                 step.check_gradients()
         for step, rates in zip(steps, self._rates.devices, strict=True):
@@ -400,14 +410,15 @@ class RMSGD(Optimizer):
 
     @torch.no_grad()
     def epoch_step(self) -> None:
-        """One epoch end: measure every layer and move its learning rate.
+        """End an epoch: measure every layer and move its learning rate.
 
-        A layer whose weight holds a NaN or an Inf keeps its rate; a warning names it. Another says once
-        that there is no layer to measure, as under the first FSDP, which flattens parameters.
+        A layer whose weight holds a NaN or an Inf keeps its rate, and a warning names it. Another warning
+        says once if there is no layer to measure, as under the first version of FSDP, which flattens
+        parameters.
 
-        On a GPU the work goes on beside whatever is asked of it next, and ``step`` waits for it. The few
-        weights that take more than single precision are read once more by then: one that was written to
-        meanwhile, by anything but ``step``, keeps its rate, and the report says that it changed.
+        On a GPU the measurement runs beside later work, and ``step`` waits for it. The few weights that need
+        more than single precision are read again later. If something other than ``step`` has changed such a
+        weight in between, it keeps its rate, and the report says that it changed.
 
         Raises:
             RuntimeError: the ranks of a process group or a mesh do not hold the same layers, a parameter was
@@ -425,10 +436,11 @@ class RMSGD(Optimizer):
     # -- what to look at -------------------------------------------------------------------------
 
     def learning_rates(self) -> dict[str, float]:
-        """The rate now applied to every parameter, by its name (or "group.index"), in order.
+        """Return the rate that is now applied to every parameter, by its name (or "group.index"), in order.
 
-        Where groups have names in common, as of two models, every name follows its group's number and a dot;
-        one that a group holds more than once is followed by "#" and its index there.
+        Where groups have names in common, for example those of two models, every name is preceded by its
+        group's number and a dot. A name that a group holds more than once is followed by "#" and its index
+        there.
         """
         self._current_steps()
         for message in self._rates.large(self.param_groups):
@@ -437,7 +449,7 @@ class RMSGD(Optimizer):
         return self._rates.by_name(self.param_groups)
 
     def report(self) -> Report:
-        """The metrics that the last ``epoch_step`` measured; computes nothing.
+        """Return the metrics that the last ``epoch_step`` measured, without computing anything.
 
         Raises:
             RuntimeError: there was no ``epoch_step`` yet.
@@ -453,5 +465,5 @@ RMSGD.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
 def _memory_needs(groups: list[dict[str, Any]]) -> list[tuple[int, bool, str]]:
-    """What of the groups decides which memory their parameters need."""
+    """The options of the groups that decide which memory their parameters need."""
     return [(len(group["params"]), group["momentum"] != 0, group["rule"]) for group in groups]
