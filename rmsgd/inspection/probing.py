@@ -19,15 +19,15 @@ from rmsgd.layers import Unfolding, unfoldings
 from rmsgd.metrics import LayerMetrics
 
 BATCH_BYTES = 64 << 20
-"""Weights measured together: enough to keep every core busy, little enough to stay unnoticed."""
+"""The size of weights that are measured together: enough to keep every core busy, and little memory."""
 
 ProbeSource = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 
 
 class Probing:
-    """A probe under way, for callers that show progress or may be interrupted; see ``probe.probe``.
+    """A probe in progress, for callers that show progress or may be interrupted; see ``probe.probe``.
 
-    ``layers`` and ``errors`` tell at any time what has been measured so far, and what could not be read.
+    At any time ``layers`` has what has been measured so far, and ``errors`` what could not be read.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Probing:
             raise CheckpointError(_nothing(source, opened.tensors, layers, wanted, filter, exclude))
 
     def run(self, progress: Callable[[float], object] | None = None) -> None:
-        """Measure everything; may be interrupted by an exception and is then not to be run again."""
+        """Measure everything. After an exception has interrupted it, it must not be run again."""
         costs = [_cost(stored) for stored in self._layers]
         total, done, batch_cost = sum(costs) or 1, 0, 0
         batch: list[tuple[int, Tensor]] = []
@@ -84,7 +84,7 @@ class Probing:
 
     @property
     def layers(self) -> tuple[LayerMetrics, ...]:
-        """The layers done so far, in the order of the source."""
+        """The layers that are done so far, in the order of the source."""
         return tuple(self._results[i] for i in sorted(self._results))
 
     @property
@@ -93,10 +93,10 @@ class Probing:
         return tuple(self._errors)
 
     def weight(self, name: str) -> Tensor:
-        """The weight of one layer in a dtype that the backends take, on the device to measure on.
+        """The weight of one layer in a dtype that the backends take, on the device that measures.
 
         Raises:
-            NotMeasurableError: it is not a weight in plain numbers.
+            NotMeasurableError: the layer is not a weight in plain numbers.
             CheckpointError: it cannot be read.
         """
         stored = self._stored[name]
@@ -109,7 +109,7 @@ class Probing:
         return weight if self._device is None else weight.to(self._device)
 
     def _weight(self, index: int, stored: StoredTensor) -> Tensor | None:
-        """The weight of a layer; None with an entry in the results where there is none."""
+        """The weight of a layer. Where there is none, this enters a skipped layer and returns None."""
         try:
             if not self._include_buffers and (reason := constant_by_name(stored)):
                 raise NotMeasurableError(stored.skip or reason)
@@ -137,11 +137,11 @@ class Probing:
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """The device, if tensors and a backend can be on it.
+    """The device, if tensors can be on it and a backend runs there.
 
     Raises:
-        ValueError: it is unknown or not available here, or RMSGD_BACKEND names what does not run there.
-        BackendUnavailable: RMSGD_BACKEND names what cannot run here.
+        ValueError: it is unknown or not available here, or RMSGD_BACKEND names a backend for another device.
+        BackendUnavailable: RMSGD_BACKEND names a backend that cannot run here.
     """
     try:
         zero = torch.zeros(1, device=device)
@@ -154,7 +154,7 @@ def usable_device(device: torch.device | str) -> torch.device:
 
 
 def matches(name: str, patterns: str | Sequence[str] | None) -> bool:
-    """Whether a name fits one of the shell patterns; without wildcards, whether it holds one. None: all."""
+    """Whether a name matches one of the shell patterns, or contains one without wildcards. None: all."""
     if patterns is None:
         return True
     patterns = [patterns] if isinstance(patterns, str) else patterns

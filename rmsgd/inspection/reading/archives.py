@@ -1,4 +1,4 @@
-"""Members of zip archives, read in part and never more than the archive can hold."""
+"""Members of zip archives, read in parts, and never more than the archive can hold."""
 
 import struct
 import zipfile
@@ -9,7 +9,7 @@ from rmsgd.inspection.reading.stored import CheckpointError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _MOST_BYTES = 1 << 30
-"""The most bytes of a member that is read as a whole."""
+"""The largest size in bytes of a member that is read as a whole."""
 
 
 class Archive:
@@ -25,7 +25,7 @@ class Archive:
         """The bytes of a member when it is unpacked.
 
         Raises:
-            CheckpointError: there is no such member, or it says to be larger than it can be.
+            CheckpointError: there is no such member, or it claims to be larger than it can be.
         """
         info = self._member(name)
         if info.compress_type == zipfile.ZIP_STORED:
@@ -50,7 +50,7 @@ class Archive:
         """Bytes of a member.
 
         Raises:
-            CheckpointError: it has not as many.
+            CheckpointError: it has fewer bytes.
         """
         if start + count > self.size(name):
             raise CheckpointError(f"{name} has fewer than {start + count:,} bytes")
@@ -74,7 +74,7 @@ class Archive:
         return self.members[name]
 
     def _start(self, info: zipfile.ZipInfo) -> int:
-        """Where the bytes of a member begin: behind a header whose length the directory does not tell."""
+        """The offset of a member's bytes, which follow a header whose length the directory does not give."""
         header = read_range(self.path, info.header_offset, _LOCAL_HEADER.size)
         magic, name, extra = _LOCAL_HEADER.unpack(header)
         if magic != b"PK\x03\x04":

@@ -29,31 +29,31 @@ from rmsgd.inspection.reading.stored import (
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 CHECKPOINT_SUFFIXES = tuple(suffix for format_ in FORMATS for suffix in format_.suffixes)
-"""What the names of files end in that are read."""
+"""The suffixes of files that are read."""
 
 SETTINGS = "training_args.bin"
-"""What a Hugging Face Trainer calls its pickled settings: code, beside the weights of every checkpoint."""
+"""The name of a Hugging Face Trainer's pickled settings: code, beside the weights of every checkpoint."""
 
 MODEL_SETTINGS = ("config.json", "quantize_config.json", "quant_config.json")
-"""Where a model's folder says how its weights are packed."""
+"""The files in a model's folder that say how its weights are packed."""
 
 _MOST_SETTINGS = 16 << 20
 _MOST_MISSING = 1000
-"""Missing shards that are named one by one."""
+"""The most missing shards that are named one by one."""
 
 RESIDENT_BYTES = 64 << 20
-"""Read from mapped files before they are let go: until then, what was read counts as resident."""
+"""Bytes to read from mapped files before they are unmapped. Until then these bytes are resident."""
 
 
 def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Source:
     """The tensors of a checkpoint file of any known format, or of a folder of shards.
 
-    Formats are told by content, not by suffix. Of a folder, the shards that an index names
-    ("*.index.json") are taken, else all its safetensors files, else all its torch files but a Trainer's
-    settings. Torch files hold their order; safetensors files do not, and are put in natural order (layer
-    2 before 10). Which network of a file is taken, ``networks.find_network`` says.
+    Formats are recognised by content, not by suffix. In a folder, the shards that an index names
+    ("*.index.json") are read, else all its safetensors files, else all its torch files but a Trainer's
+    settings. Torch files keep their order. safetensors files have none, so their tensors are put in natural
+    order (layer 2 before 10). ``networks.find_network`` chooses the network of a file.
 
-    What cannot be read of a folder is among the source's errors, and the rest is still there.
+    Files of a folder that cannot be read are among the source's errors, and the rest is read.
 
     Raises:
         CheckpointError: there is nothing at that path, or nothing that can be read.
@@ -71,7 +71,7 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Sou
 
 
 def checkpoint_files(path: str | os.PathLike[str]) -> tuple[list[Path], list[str]]:
-    """The files that ``open_checkpoint`` reads, and which of them are missing, a line each.
+    """The files that ``open_checkpoint`` reads, and a line for each that is missing.
 
     Raises:
         CheckpointError: there is nothing at that path, or nothing that could be read.
@@ -82,7 +82,7 @@ def checkpoint_files(path: str | os.PathLike[str]) -> tuple[list[Path], list[str
     try:
         here = Path(text).expanduser()
         exists = here.exists()
-    except (OSError, RuntimeError) as error:  # too long a name, or nobody's home
+    except (OSError, RuntimeError) as error:  # the name is too long, or ~ has no home folder
         raise CheckpointError(f"{text}: {getattr(error, 'strerror', None) or error}") from None
     if here.name.endswith(".index.json"):
         return _of_index(here)
@@ -98,7 +98,7 @@ def checkpoint_files(path: str | os.PathLike[str]) -> tuple[list[Path], list[str
 
 @dataclass(frozen=True)
 class _File:
-    """An open file, with the tensors of the network that is taken of it."""
+    """An open file, with the tensors of the network that is read from it."""
 
     path: Path
     tensors: Sequence[StoredTensor]
@@ -108,7 +108,7 @@ class _File:
 
 
 def _open(path: Path, shown: Path, key: str | None) -> _File:
-    """Open a file. ``shown`` is what messages call it."""
+    """Open a file, which messages call ``shown``."""
     try:
         if path.is_fifo():
             raise CheckpointError(f"{shown}: a pipe, and weights are read where they lie; save it to a file")
@@ -130,10 +130,10 @@ def _open(path: Path, shown: Path, key: str | None) -> _File:
 
 
 def _format_of(beginning: Beginning, shown: Path) -> FileFormat:
-    """The format by content, else by suffix.
+    """The format of a file, by its content, else by its suffix.
 
     Raises:
-        CheckpointError: it is of none.
+        CheckpointError: no format fits.
     """
     for format_ in FORMATS:
         if format_.is_this(beginning):
@@ -161,7 +161,7 @@ def _read(path: Path, stored: StoredTensor) -> Tensor:
 
 
 def _unpack(path: Path, shown: Path, key: str | None, format_: FileFormat) -> _File:
-    """The file inside a compressed one, unpacked into a temporary file that goes with the tensors."""
+    """The file inside a compressed one, unpacked into a temporary file that lives as long as the tensors."""
     assert format_.unpack is not None
     if path != shown:
         raise CheckpointError(f"{shown}: {format_.name} inside another")
@@ -200,7 +200,7 @@ def _join(files: Sequence[_File], errors: list[str]) -> Source:
         for stored in file.tensors:
             if stored.name in origin:
                 if len(stored.shape) < 2:
-                    continue  # no layer: a random state, which every process of a training has saved
+                    continue  # not a layer, but a random state, which every process of a training has saved
                 errors.append(
                     f"{file.path}: has {stored.name} again, after {origin[stored.name].name}: "
                     "these are not shards of one model"
@@ -216,7 +216,7 @@ def _join(files: Sequence[_File], errors: list[str]) -> Source:
 
 
 def _settings_in(folder: Path) -> dict[str, Any]:
-    """What a model's folder says of it; nothing where it says nothing that can be read."""
+    """The settings in a model's folder; empty where there are none that can be read."""
     settings: dict[str, Any] = {}
     for name in MODEL_SETTINGS:
         file = folder / name
@@ -255,13 +255,13 @@ def _of_folder(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def _missing_by_number(files: Sequence[Path]) -> list[str]:
-    """Shards that "-00001-of-00004" names imply and that are not there, a line each, or one for very many."""
+    """A line for each missing shard that names like "-00001-of-00004" imply, or one line for very many."""
     errors = []
     here = {p.name for p in files}
     numbered = [re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\..*)", p.name) for p in files]
     for match in {m[1] + m[4]: m for m in numbered if m}.values():
         head, digits, of, total, tail = match.groups()
-        if int(total) > len(files) + _MOST_MISSING:  # a name may say anything
+        if int(total) > len(files) + _MOST_MISSING:  # a name may contain any number
             errors.append(f"{files[0].parent / match[0]}: most of its {total} shards are missing")
             continue
         names = (f"{head}{number:0{len(digits)}}{of}{total}{tail}" for number in range(1, int(total) + 1))
@@ -280,7 +280,7 @@ def _of_index(index: Path) -> tuple[list[Path], list[str]]:
     for name in sorted(map(str, names), key=natural_order):
         if Path(name).name != name:
             errors.append(f"{index}: names a shard outside its folder ({name})")
-        elif not os.path.exists(index.parent / name):  # false too where a name is too long for a file
+        elif not os.path.exists(index.parent / name):  # this is also False for a name too long for a file
             errors.append(f"{index.parent / name}: missing shard (named in {index.name})")
         else:
             files.append(index.parent / name)
@@ -292,7 +292,7 @@ def _of_index(index: Path) -> tuple[list[Path], list[str]]:
 
 @contextmanager
 def _reading(path: Path, what: str) -> Iterator[None]:
-    """Turns whatever a reader raises into one line: the file, ``what`` is wrong, the reader's reason."""
+    """Turns whatever a reader raises into one line: the file, ``what`` is wrong, and the reader's reason."""
     try:
         yield
     except NotMeasurableError:
@@ -316,7 +316,7 @@ def _without_article(name: str) -> str:
 
 
 def _what_else(head: bytes) -> str:
-    """What a file is that no format knows."""
+    """A description of a file that no format recognises."""
     if head.startswith(b"PK\x03\x04"):
         return "a zip archive that is cut short"
     try:

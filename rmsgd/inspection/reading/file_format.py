@@ -1,4 +1,4 @@
-"""What a file format is to the reader of checkpoints. Each has a module in ``formats``."""
+"""The description of a file format for the reader of checkpoints. Each has a module in ``formats``."""
 
 import os
 import zipfile
@@ -11,17 +11,17 @@ from typing import Any, BinaryIO
 from rmsgd.inspection.reading.stored import CheckpointError
 
 FIRST_BYTES = 512
-"""What a format is recognised by, beside the names in an archive."""
+"""How many first bytes a format is recognised by, besides the names in an archive."""
 
 _FREE_BYTES = 64 << 20
 _MOST_TIMES = 32
 
 
 def check_unpacked(packed: int, unpacked: int) -> None:
-    """Refuse what grows without bounds when it is unpacked. Weights hardly shrink when they are packed.
+    """Refuse a file that grows without bounds when it is unpacked. Packing hardly shrinks weights.
 
     Raises:
-        CheckpointError: more than 64 MiB, and more than 32 times the bytes that are packed.
+        CheckpointError: it unpacks to more than 64 MiB, and to more than 32 times its packed bytes.
     """
     if unpacked > max(_FREE_BYTES, _MOST_TIMES * packed):
         raise CheckpointError(f"refused: {packed:,} bytes unpack to {unpacked:,} or more, as no weights do")
@@ -37,55 +37,55 @@ class Beginning:
 
     @cached_property
     def members(self) -> tuple[str, ...]:
-        """The names in a zip archive; none where it is no archive or not a whole one."""
+        """The names in a zip archive; none where the file is not an archive or not a complete one."""
         if not self.bytes.startswith(b"PK\x03\x04"):
             return ()
         try:
             with zipfile.ZipFile(self.path) as archive:
                 return tuple(archive.namelist())
-        except Exception:  # whatever a damaged archive makes it raise
+        except Exception:  # a damaged archive may make it raise anything
             return ()
 
     def has(self, name: str) -> bool:
-        """Whether a zip archive has a member of this name, in whatever folder."""
+        """Whether a zip archive has a member of this name in any folder."""
         return any(member.rpartition("/")[2] == name for member in self.members)
 
 
 @dataclass(frozen=True)
 class OpenFile:
-    """A file that was opened: mappings, lists and stand-ins, whose leaves are tensors."""
+    """The content of an open file: mappings, lists and stand-ins, whose leaves are tensors."""
 
     tree: Any
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """What is written about the tensors in the file itself."""
+    """The metadata about the tensors in the file itself."""
     release: Callable[[], None] = lambda: None
-    """Let go of what was mapped; it is mapped anew when it is needed."""
+    """Unmaps the file, which is mapped anew when it is needed."""
 
 
 @dataclass(frozen=True)
 class FileFormat:
-    """One file format: how it is told, and how it is read. One of ``open`` and ``unpack``, or neither."""
+    """One file format: how it is recognised, and how it is read: by ``open``, ``unpack``, or not at all."""
 
     name: str
-    """With its article: "a safetensors file"."""
+    """Its name with the article: "a safetensors file"."""
     is_this: Callable[[Beginning], bool]
-    """By the content. No two formats may claim the same file."""
+    """Recognises a file by its content. No two formats may recognise the same file."""
     open: Callable[[Path], OpenFile] | None = None
-    """Raises whatever it likes: the caller makes one line of it, with the path."""
+    """Opens a file. It may raise anything: the caller makes one line of it, with the path."""
     unpack: Callable[[Path], Iterator[bytes]] | None = None
-    """The file that is in it, a block at a time."""
+    """Unpacks the file inside, a block at a time."""
     suffixes: tuple[str, ...] = ()
-    """Files with these suffixes are taken for this format where their content is of none."""
+    """The suffixes of files that are taken for this format if no format recognises their content."""
     advice: str = ""
-    """What to do with a file that is not read."""
+    """What the user can do with a file of a format that is not read."""
 
 
 MOST_PIECES = 10_000_000
-"""Pieces that a header is read in: some seconds. The largest vocabulary in a GGUF file takes a tenth."""
+"""The most pieces of a header: they take some seconds. The largest vocabulary in a GGUF file has a tenth."""
 
 
 class Bytes:
-    """A file read in order, where nothing is asked for that is not there, in no more than ``MOST_PIECES``."""
+    """A file that is read in order, never beyond its end, and in no more than ``MOST_PIECES``."""
 
     def __init__(self, file: BinaryIO, start: int = 0, end: int | None = None) -> None:
         self._file = file
@@ -97,7 +97,7 @@ class Bytes:
         """The next bytes.
 
         Raises:
-            CheckpointError: there are not as many.
+            CheckpointError: there are fewer.
         """
         self._check(count)
         data = self._file.read(count)
@@ -110,7 +110,7 @@ class Bytes:
         """Pass over the next bytes.
 
         Raises:
-            CheckpointError: there are not as many.
+            CheckpointError: there are fewer.
         """
         self._check(count)
         self.position = self._file.seek(self.position + count)
@@ -131,7 +131,7 @@ def read_range(path: Path, start: int, count: int) -> bytearray:
     """Bytes of a file.
 
     Raises:
-        CheckpointError: it has not as many.
+        CheckpointError: it has fewer bytes.
     """
     with path.open("rb") as file:
         if start + count > file.seek(0, os.SEEK_END):

@@ -1,7 +1,7 @@
 """Which network of a checkpoint is probed, and its tensors by name.
 
 A training checkpoint is a tree of mappings: a state dict beside an optimizer's, a second network, a moving
-average of the first. One network is chosen, or all that belong together, and the choice is told.
+average of the first. One network is chosen, or all that belong together, and a note names the choice.
 """
 
 import re
@@ -18,17 +18,17 @@ from rmsgd.inspection.reading.stored import CheckpointError, StoredTensor, in_me
 from rmsgd.inspection.reading.torch_pickles import Array, TensorSubclass
 
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "models", "module", "net", "network")
-"""Keys under which training scripts put a state dict beside an optimizer's (Lightning: the first)."""
+"""Keys under which training scripts put a state dict beside an optimizer's; Lightning uses the first."""
 
 _DEEPEST = 64
 _MOST = 1_000_000
-"""Entries looked at: a file of a few kilobytes may hold one mapping in another in another, ten times each."""
+"""The most entries to look at: a file of a few kilobytes may nest mappings, each ten times in the next."""
 _MOST_PARTS = 1000
-"""Networks in a list: a longer one is a history or a data set."""
+"""The most networks in a list. A longer list is a history or a data set."""
 
 _MOST_LISTED = 20
 _MOST_CANDIDATES = 64
-"""Parts with a copy's name: where there are more, they are the parts of layers."""
+"""The most parts with the name of a copy. Where there are more, they are the parts of layers."""
 
 _AVERAGES = {"ema", "teacher", "shadow", "polyak"}
 _COPIES = {*_AVERAGES, "target", "swa", "avg", "averaged", "average", "momentum", "slow", "old"}
@@ -37,7 +37,7 @@ _ORIGINALS = {"teacher": ("student",), "target": ("online", "policy", "main", "s
 
 @dataclass(frozen=True)
 class Found:
-    """The tensors of the network that is probed, by name, and a line on what else is there."""
+    """The tensors of the network that is probed, by name, and a line on the other networks in the file."""
 
     tensors: dict[str, StoredTensor]
     notes: tuple[str, ...] = ()
@@ -46,17 +46,17 @@ class Found:
 def find_network(tree: Any, key: str | None = None) -> Found:
     """The tensors of a state dict, or of the state dict inside a training checkpoint.
 
-    With ``key``, what lies under that key is taken, or under that path of keys ("ema.module").
+    With ``key``, the tensors under that key or path of keys ("ema.module") are taken.
 
-    Otherwise a mapping under one of ``WRAPPERS`` is the state dict: its keys stay as they are and all beside
-    it is left alone. Where there is none, every tensor is taken, those of inner mappings under
+    Otherwise a mapping under one of ``WRAPPERS`` is the state dict: its keys stay as they are, and everything
+    beside it is left alone. Where there is none, every tensor is taken, those of inner mappings under
     "outer.inner". A list of mappings is a mapping with the keys "0", "1" and so on. An optimizer's state dict
-    (a mapping with "state" and "param_groups") holds no weights, and neither does what lies deeper than
+    (a mapping with "state" and "param_groups") holds no weights, and neither do mappings deeper than
     ``_DEEPEST``. A moving average and a teacher are copies of another network and are left out.
 
     Raises:
         CheckpointError: there are no weights under ``key``.
-        ValueError: a mapping holds itself, or mappings share others until there are millions of ways to one.
+        ValueError: a mapping contains itself, or shared mappings can be reached in millions of ways.
     """
     if key is None:
         path, tensors, beside = _Search().network(tree)
@@ -89,9 +89,9 @@ def _under_key(tree: Any, key: str) -> dict[str, StoredTensor]:
 def copies_in(tensors: Mapping[str, StoredTensor]) -> list[str]:
     """The parts of a network that are a moving average or an earlier state of the rest, by their path.
 
-    A part is taken for a copy by its name, "model_ema" or "teacher", if at least half of its weights have
-    the shapes of half of those beside it. Of words that have other meanings too ("target"), also the
-    original must be there by its name.
+    A part counts as a copy by its name, "model_ema" or "teacher", if at least half of its weights have
+    the shapes of half of those beside it. For words with other meanings ("target"), the original must
+    also be there by its name.
     """
     candidates: dict[str, None] = {}
     for name in tensors:
@@ -129,7 +129,7 @@ def _words(part: str) -> set[str]:
 
 
 def _originals(part: str) -> set[str]:
-    """What the original may be called: "model" for "model_ema", "student" for "teacher"."""
+    """The possible names of the original: "model" for "model_ema", "student" for "teacher"."""
     names = set()
     for word in _words(part) & _COPIES:
         without = re.sub(rf"_?{word}_?", "", part, flags=re.IGNORECASE)
@@ -139,7 +139,7 @@ def _originals(part: str) -> set[str]:
 
 
 class _Search:
-    """One look through mappings. Those that a mapping lies in are its ``outer``."""
+    """One search through mappings. The mappings that contain a mapping are its ``outer``."""
 
     def __init__(self) -> None:
         self._seen = 0
@@ -150,7 +150,7 @@ class _Search:
         """The path of the state dict, its tensors, and the paths of other networks beside it."""
         inside = self._enter(tree, outer)
         entries = _entries(tree) or {}
-        # What an object calls "model" is a part of it.
+        # The attribute "model" of an object is a part of it.
         for key in () if isinstance(tree, StandIn) or len(outer) == _DEEPEST else WRAPPERS:
             if _entries(entries.get(key)) is None:
                 continue
@@ -171,7 +171,7 @@ class _Search:
             return
         for key, value in entries.items():
             if isinstance(value, TensorSubclass) and value.parts:
-                # As torchao and its kin flatten a tensor of theirs into those that it is made of.
+                # torchao and similar packages flatten a tensor of their own into those that it is made of.
                 for attribute, part in value.parts.items():
                     yield f"{prefix}{_hidden(str(key))}_{attribute}", part
             elif (leaf := _leaf(value)) is not None:
@@ -180,7 +180,7 @@ class _Search:
                 yield from self._flatten(value, f"{prefix}{key}.", inside)
 
     def _enter(self, tree: Any, outer: tuple[Any, ...]) -> tuple[Any, ...]:
-        """``tree`` put behind the mappings it lies in."""
+        """The mappings that ``tree`` lies in, with ``tree`` appended."""
         if any(tree is mapping for mapping in outer):
             raise ValueError("a mapping holds itself")
         self._seen += len(_entries(tree) or ()) + 1
@@ -190,7 +190,7 @@ class _Search:
 
 
 def _hidden(key: str) -> str:
-    """The key of a tensor as the beginning of its parts': "0.weight" is "0._weight"."""
+    """The beginning of the keys of a tensor's parts: "0._weight" for "0.weight"."""
     outer, dot, name = key.rpartition(".")
     return f"{outer}{dot}_{name}"
 
@@ -203,7 +203,7 @@ def _others(entries: Mapping[Any, Any], chosen: str) -> list[str]:
             continue
         try:
             tensors = _Search().flat(value)
-        except ValueError:  # it is left alone, whatever it is
+        except ValueError:  # such an entry is left alone
             continue
         if any(len(stored.shape) > 1 for stored in tensors.values()):
             found.append(str(key))
@@ -211,7 +211,7 @@ def _others(entries: Mapping[Any, Any], chosen: str) -> list[str]:
 
 
 def _leaf(value: Any) -> StoredTensor | None:
-    """A tensor or an array, wherever it is from."""
+    """A tensor or an array of any kind, as a stored tensor; None for anything else."""
     if isinstance(value, StoredTensor):
         return value
     if isinstance(value, Tensor | np.ndarray):
@@ -222,7 +222,7 @@ def _leaf(value: Any) -> StoredTensor | None:
 
 
 def _entries(value: Any) -> Mapping[Any, Any] | None:
-    """What a mapping, a list of mappings or an object in a pickle holds, by name; None: it holds nothing."""
+    """The entries of a mapping, a list of mappings or an object in a pickle, by name; else None."""
     if isinstance(value, Mapping):
         return value
     if isinstance(value, list | tuple):
@@ -232,7 +232,7 @@ def _entries(value: Any) -> Mapping[Any, Any] | None:
 
 
 def _of_object(value: StandIn) -> Mapping[Any, Any]:
-    """What an object in a pickle holds: of a module its parameters, its buffers and its modules."""
+    """The entries of an object in a pickle; for a module its parameters, its buffers and its modules."""
     state = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
     state = state if isinstance(state, dict) else {}
     parameters, buffers, modules = (state.get(name) for name in ("_parameters", "_buffers", "_modules"))

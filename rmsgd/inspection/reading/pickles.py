@@ -1,12 +1,11 @@
 """A pickle's contents, read without executing anything.
 
 A pickle is a program for a small stack machine that may import any name and call it. Here a name is never
-imported and never called: it stays a ``Global``, and what would be an object made by it is what ``Builders``
-of this package make of it, or else a ``StandIn`` that keeps the arguments. The bytes of a file can so make
-lists, dictionaries, strings, numbers and stand-ins, and nothing else.
+imported and never called: it stays a ``Global``. In place of the object that a call would make stands what
+``Builders`` of this package make of its arguments, or else a ``StandIn`` that keeps them. So the bytes of a
+file can make lists, dictionaries, strings, numbers and stand-ins, and nothing else.
 
-The time and the memory that it takes are bounded by the size of the pickle, of which no more than
-``MOST_STEPS`` steps are taken.
+The size of the pickle bounds time and memory, and no more than ``MOST_STEPS`` of its steps are taken.
 """
 
 import re
@@ -17,12 +16,12 @@ from typing import Any, BinaryIO
 from rmsgd.inspection.reading.stored import CheckpointError
 
 MOST_STEPS = 10_000_000
-"""Steps of the machine: a checkpoint takes some dozens for each tensor. A step keeps about 100 bytes."""
+"""The most steps of the machine. A checkpoint takes some dozens per tensor, and a step about 100 bytes."""
 
 _LONGEST_NAME = 1000
 
-# Nothing would be executed here. But a file with these names in it was made to be executed elsewhere, and
-# whoever probes it should hear of that.
+# Nothing would be executed here. But a file with these names was made to be executed elsewhere, and the
+# user should know that.
 _CODE = re.compile(
     r"os|posix|nt|sys|subprocess|runpy|importlib|imp|ctypes|socket|shutil|pty|code|codeop|commands|popen2|"
     r"_?pickle|cPickle|marshal|webbrowser|pip|setuptools|distutils|pdb|bdb|c?[pP]rofile|trace|doctest|dill|"
@@ -41,7 +40,7 @@ class Global(str):
 
 
 class StandIn:
-    """What a pickle would make by calling a name: the name and what it would be given."""
+    """The object that a pickle would make by a call, as the name and the arguments of that call."""
 
     __slots__ = ("args", "items", "name", "state")
 
@@ -57,11 +56,11 @@ class StandIn:
 
 Builder = Callable[..., Any]
 Builders = Mapping[str, Builder]
-"""By name, what is made in place of a call with those arguments."""
+"""From a name to a function that is called in its place, with the same arguments."""
 
 
 class _Mark:
-    """Where a MARK was put on the stack."""
+    """A place on the stack at which MARK was executed."""
 
 
 _MARK = _Mark()
@@ -70,16 +69,16 @@ _MARK = _Mark()
 def load(
     file: BinaryIO, size: int, builders: Builders, persistent: Callable[[Any], Any] | None = None
 ) -> Any:
-    """The contents of the pickle at the position of ``file``, after which the position is behind it.
+    """The contents of the pickle at the position of ``file``, which is moved behind the pickle.
 
     Args:
-        file: at most ``size`` bytes are read from it.
-        size: the bytes that are left in it.
-        builders: what is made in place of a call to a name.
-        persistent: what a persistent id stands for.
+        file: the file, of which at most ``size`` bytes are read.
+        size: the number of bytes that are left in it.
+        builders: functions that are called in place of the names in the pickle.
+        persistent: gives the object that a persistent id stands for.
 
     Raises:
-        CheckpointError: it is not a complete pickle, or it names code.
+        CheckpointError: the pickle is not complete, or it names code.
     """
     return _Machine(file, size, builders, persistent).run()
 
@@ -88,7 +87,7 @@ def refuse_code(name: str) -> None:
     """Refuse a name that stands for code.
 
     Raises:
-        CheckpointError: it does.
+        CheckpointError: the name stands for code.
     """
     module, _, last = name.rpartition(".")
     root = module.split(".")[0]
@@ -186,7 +185,7 @@ class _Machine:
         self.name(module, name)
 
     def call(self, args: Any) -> None:
-        """In place of the callable on the stack: what it stands for, called with ``args``."""
+        """Replace the callable on the stack by the result of a call of what stands for it, with ``args``."""
         name = self._pop()
         if not isinstance(name, Global) or not isinstance(args, tuple):
             raise CheckpointError("not a sound pickle (a call of what is no name)")
@@ -208,7 +207,7 @@ class _Machine:
         self.call(self._pop())
 
     def build(self) -> None:
-        """Give an object its state: only stand-ins, and what a builder made for it, take one."""
+        """Give an object its state. Only stand-ins and objects made by builders take one."""
         state, target = self._pop(), self._top()
         if isinstance(target, StandIn):
             target.state = state
@@ -264,7 +263,7 @@ class _Machine:
         self._stack.append(self._take(count).decode("utf-8", "replace"))
 
     def bytes_or_text(self, count: int) -> None:
-        """A string of Python 2, which did not tell them apart."""
+        """Bytes or text: a string of Python 2, which did not distinguish the two."""
         data = self._take(count)
         try:
             self._stack.append(data.decode("ascii"))
@@ -277,10 +276,10 @@ class _Machine:
 
 
 def _is_key(key: Any) -> bool:
-    """Whether a dictionary of weights may have it.
+    """Whether a dictionary of weights may have this key.
 
-    Others are dropped: the hash of tuples in each other without end would overflow C's stack, and that of
-    large integers is of the file's choosing.
+    Other keys are dropped: hashing deeply nested tuples would overflow C's stack, and the file could choose
+    the hashes of large integers.
     """
     return type(key) in (str, bytes, bool, Global) or (type(key) is int and -(2**63) <= key < 2**63)
 
@@ -289,7 +288,7 @@ Step = Callable[[_Machine], Any]
 
 
 def _steps() -> Iterator[tuple[str, Step]]:
-    """The machine's instructions, but for protocol 0's texts, extension codes and out-of-band buffers."""
+    """The machine's instructions, except protocol 0's texts, extension codes and out-of-band buffers."""
     yield "\x80", lambda m: m._take(1)  # PROTO
     yield "\x95", lambda m: m._take(8)  # FRAME
     # names, calls, state

@@ -1,4 +1,4 @@
-"""What can be probed: a module, a mapping of tensors, or a checkpoint."""
+"""The sources that can be probed: a module, a mapping of tensors, or a checkpoint."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ def open_source(
     """The tensors of a module, of a mapping of names to tensors or NumPy arrays, or of a path.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: ``source`` is none of these.
         CheckpointError: see ``open_checkpoint``, or there are no weights under ``key``.
         ValueError: a mapping holds itself.
     """
@@ -47,7 +47,7 @@ def open_source(
 
 
 def _under(tensors: Iterator[StoredTensor], key: str | None) -> Iterator[StoredTensor]:
-    """Those of the submodule ``key``."""
+    """The tensors of the submodule ``key``; all of them where it is None."""
     if key is None:
         yield from tensors
         return
@@ -58,7 +58,7 @@ def _under(tensors: Iterator[StoredTensor], key: str | None) -> Iterator[StoredT
 
 
 def _of_module(module: nn.Module) -> Iterator[StoredTensor]:
-    """Parameters, then buffers. Instead of what a parametrization keeps, the weight that it makes of it."""
+    """Parameters, then buffers. A weight that a parametrization makes replaces the tensors it is made of."""
     parametrised = {
         f"{outer}.parametrizations.{name}" if outer else f"parametrizations.{name}": (outer, part, name)
         for outer, part in module.named_modules(remove_duplicate=False)
@@ -76,7 +76,7 @@ def _of_module(module: nn.Module) -> Iterator[StoredTensor]:
 
 
 def _made(outer: str, module: nn.Module, name: str) -> StoredTensor:
-    """The weight that a module's parametrizations make, which is made anew when it is read."""
+    """The weight that a module's parametrizations make. It is made when it is read."""
 
     def read() -> Tensor:
         modes = {part: part.training for part in module.parametrizations.modules()}  # type: ignore[union-attr]
@@ -85,7 +85,7 @@ def _made(outer: str, module: nn.Module, name: str) -> StoredTensor:
                 part.training = False  # spectral_norm would take a step of its power iteration
             with torch.no_grad():
                 return as_tensor(getattr(module, name))
-        except Exception as error:  # the parametrization is code of the user's
+        except Exception as error:  # the parametrization is the user's code
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise NotMeasurableError(f"its parametrization fails: {reason}") from None
         finally:

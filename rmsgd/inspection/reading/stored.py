@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 
 class CheckpointError(ValueError):
-    """A checkpoint, or a part of one, that cannot be read. The message is one line: what, and where."""
+    """A checkpoint, or a part of one, cannot be read. The message is one line: what is wrong, and where."""
 
 
 class NotMeasurableError(Exception):
-    """A tensor that is no weight in plain numbers. The message says what it is."""
+    """A tensor is not a weight in plain numbers. The message says what it is."""
 
 
 @dataclass(frozen=True)
@@ -26,28 +26,28 @@ class StoredTensor:
     """The key under which it is stored."""
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-    """Raises NotMeasurableError, or CheckpointError where a file cannot be read."""
+    """Reads it. Raises NotMeasurableError, or CheckpointError where a file cannot be read."""
     skip: str | None = None
-    """Why it is not to be measured, where that is known before it is read."""
+    """Why it must not be measured, where that is known before it is read."""
     dtype: torch.dtype | None = None
-    """None where the file's type has no counterpart in torch."""
+    """Its dtype; None where the file's type has no counterpart in torch."""
     role: Literal["parameter", "buffer"] | None = None
-    """None where the source does not tell, as a state dict does not."""
+    """Whether it is a parameter or a buffer; None where the source, such as a state dict, does not tell."""
     memory: Hashable = None
-    """Where it lies: equal for two tensors that are the same numbers. None: unknown."""
+    """The place of its numbers, which is equal for two tensors that share them; None where it is unknown."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """All tensors of a source in its order, and what there is to say about it."""
+    """All tensors of a source in its order, with errors, notes and settings."""
 
     tensors: tuple[StoredTensor, ...]
     errors: tuple[str, ...] = ()
     """What could not be read, one line each."""
     notes: tuple[str, ...] = ()
-    """What a reader of the report should know, one line each: which other networks are in the file."""
+    """Notes for the reader of the report, one line each, such as which other networks are in the file."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What is written beside the tensors: a model's config.json, a safetensors file's metadata."""
+    """Settings beside the tensors: a model's config.json, a safetensors file's metadata."""
 
 
 def not_there() -> Tensor:
@@ -99,7 +99,8 @@ def as_tensor(value: Tensor | NDArray[Any]) -> Tensor:
     """
     if isinstance(value, np.ndarray):
         try:
-            # In this machine's byte order, forward, writeable: what torch shares.
+            # torch shares memory that is in this machine's byte order, has no negative strides and is
+            # writeable.
             return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
         except TypeError:
             raise NotMeasurableError(f"an array of {value.dtype}, which torch does not know") from None
@@ -111,13 +112,13 @@ def as_tensor(value: Tensor | NDArray[Any]) -> Tensor:
     if type(value).dequantize is not Tensor.dequantize:
         try:
             return as_tensor(value.dequantize())
-        except Exception:  # whatever its package raises
+        except Exception:  # its package may raise anything
             return value
     return value
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is torch's own kind: a subclass may keep something else in its memory."""
+    """Whether a tensor is of torch's own class. A subclass may keep something else in its memory."""
     return type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
 
 
@@ -125,7 +126,7 @@ def plain_numbers(tensor: Tensor) -> Tensor:
     """The tensor itself, if its memory holds real numbers, one for each entry.
 
     Raises:
-        NotMeasurableError: it does not.
+        NotMeasurableError: its memory does not.
     """
     kind = str(tensor.dtype).removeprefix("torch.")
     if not is_plain(tensor):

@@ -1,4 +1,4 @@
-"""Two networks side by side: which layers changed, and by how much."""
+"""Two networks compared: which layers changed, and by how much."""
 
 import os
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class LayerChange:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight, after the change if it is there."""
+        """The weight's shape, after the change if the layer is there, else before."""
         layer = self.after or self.before
         assert layer is not None
         return layer.shape
@@ -75,7 +75,7 @@ class Comparison:
         }
 
     def to_csv(self, path: str | os.PathLike[str] | TextIO) -> None:
-        """One row per layer: every metric before, after, and its change; empty where undefined."""
+        """Write one row per layer: every metric before and after, and its change; empty where undefined."""
         rows = []
         for change in self.changes():
             row: dict[str, Any] = {"name": change.name, "shape": "x".join(map(str, change.shape))}

@@ -9,7 +9,7 @@ from rmsgd.metrics import NETWORK_QUALITY
 
 
 def comparison_table(comparison: Comparison) -> RenderableType:
-    """A row per layer, what changed most first."""
+    """A table with a row per layer, the largest change first."""
     before, after = comparison.sources
     first, *others = COMPARED
     names = ("shape", first.heading, "change", *(metric.heading for metric in others))

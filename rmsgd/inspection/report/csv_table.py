@@ -12,7 +12,7 @@ COLUMNS = [field.name for field in fields(LayerMetrics)]
 
 
 def layer_row(layer: LayerMetrics) -> dict[str, Any]:
-    """The fields as a row of text: what is undefined is empty."""
+    """The fields as a row of text, in which an undefined number is empty."""
     row = layer.to_dict()
     for key, value in row.items():
         if isinstance(value, list):
@@ -25,7 +25,7 @@ def write_csv(
 ) -> None:
     """Write rows under a line of column names, to a path or to an open file.
 
-    ``columns`` are by default those of the first row; without rows there is nothing else to know them by.
+    ``columns`` are by default those of the first row. Without rows they must be given.
     """
     if isinstance(path, str | os.PathLike):
         with open(path, "w", newline="", encoding="utf-8") as file:

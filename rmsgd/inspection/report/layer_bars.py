@@ -1,8 +1,8 @@
-"""The figure of one network: bars of the metrics of every layer.
+"""The figure of one network, with bars for the metrics of every layer.
 
-A figure is drawn as those of ``rmsgd.plots`` are: without a display, for every kind of colour vision, and
-matplotlib is imported when it is needed. Every layer has a row of its own that its name fits beside, so a
-figure grows with the network.
+It is drawn like the figures of ``rmsgd.plots``: without a display, for every kind of colour vision, and with
+matplotlib imported when it is needed. Every layer has a row of its own, as high as its name, so a figure
+grows with the network.
 """
 
 import math
@@ -22,9 +22,9 @@ _TALLEST = 80.0  # inches: beyond it rows become thinner and only some are named
 
 
 def draw_layers(layers: Sequence[LayerMetrics], path: str | os.PathLike[str]) -> None:
-    """Bars of every measured layer's stable rank, condition number and quality, input at the top.
+    """Draw bars of every measured layer's stable rank, condition number and quality, the input at the top.
 
-    Layers whose low rank is empty, which have quality 0 and condition number 1 by definition, are grey.
+    Layers whose low rank is empty are grey. They have quality 0 and condition number 1 by definition.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -54,17 +54,17 @@ def draw_layers(layers: Sequence[LayerMetrics], path: str | os.PathLike[str]) ->
 
 
 def axis_label(metric: Metric) -> str:
-    """What a metric is called on an axis, and below it what its numbers mean."""
+    """A metric's name on an axis, and below it the meaning and range of its numbers."""
     return f"{metric.label}\n({metric.meaning}, {metric.range})"
 
 
 def rows_height(rows: int) -> float:
-    """Inches of so many rows, at most ``_TALLEST``."""
+    """The height of rows in inches, at most ``_TALLEST``."""
     return min(max(rows, 6) * _ROW, _TALLEST)
 
 
 def name_rows(axes: Any, names: Sequence[str]) -> None:
-    """Layers from the top down, as many named as there is room for."""
+    """Order the layers from the top down, and name as many as there is room for."""
     step = math.ceil(len(names) * _ROW / rows_height(len(names)))
     named = range(0, len(names), step)
     labels = short_names(names, 48)

@@ -1,4 +1,4 @@
-"""One network's layers as a table: for the terminal with rich, and for notebooks as HTML."""
+"""One network's layers as a table, for the terminal by rich and for notebooks as HTML."""
 
 import html
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def layer_table(layers: Sequence[LayerMetrics], source: str) -> RenderableType:
 
 
 def html_table(layers: Sequence[LayerMetrics]) -> str:
-    """The layers as an HTML table, for notebooks; complete in itself."""
+    """The layers as a self-contained HTML table for notebooks."""
     head = "<th>layer</th><th>shape</th>" + "".join(
         f'<th title="{html.escape(metric.help)}">{html.escape(metric.heading)}</th>' for metric in METRICS
     )

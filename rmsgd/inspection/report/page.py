@@ -22,20 +22,20 @@ from rmsgd.metrics import METRICS, NETWORK_QUALITY, SCALARS, LayerMetrics
 from rmsgd.plots import PALETTE
 from rmsgd.reference import shrink, threshold
 
-_POINTS = 200  # of a curve: what a chart of this size can show
-_CHUNK = 1 << 22  # entries turned to float64 at a time
-_WIDTH, _HEIGHT = 400, 200  # of a chart's plane, in px
+_POINTS = 200  # the most points of a curve that a chart of this size can show
+_CHUNK = 1 << 22  # the entries that are converted to float64 at a time
+_WIDTH, _HEIGHT = 400, 200  # the size of a chart's plane, in px
 
 
 class Curve(NamedTuple):
-    """Points of a chart as SVG has them, in px."""
+    """Points of a chart in the form of SVG, in px."""
 
     points: str
     end: tuple[float, float]
 
 
 class Chart(NamedTuple):
-    """The singular values of one unfolding against their number, with the noise threshold."""
+    """The singular values of one unfolding over their index, with the noise threshold."""
 
     mode: str
     L: int
@@ -56,7 +56,7 @@ def write_page(
     progress: Callable[[float], object] | None = None,
     key: str | None = None,
 ) -> None:
-    """Write the page of a report. ``source`` and ``key`` are what was probed: its spectra are computed anew.
+    """Write the page of a report. Spectra are computed anew from the ``source`` and ``key`` that were probed.
 
     Raises:
         ModuleNotFoundError: jinja2 is not installed.
@@ -103,7 +103,7 @@ def write_page(
 
 
 def _sort_keys(index: int, layer: LayerMetrics) -> list[float]:
-    """What the table is sorted by, a number per column."""
+    """The numbers by which the table is sorted, one per column."""
     values = (getattr(layer, metric.name) for metric in METRICS)
     return [index, math.prod(layer.shape), *(sum(v) / len(v) if isinstance(v, tuple) else v for v in values)]
 
@@ -123,7 +123,7 @@ def charts(layer: LayerMetrics, weight: Tensor) -> list[Chart]:
 def spectrum(weight: Tensor, unfolding: Unfolding) -> NDArray[np.float64]:
     """Singular values of one unfolding, (L,) descending, from its Gram matrix in float64.
 
-    Right to 1e-8 of the largest, which no picture shows; the matrix is never held in float64 whole.
+    They are right to 1e-8 of the largest, which no picture shows. The whole matrix is never in float64.
     """
     matrix = as_matrix(weight.detach(), unfolding)
     scale = float(matrix.abs().max()) or 1.0
@@ -159,7 +159,7 @@ def _chart(gamma: NDArray[np.float64], unfolding: Unfolding, rank: int, variance
 
 
 def _curve(values: NDArray[np.float64], L: int, top: float) -> Curve:
-    # Every one of the first, where the signal is, and then as many as can be told apart.
+    # All of the first values, where the signal is, and then as many as the eye can separate.
     last = len(values)
     head = np.arange(min(last, _POINTS // 2))
     chosen = np.unique(np.concatenate([head, np.linspace(0, last - 1, min(last, _POINTS)).astype(int)]))

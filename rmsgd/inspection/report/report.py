@@ -1,4 +1,4 @@
-"""The report of one network: its layers' metrics and Q, and every form they are shown in."""
+"""The report of one network: its layers' metrics and Q, and every form in which they are shown."""
 
 import os
 from dataclasses import dataclass
@@ -12,13 +12,16 @@ from rmsgd.metrics import LayerMetrics, measured, network_quality, plain
 
 @dataclass(frozen=True)
 class Report:
-    """The metrics of a network's layers. In a notebook it shows itself as a table."""
+    """The metrics of a network's layers, in the units and ranges of ``rmsgd.metrics.METRICS``.
+
+    In a notebook a report shows itself as a table.
+    """
 
     layers: tuple[LayerMetrics, ...]
     errors: tuple[str, ...] = ()
-    """What could not be read, one line each: the layers are the rest."""
+    """Parts of the source that could not be read, one line each. ``layers`` has the rest."""
     notes: tuple[str, ...] = ()
-    """What there is to know of the source, one line each: which of its networks was measured."""
+    """Notes on the source, one line each, such as which of its networks was measured."""
 
     @property
     def measured(self) -> tuple[LayerMetrics, ...]:
@@ -29,14 +32,14 @@ class Report:
     def quality(self) -> float:
         """Q of the network, ``||q||_2^2 / sqrt(layers)`` over the layers that were measured (Eq. 5).
 
-        NaN where no layer was measured.
+        It lies in 0 to pi^2/4 sqrt(layers), and is NaN where no layer was measured.
         """
         return network_quality(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"quality", "layers": [fields]}``, ready for JSON; "errors" and "notes" where there are any.
+        """Return ``{"quality", "layers": [fields]}`` for JSON, with "errors" and "notes" if there are any.
 
-        What is undefined is None, also the quality of a network of which no layer was measured.
+        Undefined numbers are None, among them the quality of a network of which no layer was measured.
         """
         content: dict[str, Any] = {
             "quality": plain(self.quality),
@@ -49,11 +52,15 @@ class Report:
         return content
 
     def to_csv(self, path: str | os.PathLike[str] | TextIO) -> None:
-        """Write one row per layer: the fields, tuples as "64x3x7x7" or "5;9", empty for undefined."""
+        """Write one row per layer: the fields, tuples as "64x3x7x7" or "5;9", undefined numbers as "".
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         write_csv(path, [layer_row(layer) for layer in self.layers], COLUMNS)
 
     def to_pandas(self) -> Any:
-        """A pandas DataFrame with one row per layer and its name as index.
+        """Return a pandas DataFrame with one row per layer, its name as index, and a column per field.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.

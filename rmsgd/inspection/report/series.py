@@ -1,4 +1,4 @@
-"""A network at several points of its training: the reports of a series of checkpoints."""
+"""The reports of a series of checkpoints: a network at several points of its training."""
 
 import os
 import re
@@ -21,7 +21,7 @@ class Series:
     """Reports in the order of training."""
 
     sources: tuple[str, ...]
-    """What each report is of, for people: a path, an epoch."""
+    """A name for each report, such as a path or an epoch."""
     reports: tuple[Report, ...]
 
     def by_layer(self) -> dict[str, list[LayerMetrics | None]]:
@@ -36,9 +36,9 @@ class Series:
         return layers
 
     def values(self, field: str) -> NDArray[np.float64]:
-        """One metric ("quality", "stable_rank", "condition_number"), (layers, checkpoints).
+        """One metric ("quality", "stable_rank", "condition_number"), float64 (layers, checkpoints).
 
-        NaN where a layer was not measured.
+        It is NaN where a layer was not measured.
         """
         rows = self.by_layer().values()
         table = [[np.nan if layer is None else getattr(layer, field) for layer in row] for row in rows]
@@ -50,7 +50,7 @@ class Series:
         return {"series": [{"source": source, **report.to_dict()} for source, report in pairs]}
 
     def to_csv(self, path: str | os.PathLike[str] | TextIO) -> None:
-        """One row per checkpoint and layer: its source, then the columns of ``Report.to_csv``."""
+        """Write one row per checkpoint and layer: its source, then the columns of ``Report.to_csv``."""
         pairs = zip(self.sources, self.reports, strict=True)
         write_csv(
             path, [{"source": source, **layer_row(x)} for source, report in pairs for x in report.layers]
@@ -58,12 +58,12 @@ class Series:
 
 
 def comparable_name(name: str) -> str:
-    """A layer's name without what DistributedDataParallel and torch.compile put before or into it."""
+    """A layer's name without the parts that DistributedDataParallel and torch.compile add to it."""
     return re.sub(r"^(module\.)+", "", re.sub(r"(^|(?<=\.))_orig_mod\.", "", name))
 
 
 def by_comparable_name(report: Report) -> dict[str, LayerMetrics]:
-    """The measured layers by ``comparable_name``; by their own where two in one report would share it."""
+    """The measured layers by ``comparable_name``, or by their own name where two would share that."""
     names = [comparable_name(layer.name) for layer in report.measured]
     shared = {name for name, count in Counter(names).items() if count > 1}
     return {
@@ -73,5 +73,5 @@ def by_comparable_name(report: Report) -> dict[str, LayerMetrics]:
 
 
 def in_order_of_training(paths: Sequence[str]) -> list[str]:
-    """Paths as a shell's wildcard gives them, with epoch 2 before epoch 10; any other order is kept."""
+    """Paths in natural order, epoch 2 before epoch 10, if a shell's wildcard gave them; else as they are."""
     return sorted(paths, key=natural_order) if list(paths) == sorted(paths) else list(paths)

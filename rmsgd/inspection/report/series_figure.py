@@ -1,4 +1,4 @@
-"""The figure of a series: the course of its metrics, one layer's parts, and a map of quality."""
+"""The figure of a series: its metrics over the training, one layer's parts, and a map of quality."""
 
 import math
 import os
@@ -19,21 +19,21 @@ from rmsgd.lowrank import evbmf
 from rmsgd.metrics import AVERAGED, NETWORK_QUALITY, QUALITY, LayerMetrics
 from rmsgd.plots import DPI, PALETTE, blank, short_names
 
-_SHOWN = (96, 192)  # entries of a matrix that are drawn
-_PARTS = 5  # checkpoints whose parts are drawn
+_SHOWN = (96, 192)  # the rows and columns of a matrix that are drawn
+_PARTS = 5  # the number of checkpoints whose parts are drawn
 
 
 def plot_series(
     series: Series, path: str | os.PathLike[str], layer: str | None = None, key: str | None = None
 ) -> None:
-    """Draw quality over layers and checkpoints, the metrics' course, and one layer's parts, to a file.
+    """Draw to a file: quality over layers and checkpoints, metrics over the training, and one layer's parts.
 
-    The parts are low rank and noise of ``layer``, read again from ``series.sources``, which must be paths;
-    by default of the layer whose quality changed most.
+    The parts are low rank and noise of ``layer``, by default of the layer whose quality changed most. They
+    are read again from ``series.sources``, which must be paths.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        ValueError: no layer was measured, or ``layer`` is none of them.
+        ValueError: no layer was measured, or ``layer`` is not one of those that were.
     """
     by_layer = series.by_layer()
     if not by_layer:
@@ -54,8 +54,8 @@ def plot_series(
 
 
 def checkpoint_labels(sources: Sequence[str]) -> list[str]:
-    """What tells the sources apart: their names without the start and the end that all share."""
-    # Words and numbers are kept whole: epoch_10 and epoch_12 are 10 and 12.
+    """Labels that distinguish the sources: their names without the start and the end that all share."""
+    # Words and numbers are not split: epoch_10 and epoch_12 become 10 and 12.
     parts = [re.findall(r"\d+|[^\W\d_]+|[\W_]", source) for source in sources]
     start, end = _alike(parts), _alike([part[::-1] for part in parts])
     if any(len(part) <= start + end for part in parts):
@@ -119,7 +119,7 @@ def _draw_parts(
     labels: Sequence[str],
     key: str | None,
 ) -> None:
-    """Low rank above noise at a few checkpoints, in one scale of colours (the paper's Figure 1a)."""
+    """Draw low rank above noise at a few checkpoints, in one scale of colours (the paper's Figure 1a)."""
     known = [i for i, layer in enumerate(row) if layer is not None]
     chosen = np.unique(np.linspace(0, len(known) - 1, min(_PARTS, len(known))).round().astype(int))
     pairs = []
@@ -159,13 +159,13 @@ def _draw_map(figure: Any, series: Series, names: Sequence[str], labels: Sequenc
 
     axes = figure.subplots()
     values = series.values(QUALITY.name)
-    axes.set_facecolor("0.85")  # shows where a layer was not measured
-    # By the root: the few layers of high quality would leave all others in one dark shade.
+    axes.set_facecolor("0.85")  # it shows where a layer was not measured
+    # Colours follow the root, since few layers of high quality would leave all others in one dark shade.
     scale = PowerNorm(0.5, vmin=0, vmax=float(np.nanmax(values)) or 1.0)
     image = axes.imshow(values, aspect="auto", cmap="viridis", norm=scale, interpolation="nearest")
     name_rows(axes, names)
     _name_columns(axes, labels)
-    gap = 0.15 / rows_height(len(names))  # of so many inches: matplotlib takes a share of the map's height
+    gap = 0.15 / rows_height(len(names))  # 0.15 inches as a share of the map's height, as matplotlib takes it
     figure.colorbar(
         image,
         ax=axes,

@@ -11,7 +11,7 @@ from rmsgd.metrics import AVERAGED, NETWORK_QUALITY, QUALITY, SCALARS, mean
 
 
 def series_table(series: Series) -> RenderableType:
-    """A row per checkpoint with the means over its layers, then a row per layer with its course."""
+    """A row per checkpoint with the means over its layers, then a row per layer with its values over time."""
     names = ("layers", *(f"{metric.heading}, mean" for metric in AVERAGED), NETWORK_QUALITY.heading)
     checkpoints = terminal_table("checkpoints", "source", names)
     for source, report in zip(series.sources, series.reports, strict=True):
@@ -33,7 +33,7 @@ def series_table(series: Series) -> RenderableType:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """A line of blocks, as high as the values lie between their least and their largest; NaN: a space."""
+    """A line of blocks whose heights show the values, from the least to the largest; NaN is a space."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return ""

@@ -1,4 +1,4 @@
-"""How names, shapes and numbers are written in tables, figures and pages, and what terminal tables share."""
+"""The format of names, shapes and numbers in tables, figures and pages, and the form of terminal tables."""
 
 from collections.abc import Sequence
 
@@ -9,19 +9,19 @@ from rmsgd.metrics import NETWORK_QUALITY, LayerMetrics, Metric, measured, netwo
 
 
 def printable(text: str) -> str:
-    """Text from a file with whatever could steer a terminal made visible."""
+    """Text from a file, with characters that could steer a terminal written as visible escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """ "64 x 3 x 7 x 7" """
+    """A shape as text, such as "64 x 3 x 7 x 7"."""
     return " x ".join(map(str, shape))
 
 
 def metric_text(metric: Metric, layer: LayerMetrics) -> str:
-    """A metric of a measured layer; of several modes, "12 in, 30 out" or "5.1e-03, 4.8e-03".
+    """A metric of a measured layer; for several modes "12 in, 30 out" or "5.1e-03, 4.8e-03".
 
-    Whole numbers are short enough to have the name of their mode beside them.
+    Whole numbers are short, so they have the name of their mode beside them.
     """
     value = getattr(layer, metric.name)
     if not metric.per_mode:
@@ -32,12 +32,12 @@ def metric_text(metric: Metric, layer: LayerMetrics) -> str:
 
 
 def layers_text(count: int) -> str:
-    """ "1 layer", "2 layers" """
+    """A number of layers as text, such as "1 layer" or "2 layers"."""
     return f"{count} layer" if count == 1 else f"{count} layers"
 
 
 def summary(layers: Sequence[LayerMetrics]) -> str:
-    """One line: Q, and over how many layers it is taken."""
+    """A line with Q and the number of layers that it is taken over."""
     known = measured(layers)
     skipped = len(layers) - len(known)
     left_out = f", {skipped} skipped" if skipped else ""
@@ -46,7 +46,7 @@ def summary(layers: Sequence[LayerMetrics]) -> str:
 
 
 def from_to(metric: Metric, first: float, last: float) -> str:
-    """A number before and after, "0.1200 -> 0.3400"."""
+    """A number before and after, such as "0.1200 -> 0.3400"."""
     return f"{metric.text(first)} -> {metric.text(last)}"
 
 
@@ -62,5 +62,5 @@ def terminal_table(title: str, first: str, numbers: Sequence[str]) -> Table:
 
 
 def name_cell(name: str) -> Text:
-    """A name from a file as a cell: printed as it is, without rich's markup."""
+    """A name from a file as a cell, which is printed as it is, without rich's markup."""
     return Text(printable(name))
