@@ -1,9 +1,9 @@
 """The learning rates of the parameters of one device, and the epoch end that moves them.
 
-Nothing here knows of steps: ``eta`` is a table that a fused step may read on its device, or anyone else. The
-state of a parameter holds plain numbers, which is what checkpoints carry. While the optimizer runs, the same
-numbers live here, in the order of registration, where the kernels read and write them; ``write_back`` brings
-them to the state.
+Nothing here depends on steps: ``eta`` is a table that a fused step may read on its device, or any other code.
+The state of a parameter holds plain numbers, which checkpoints carry. While the optimizer runs, the same
+numbers are kept here, in the order of registration, where the kernels read and write them. ``write_back``
+writes them to the state.
 """
 
 import math
@@ -37,16 +37,16 @@ class DeviceRates:
     """The rates of all parameters of one device.
 
     Args:
-        device: that of those which are trained.
+        device: the device of the parameters that are trained.
         records: the parameters, in registration order. A frozen one has a rate here, which follows a layer as
             a bias does, and is not measured: it may be a tensor of any kind.
         groups: the options of all parameter groups; ``ParamRecord.group`` is an index into them.
-        states: the state of each parameter; read now, written by ``write_back``.
-        process_group: of the ranks that hold copies of the plain parameters, to share the epoch end with.
+        states: the state of each parameter, which is read now and written by ``write_back``.
+        process_group: the ranks that hold copies of the plain parameters and share the epoch end.
 
     Attributes:
-        eta: (parameters,) float64, the rate of each before its group's multiplier; on the host or the device,
-            as the backend has it.
+        eta: (parameters,) float64, the rate of each before its group's multiplier, on the host or the device,
+            whichever the backend uses.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class DeviceRates:
             weight += _rule(group).mode_weights(p.shape, group["lr0"])
             column += [_rule(group).column] * (len(weight) - len(column))
             begin.append(len(weight))
-        # Of the metrics table, what s is made of, by runs of rows: a tensor of it would have to be kept from
-        # whoever gets its memory while another stream works.
+        # The columns of the metrics table from which s is computed, by runs of rows. A tensor of indices
+        # would have to be kept alive while another stream works.
         self._measures = [(run, len(list(rows))) for run, rows in groupby(column)]
         followers, leaders = self._followers(groups)
         self._leaders = dict(zip(followers, leaders, strict=True))
@@ -117,7 +117,7 @@ class DeviceRates:
         )
 
     def _followers(self, groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
-        """The parameters that are not measured, and which layer each of them follows."""
+        """The parameters that are not measured, and the layer that each of them follows."""
         layer_of = {i: layer for layer, i in enumerate(self._probed)}
         names = [self.records[i].name if self.records[i].named else None for i in self._probed]
         followers, leaders = [], []
@@ -167,7 +167,7 @@ class DeviceRates:
         if self._first_measurement_due and self.device.type != "meta":
             self.check_first_measurement()
             self._first_measurement_due = False
-            # An epoch end may have come first, and still be at it.
+            # An epoch end may have come first, and may still be running.
             self._backend.wait_side_stream(self.device)
             self._fill_in(self._measure())
 
@@ -184,11 +184,11 @@ class DeviceRates:
     def _measure(self) -> Tensor:
         if self._sharing is None:
             return self._backend.measure(self._spectra)
-        # Ranks exchange what lies on the parameters' device.
+        # Ranks exchange tensors on the parameters' device.
         return self._sharing(lambda mine: self._backend.measure(mine).to(self.device)).to(self.eta.device)
 
     def _fill_in(self, metrics: Tensor) -> None:
-        """Give the layers that have no s yet the one measured, NaN where a weight is not finite."""
+        """Set s of the layers that have none yet to the measured one: NaN where a weight is not finite."""
         runs = metrics.split([count for _, count in self._measures])  # type: ignore[no-untyped-call]
         of_rule = [rows[:, column] for rows, (column, _) in zip(runs, self._measures, strict=True)]
         rows = torch.cat(of_rule) * self._tables.weight
@@ -265,7 +265,7 @@ class DeviceRates:
         return Measurement(*self._layers(), metrics, partial(self._backend.wait_side_stream, self.device))
 
     def _description(self, groups: Sequence[RateGroup]) -> list[str]:
-        """What all ranks have to hold alike, a line for each layer. Rates only where no wait is needed."""
+        """A line for each layer on what all ranks must have in common; rates only where no wait is needed."""
         layers = [self.records[i] for i in self._probed]
         eta = self._tables.unbounded.tolist() if self._backend.on_host else [math.nan] * len(layers)
         return [
@@ -273,7 +273,7 @@ class DeviceRates:
             for m, rate in zip(layers, eta, strict=True)
         ]
 
-    # -- what came of it -------------------------------------------------------------------------
+    # -- results ---------------------------------------------------------------------------------
 
     def rates(self) -> dict[Tensor, float]:
         """eta of every parameter, before its group's multiplier."""
@@ -288,7 +288,7 @@ class DeviceRates:
         return [(m, rate) for m, rate in layers if rate > _LARGE * groups[m.group]["lr0"]]
 
     def write_back(self) -> None:
-        """Bring rates and measurements to the parameters' state, as plain numbers."""
+        """Write rates and measurements to the parameters' state, as plain numbers."""
         self._backend.wait_side_stream(self.device)
         for state, rate in zip(self._states, self.eta.tolist(), strict=True):
             state["rate"] = rate
@@ -305,8 +305,8 @@ def _rule(group: Mapping[str, Any]) -> Rule:
 def is_probed(weight: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether an epoch end measures this parameter: a trainable weight of a known type with a spectrum.
 
-    ``group`` is its parameter group: ``probe=False`` opts out, ``linear=False`` leaves 2-D weights out, its
-    rule measures what its source does, and a group that stands still has no rates to move.
+    ``group`` is its parameter group. ``probe=False`` opts out, ``linear=False`` leaves 2-D weights out, a
+    rule measures the same weights as its source, and a group that stands still has no rates to move.
     """
     if stands_still(group) or not (group["probe"] and weight.requires_grad and fault(weight) is None):
         return False

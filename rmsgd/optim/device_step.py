@@ -1,8 +1,8 @@
 """The mini-batch step of the parameters of one device.
 
-The learning rates are a table that this reads and that others move (``rmsgd.optim.device_rates``). The state
-of a parameter holds its past gradients, and a flag that says whether there are any. While steps are taken the
-flag is kept here, where the kernels read and write it; ``write_back`` brings it to the state.
+The step reads the learning rates from a table that an epoch end moves (``rmsgd.optim.device_rates``). The
+state of a parameter holds its past gradients, and a flag that says whether there are any. While steps are
+taken the flag is kept here, where the kernels read and write it. ``write_back`` writes it to the state.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,13 +26,13 @@ class DeviceStep:
     """Takes the steps of all parameters of one device.
 
     Args:
-        device: that of those which are trained.
-        records: the parameters, in registration order. A frozen one is never looked at, and may be a tensor
-            of any kind.
+        device: the device of the parameters that are trained.
+        records: the parameters, in registration order. A frozen one is never read, and may be a tensor of any
+            kind.
         groups: all parameter groups of the optimizer; ``ParamRecord.group`` is an index into them.
-        states: the state of each parameter: its buffer is kept there, its flag ``fresh`` written back.
-        eta: (parameters,) float64, the learning rate of each before its group's multiplier; on the host or
-            the device, as the backend has it. It is read at every step.
+        states: the state of each parameter, which keeps its buffer and gets its flag ``fresh`` written back.
+        eta: (parameters,) float64, the learning rate of each before its group's multiplier, on the host or
+            the device, whichever the backend uses. It is read at every step.
 
     Raises:
         RuntimeError: two of the parameters share memory.
@@ -73,7 +73,7 @@ class DeviceStep:
         self._layouts = Layouts([*trained, *(b for b in self._kept if b is not None)])
 
     def is_current(self) -> bool:
-        """Whether parameters and buffers are where and what they were when this was made."""
+        """Whether parameters and buffers have the memory and layout that they had when this was made."""
         return (
             self._layouts.hold()
             and all(map(is_, map(dict.get, self._keepers, self._keys), self._kept))
@@ -85,15 +85,15 @@ class DeviceStep:
         return self._stepper.scaling(grad_scale, found_inf)
 
     def check_gradients(self) -> None:
-        """Raise RuntimeError for a gradient that no step can be taken along."""
+        """Raise RuntimeError for a gradient that a step cannot use."""
         for record, p in zip(self._records, self._parameters, strict=True):
             if p.grad is not None:
                 _check_gradient(p.grad, record.name)
 
     def step(self, groups: Sequence[StepGroup], grad_scale: float) -> None:
-        """One step along the parameters' gradients."""
+        """Take one step along the parameters' gradients."""
         self._take(groups, grad_scale)
-        # On the host nothing is waited for, and wrappers may save the state by themselves.
+        # On the host there is nothing to wait for, and wrappers may save the state by themselves.
         on_host = self._backend.on_host and self._known_fresh
         if on_host and np.count_nonzero(self._fresh.numpy()) != self._known_fresh:
             self.write_back()
@@ -113,7 +113,7 @@ class DeviceStep:
         for p, dense in self._copies:
             dense.copy_(p)
         self._stepper.step(usable, groups, grad_scale)
-        for i in self._empty:  # an empty shard's gradient is another rank's: all their flags are alike
+        for i in self._empty:  # an empty shard's gradient lies on another rank, so all their flags agree
             self._fresh[i] &= usable[i] is None
         for p, dense in self._copies:
             p.copy_(dense)
@@ -125,7 +125,7 @@ class DeviceStep:
         return self._backend.on_host
 
     def write_back(self) -> None:
-        """Bring the flags to the state."""
+        """Write the flags to the state."""
         fresh = self._fresh.tolist()
         for state, flag in zip(self._states, fresh, strict=True):
             state["fresh"] = flag
@@ -141,7 +141,7 @@ def _check_gradient(grad: Tensor, name: str) -> None:
 
 
 def _usable(grad: Tensor, p: Tensor, name: str) -> Tensor:
-    """A gradient as steppers take it. It may have been scaled: half precision might not hold it then."""
+    """A gradient in the form that steppers take. Scaled, it may exceed half precision and is then float32."""
     _check_gradient(grad, name)
     if grad.dtype != p.dtype:
         grad = grad.to(buffer_dtype(p))
@@ -149,7 +149,7 @@ def _usable(grad: Tensor, p: Tensor, name: str) -> Tensor:
 
 
 def _mark_written(parameters: Sequence[Tensor], without: Sequence[int]) -> None:
-    """Tell autograd of the parameters that changed: all but these."""
+    """Tell autograd which parameters have changed: all but those in ``without``."""
     left_out = set(without)
     torch.autograd.graph.increment_version(
         [p for i, p in enumerate(parameters) if i not in left_out] if without else parameters

@@ -1,4 +1,4 @@
-"""How parameters lie in memory: as kernels take them, apart from each other, and still where they were."""
+"""The memory of parameters: in a form that kernels take, apart from each other, and not moved since."""
 
 import math
 import sys
@@ -18,10 +18,10 @@ except ImportError:  # installed without a compiler
 
 
 class Layouts:
-    """Address, dtype, sizes and strides of some tensors; of DTensors, of this rank's part.
+    """Address, dtype, sizes and strides of some tensors; for a DTensor, those of this rank's part.
 
-    Whether they hold is asked at every step, so the compiled core answers where it can: 160 tensors cost
-    Python 60 us and it 10.
+    Every step checks them, so the compiled core does it where it can: 160 tensors cost Python 60 us, and the
+    core 10.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -34,7 +34,7 @@ class Layouts:
             self._known = self._now()
 
     def hold(self) -> bool:
-        """Whether nothing has changed."""
+        """Whether none of them has changed."""
         if self._compiled is not None:
             return self._compiled.hold(self._tensors)
         return self._known == self._now()
@@ -44,7 +44,7 @@ class Layouts:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor's elements lie at an address: those of a subclass may be made from other tensors."""
+    """Whether a tensor's elements lie at an address; a subclass may make them from other tensors."""
     if tensor.numel() == 0 or tensor.is_meta or is_dtensor(tensor):
         return True
     fake = sys.modules.get("torch._subclasses.fake_tensor")
@@ -57,13 +57,13 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:
-    """The addresses that a tensor with elements lies between."""
+    """The first address of a tensor with elements, and the address behind its last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def dense_forms(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """The parameters as the kernels take them, and (parameter, copy) for those with gaps or misaligned."""
+    """The parameters in a form that kernels take, and (parameter, copy) for each with gaps or misaligned."""
     dense, copies = [], []
     for p in parameters:
         like = torch.empty_like(p, memory_format=torch.preserve_format)
@@ -75,9 +75,9 @@ def dense_forms(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[
 
 
 def check_apart(parameters: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Raise RuntimeError for parameters that share memory, by name: they are stepped at the same time."""
+    """Raise RuntimeError, with names, for parameters that share memory, since all are stepped at once."""
     extents = [(*extent(p), i) for i, p in enumerate(parameters) if p.numel() and not p.is_meta]
-    clusters: list[list[int]] = []  # of those whose extents meet
+    clusters: list[list[int]] = []  # parameters whose extents overlap
     reach = 0
     for begin, end, i in sorted(extents):
         if begin >= reach:
@@ -95,7 +95,7 @@ def check_apart(parameters: Sequence[Tensor], names: Sequence[str]) -> None:
 
 
 def _first_to_share(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
-    """Two of these that have a byte in common; the columns of one matrix, for one, need not."""
+    """Two tensors with a byte in common; the columns of a matrix have none, though their extents overlap."""
     first = min(t.data_ptr() for t in tensors)
     unit = math.gcd(*(n for t in tensors for n in (t.data_ptr() - first, t.element_size())))
     owner = torch.zeros((max(extent(t)[1] for t in tensors) - first) // unit, dtype=torch.int32, device="cpu")

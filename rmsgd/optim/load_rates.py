@@ -1,4 +1,4 @@
-"""What LayerRates saves, and the checks of what it is given to load."""
+"""The checkpoint of LayerRates, and the checks of one that is loaded."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from rmsgd.optim.state import State
 
 _OPTIONS = {name: OPTIONS[name] for name in ("beta", "zeta", "linear")} | {"initial_rank": INITIAL_RANK}
 _NUMBERS = ("rate", "stable_rank", "epoch", "decay", "ready")
-"""What of a parameter's state moves its rate."""
+"""The entries of a parameter's state that move its rate."""
 
 
 def checked(saved: object, rule: str, names: Sequence[str]) -> tuple[dict[str, Any], list[State]]:

@@ -1,4 +1,4 @@
-"""How a checkpoint's memory becomes the optimizer's: all of it is checked before anything changes."""
+"""Loading a checkpoint into the optimizer: all of it is checked before anything changes."""
 
 import math
 from collections import OrderedDict, defaultdict
@@ -47,9 +47,9 @@ STATE_NUMBERS: Mapping[str, tuple[Callable[[float], float], Range]] = {
 
 @dataclass(frozen=True)
 class AsItIs:
-    """A parameter's state, or what others keep beside it, on its way through ``Optimizer.load_state_dict``.
+    """A wrapper of a parameter's state, or of others' entries, for ``Optimizer.load_state_dict``.
 
-    torch would cast its tensors to the parameter's type, and a bfloat16 velocity loses what float32 held.
+    torch would cast its tensors to the parameter's dtype, and a velocity in bfloat16 would lose precision.
     """
 
     value: Any
@@ -61,9 +61,8 @@ def check_and_complete(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> d
     Options that the checkpoint's groups lack are taken from the optimizer's. Nothing is changed.
 
     Raises:
-        ValueError: the checkpoint is of rmsgd 1.0.2 or of another optimizer, or its parameters are not
-            the optimizer's, or a value in it is none that an optimizer writes; the message names what
-            differs.
+        ValueError: the checkpoint is one of rmsgd 1.0.2 or of another optimizer, its parameters are not the
+            optimizer's, or it holds a value that no optimizer writes. The message names the difference.
     """
     check_form(state_dict)
     groups, saved = optimizer.param_groups, state_dict["param_groups"]
@@ -95,12 +94,12 @@ def check_and_complete(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> d
 
 
 def unwrapped_state(state: Any, device: torch.device | None) -> Any:
-    """What ``check_and_complete`` wrapped, as a copy, on the parameter's device if there is one."""
+    """A copy of what ``check_and_complete`` wrapped, on ``device`` unless that is None."""
     return _copied(state.value, device) if isinstance(state, AsItIs) else state
 
 
 def _copied(value: Any, device: torch.device | None) -> Any:
-    """A value whose tensors are copies, also those in dicts and lists. Keys stay: they may be parameters."""
+    """A copy of a value and its tensors, also in dicts and lists. Keys stay: they may be parameters."""
     if isinstance(value, Tensor):
         value = value.detach()
         return value.clone() if device is None or value.device == device else value.to(device)
@@ -121,7 +120,7 @@ def _is_nan(value: Any) -> bool:
 
 
 def _plain(key: str, value: Any) -> Any:
-    """A number as the state has it; any other value as it is."""
+    """A number in the type that the state uses; any other value as it is."""
     return STATE_NUMBERS[key][0](number(value)) if key in STATE_NUMBERS else value
 
 
@@ -134,7 +133,7 @@ def _complete_group(group: Group, saved: Group) -> Group:
 
 
 def check_form(state_dict: object) -> None:
-    """Raise ValueError for what is not made as ``Optimizer.state_dict`` makes it."""
+    """Raise ValueError if a checkpoint does not have the form of ``Optimizer.state_dict()``."""
 
     def refuse(what: str, expected: str, value: object) -> NoReturn:
         raise ValueError(f"{what} must be {expected}, got {in_short(value)}")
@@ -167,7 +166,7 @@ def check_form(state_dict: object) -> None:
 
 
 def _check_parameters(groups: Sequence[Group], saved: Sequence[Group]) -> None:
-    """Raise ValueError where the checkpoint's groups do not hold as many parameters, or hold others."""
+    """Raise ValueError if the checkpoint's groups have other numbers of parameters, or other parameters."""
 
     def names(of: Sequence[Group]) -> list[str]:
         return [name for group in of for name in group.get("param_names") or ()]
@@ -182,19 +181,19 @@ def _check_parameters(groups: Sequence[Group], saved: Sequence[Group]) -> None:
         raise ValueError(message)
     named = [pair for pair in zip(groups, saved, strict=True) if all(g.get("param_names") for g in pair)]
     known, loaded = names([group for group, _ in named]), names([group for _, group in named])
-    # Names may change, as under a wrapper that adds a prefix; the same ones in another order are a mix-up.
+    # Names may change, as under a wrapper that adds a prefix. The same names in another order are an error.
     if known != loaded and sorted(known) == sorted(loaded):
         mine, its = next((a, b) for a, b in zip(known, loaded, strict=True) if a != b)
         raise ValueError(f"the checkpoint lists {its} where the optimizer has {mine}: the order differs")
 
 
 def _is_ours(group: Mapping[str, Any]) -> bool:
-    """Whether RMSGD wrote a checkpoint's group: another optimizer's has no ``lr0``."""
+    """Whether RMSGD wrote a checkpoint's group; a group of another optimizer has no ``lr0``."""
     return {"lr0", "rule"} <= group.keys()
 
 
 def _is_of_a_parameter(key: Any, state: Mapping[str, Any]) -> bool:
-    """Whether it is what RMSGD remembers of a parameter, by the number torch gives it or by another key."""
+    """Whether an entry is RMSGD's state of a parameter, under the number torch gives it or another key."""
     return (
         not STATE_NUMBERS.keys().isdisjoint(state)
         if isinstance(key, int)
@@ -210,14 +209,14 @@ def _check_states(
 ) -> None:
     """Raise ValueError for a state that RMSGD cannot go on from.
 
-    What others keep in RMSGD's state, as a wrapper does, is none of its business. In another optimizer's
-    checkpoint an unknown tensor is the memory of another rule, and going on without it would be wrong.
+    Entries that others, such as wrappers, keep in RMSGD's state are not checked. In another optimizer's
+    checkpoint an unknown tensor is the state of another rule, and going on without it would be wrong.
 
     Args:
         owners: parameter and name by the key of its state.
-        states: those of the checkpoint.
+        states: the states of the checkpoint.
         ours: keys of the parameters whose groups RMSGD wrote.
-        all_ours: whether it wrote all groups.
+        all_ours: whether RMSGD wrote all groups.
     """
     strangers = [
         in_short(key)

@@ -1,4 +1,4 @@
-"""The options of a parameter group: their checks, and what the kernels make of them."""
+"""The options of a parameter group: their checks, and their form for the kernels."""
 
 import difflib
 import math
@@ -25,14 +25,14 @@ _IF_TRUE = {
     "capturable": "leave it out, RMSGD's step can be captured in a CUDA graph as it is",
     "differentiable": "RMSGD's step cannot be differentiated through, that of torch.optim.SGD can",
 }
-"""Switches of torch's optimizers, and what to do where one is on. Off, or None, they ask for nothing."""
+"""The switches of torch's optimizers, and advice where one is on. Off, or None, they have no effect."""
 
 
 def check_keywords(options: Mapping[str, object]) -> None:
     """Raise TypeError for keywords that RMSGD does not have, with what to do instead.
 
-    Those of torch's optimizers that ask for nothing are accepted: code that is driven by a configuration
-    passes them to whichever optimizer it is.
+    Switches of torch's optimizers that are off are accepted, since code that is driven by a configuration
+    passes them to every optimizer.
     """
     for name, value in options.items():
         if name not in _IF_TRUE:
@@ -50,16 +50,16 @@ def _instead(name: str) -> str:
 
 
 Range = tuple[Callable[[Any], bool], str]
-"""What a value has to fulfil, and how a message says so."""
+"""The condition on a value, and its text for a message."""
 
 
 def number(value: object) -> float:
-    """A number, also in a tensor of one element, as a float: NaN for what is none."""
+    """A number, or a tensor of one element, as a float; NaN for anything else."""
     if not isinstance(value, Real | np.bool_ | Tensor):
         return math.nan
     try:
         return float(value.detach() if isinstance(value, Tensor) else value)
-    except (ValueError, OverflowError, RuntimeError):  # several elements, or none that a float can hold
+    except (ValueError, OverflowError, RuntimeError):  # several elements, or one that a float cannot hold
         return math.nan
 
 
@@ -99,14 +99,14 @@ OPTIONS: Mapping[str, Range] = {
 
 
 def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range], where: str = "") -> None:
-    """Raise ValueError for a value out of its range; the message names it, after ``where``."""
+    """Raise ValueError for a value out of its range, in a message that begins with ``where`` and names it."""
     for name, (holds, expected) in ranges.items():
         if not holds(values[name]):
             raise ValueError(f"{where}{name} must be {expected}, got {in_short(values[name])}")
 
 
 def in_short(value: object) -> str:
-    """A value in a message: one line, of bounded length."""
+    """A value as a message shows it, in one line of bounded length."""
     if isinstance(value, Tensor) and value.numel() != 1:
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):
@@ -137,22 +137,22 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def is_trained(p: Tensor) -> bool:
-    """Whether a step may move the parameter: it is to have gradients, or has one.
+    """Whether a step may move the parameter, because it requires gradients or has one.
 
-    Nothing else but its device is asked of a frozen parameter, which may be a tensor of any kind.
+    A frozen parameter may be a tensor of any kind, so nothing else but its device is read from it.
     """
     with torch._C.DisableTorchFunctionSubclass():
         return p.requires_grad or p.grad is not None
 
 
 def device_of(p: Tensor) -> torch.device:
-    """Where a parameter of any kind says it is."""
+    """The device that a parameter of any kind reports."""
     with torch._C.DisableTorchFunctionSubclass():
         return p.device
 
 
 def have_gradients(frozen: Sequence[Tensor]) -> bool:
-    """Whether a parameter that was frozen has been given a gradient; asked at every step."""
+    """Whether a frozen parameter has been given a gradient; every step checks it."""
     with torch._C.DisableTorchFunctionSubclass():
         return any(p.grad is not None for p in frozen)
 
@@ -199,16 +199,16 @@ def check_parameter(p: Tensor, name: str) -> None:
 def stands_still(group: Mapping[str, Any]) -> bool:
     """Whether a group was created with lr = 0 and has not had an lr above 0 yet.
 
-    It has no lr0 then for its rates to begin with: it is not measured, and its epochs do not count.
+    Such a group has no lr0 at which its rates could begin, so it is not measured and its epochs do not count.
     """
     return float(group["lr0"]) == 0.0
 
 
 def first_lr(group: Mapping[str, Any]) -> float:
-    """What lr0 becomes of a group that stands still: ``initial_lr`` if that is above 0, else its lr now.
+    """The lr0 of a group that has stood still: ``initial_lr`` if that is above 0, else its current lr.
 
     Raises:
-        RuntimeError: its lr is on a GPU and a CUDA graph is being captured, which would hold it still.
+        RuntimeError: its lr is on a GPU and a CUDA graph is being captured, in which it would never begin.
     """
     lr, initial_lr = group["lr"], number(group.get("initial_lr", 0.0))
     if 0.0 < initial_lr < math.inf:
@@ -222,12 +222,12 @@ def first_lr(group: Mapping[str, Any]) -> float:
 
 
 def multiplier(group: Mapping[str, Any]) -> float:
-    """What the rates of a group are multiplied by: its lr over lr0, the lr it was created with."""
+    """The factor on the rates of a group: its lr over lr0, the lr that it was created with."""
     return 0.0 if stands_still(group) else float(group["lr"]) / float(group["lr0"])
 
 
 def step_group(group: Mapping[str, Any], device: torch.device) -> StepGroup:
-    """A group's options as one step on a device needs them: a GPU's learning rate is not waited for."""
+    """A group's options in the form of a step on a device, without a wait for a learning rate on a GPU."""
     lr = group["lr"]
     on_device = isinstance(lr, Tensor) and lr.is_cuda and device.type == "cuda" and not stands_still(group)
     return StepGroup(
@@ -248,9 +248,9 @@ def floor(group: Mapping[str, Any]) -> float:
 
 
 def bounds(group: Mapping[str, Any], decay: float) -> tuple[float, float]:
-    """The smallest and the largest rate that a group's parameters may be given, before its multiplier.
+    """The smallest and the largest rate that is applied to a group's parameters, before its multiplier.
 
-    ``decay`` is the product of the gammas so far: where they shrink the rates, they shrink the bounds.
+    ``decay`` is the product of the gammas so far, which shrink the bounds as they shrink the rates.
     """
     rule, lr0 = RULES[group["rule"]], float(group["lr0"]) * decay
     lowest = max(rule.lowest * lr0, float(group["min_lr"])) if rule.lowest else 0.0
@@ -258,14 +258,14 @@ def bounds(group: Mapping[str, Any], decay: float) -> tuple[float, float]:
 
 
 def applied_rate(group: Mapping[str, Any], rate: float, decay: float) -> float:
-    """What a group's multiplier is applied to where its rule has come to ``rate``; see ``bounds``."""
+    """The rate before the group's multiplier when its rule has come to ``rate``; see ``bounds``."""
     return rules.applied_rate(rate, *bounds(group, decay))
 
 
 def rate_group(group: Mapping[str, Any], epoch: int, decay: float) -> RateGroup:
-    """A group's options as an epoch end needs them.
+    """A group's options in the form of an epoch end.
 
-    ``epoch`` is the number of earlier epoch ends, ``decay`` the product of the gammas so far.
+    ``epoch`` is the number of earlier epoch ends, and ``decay`` is the product of the gammas so far.
     """
     step_size = group["step_size"]
     decays = step_size is not None and epoch > 0 and epoch % step_size == 0

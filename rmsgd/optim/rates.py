@@ -26,8 +26,8 @@ States = Mapping[Tensor, State]
 class Rates:
     """The rates of an optimizer's parameters.
 
-    ``groups`` is, in every method, the optimizer's parameter groups, which it may change between calls, and
-    ``states`` the state of every parameter.
+    In every method ``groups`` are the optimizer's parameter groups, which it may change between calls, and
+    ``states`` holds the state of every parameter.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Rates:
         return all(device.probes_the_same(groups) for device in self.devices)
 
     def write_back(self, wait: bool = True) -> None:
-        """Bring the numbers to the states; those of a GPU, which have to be waited for, only if asked to."""
+        """Write the numbers to the states; those of a GPU, which have to be waited for, only if ``wait``."""
         for device in self.devices:
             if wait or device.on_host:
                 device.write_back()
@@ -64,7 +64,7 @@ class Rates:
         """Measure every layer and move its rate, by the rules of the groups or by one for all layers.
 
         Returns:
-            What the user should be warned of.
+            The texts of warnings for the user.
 
         Raises:
             RuntimeError: layers have no values, or are not the same on all ranks. Nothing has changed then.
@@ -98,9 +98,10 @@ class Rates:
         self._measured, self._of_tails = measured, measures_tails(rule)
 
     def _nothing_measured(self, groups: Groups) -> list[str]:
-        """A warning, once, that there is no layer to measure, where that may be a surprise.
+        """A warning, once, that there is no layer to measure, if that may surprise the user.
 
-        It is none for an optimizer of biases alone, as where every parameter has an optimizer of its own.
+        It does not for an optimizer of biases alone, for example where every parameter has an optimizer of
+        its own.
         """
         if self._warned_of_nothing_to_measure or any(part.names for part in self._measured or ()):
             return []
@@ -116,7 +117,7 @@ class Rates:
         names = [
             name
             for measurement in self._measured or ()
-            if measurement.metrics.device.type == "cpu"  # others are not waited for
+            if measurement.metrics.device.type == "cpu"  # no wait for other devices
             for name in measurement.not_finite()
         ]
         if not names:
@@ -124,7 +125,7 @@ class Rates:
         return [f"NaN or infinite weights in {', '.join(names)}: not measured, the learning rate stays"]
 
     def large(self, groups: Groups, wait: bool = True) -> list[str]:
-        """A warning that names the layers whose rate has grown tenfold, each of them once."""
+        """A warning that names the layers whose rate has grown tenfold, each layer once."""
         large = [
             (record, rate)
             for device in self.devices
@@ -151,7 +152,7 @@ class Rates:
 
     @property
     def measured(self) -> bool:
-        """Whether there was an epoch end, so that ``report`` has something to say."""
+        """Whether there was an epoch end, so that ``report`` can be called."""
         return self._measured is not None
 
     def report(self) -> Any:
@@ -186,7 +187,7 @@ _LARGE_RATES = (
 
 
 def _epochs_and_decay(states: Sequence[State]) -> tuple[int, float]:
-    """A group's epoch ends so far and its product of gammas; who joined it later has seen less of them."""
+    """A group's epoch ends so far and its product of gammas. Parameters that joined later have seen fewer."""
     if not states:
         return 1, 1.0
     oldest = max(states, key=lambda state: state["epoch"])

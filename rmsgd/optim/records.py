@@ -1,4 +1,4 @@
-"""The parameters of an optimizer as its parts see them: where each stands and what it is called."""
+"""The records of an optimizer's parameters, which say where each stands and how it is called."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,13 @@ from rmsgd.optim.options import device_of, is_trained
 
 @dataclass(frozen=True)
 class ParamRecord:
-    """A parameter of an optimizer: where it stands and what it is called."""
+    """A parameter of an optimizer, its position and its name."""
 
     parameter: Tensor
     group: int
     """The index of its group."""
     position: int
-    """Where it stands among all parameters, in the order of registration."""
+    """Its position among all parameters, in the order of registration."""
     name: str
     """Its name if the optimizer was given names, else "group.index"."""
     named: bool
@@ -49,7 +49,7 @@ def hold_the_same(groups: Sequence[Mapping[str, Any]], parameters: Sequence[Tens
 def by_device(records: Mapping[Tensor, ParamRecord]) -> dict[torch.device, list[ParamRecord]]:
     """The records of each device that holds trained parameters.
 
-    Frozen ones that lie elsewhere are with those of the first such device: nothing of them is read.
+    Frozen parameters elsewhere are with those of the first such device, since nothing of them is read.
     """
     found: dict[torch.device, list[ParamRecord]] = {p.device: [] for p in records if is_trained(p)}
     elsewhere = next(iter(found), torch.device("cpu"))
@@ -60,9 +60,9 @@ def by_device(records: Mapping[Tensor, ParamRecord]) -> dict[torch.device, list[
 
 
 def trained_tensors(records: Sequence[ParamRecord], device: torch.device) -> tuple[list[int], list[Tensor]]:
-    """Which of these parameters are trained, and all of them with an empty tensor for each that is not.
+    """Which of these parameters are trained, and all of them, with an empty tensor for each frozen one.
 
-    A frozen parameter may be a tensor of any kind, which is better not touched.
+    A frozen parameter may be a tensor of any kind, so it is not touched.
     """
     trained = [i for i, record in enumerate(records) if is_trained(record.parameter)]
     tensors = [torch.empty(0, device=device)] * len(records)
@@ -72,16 +72,16 @@ def trained_tensors(records: Sequence[ParamRecord], device: torch.device) -> tup
 
 
 def parameter_name(group: Mapping[str, Any], g: int, index: int) -> str:
-    """What a parameter is called: its name if the optimizer was given names, else "group.index"."""
+    """The name of a parameter if the optimizer was given names, else "group.index"."""
     names = group.get("param_names") or ()
     return str(names[index]) if index < len(names) else f"{g}.{index}"
 
 
 def parameter_names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """What the parameters of all groups are called: a name is of one parameter only.
+    """The names of the parameters of all groups, each of which belongs to one parameter only.
 
-    One that a group holds more than once is followed by "#" and its index there; where groups have names in
-    common, every name follows its group's number and a dot.
+    A name that a group holds more than once is followed by "#" and its index there. Where groups have names
+    in common, every name is preceded by its group's number and a dot.
     """
     names = [_distinct(group, g) for g, group in enumerate(groups)]
     if sum(map(len, map(set, names))) == len({name for own in names for name in own}):

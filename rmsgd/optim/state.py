@@ -1,6 +1,6 @@
-"""What the optimizer remembers of a parameter.
+"""The state of a parameter.
 
-``optimizer.state[p]`` holds, from the start, so that every checkpoint format carries it:
+``optimizer.state[p]`` has these entries from the start, so that every checkpoint format carries them:
 
     velocity or momentum_buffer   past gradients; float64 for a float64 parameter, else float32
     fresh                         whether no gradient has entered it yet
@@ -13,12 +13,12 @@
 
 While the optimizer runs, rate, stable_rank and ready are kept where the kernels read and write them
 (``rmsgd.optim.device_rates``), and so is fresh (``rmsgd.optim.device_step``). On a CPU every change is
-brought here at once, for wrappers that save the state by themselves. From a GPU, which is not waited for,
-``state_dict()``, ``learning_rates()``, pickling and copying bring it.
+written to the state at once, for wrappers that save it by themselves. On a GPU, which is not waited for,
+``state_dict()``, ``learning_rates()``, pickling and copying write it.
 
-Whatever else others keep in ``optimizer.state``, under keys of their own or beside ours in the state of a
-parameter, stays where it is, and goes through checkpoints and copies. The state of a parameter that leaves
-the groups is forgotten.
+Entries that others keep in ``optimizer.state``, under keys of their own or beside these in the state of a
+parameter, stay where they are, and are part of checkpoints and copies. The state of a parameter that leaves
+the groups is deleted.
 """
 
 import math
@@ -38,7 +38,7 @@ BUFFERS: tuple[Buffer, ...] = get_args(Buffer)
 
 
 def buffer_key(group: Mapping[str, Any]) -> Buffer:
-    """What a group's state calls its memory of past gradients."""
+    """The key of past gradients in the state of a group's parameters."""
     return RULES[group["rule"]].buffer
 
 
@@ -47,7 +47,7 @@ def _buffer_like(p: Tensor) -> Tensor:
 
 
 def complete_rates(p: Tensor, state: State, group: Mapping[str, Any]) -> None:
-    """Add what a parameter's state lacks for its rate to move at epoch ends."""
+    """Add the entries that a parameter's state lacks for its rate to move at epoch ends."""
     state.setdefault("rate", group["lr0"])
     to_measure = group["initial_rank"] == "measure" and p.ndim > 1
     state.setdefault("stable_rank", math.nan if to_measure else 0.0)
@@ -57,10 +57,10 @@ def complete_rates(p: Tensor, state: State, group: Mapping[str, Any]) -> None:
 
 
 def complete(p: Tensor, state: State, group: Group) -> None:
-    """Add what a parameter's state lacks.
+    """Add the entries that a parameter's state lacks.
 
-    The other rules' memory of past gradients becomes this rule's by ``v = -eta buf``. A parameter
-    that is frozen has none until it has a gradient.
+    Past gradients in the form of another rule are converted by ``v = -eta buf``. A frozen parameter has no
+    past gradients until it has a gradient.
     """
     complete_rates(p, state, group)
     key = buffer_key(group)
@@ -78,7 +78,7 @@ def complete(p: Tensor, state: State, group: Group) -> None:
 
 
 def check_shape(p: Tensor, state: Mapping[str, Any], name: str) -> None:
-    """Raise RuntimeError for a parameter whose memory has another shape."""
+    """Raise RuntimeError for a parameter whose past gradients have another shape."""
     for key in BUFFERS:
         buffer = state.get(key)
         if buffer is not None and buffer.shape != p.shape:
@@ -89,9 +89,10 @@ def check_shape(p: Tensor, state: Mapping[str, Any], name: str) -> None:
 
 
 def follow(p: Tensor, state: State, group: Group) -> None:
-    """Keep a parameter's memory on its device and in its layout, also after ``model.to``.
+    """Keep a parameter's past gradients on its device and in its layout, also after ``model.to``.
 
-    Memory made in inference mode, as by ``load_state_dict`` there, could not be written to after it.
+    A tensor that was made in inference mode, as by ``load_state_dict`` there, is copied, since it could not
+    be written to later.
     """
     key = buffer_key(group)
     buffer = state.get(key)

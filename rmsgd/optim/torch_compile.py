@@ -1,8 +1,8 @@
-"""The optimizer's step inside ``torch.compile``: one opaque operation.
+"""The optimizer's step inside ``torch.compile``, as one opaque operation.
 
-Dynamo cannot look into the compiled core, and would guard on every number it reads: a schedule would
-recompile at each change. So the graph holds one call that says which memory it changes, and the step
-itself, rates, schedules and all, runs when the graph does. Used only while compiling: an operation
+Dynamo cannot look into the compiled core, and it would guard on every number that the step reads, so that a
+schedule would recompile at each change. So the graph holds one call that declares which memory it changes,
+and the step itself runs when the graph runs. The operation is used only while compiling, since an operation
 of torch.library costs more than the whole step of a small network.
 """
 
@@ -21,10 +21,10 @@ _numbers = count()
 
 
 def register_step(step: Step) -> int:
-    """A number by which a compiled graph finds an optimizer's step; it lives as long as the optimizer.
+    """Return a number by which a compiled graph finds an optimizer's step, as long as the optimizer lives.
 
-    ``step(indices, parameters, gradients)`` takes places among all parameters, the parameters there as
-    the graph holds them, and their gradients.
+    ``step(indices, parameters, gradients)`` takes positions among all parameters, the parameters at these
+    positions as the graph holds them, and their gradients.
     """
     number = next(_numbers)
     _STEPS[number] = WeakMethod(step, lambda _: _STEPS.pop(number, None))
@@ -39,7 +39,7 @@ _TAGS: dict[str, Any] = {} if _UNSAFE is None else {"tags": (_UNSAFE,)}  # torch
 @torch.library.custom_op(
     "rmsgd::step",
     mutates_args=("parameters",),
-    # What torch infers from the annotations; torch 2.6 cannot.
+    # Newer versions of torch infer this from the annotations; torch 2.6 cannot.
     schema="(SymInt number, SymInt[] indices, Tensor(a2!)[] parameters, Tensor[] gradients) -> ()",
     **_TAGS,
 )
