@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled at run time by NVRTC, through CuPy: for installations that had no nvcc."""
+"""The CUDA kernels compiled at run time by NVRTC, through CuPy, for installations without nvcc."""
 
 import ctypes
 import hashlib
@@ -35,10 +35,10 @@ _ATTRIBUTES = (
 
 
 def source_folder() -> Path:
-    """Where the kernels' sources are: shipped with the package, or the checkout's own.
+    """The folder of the kernels' sources, which are shipped with the package or lie in the checkout.
 
     Raises:
-        FileNotFoundError: neither is there.
+        FileNotFoundError: there are no sources.
     """
     package = Path(__file__).parents[1]
     for folder in (package / "_csrc", package.parent / "csrc"):
@@ -53,7 +53,7 @@ def program() -> str:
 
 
 def options(folder: Path, architecture: str) -> list[str]:
-    """What NVRTC is told: the same arithmetic as nvcc's, subnormals kept."""
+    """The options of NVRTC, for the same arithmetic as nvcc's, with subnormal numbers."""
     return ["-std=c++17", f"-I{folder}", f"--gpu-architecture={architecture}"]
 
 
@@ -71,7 +71,7 @@ def _cache_folder() -> Path:
 
 
 class NvrtcKernels:
-    """See ``kernels.Kernels``. Compiled once per architecture and kept under the user's cache folder."""
+    """See ``kernels.Kernels``. Each architecture is compiled once and kept in the user's cache folder."""
 
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
@@ -113,7 +113,7 @@ class NvrtcKernels:
         architecture = f"sm_{wanted}" if wanted in known else f"compute_{older[-1]}"
         version = ".".join(map(str, nvrtc.getVersion()))
         path = _cache_folder() / f"{_digest(source_folder(), version, architecture)}.{architecture}"
-        with suppress(OSError):  # not there yet, or in a folder that cannot be read
+        with suppress(OSError):  # the file does not exist yet, or its folder cannot be read
             return path.read_bytes()
         print(f"rmsgd: compiling the CUDA kernels for {architecture}, once: about a minute", file=sys.stderr)
         code = self.compile(architecture)
@@ -123,14 +123,14 @@ class NvrtcKernels:
             partial.write_bytes(code)
             os.replace(partial, path)
         except OSError:
-            pass  # a folder that cannot be written costs the next process another compilation
+            pass  # if the folder cannot be written, the next process compiles again
         return code
 
     @contextmanager
     def _function(self, name: str, device: int) -> Iterator[int]:
-        """The kernel's address, with its device current; afterwards the thread's context is what it was.
+        """The kernel's address, with its device current. Afterwards the thread's context is restored.
 
-        To go back to the device before would create a context there, where the thread had none.
+        Restoring the device instead would create a context there if the thread had none.
         """
         before = self._driver.ctxGetCurrent()
         try:
@@ -148,7 +148,7 @@ class NvrtcKernels:
             self._driver.ctxSetCurrent(before)
 
     def _allow_shared(self, function: int, shared_bytes: int) -> None:
-        # Never less than before: another thread may be between this and its launch.
+        # The value is never reduced, since another thread may be between this and its launch.
         with self._lock:
             if shared_bytes > self._allowed.get(function, _WITHOUT_ASKING):
                 self._driver.funcSetAttribute(function, _MAX_DYNAMIC_SHARED, shared_bytes)

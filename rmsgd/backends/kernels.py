@@ -1,4 +1,4 @@
-"""What the CUDA backends ask of compiled kernels, whoever compiled them, and how tables get to a GPU."""
+"""The interface of compiled kernels for the CUDA backends, and the way of tables to a GPU."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ TEAM_SHARED = 512
 
 
 class Kernels(Protocol):
-    """The CUDA kernels, by name. Each takes one struct; ``rmsgd._cuda`` is one implementation."""
+    """The CUDA kernels by name, each of which takes one struct. ``rmsgd._cuda`` is one implementation."""
 
     def launch(
         self,
@@ -36,7 +36,7 @@ class Kernels(Protocol):
 
 
 def upload(table: NDArray[Any], device: torch.device) -> Tensor:
-    """A table's bytes on the device, without waiting for it."""
+    """A table's bytes on the device. The host does not wait for the copy."""
     host = torch.from_numpy(np.ascontiguousarray(table).view(np.uint8).reshape(-1))
     if device.type != "cuda":
         return host.clone()

@@ -1,4 +1,4 @@
-"""Where the work of an epoch end runs on a GPU: a stream beside the caller's, which steps wait for."""
+"""The stream of an epoch end on a GPU, which runs beside the caller's stream and which steps wait for."""
 
 import threading
 from collections.abc import Iterable, Iterator
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class _Thread(threading.local):
-    """What every thread has for itself."""
+    """The state that every thread has for itself."""
 
     caller: torch.cuda.Stream | None = None
 
@@ -21,8 +21,7 @@ class Streams:
         self._device = device
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._here = _Thread()
-        # External: a captured wait is for whatever was recorded last when the graph is replayed. It
-        # needs to have been recorded once.
+        # The event is external: at a replay, a captured wait is for the latest record. There must be one.
         self._done = _external_event()
         self._done.record(self._side)
 
@@ -31,14 +30,14 @@ class Streams:
         return torch.cuda.current_stream(self._device).cuda_stream
 
     def caller(self) -> int:
-        """The stream of whoever called ``epoch_step``: the current one, except within ``side_stream``."""
+        """The stream of the caller of ``epoch_step``: the current one, except within ``side_stream``."""
         return self.current() if self._here.caller is None else self._here.caller.cuda_stream
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:
-        """Within it, torch's stream is the one beside the caller's."""
+        """A context in which torch's stream is the side stream."""
         self._here.caller = torch.cuda.current_stream(self._device)
-        # Weights may be put together there before they are measured.
+        # Weights may be gathered there before they are measured.
         self._side.wait_stream(self._here.caller)
         try:
             with torch.cuda.stream(self._side):
@@ -49,22 +48,22 @@ class Streams:
 
     @contextmanager
     def caller_stream(self) -> Iterator[None]:
-        """Within it, torch's stream is the caller's."""
+        """A context in which torch's stream is the caller's."""
         with torch.cuda.stream(self._here.caller or torch.cuda.current_stream(self._device)):
             yield
 
     def caller_waits(self) -> None:
-        """Make the caller's stream wait for the one beside it, as for memory that was used there."""
+        """Make the caller's stream wait for the side stream, for example for memory that was used there."""
         if self._here.caller is not None:
             self._here.caller.wait_stream(self._side)
 
     def side_waits(self) -> None:
-        """Make the current stream wait for what the caller's has been given so far."""
+        """Make the current stream wait for the work that the caller's stream has been given so far."""
         if self._here.caller is not None:
             self._side.wait_stream(self._here.caller)
 
     def wait_side_stream(self) -> None:
-        """Make the current stream wait for the side stream; when captured, at every replay."""
+        """Make the current stream wait for the side stream. If it is captured, every replay waits."""
         torch.cuda.current_stream(self._device).wait_event(self._done)
 
     def record_stream(self, tensor: Tensor) -> None:
@@ -84,7 +83,7 @@ def check_not_capturing(tensors: Iterable[Tensor], what: str) -> None:
 
 
 def named_range(name: str) -> AbstractContextManager[None]:
-    """Within it, what the host does has this name in NVIDIA's profilers (NVTX)."""
+    """A context in which the host's work has this name in NVIDIA's profilers (NVTX)."""
     if torch.version.cuda is None:
         return nullcontext()
     return torch.cuda.nvtx.range(name)
@@ -93,5 +92,5 @@ def named_range(name: str) -> AbstractContextManager[None]:
 def _external_event() -> torch.cuda.Event:
     try:
         return torch.cuda.Event(external=True)  # type: ignore[no-untyped-call]
-    except TypeError:  # torch 2.6 has none: a step cannot be captured there once rates were moved
+    except TypeError:  # torch 2.6 has none, so a step cannot be captured there once rates were moved
         return torch.cuda.Event()  # type: ignore[no-untyped-call]

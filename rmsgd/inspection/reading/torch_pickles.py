@@ -19,7 +19,7 @@ from rmsgd.inspection.reading.stored import (
 )
 
 ReadBytes = Callable[[int, int], bytearray]
-"""Bytes of a storage: from which, and how many."""
+"""Reads bytes of a storage, given the first and their number."""
 
 _STORAGES = {
     "Float": torch.float32,
@@ -49,19 +49,19 @@ class Storage:
 
     key: str
     dtype: torch.dtype | None
-    """None where it is of bytes, and the tensor in it has a type of its own."""
+    """Its element type; None for a storage of bytes, whose tensor has a type of its own."""
     size: int
     """In bytes."""
     read: ReadBytes
     foreign: bool = False
-    """Whether it was written on a machine of the other byte order."""
+    """Whether it was written on a machine with the other byte order."""
 
 
 def storage_dtype(name: Any) -> torch.dtype | None:
-    """The element type that a storage class stands for, "torch.FloatStorage"; None: bytes.
+    """The element type that a storage class such as "torch.FloatStorage" stands for; None for bytes.
 
     Raises:
-        CheckpointError: there is no such class.
+        CheckpointError: torch has no such class.
     """
     last = name.rpartition(".")[2] if isinstance(name, Global) else ""
     kind = last.removesuffix("Storage")
@@ -71,7 +71,7 @@ def storage_dtype(name: Any) -> torch.dtype | None:
 
 
 def element_type(name: Any) -> torch.dtype | None:
-    """The type that a name stands for, "torch.float8_e4m3fn"; None: this torch has none of that name."""
+    """The type that a name such as "torch.float8_e4m3fn" stands for; None where this torch lacks it."""
     found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, Global) else None
     return found if isinstance(found, torch.dtype) else None
 
@@ -82,7 +82,7 @@ def element_type(name: Any) -> torch.dtype | None:
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> StoredTensor:
     if not isinstance(storage, Storage):
         return _odd("a tensor without a storage", size)
-    if len(more) > 2 and more[2]:  # its numbers are the conjugates or the negatives of what is stored
+    if len(more) > 2 and more[2]:  # its numbers are the conjugates or the negatives of the stored ones
         return _odd("a lazily negated tensor", size)
     return _of_storage(storage, storage.dtype, offset, size, stride)
 
@@ -126,7 +126,7 @@ def _of_storage(
 
 
 def _integers(values: Any) -> tuple[int, ...]:
-    """Sizes, strides and offsets: not negative, and not so many as to cost time."""
+    """Sizes, strides or offsets, which must not be negative and not so many that they cost time."""
     if not isinstance(values, tuple | list) or len(values) > _MOST_DIMENSIONS:
         raise CheckpointError("a tensor whose shape is no shape")
     if not all(type(n) is int and 0 <= n < 2**63 for n in values):
@@ -135,7 +135,7 @@ def _integers(values: Any) -> tuple[int, ...]:
 
 
 def _odd(what: str, size: Any) -> StoredTensor:
-    """A tensor that is there and cannot be measured."""
+    """A tensor that is in the file and cannot be measured."""
     try:
         shape = _integers(size)
     except CheckpointError:
@@ -144,7 +144,7 @@ def _odd(what: str, size: Any) -> StoredTensor:
 
 
 def _quantised(storage: Any, offset: Any, size: Any, stride: Any, quantiser: Any, *more: Any) -> StoredTensor:
-    """A tensor of torch's own quantised types: (codes - zero point) * scale, of all or of each channel."""
+    """A tensor of torch's own quantised types: (codes - zero point) * scale, per tensor or per channel."""
     codes = _tensor(storage, offset, size, stride)
     if codes.skip or not isinstance(quantiser, tuple) or len(quantiser) < 3:
         return _odd("a quantised tensor of a kind that is not known", size)
@@ -201,7 +201,7 @@ class TensorSubclass:
         return {str(k): v for k, v in self.attributes.items() if isinstance(v, StoredTensor)}
 
     def as_stored(self) -> StoredTensor:
-        """What to list it as where nothing is known of its class."""
+        """The tensor as the report lists it where its class is not known."""
         return StoredTensor("", self.shape, not_there, f"a {self.name}, not a plain tensor")
 
 
@@ -228,14 +228,14 @@ def _wrapper(kind: Any, dtype: Any, size: Any, *more: Any) -> StoredTensor:
 
 
 class Array:
-    """A NumPy array, which a pickle makes empty and then gives its state."""
+    """A NumPy array, which a pickle makes empty first and gives its state later."""
 
     def __init__(self, *args: Any, state: Any = None) -> None:
         self._state = state
 
     @classmethod
     def of_buffer(cls, data: Any, kind: Any, shape: Any, order: Any = "C", *args: Any) -> "Array":
-        """An array as protocol 5 has it, in one piece."""
+        """An array in the form of protocol 5, in one piece."""
         return cls(state=(1, shape, kind, order == "F", data))
 
     def pickled_state(self, state: Any) -> None:
@@ -243,12 +243,12 @@ class Array:
         self._state = state
 
     def as_stored(self) -> StoredTensor | None:
-        """The array, or None where it was given no state that is one."""
+        """The array, or None where its state is not that of an array."""
         if not isinstance(self._state, tuple) or len(self._state) != 5:
             return None
         _, size, kind, fortran, data = self._state
         shape = _odd("", size).shape
-        if isinstance(data, str):  # of Python 2
+        if isinstance(data, str):  # Python 2 wrote it
             data = data.encode("latin-1", "replace")
         if not isinstance(kind, ArrayType) or not isinstance(data, bytes) or (dtype := kind.dtype()) is None:
             return StoredTensor("", shape, not_there, "an array of Python objects")
@@ -259,7 +259,7 @@ class Array:
 
 
 class ArrayType:
-    """A NumPy dtype: the text it was made from, then its byte order."""
+    """A NumPy dtype: the text that it is made from, and then its byte order."""
 
     def __init__(self, text: Any = "", *args: Any) -> None:
         self._text = text
@@ -271,7 +271,7 @@ class ArrayType:
             self._order = state[1]
 
     def dtype(self) -> np.dtype[Any] | None:
-        """The type, if it is one of numbers."""
+        """The type, if it is a type of numbers, else None."""
         text = self._text.decode("ascii", "replace") if isinstance(self._text, bytes) else self._text
         if not isinstance(text, str) or text not in ("f2", "f4", "f8", "b1", *_INTEGERS):
             return None
@@ -281,7 +281,7 @@ class ArrayType:
 _INTEGERS = [f"{sign}{width}" for sign in "iu" for width in (1, 2, 4, 8)]
 
 
-# -- what is made in place of a call -------------------------------------------------------------
+# -- replacements of calls -----------------------------------------------------------------------
 
 
 def _dictionary(*args: Any) -> dict[Any, Any]:

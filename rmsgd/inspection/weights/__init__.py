@@ -1,1 +1,1 @@
-"""Weights as the network uses them: masks, scales and norms applied, constants told apart."""
+"""Weights as the network uses them: with masks, scales and norms applied, and without constants."""

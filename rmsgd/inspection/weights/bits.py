@@ -7,16 +7,16 @@ from torch import Tensor
 from rmsgd.inspection.reading.stored import NotMeasurableError
 
 _MOST_UNPACKED = 1 << 22
-"""Numbers whose single bits are in memory at a time."""
+"""How many numbers are in memory as single bits at a time."""
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     """Unsigned numbers of ``bits`` bits each out of a stream of bits, the lowest first.
 
-    ``words`` is (rows, n) of any integers, the result (rows, ``count``) uint8.
+    ``words`` is (rows, n) of any integer dtype, and the result is (rows, ``count``) uint8.
 
     Raises:
-        NotMeasurableError: there are fewer than that.
+        NotMeasurableError: there are fewer numbers than ``count``.
     """
     data = words.contiguous().view(torch.uint8).reshape(words.shape[0], -1)
     if data.shape[1] * 8 < count * bits:

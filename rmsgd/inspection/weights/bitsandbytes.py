@@ -1,4 +1,4 @@
-"""bitsandbytes' weights: eight bits a row, and four bits a block."""
+"""bitsandbytes' weights: eight bits with a scale per row, and four bits with a scale per block."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
 def eight_bits(stored: Stored) -> Iterator[Weight]:
-    """LLM.int8(): the largest magnitude of each row is stored, "SCB", which 127 stands for."""
+    """LLM.int8(): codes, and the largest magnitude of each row ("SCB"), for which the code 127 stands."""
     for name, rows in stored.tensors.items():
         outer, last = split(name)
         if last != "SCB":
@@ -34,8 +34,8 @@ def eight_bits(stored: Stored) -> Iterator[Weight]:
 def four_bits(stored: Stored) -> Iterator[Weight]:
     """bitsandbytes NF4 and FP4: two codes in a byte, the first in the high half, and a table of 16 values.
 
-    Blocks have their largest magnitude, "absmax", which may itself be coded in a table of 256 values. What
-    else there is to know is JSON in a tensor of bytes.
+    Each block has its largest magnitude ("absmax"), which may itself be coded in a table of 256 values. Other
+    settings are JSON in a tensor of bytes.
     """
     for name, codes in stored.tensors.items():
         state = next(

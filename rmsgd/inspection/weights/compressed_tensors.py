@@ -13,7 +13,8 @@ from rmsgd.inspection.weights.rule import Stored, Weight, numbers, small_numbers
 def compressed_tensors(stored: Stored) -> Iterator[Weight]:
     """compressed-tensors: "weight_packed" in int32, with the shape and the scales beside it.
 
-    Codes are stored with half their range added; zero points, where there are any, are packed alike.
+    Codes are stored with half of their range added. Zero points, if there are any, are packed in the same
+    way.
     """
     for name, codes in stored.tensors.items():
         weight = name.removesuffix("_packed")
@@ -67,7 +68,7 @@ def _fits(shape: list[int], scale: StoredTensor, order: StoredTensor | None) -> 
 
 
 def _bits_of(codes: StoredTensor, shape: list[int] | None) -> int | None:
-    """How many bits a code has, if only one number fits."""
+    """The number of bits of a code, if only one number fits, else None."""
     if shape is None or len(shape) != 2 or codes.dtype != torch.int32 or len(codes.shape) != 2:
         return None
     if min(shape) < 1 or codes.shape[0] != shape[0]:

@@ -1,7 +1,7 @@
-"""Tensors of a checkpoint that nobody trained: masks, tables, fixed filters.
+"""Tensors of a checkpoint that were not trained: masks, tables, fixed filters.
 
-A state dict does not tell parameters from buffers. What can be known from names and numbers is known here;
-each answer is the reason that a report gives.
+A state dict does not distinguish parameters from buffers. This module recognises constants by names and
+numbers. Each of its answers is the reason that a report gives.
 """
 
 import math
@@ -27,12 +27,12 @@ _NAMES = {
 _COMPILED = {reason: re.compile(pattern) for reason, pattern in _NAMES.items()}
 
 _LOOK_FIRST = 4096
-"""Entries that settle the matter for almost every weight."""
+"""How many entries are looked at first: they decide for almost every weight."""
 _LARGEST_ROTATION = 33
 
 
 def constant_by_name(stored: StoredTensor) -> str | None:
-    """What a tensor is that is not to be measured, as far as its name tells."""
+    """Why a tensor must not be measured, by its name; None if its name does not tell."""
     if stored.role == "buffer":
         return "a buffer, not a parameter"
     if stored.role == "parameter":
@@ -54,9 +54,9 @@ def constant_by_name(stored: StoredTensor) -> str | None:
 
 
 def constant_by_value(stored: StoredTensor, weight: Tensor) -> str | None:
-    """What a tensor is that is not to be measured, as far as its numbers tell. ``weight`` is floating.
+    """Why a tensor must not be measured, by its numbers, or None. ``weight`` has a floating dtype.
 
-    A weight that is all zero is one that was not trained yet.
+    A weight that is all zero counts as one that was not trained yet.
     """
     if stored.role is not None or weight.numel() < 2:
         return None
@@ -84,7 +84,7 @@ def _whole_numbers(weight: Tensor) -> str | None:
 
 
 def _kernels(weight: Tensor) -> Tensor | None:
-    """The kernels of a convolution, one a row, if they have three entries or more along some side."""
+    """The kernels of a convolution, one per row, if they have three entries or more along some side."""
     if weight.ndim < 3 or max(weight.shape[2:]) < 3:
         return None
     return weight.flatten(0, 1).flatten(1)
@@ -112,7 +112,7 @@ def _symmetric_kernels(weight: Tensor) -> str | None:
 
 
 def _sines(weight: Tensor) -> str | None:
-    """A table of positions: sines beside the cosines of the same angles, a pair in two columns."""
+    """Recognise a table of positions: sines beside the cosines of the same angles, a pair in two columns."""
     table = weight.reshape(-1, weight.shape[-1])
     columns = table.shape[1]
     if columns < 4 or columns % 2 or table.shape[0] < 2:
@@ -123,7 +123,7 @@ def _sines(weight: Tensor) -> str | None:
     if not len(table):
         return None
     layouts = [(table[:, 0::2], table[:, 1::2]), halves]
-    if columns % 4 == 0:  # of rows and of columns of an image
+    if columns % 4 == 0:  # the positions may be rows and columns of an image
         quarters = table.reshape(len(table), 4, -1)
         layouts.append((quarters[:, 0::2], quarters[:, 1::2]))
     for a, b in layouts:
@@ -133,7 +133,7 @@ def _sines(weight: Tensor) -> str | None:
 
 
 def _couplings(weight: Tensor) -> str | None:
-    """Clebsch-Gordan coefficients: the slices along each of three odd dimensions are orthogonal and alike."""
+    """Recognise Clebsch-Gordan coefficients, with slices along three odd dimensions orthogonal and alike."""
     shape = weight.shape
     if weight.ndim != 3 or any(n % 2 == 0 or n > _LARGEST_ROTATION for n in shape) or max(shape) == 1:
         return None

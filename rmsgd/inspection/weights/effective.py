@@ -34,13 +34,13 @@ RULES: tuple[Rule, ...] = (
     parametrised.pruned_or_normed,
     parametrised.parametrizations,
 )
-"""In the order in which they are asked: a tensor belongs to the first weight that it is a part of."""
+"""The kinds of weights, in the order of precedence: a tensor belongs to the first weight that claims it."""
 
 
 def effective_weights(source: Source) -> list[StoredTensor]:
-    """The tensors of a source, where a weight stands in place of the first of the parts it is stored in.
+    """The tensors of a source, in which a weight replaces the first of the parts that it is stored in.
 
-    Other parts of two or more dimensions are skipped, with the name of the weight that they belong to.
+    Other parts of two or more dimensions are skipped, with the name of their weight as the reason.
     """
     free = {stored.name: stored for stored in source.tensors}
     names = set(free)
@@ -56,7 +56,7 @@ def effective_weights(source: Source) -> list[StoredTensor]:
 def _claim(
     weight: Weight, free: dict[str, StoredTensor], instead: dict[str, StoredTensor | None], names: set[str]
 ) -> None:
-    """Put what a weight says in place of its parts. ``names`` are those that are taken."""
+    """Replace the parts of a weight by the weight. ``names`` are the names that are taken already."""
     first, *others = (name for name in weight.parts if name in free)
     if first in instead:
         return
@@ -78,7 +78,7 @@ def _claim(
 
 
 def _made(weight: Weight) -> Tensor:
-    """A weight made of its parts, which a damaged file may have in shapes and numbers of any kind."""
+    """A weight made of its parts, which in a damaged file may have shapes and numbers of any kind."""
     try:
         return weight.read()
     except (NotMeasurableError, CheckpointError):

@@ -10,15 +10,15 @@ from rmsgd.inspection.reading.stored import NotMeasurableError, StoredTensor, pl
 from rmsgd.inspection.weights.bits import unpack
 from rmsgd.inspection.weights.rule import Stored, Weight, numbers, split
 
-_AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # of the eight codes in an integer
+_AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # the order of the eight codes in an integer
 
 
 def gptq_and_awq(stored: Stored) -> Iterator[Weight]:
     """GPTQ and AWQ: "qweight", "qzeros" and "scales", (code - zero) * scale, with the inputs as rows.
 
-    GPTQ packs the rows, AWQ the columns, in an order of its own. Of GPTQ there are two versions, the first
-    of which stores zero points one too small; quantize_config.json tells them apart, and without it zero
-    points in the middle of the codes do.
+    GPTQ packs the rows, and AWQ packs the columns in an order of its own. The first of GPTQ's two versions
+    stores zero points one too small. quantize_config.json gives the version; without it, zero points in the
+    middle of the codes do.
     """
     for name, codes in stored.tensors.items():
         outer, last = split(name)

@@ -1,4 +1,4 @@
-"""What belongs to packed weights that no rule knows: the scales are no layers."""
+"""Packed weights that no rule knows, and their scales, which are not layers."""
 
 import re
 from collections.abc import Iterator

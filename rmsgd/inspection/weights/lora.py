@@ -8,7 +8,7 @@ from torch import Tensor
 from rmsgd.inspection.reading.stored import StoredTensor
 from rmsgd.inspection.weights.rule import Stored, Weight, numbers
 
-# What A is called and what B: PEFT, loralib, and those of diffusion models. A is (r, inputs), B (outputs, r).
+# The names of A and B in PEFT, in loralib and in diffusion models. A is (r, inputs), B is (outputs, r).
 _NAMES = (
     ("lora_A", "lora_B"),
     ("lora_down", "lora_up"),
@@ -18,9 +18,9 @@ _NAMES = (
 
 
 def products(stored: Stored) -> Iterator[Weight]:
-    """B A of every pair, as a layer that is in no file: it has no parts that it stands for.
+    """The product B A of every pair, as an additional layer that replaces no stored tensor.
 
-    The factor alpha / r is left out. It changes the noise variance, by its square, and nothing else.
+    The factor alpha / r is left out. It changes only the noise variance, by its square.
     """
     for a in stored.tensors.values():
         for down, up in _NAMES:
@@ -41,5 +41,5 @@ def products(stored: Stored) -> Iterator[Weight]:
 
 
 def _fit(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Matrices, or convolutions of which the second has kernels of one entry."""
+    """Whether two matrices fit, or two convolutions of which the second has kernels of one entry."""
     return len(a) == len(b) and len(a) > 1 and b[1] == a[0] and all(n == 1 for n in b[2:])

@@ -14,7 +14,7 @@ from rmsgd.inspection.weights.rule import Stored, Weight, numbers, split
 def packed(stored: Stored) -> Iterator[Weight]:
     """MLX: "weight" in uint32, with "scales" and "biases" for groups of the columns: codes * scale + bias.
 
-    How many bits a code has does not show in the tensors. config.json says it.
+    The tensors do not show how many bits a code has. config.json does.
     """
     for name, codes in stored.tensors.items():
         outer, last = split(name)
@@ -70,7 +70,7 @@ def channels_last(stored: Stored) -> Iterator[Weight]:
 
 
 def _mlx_settings(settings: Mapping[str, Any], module: str) -> tuple[int, int] | None:
-    """Bits and group size of a module, of which config.json may say other than of the rest."""
+    """Bits and group size of a module, for which config.json may have settings of its own."""
     config = settings.get("config.json")
     said = config.get("quantization") if isinstance(config, dict) else None
     if isinstance(said, dict) and isinstance(said.get(module), dict):

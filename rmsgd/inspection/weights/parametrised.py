@@ -1,4 +1,4 @@
-"""Weights that a module makes of other tensors when it runs: pruned, weight-normed, spectrally normed."""
+"""Weights that a module makes from other tensors when it runs: pruned, weight-normed, spectrally normed."""
 
 import re
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def weight_norm(stored: Stored) -> Iterator[Weight]:
 
 
 def _is_norm(magnitude: tuple[int, ...], direction: tuple[int, ...]) -> bool:
-    """Whether these are the magnitudes of one dimension's slices, or one of all."""
+    """Whether these are the magnitudes of the slices along one dimension, or of the whole tensor."""
     if len(direction) < 2 or magnitude == ():
         return len(direction) > 1
     if len(magnitude) != len(direction):
@@ -60,7 +60,7 @@ def pruned_or_normed(stored: Stored) -> Iterator[Weight]:
 
 
 def parametrizations(stored: Stored) -> Iterator[Weight]:
-    """torch's parametrizations: a mask or spectral_norm; others keep nothing that tells what they do."""
+    """torch's parametrizations: a mask or spectral_norm. Others store nothing that tells what they do."""
     for stem, (weight, inside) in _parametrised(stored).items():
         name = next((f"{stem}{last}" for last in sorted(inside) if re.fullmatch(r"original\d*", last)), "")
         original = stored.tensors.get(name)
@@ -79,7 +79,7 @@ def parametrizations(stored: Stored) -> Iterator[Weight]:
 
 
 def _parametrised(stored: Stored) -> dict[str, tuple[str, set[str]]]:
-    """For every parametrised weight: under which path its parts are, what it is called, and the parts."""
+    """From the path of the parts of every parametrised weight to its name and its parts."""
     found: dict[str, tuple[str, set[str]]] = {}
     for name in stored.tensors:
         if match := re.fullmatch(r"((.*?)parametrizations\.([^.]+)\.)(.+)", name):
@@ -105,7 +105,7 @@ def _spectral(weight: str, original: StoredTensor, u: StoredTensor, v: StoredTen
         fitting = [m.double() for m in rows if left.ndim == right.ndim == 1 and m.shape[1] == right.numel()]
         if not fitting:
             raise NotMeasurableError("a spectrally normed weight whose singular vectors do not fit it")
-        # Where both fit, the other one's value is that of unrelated vectors: small.
+        # Where both fit, the wrong one gives the small value of unrelated vectors.
         sigma = max((float(left @ m @ right) for m in fitting), key=abs)
         if sigma == 0 or sigma != sigma:
             raise NotMeasurableError("a spectrally normed weight whose norm is 0")

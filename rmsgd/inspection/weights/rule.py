@@ -1,4 +1,4 @@
-"""How the weight of a layer is made of several stored tensors. Each way of it has a module here."""
+"""How the weight of a layer is made from several stored tensors. Each way to store it has a module here."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from rmsgd.inspection.reading.stored import CheckpointError, NotMeasurableError,
 
 @dataclass(frozen=True)
 class Stored:
-    """The tensors of a source that no weight was made of yet, and what is written beside them."""
+    """The tensors of a source that are not part of a weight yet, and the settings beside them."""
 
     tensors: Mapping[str, StoredTensor]
     settings: Mapping[str, Any]
@@ -27,25 +27,25 @@ class Weight:
     """A weight that is stored in parts, in a source that may have many of them."""
 
     name: str
-    """What the weight is called in its module."""
+    """The name of the weight in its module."""
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-    """Raises as ``StoredTensor.read`` does."""
+    """Makes the weight; raises the errors of ``StoredTensor.read``."""
     parts: Mapping[str, str]
-    """The tensors that it is made of, and what each is, "the scales". It is listed in place of the first."""
+    """From the name of each part to its role, such as "the scales". The weight replaces the first part."""
     skip: str | None = None
-    """Why it cannot be made, where that is known: then the first part keeps its place and its name."""
+    """Why the weight cannot be made, where that is known. The first part then keeps place and name."""
 
 
 Rule = Callable[[Stored], Iterator[Weight]]
-"""The weights of one kind."""
+"""Finds the weights of one kind."""
 
 
 def numbers(stored: StoredTensor) -> Tensor:
-    """The numbers of a part, in single precision or, where it has it, in double.
+    """The numbers of a part, in double precision if it has that, else in single precision.
 
     Raises:
-        NotMeasurableError: they are no plain numbers.
+        NotMeasurableError: they are not plain numbers.
         CheckpointError: they cannot be read.
     """
     tensor = plain_numbers(stored.read())
@@ -53,7 +53,7 @@ def numbers(stored: StoredTensor) -> Tensor:
 
 
 def small_numbers(stored: StoredTensor | None, most: int = 8) -> list[int] | None:
-    """The few integers of a part, which say how the others are to be read; None where it is no such part."""
+    """The few integers of a part that say how to read the others; None where the part has none."""
     if stored is None or len(stored.shape) != 1 or stored.shape[0] > most:
         return None
     try:
@@ -63,6 +63,6 @@ def small_numbers(stored: StoredTensor | None, most: int = 8) -> list[int] | Non
 
 
 def split(name: str) -> tuple[str, str]:
-    """A name as the path of its module with the dot, and what it is called in it."""
+    """A name as the path of its module with the dot, and its name in the module."""
     outer, dot, last = name.rpartition(".")
     return outer + dot, last

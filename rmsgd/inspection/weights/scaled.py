@@ -16,7 +16,7 @@ EIGHT_BITS = {
 }
 
 _LONGEST = 200
-"""Letters of a part's name in its module."""
+"""The most letters of a part's name in its module."""
 
 
 def torchao(stored: Stored) -> Iterator[Weight]:
@@ -40,7 +40,7 @@ def torchao(stored: Stored) -> Iterator[Weight]:
 
 
 def _torchao_parts(stored: Stored) -> dict[str, list[str]]:
-    """For every weight of torchao's, under the beginning of their names: all that it is stored in."""
+    """From the beginning of the names of each of torchao's weights to all parts that it is stored in."""
     found: dict[str, list[str]] = {
         name.removesuffix("qdata"): []
         for name in stored.tensors
@@ -57,7 +57,7 @@ def _torchao_parts(stored: Stored) -> dict[str, list[str]]:
 
 
 def quanto(stored: Stored) -> Iterator[Weight]:
-    """quanto: "0.weight._data" with "0.weight._scale" is "0.weight"; with a shift its codes are packed."""
+    """quanto: "0.weight._data" with "0.weight._scale" is "0.weight"; with a "_shift" the codes are packed."""
     for name, codes in stored.tensors.items():
         weight = name.removesuffix("._data").removesuffix("._data")
         scale = stored.get(f"{weight}._scale")
@@ -72,7 +72,7 @@ def quanto(stored: Stored) -> Iterator[Weight]:
 
 
 def eight_bits(stored: Stored) -> Iterator[Weight]:
-    """A weight with scales of any of the usual names: compressed-tensors, DeepSeek, ComfyUI, gpt-fast."""
+    """A weight with scales of a usual name: that of compressed-tensors, DeepSeek, ComfyUI or gpt-fast."""
     for name, codes in stored.tensors.items():
         if codes.dtype not in EIGHT_BITS or len(codes.shape) < 2:
             continue
@@ -116,10 +116,10 @@ def _of_scale(scale: StoredTensor) -> Tensor:
 
 
 def over_blocks(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A scale for every entry: from one for all, one for each row, or one for each block.
+    """A scale for every entry, from one for the tensor, one for each row or one for each block.
 
     Raises:
-        NotMeasurableError: the scale's shape fits no such blocks.
+        NotMeasurableError: the scale's shape does not fit such blocks.
     """
     if scale.numel() == 1:
         return scale.reshape(())
@@ -137,9 +137,9 @@ def over_blocks(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _block(size: int, blocks: int) -> int | None:
-    """How many of ``size`` entries have a scale in common where there are ``blocks`` scales; None: no number.
+    """How many of ``size`` entries share a scale where there are ``blocks`` scales; None if no number fits.
 
-    Formats have blocks of 16, 32 or 128, of which the last may be a part: 576 rows have 5 scales.
+    Formats have blocks of 16, 32 or 128, of which the last may be smaller: 576 rows have 5 scales.
     """
     powers = [2**k for k in range(8)]
     equal = [size // blocks] if blocks and size % blocks == 0 else []

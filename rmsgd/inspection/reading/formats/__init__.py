@@ -1,4 +1,4 @@
-"""The file formats that are known, one module each. A module of this folder is found by being there."""
+"""The file formats that are known, one module each. Every module of this folder is found automatically."""
 
 import importlib
 import pkgutil
@@ -13,4 +13,4 @@ def _found() -> tuple[FileFormat, ...]:
 
 
 FORMATS = _found()
-"""What the modules list as their ``FORMATS``."""
+"""The formats of all modules, each from a list ``FORMATS``."""

@@ -1,4 +1,4 @@
-"""GGUF, the format of llama.cpp: numbers in several encodings, of which the plain ones and Q8_0 are read."""
+"""GGUF, the format of llama.cpp. Of its encodings of numbers, the plain ones and Q8_0 are read."""
 
 import math
 from functools import partial
@@ -59,7 +59,7 @@ def _open(path: Path) -> OpenFile:
 
 
 def _possible(count: int, data: Bytes) -> int:
-    """How many there are, if the file has the bytes for as many."""
+    """A count, checked against the bytes of the file, which could not hold more."""
     if count > data.end - data.position:
         raise CheckpointError("it is cut short")
     return count

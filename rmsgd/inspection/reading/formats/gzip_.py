@@ -1,4 +1,4 @@
-"""gzip: another file in it, which is unpacked and then read as what it is."""
+"""gzip, with another file in it, which is unpacked and then read in its own format."""
 
 import gzip
 from collections.abc import Iterator

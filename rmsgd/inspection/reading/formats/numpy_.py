@@ -40,10 +40,10 @@ def _open_array(path: Path) -> OpenFile:
 
 
 def _array(name: str, size: int, read: ReadBytes) -> StoredTensor:
-    """The array of an .npy file. A header of another version, or with a type of objects, has no numbers."""
+    """The array of an .npy file. It has no numbers if its header is of another version or names objects."""
     header = io.BytesIO(read(0, min(size, _HEADER_BYTES)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of headers that Python 2 wrote
+        warnings.simplefilter("ignore")  # NumPy warns of headers that Python 2 wrote
         version = npy.read_magic(header)
         read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = read_header(header)

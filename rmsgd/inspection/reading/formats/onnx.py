@@ -52,7 +52,7 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 
 def _is_this(file: Beginning) -> bool:
-    """It has no magic number: the version of the format comes first, then the producer's name."""
+    """Whether the version of the format comes first, then the producer's name: there is no magic number."""
     return (
         file.bytes[:1] == b"\x08" and 0 < file.bytes[1] < 32 and file.bytes[2:3] in (b"\x12", b"\x1a", b":")
     )
@@ -60,14 +60,14 @@ def _is_this(file: Beginning) -> bool:
 
 @dataclass
 class _Initialiser:
-    """What a TensorProto says; of its numbers, where in the file they are."""
+    """The content of a TensorProto, with the place of its numbers in the file."""
 
     name: str = ""
     dims: list[int] = field(default_factory=list)
     kind: int = 0
     data: tuple[int, int] | None = None
     listed: bool = False
-    """Whether the numbers are listed one by one in a field that is not read."""
+    """Whether the numbers stand one by one in a field that is not read."""
     external: dict[str, str] | None = None
 
 
@@ -83,7 +83,7 @@ def _open(path: Path) -> OpenFile:
 
 
 def _submessages(data: Bytes, end: int, number: int) -> Iterator[int]:
-    """The end of each submessage of that field number, at whose beginning ``data`` then is."""
+    """The end of each submessage of a field number, with ``data`` at the submessage's beginning."""
     for field_, wire, value in _fields(data, end):
         if field_ == number and wire == _LENGTH:
             yield data.position + value
@@ -92,9 +92,9 @@ def _submessages(data: Bytes, end: int, number: int) -> Iterator[int]:
 
 
 def _fields(data: Bytes, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number, wire type and value of the fields; of one with a length, the length, at whose beginning it is.
+    """The number, wire type and value of each field. For a field with a length, the value is that length.
 
-    The caller passes over what has a length.
+    ``data`` is then at the beginning of the field's bytes, which the caller must pass over.
     """
     while data.position < end:
         tag = _varint(data)
@@ -159,7 +159,7 @@ def _packed(data: Bytes, length: int) -> list[int]:
 
 
 def _entry(data: Bytes, end: int) -> tuple[str, str]:
-    """A key and its text."""
+    """A key and its text value."""
     texts = {1: "", 2: ""}
     for number, wire, value in _fields(data, end):
         if wire == _LENGTH:
@@ -189,7 +189,7 @@ def _read(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) ->
 
 
 def _read_external(path: Path, found: _Initialiser, dtype: torch.dtype) -> Tensor:
-    """The numbers of a file beside this one, which must lie in the same folder or below it."""
+    """The numbers from a file beside this one, which must lie in the same folder or below it."""
     said = found.external or {}
     location, offset = said.get("location", ""), said.get("offset", "0")
     folder = path.parent.resolve()

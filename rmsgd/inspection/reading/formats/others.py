@@ -1,4 +1,4 @@
-"""Formats that are not read, so that a file of one is called by its name."""
+"""Formats that are not read, so that a message can name the format of such a file."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ _is_export = _archive_with("archive_format", "serialized_exported_program.json")
 
 
 def _is_archive(file: Beginning) -> bool:
-    """A zip archive of nothing that is known."""
+    """Whether it is a zip archive without known content."""
     arrays = all(name.endswith(".npy") for name in file.members)
     known = file.has("data.pkl") or arrays or _is_keras(file) or _is_export(file)
     return bool(file.members) and not known

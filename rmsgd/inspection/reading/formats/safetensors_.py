@@ -1,4 +1,4 @@
-"""safetensors: a header in JSON, then the bytes of the tensors."""
+"""safetensors files: a header in JSON, then the bytes of the tensors."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from rmsgd.inspection.reading.file_format import Beginning, FileFormat, OpenFile
 from rmsgd.inspection.reading.natural_order import natural_order
 from rmsgd.inspection.reading.stored import CheckpointError, StoredTensor
 
-_LONGEST_HEADER = 100 << 20  # what the library accepts
+_LONGEST_HEADER = 100 << 20  # the library accepts no longer one
 
 _DTYPES = {
     "F64": torch.float64,
@@ -82,7 +82,7 @@ def _open(path: Path) -> OpenFile:
 
 
 def _trailing_bytes(path: Path) -> int:
-    """How many bytes there are behind the last tensor; 0 where that cannot be told."""
+    """The number of bytes behind the last tensor; 0 where it is not known."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

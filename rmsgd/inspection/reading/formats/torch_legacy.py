@@ -1,4 +1,4 @@
-"""torch.save before torch 1.6, and plain pickles: one pickle after the other, then the storages."""
+"""Files of torch.save before torch 1.6, and plain pickles: one pickle after the other, then the storages."""
 
 import io
 import os
@@ -37,14 +37,14 @@ def _open_pickle(path: Path) -> OpenFile:
 
 
 def _inner(data: Any) -> Any:
-    """A storage that was pickled by itself, as every tensor is in a pickle that torch did not write."""
+    """A storage that was pickled by itself, as in every pickle that torch did not write."""
     if not isinstance(data, bytes) or _MAGIC not in data[:32]:
         raise CheckpointError("a storage that is none")
     return _torch_file(io.BytesIO(data), lambda start, count: bytearray(data[start : start + count]))
 
 
 def _torch_file(file: BinaryIO, read: ReadBytes) -> Any:
-    """Four pickles (a number, a version, the machine, the contents), the storages' keys, the storages."""
+    """A file of four pickles (a number, a version, the machine, the contents), the keys, the storages."""
     size = _size(file)
 
     def pickle(persistent: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""torch.save since torch 1.6, and the TorchScript archives of torch.jit.save: pickles in a zip archive."""
+"""Files of torch.save since torch 1.6, and TorchScript archives: pickles in a zip archive."""
 
 import io
 from functools import partial
@@ -29,8 +29,8 @@ def _open_torch(path: Path) -> OpenFile:
 def _open_torchscript(path: Path) -> OpenFile:
     """The attributes of the module, by their paths, and the constants, which have no names.
 
-    The code in the archive is neither read nor compiled. An archive that was frozen has all its weights
-    among the constants.
+    The code in the archive is neither read nor compiled. A frozen archive has all its weights among the
+    constants.
     """
     archive = Archive(path)
     folder = _folder(archive)
@@ -46,7 +46,7 @@ def _open_torchscript(path: Path) -> OpenFile:
 
 
 def _folder(archive: Archive) -> str:
-    """Where everything lies, with its slash: torch takes the name of the file that it wrote first."""
+    """The folder of all members, with its slash. torch names it after the file that it wrote first."""
     found = [name for name in archive.members if name.rpartition("/")[2] == "data.pkl"]
     if not found:
         raise CheckpointError("data.pkl is not in it")
