@@ -1,7 +1,7 @@
-"""A clock that tests move, so that what they time takes the same on a quiet and on a busy machine."""
+"""A clock that tests move, so that their times are the same on a quiet and on a busy machine."""
 
 PATIENCE = 900.0
-"""Seconds after which what a test waits for counts as hanging, also on a machine that does much else."""
+"""Seconds after which a wait in a test counts as hanging, also on a busy machine."""
 
 
 class Clock:

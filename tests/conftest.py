@@ -1,4 +1,4 @@
-"""What several tests share."""
+"""Fixtures that several tests share."""
 
 import importlib
 import os
@@ -35,7 +35,7 @@ def _same_random_numbers():
 
 @pytest.fixture
 def one_thread():
-    """Torch's threads would wait for each other on a busy machine."""
+    """One thread for torch, since several would wait for each other on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,7 +50,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def gpu_folder(library):
-    """The folder of the emulated kernels, and what else the pretended GPU takes."""
+    """The folder of the emulated kernels, and everything else that the pretended GPU needs."""
     importlib.import_module("rehearsal").build_guard(library.parent)
     return library.parent
 
@@ -64,17 +64,17 @@ def timm():
     return timm
 
 
-# How long an example takes says something of the machine alone.
+# The time of an example says something about the machine only.
 settings.register_profile("rmsgd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("rmsgd")
 
 
 def pytest_configure(config):
-    import_torchvision()  # also in the process that deals tests out: it imports what warned
+    import_torchvision()  # also in the process that distributes tests, which imports what raised a warning
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu are skipped where there is none."""
+    """Skip the tests marked gpu where there is no GPU."""
     if torch.cuda.is_available():
         return
     for item in items:

@@ -1,7 +1,7 @@
 """The CUDA backend on a machine without a GPU: its kernels' sources compiled for the CPU, a fiber per thread.
 
-What is tested so is everything but the hardware: the kernels' code and their barriers, the tables and
-arguments that Python packs for them, what is launched when, and ``rmsgd._cuda`` that launches it.
+This tests everything but the hardware: the kernels' code and their barriers, the tables and arguments that
+Python packs for them, the order of launches, and ``rmsgd._cuda``, which launches.
 ``tests/emulator`` holds the emulator.
 """
 

@@ -19,7 +19,7 @@ from rmsgd.backends import backend_for
 
 def _work(rank: int, size: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    # As torchrun leaves them, for the trainers; nobody connects to the port, for the group is there already.
+    # torchrun sets these for trainers. Nothing connects to the port, since the group exists already.
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     dist.init_process_group(
@@ -36,7 +36,7 @@ def _work(rank: int, size: int, store: str, pipe: Connection) -> None:
 
 
 class Job:
-    """So many ranks, waiting for functions to run on all of them."""
+    """Ranks that wait for functions to run on all of them."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -53,7 +53,7 @@ class Job:
             process.start()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What the function returns on each rank; raises what any of them raised."""
+        """Return the results of the function on each rank, or raise what any of them raised."""
         for pipe in self._pipes:
             pipe.send((function, arguments))
         answers = []

@@ -10,7 +10,7 @@ def low_rank(m: int, n: int, rank: int, noise: float) -> Tensor:
 
 
 def planted(model: nn.Module) -> nn.Module:
-    """The model, a part of rank 2 in every weight: the stable rank of noise is 0, as is what gets lost."""
+    """The model with a part of rank 2 in every weight: noise has the stable rank 0, as a lost value has."""
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:

@@ -1,10 +1,10 @@
-"""``torch.cuda`` on a machine without a GPU, for code that has to be right about streams when it meets one.
+"""``torch.cuda`` on a machine without a GPU, for code that must use streams correctly on a GPU.
 
-A tensor "on cuda" is a ``DeviceTensor`` around one in the CPU's memory. As on a GPU, nothing that is asked
-of it happens at once: every operation, copy and kernel launch waits in its stream's queue, new memory is full
-of NaN until then, and queues run when the host has to wait, in an order that ``order`` chooses and that
-only events restrain. Memory that is freed is overwritten as soon as the streams that it was recorded on allow
-it. So work that lacks a wait, or a tensor that is gone too early, gives wrong numbers here too.
+A tensor "on cuda" is a ``DeviceTensor`` around one in the CPU's memory. As on a GPU, no operation happens at
+once: every operation, copy and kernel launch waits in its stream's queue, and new memory is full of NaN until
+then. Queues run when the host has to wait, in an order that ``order`` chooses and that only events restrain.
+Memory that is freed is overwritten as soon as the streams that it was recorded on allow it. So work that
+lacks a wait, or a tensor that is freed too early, gives wrong numbers here too.
 
 ``pretended_gpu()`` switches all of this on.
 """
@@ -22,15 +22,15 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 _OF_GRAPHS: list[Tensor] = []
 _PINNED: dict[int, Tensor] = {}
-"""Host memory that copies read when their turn comes, by address."""
+"""Host memory, by address, that copies read when their turn comes."""
 
 
 class Memory:
-    """An allocation, as torch's allocator makes and frees it.
+    """An allocation that torch's allocator makes and frees.
 
-    What is freed is overwritten as soon as the streams that used it get there. What is new may be what its
-    stream freed last, and work that the stream was given before may still write there: on another stream
-    it must not be used before.
+    Freed memory is overwritten as soon as the streams that used it get there. New memory may be the memory
+    that its stream freed last, to which earlier work of the stream may still write. Another stream must not
+    use it before that.
     """
 
     allocated = peak = 0
@@ -58,7 +58,7 @@ class Memory:
 
 
 class DeviceTensor(Tensor):
-    """A tensor on the pretended GPU: ``inner`` is where its elements are, ``memory`` whose they are."""
+    """A tensor on the pretended GPU: ``inner`` holds its elements, and ``memory`` is their allocation."""
 
     inner: Tensor
     memory: Memory
@@ -108,7 +108,7 @@ class _Mode(TorchDispatchMode):
 
 
 def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Whatever torch is asked to do, where its tensors are."""
+    """Run an operation of torch where its tensors are."""
     with _disable_current_modes():
         return _dispatch(func, args, kwargs)
 
@@ -150,7 +150,7 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not all("Tensor" in str(result.type) for result in results):  # the host wants to know
         QUEUES.wait_for(QUEUES.current_stream(device))
         return compute()
-    if not on_device:  # from nothing: random numbers are drawn in the order in which they are asked for
+    if not on_device:  # nothing is read: random numbers, say, are drawn in the order of the calls
         value = compute()
         return _computed(value, device, None if "empty" in name else lambda: value)
     shape = tree_map(lambda a: a.to("meta") if isinstance(a, Tensor) else a, bare)
@@ -184,7 +184,7 @@ def _computed(like: Any, device: torch.device, compute: Callable[[], Any] | None
 
 
 def _allocate(like: Tensor, device: torch.device) -> DeviceTensor:
-    """New memory, full of what was there before; a deterministic torch has its stream fill it."""
+    """New memory with arbitrary content; a deterministic torch lets its stream fill it."""
     base = torch.empty_strided(like.size(), like.stride(), dtype=like.dtype)
     spoil(base)
     stream = QUEUES.current_stream(device)

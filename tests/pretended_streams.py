@@ -1,6 +1,6 @@
-"""Streams, events and graphs of a GPU that is not there, in queues that the host runs when it has to wait.
+"""Streams, events and graphs of a pretended GPU, as queues that the host runs when it has to wait.
 
-Whose queue runs first is for ``Queues.order`` to choose. Only events restrain it, as on a GPU.
+``Queues.order`` chooses which queue runs first. Only events restrain it, as on a GPU.
 """
 
 import random
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 ORDERS = ("launched", "others first", "others last", "random")
-"""Whose queue runs first when one stream is waited for. A further one, "at once", lets nothing wait."""
+"""The orders in which queues run when the host waits for a stream. One more, "at once", queues nothing."""
 
 
 class Mark:
-    """A place in a stream, which an event was recorded at."""
+    """A place in a stream at which an event was recorded."""
 
     def __init__(self) -> None:
         self.reached: float | None = None
@@ -33,7 +33,7 @@ class Work(NamedTuple):
     after: "Mark | Event | None"
     run: Callable[[], object]
     reused: list[Tensor]
-    """Memory handed out anew to which this work might still have written."""
+    """Memory that was handed out again and to which this work might still have written."""
 
 
 class Stream:
@@ -45,7 +45,7 @@ class Stream:
         self.queue: deque[Work] = deque()
         self.last_work: list[Tensor] = []
         self.reused: list[Tensor] = []
-        """Where to note memory that may be what the stream freed last."""
+        """A place to note memory that may be what the stream freed last."""
         QUEUES.streams[QUEUES.made] = self
         QUEUES.made += 1
 
@@ -55,7 +55,7 @@ class Stream:
         self._add(Work(None, run, self.last_work))
 
     def wait(self, mark: "Mark | Event") -> None:
-        """What is queued later runs when the mark is reached."""
+        """Let later work run only when the mark is reached."""
         self._add(Work(mark, _nothing, []))
 
     def mark(self, mark: Mark) -> None:
@@ -71,7 +71,7 @@ class Stream:
             QUEUES.wait_for(self)
 
     def free(self) -> None:
-        """Memory was freed: what comes next may be the same, and its last user's work still be queued."""
+        """Note that memory was freed. The next allocation may be the same while old work on it is queued."""
         self.reused = self.last_work
 
     def record_event(self, event: "Event | None" = None) -> "Event":
@@ -81,7 +81,7 @@ class Stream:
 
     def wait_event(self, event: "Event") -> None:
         if self in QUEUES.captured and event.external:
-            self.wait(event)  # for what was recorded last when the graph is replayed
+            self.wait(event)  # the wait is for the latest record when the graph is replayed
         elif event.mark is not None:
             self.wait(event.mark)
 
@@ -132,21 +132,21 @@ class Graph:
 
 
 def spoil(tensor: Tensor) -> None:
-    """NaN, or numbers that nothing should take for sizes or addresses."""
+    """Fill a tensor with NaN, or with numbers that are no sizes or addresses."""
     if tensor.nbytes:
         bytes_ = torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage())
         bytes_.fill_(0xFF if tensor.dtype != torch.bool else 1)
 
 
 def device_index(device: Any) -> int:
-    """The number of a device that is given in any of torch's ways, 0 unless it says another."""
+    """The index of a device in any of torch's forms, 0 unless it gives another."""
     if isinstance(device, int):
         return device
     return torch.device("cuda" if device is None else device).index or 0
 
 
 class Queues:
-    """All streams, and who runs next."""
+    """All streams, and the choice of the one that runs next."""
 
     def __init__(self) -> None:
         self.reset()
@@ -155,17 +155,17 @@ class Queues:
         self.order = order
         self.sync_debug_mode: Any = "default"
         self.streams: dict[int, Stream] = {}
-        """By the number that stands for the stream's address."""
+        """The streams by the number that stands for their address."""
         self.made = 0
         self.busy: dict[Stream, None] = {}
-        """Streams whose queues are not empty, in the order in which they became so."""
+        """Streams whose queues are not empty, in the order in which they got work."""
         self.captured: dict[Stream, list[Work]] = {}
         self.current_device = 0
         self._current: dict[int, Stream] = {}
         self._random = random.Random(seed)
 
     def exchange_device(self, index: int) -> int:
-        """Make it the current device, and return which one was; -1: leave it as it is."""
+        """Make it the current device unless it is -1, and return the device that was current."""
         before = self.current_device
         self.current_device = before if index < 0 else index
         return before
@@ -206,7 +206,7 @@ class Queues:
         return self.current_stream(self.current_device) in self.captured
 
     def synchronize(self, device: Any = None) -> None:
-        """See ``torch.cuda.synchronize``; of all devices."""
+        """See ``torch.cuda.synchronize``; it waits for all devices."""
         self.wait_for(*self.busy)
 
     def set_sync_debug_mode(self, mode: Any) -> None:

@@ -1,7 +1,7 @@
-"""Code for a GPU on the pretended one, with the emulated kernels.
+"""Code for a GPU runs on the pretended one, with the emulated kernels.
 
-As a pytest plugin it lends the pretended GPU to the tests marked gpu: ``pytest -p rehearsal -m gpu
-tests/test_gpu.py``. Networks are then small ones of the same kinds, for an emulated thread is no CUDA thread.
+As a pytest plugin this lends the pretended GPU to the tests marked gpu: ``pytest -p rehearsal -m gpu
+tests/test_gpu.py``. Networks are then small ones of the same kinds, since emulated threads are slow.
 ``RMSGD_REHEARSAL`` names the folder of the emulated kernels and the order of streams, "FOLDER:ORDER".
 """
 
@@ -25,7 +25,7 @@ from rmsgd import backends
 
 WIDTH = 0.08
 LARGE = ("(400, 500)", "(700, 1500)", "(1030, 1100)")
-"""What an emulated test of these shapes is called: it would take minutes."""
+"""The names of tests whose shapes would take minutes on the emulator."""
 
 
 class QueuedKernels(EmulatedKernels):
@@ -48,14 +48,14 @@ class QueuedKernels(EmulatedKernels):
 def build_guard(folder: Path) -> None:
     """A device guard for a torch that has none, beside the emulated kernels."""
     flags = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
-    # torch's headers ask for their own C++, and warn.
+    # torch's headers need their own C++ standard, and give warnings.
     compiled = ["-std=c++20", "-w", "-shared", "-fPIC"]
     compile_cpp(EMULATOR / "guard.cpp", folder / "guard.so", *compiled, *flags, "-Wl,--no-as-needed", "-lc10")
 
 
 @contextmanager
 def _installed(name: str, module: object) -> Iterator[None]:
-    """``module`` is what ``import name`` finds."""
+    """A context in which ``import name`` finds ``module``."""
     before = sys.modules.get(name)
     sys.modules[name] = module
     try:
@@ -68,12 +68,12 @@ def _installed(name: str, module: object) -> Iterator[None]:
 
 @contextmanager
 def rehearsed(folder: Path, order: str = "launched", seed: int = 0) -> Iterator[None]:
-    """Within it there are two GPUs, and the backend "cuda" runs on them.
+    """A context with two GPUs on which the backend "cuda" runs.
 
     Args:
-        folder: of the emulated kernels and the guard.
-        order: of streams, see ``pretended_streams.ORDERS``.
-        seed: of a random order.
+        folder: the folder of the emulated kernels and the guard.
+        order: the order of streams, see ``pretended_streams.ORDERS``.
+        seed: the seed of a random order.
     """
     torch.ops.load_library(folder / "guard.so")
     kernels = QueuedKernels(next(folder.glob("_cuda*")))
@@ -96,7 +96,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """The first of each test's cases, and none on large matrices: what is rehearsed is the order of work."""
+    """Keep the first case of each test, and none on large matrices: only the order of work matters here."""
     first = {}
     for item in items:
         if not any(shape in item.name for shape in LARGE):

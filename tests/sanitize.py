@@ -27,22 +27,22 @@ TESTS = {
     ],
     "thread": ["test_threads.py", "test_step_kernel.py"],
 }
-LEFT_OUT = "not every_instruction_set"  # it runs the tests again, in processes of its own
+LEFT_OUT = "not every_instruction_set"  # this test would run the tests again, in processes of its own
 
 OPTIONS = {
-    # CPython frees nothing at its exit. What a torch operation was given stays addressable on the stack.
+    # CPython frees nothing at its exit. The arguments of a torch operation stay addressable on the stack.
     "address": {
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     },
-    # Torch and its threads are not built for the sanitizer, which sees only half of what they do.
+    # Torch and its threads are not built for the sanitizer, which therefore sees only half of their work.
     "thread": {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1:exitcode=66"},
 }
 RUNTIMES = {"address": ["libasan.so", "libubsan.so", "libstdc++.so.6"], "thread": ["libtsan.so"]}
 
 
 def runtimes(sanitizer: str) -> str:
-    """The compiler's libraries that have to be in the process before Python's own."""
+    """The compiler's libraries that must be loaded before Python's own."""
     compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX"))
     found = []
     for name in RUNTIMES[sanitizer]:
@@ -60,7 +60,7 @@ def folder(sanitizer: str) -> Path:
 
 
 def build(sanitizer: str) -> Path:
-    """Build the package for a sanitizer; the folder to import it from."""
+    """Build the package for a sanitizer, and return the folder to import it from."""
     base = folder(sanitizer)
     environment = {"RMSGD_SANITIZE": sanitizer, "RMSGD_CUDA": "0", "RMSGD_REQUIRE_NATIVE": "1"}
     command = [sys.executable, "setup.py", "-q", "build", f"--build-base={base}", f"--build-lib={base}/lib"]
@@ -81,7 +81,8 @@ def run(sanitizer: str, library: Path, isa: str) -> None:
     }
     tests = [f"tests/{name}" for name in TESTS[sanitizer]]
     pytest = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-o", f"pythonpath={library} ."]
-    # Without address randomisation: ThreadSanitizer of older compilers has no place for some layouts.
+    # It runs without address randomisation, since older versions of ThreadSanitizer cannot handle some
+    # layouts.
     command = ["setarch", "-R", *pytest, "--capture=sys", "-x", "-k", LEFT_OUT, *tests]
     code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     if code != 0:
@@ -89,14 +90,14 @@ def run(sanitizer: str, library: Path, isa: str) -> None:
 
 
 def instruction_sets() -> list[str]:
-    """Those that this CPU has."""
+    """The instruction sets that this CPU has."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return ["baseline", *(isa for isa, flag in (("avx2", "avx2"), ("avx512", "avx512vl")) if flag in flags)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    # Python 3.11 holds the default, whatever it is, against the choices.
+    # Python 3.11 also checks the default against the choices.
     parser.add_argument("sanitizers", nargs="*", choices=[*TESTS, "all"], default="all")
     parser.add_argument("--built", action="store_true", help="take the core as an earlier run built it")
     options = parser.parse_args()

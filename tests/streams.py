@@ -1,7 +1,7 @@
 """Epoch ends beside training on the pretended GPU.
 
-``python tests/streams.py FOLDER WITHOUT`` takes one wait away and exits with 0 when every order of streams
-still gives the bits that waiting for everything gives. A wrong address may end it otherwise.
+``python tests/streams.py FOLDER WITHOUT`` leaves one wait out, and exits with 0 if every order of streams
+still gives the same bits as waiting for everything. A wrong address may end it in another way.
 """
 
 import sys
@@ -21,7 +21,7 @@ from rmsgd import backends
 from rmsgd.backends.streams import Streams
 
 WORKSPACE_BYTES = 5_000
-"""So little that the matrices below are measured in several batches."""
+"""So little workspace that the matrices below are measured in several batches."""
 
 
 def weights() -> list[Tensor]:
@@ -68,14 +68,14 @@ WITHOUT = {
     "record_stream": lambda streams, tensor: None,
     "caller_stream": lambda streams: nullcontext(),
 }
-"""What waits, or keeps memory, and what does without."""
+"""From a wait, or a reference that keeps memory, to the change that leaves it out."""
 
 
 def main(folder: Path, without: str) -> int:
     expected = train(folder, "at once")
     setattr(Streams, without, WITHOUT[without])
-    print(f"without {without}", flush=True)  # what goes wrong from here on is for want of it
-    orders = reversed(pretended_streams.ORDERS)  # a random one finds most
+    print(f"without {without}", flush=True)  # errors from here on are due to the missing wait
+    orders = reversed(pretended_streams.ORDERS)  # a random order finds most errors
     return 0 if all(same(train(folder, order), expected) for order in orders) else 1
 
 

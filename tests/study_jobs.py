@@ -19,7 +19,7 @@ from bench.study.runner import Place, Runner
 
 TINY = RunConfig("resnet14-digits", "digits", "rmsgd", batch=64, epochs=2, width=0.5, keep_weights=True)
 STEPS = 4
-"""In an epoch of `TINY`."""
+"""The number of steps in an epoch of `TINY`."""
 CPU = torch.device("cpu")
 
 
@@ -90,7 +90,7 @@ def _measure_budget(settings: dict, out: str, together, found) -> None:
 
 
 def budgets(config: RunConfig, out: Path, count: int) -> list[float]:
-    """What so many processes that ask at the same moment are told is the budget of a run."""
+    """The budgets of a run that `count` processes get when they ask at the same moment."""
     together, found = _context.Barrier(count), _context.Queue()
     arguments = (config.to_dict(), str(out), together, found)
     processes = [_context.Process(target=_measure_budget, args=arguments) for _ in range(count)]

@@ -1,6 +1,6 @@
 """Mixed precision with torch.amp.GradScaler, where torch's own fused SGD goes wrong on a CPU.
 
-Each of the three cases runs both optimizers, so that the day torch is put right is noticed.
+Each of the three cases runs both optimizers, so that a fix in torch will be noticed.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""A package from outside brings a backend by an entry point, and can do no harm when it is broken."""
+"""Another package brings a backend by an entry point, and does no harm when it is broken."""
 
 import json
 import warnings

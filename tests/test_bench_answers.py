@@ -1,4 +1,4 @@
-"""What `python -m bench` answers where something is wrong: one line, before anything is measured."""
+"""`python -m bench` answers with one line where something is wrong, before anything is measured."""
 
 import sys
 
@@ -20,7 +20,7 @@ from bench import (
 )
 from bench.gate import command as gate
 
-# Command to the function that does its work, as an object and a name.
+# From a command to the function that does its work, as an object and a name.
 WORK = {
     "train": (training, "train"),
     "epoch-time": (epoch_timing, "run"),

@@ -33,7 +33,7 @@ TINY = Settings("resnet14-digits", "digits", ("rmsgd", "sgd", "sam"), 64, 3, "cp
 
 @pytest.fixture(scope="module", autouse=True)
 def _simulated_clock():
-    """A loss takes a second, a step of an optimizer a tenth and an epoch end half of one."""
+    """Simulate a clock: a loss takes a second, a step a tenth of one, and an epoch end half of one."""
     clock = Clock()
 
     def taking(seconds, function):
@@ -64,7 +64,7 @@ def rows(result):
 
 
 def training_steps():
-    """Of an epoch of `bench train` with the same data and batch."""
+    """The number of steps in an epoch of `bench train` with the same data and batch."""
     return len(data.Batches(data.load(TINY.data, TINY.model).train, TINY.batch, seed=0))
 
 

@@ -1,4 +1,4 @@
-"""`python -m bench gate`: what it decides, how sure it is, what it counts, and what it refuses."""
+"""`python -m bench gate` decides, counts, and refuses as it says, with the error rate that it promises."""
 
 import ast
 import io
@@ -33,7 +33,7 @@ ROUNDS = 320
 
 @pytest.fixture(autouse=True)
 def _simulated_clock(request, monkeypatch):
-    """A round takes a millisecond, and a run of the self-test none: slow tests alone read the real clock."""
+    """Simulate a clock on which a round takes a millisecond; only slow tests read the real clock."""
     if "slow" not in request.keywords:
         monkeypatch.setattr(figures, "time", Clock(tick=0.001))
         monkeypatch.setattr(trial, "time", Clock())
@@ -48,7 +48,7 @@ def heavy_tailed(random, n):
 
 
 def in_bursts(random, n):
-    """A neighbour that comes and goes: a third of the time, ten rounds long, everything shakes."""
+    """The noise of a neighbour that comes and goes: it is there a third of the time, for ten rounds each."""
     busy = np.repeat(random.random(n // 10 + 1) < 0.3, 10)[:n]
     return random.standard_normal(n) * np.where(busy, 0.3, 0.06)
 
@@ -64,7 +64,7 @@ NOISES = [independent, heavy_tailed, in_bursts, correlated]
 
 
 def verdict_of_a_run(noise, true_ratio, random):
-    """The verdict at the first look that has one, of a figure whose limit is 5 % above 1."""
+    """The first verdict on a figure whose limit is 5 % above 1."""
     logs = math.log(true_ratio) + noise(random, ROUNDS)
     for look in range(1, LOOKS + 1):
         verdict = judge(interval(logs[: ROUNDS * look // LOOKS]), 1.05)
@@ -120,7 +120,7 @@ def test_rounds_that_were_disturbed_do_not_move_the_figure():
 
 
 class SyntheticTimer:
-    """What each case takes, with a seeded noise around it."""
+    """Gives the time of each case, with seeded noise."""
 
     def __init__(self, seconds):
         self.seconds = seconds
@@ -168,7 +168,7 @@ def test_a_round_times_there_and_back_and_begins_with_either():
 
 
 class DriftingTimer:
-    """Everything takes longer and longer, evenly."""
+    """Gives times that all grow steadily."""
 
     now = 1.0
 
@@ -183,8 +183,8 @@ def test_what_slows_a_case_and_its_control_alike_cancels():
     assert finding.logs == pytest.approx([math.log(1.5)] * len(finding.logs))
 
 
-def test_another_revision_is_held_against_with_both_controls():
-    """A process whose memory lies badly is slow in a case and in its control."""
+def test_another_revision_is_compared_by_both_controls():
+    """A process with an unfavourable layout of memory is slow in a case and in its control."""
     finding = Finding(against(here_over("a", "a", "a", "a-control", 0.05)), 1.0, 1.05)
     timers = {
         "here": SyntheticTimer({"a": 1.2 * 1.3, "a-control": 1.0 * 1.3}),
@@ -269,7 +269,7 @@ def test_other_kernels_are_advised_only_where_the_processor_has_them(tmp_path, t
 
 
 class SyntheticWorker(SyntheticTimer):
-    """Stands in for a process: every case takes a second, or what the test says."""
+    """Stands in for a process: every case takes a second, or the time that the test sets."""
 
     slow: dict[str, float] = {}  # noqa: RUF012 - set by the tests
 
@@ -291,7 +291,7 @@ class SyntheticWorker(SyntheticTimer):
 
 @pytest.fixture
 def gate(monkeypatch, tmp_path):
-    """Runs the command with synthetic times; the baseline expects every ratio to be its usual one."""
+    """Runs the command with synthetic times, against a baseline that expects every ratio as usual."""
     monkeypatch.setattr(command, "Worker", SyntheticWorker)
     monkeypatch.setattr(SyntheticWorker, "slow", {})
     path = tmp_path / "baseline.json"
@@ -404,7 +404,7 @@ def test_bad_arguments_are_status_2(flags, message, capsys):
 
 @pytest.fixture
 def without_core(monkeypatch):
-    """As in a checkout whose core was not built."""
+    """Pretend that the core of this checkout was not built."""
     monkeypatch.delenv("RMSGD_BACKEND", raising=False)
     monkeypatch.setitem(sys.modules, "rmsgd._cpu", None)
     monkeypatch.delattr(rmsgd, "_cpu", raising=False)
@@ -498,7 +498,7 @@ def nothing(make_optimizer):
 
 @pytest.fixture
 def their_project(monkeypatch, tmp_path):
-    """A module of the caller's where the gate's processes find it."""
+    """A module of the user's, in a place where the gate's processes find it."""
     (tmp_path / "their_training.py").write_text(TARGET)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return ["--target"]
@@ -650,7 +650,7 @@ def test_a_checkout_is_timed_through_a_symbolic_link_too(their_project, tmp_path
 
 @pytest.fixture
 def self_test(monkeypatch, tmp_path):
-    """Runs the self-test with synthetic runs: a slowed step is caught, a slowed epoch end goes by."""
+    """Runs the self-test with synthetic runs: a slowed step is caught, a slowed epoch end is missed."""
     path = written(tmp_path / "baseline.json")
     done = []
 
@@ -667,7 +667,7 @@ def test_the_self_test_knows_what_is_right(self_test, tmp_path):
     run, _ = self_test
     page = tmp_path / "README.md"
     page.write_text("<!-- measured: gate -->\n<!-- /measured -->\n")
-    assert run("--self-test", "2", "--readme", str(page)) == 1  # the slowed epoch end went by
+    assert run("--self-test", "2", "--readme", str(page)) == 1  # the slowed epoch end was missed
     record = json.loads((tmp_path / "gate.json").read_text())
     assert [(row["kind"], row["passed"], row["slower"]) for row in record["gate"]] == [
         ("unchanged", 2, 0),

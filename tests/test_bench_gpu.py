@@ -61,7 +61,7 @@ def test_an_unknown_section_is_answered_with_those_there_are(capsys):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs the command with sections of one's own, as if there were a GPU; returns status and result."""
+    """Runs the command with the test's own sections, as if there were a GPU; returns status and result."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(command.measure, "machine", dict)
 
@@ -222,7 +222,7 @@ def test_a_process_out_of_time_ends_with_its_children_and_what_it_said_is_kept(o
     assert "stopped for lack of time" in ended.failure()
     row, number = ended.output.split()
     assert row == "row"
-    while running(int(number)):  # it may take the system a moment
+    while running(int(number)):  # the system may need a moment
         time.sleep(0.01)
 
 
@@ -287,7 +287,7 @@ def test_a_test_that_hangs_or_crashes_is_named(said, status):
 
 
 def test_this_pytest_prints_such_lines(tmp_path):
-    """Also a test that fails, and one whose parameters hold spaces."""
+    """The lines include a test that fails, and one whose parameters hold spaces."""
     folder = tmp_path / "tests"
     folder.mkdir()
     (folder / "test_it.py").write_text(
@@ -636,7 +636,7 @@ def test_the_tables_show_rows_reasons_and_targets():
 
 
 class Event:
-    """Of a device that is busy until the host has queued everything, or not."""
+    """An event of a device that is busy until the host has queued everything, or is not."""
 
     reached = False
 
@@ -655,7 +655,7 @@ class Event:
 
 @pytest.fixture
 def slept(monkeypatch):
-    """The device's clock stood still; the cycles of every sleep."""
+    """The cycles of every sleep, on a device whose clock stands still."""
     cycles = []
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

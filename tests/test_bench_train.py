@@ -1,4 +1,4 @@
-"""`python -m bench train`: what it trains, measures, writes and answers."""
+"""`python -m bench train` trains, measures, writes and answers as it says."""
 
 import dataclasses
 import io
@@ -113,7 +113,7 @@ def test_epochs_of_the_optimizers_alternate():
 
 
 def test_rmsgd_reports_rates_ranks_and_quality_of_its_layers():
-    # By the letter of Algorithm 1 every rate decays; the default's stay at lr without a gain.
+    # Under Algorithm 1 to the letter every rate decays; those of the default stay at lr without a gain.
     _, (run,) = train(optimizers=("rmsgd-paper",))
     first, second = run.epochs
     assert set(first.learning_rates.values()) == {0.03}

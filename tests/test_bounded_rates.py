@@ -21,7 +21,7 @@ def network():
 
 def epochs(optimizer, model, ranks=(2,)):
     """Epoch ends at which the low-rank part of every weight has these ranks, the same for every optimizer."""
-    optimizer.step()  # without a gradient: it takes s(0)
+    optimizer.step()  # it has no gradient, and takes s(0)
     for epoch, rank in enumerate(ranks):
         torch.manual_seed(epoch)
         with torch.no_grad():
@@ -32,7 +32,7 @@ def epochs(optimizer, model, ranks=(2,)):
 
 
 def memory(optimizer):
-    """eta of every parameter as a checkpoint carries it, by name."""
+    """The eta of every parameter, by name, as a checkpoint carries it."""
     names = [name for group in optimizer.param_groups for name in group["param_names"]]
     return dict(zip(names, (s["rate"] for s in optimizer.state_dict()["state"].values()), strict=True))
 
@@ -117,7 +117,7 @@ def test_a_coarse_stable_rank_counts_for_little(rows, weight):
     (found,) = RULES["bounded"].mode_weights((rows, 1000), 0.03)
     assert found == pytest.approx(weight, abs=5e-5)
     assert RULES["paper"].mode_weights((rows, 1000), 0.03) == [1.0]
-    # One kept direction more moves a rate by less than half of lr0, whatever the number of rows.
+    # One more kept direction moves a rate by less than half of lr0, whatever the number of rows.
     assert found / rows <= 0.5 * 0.03
 
 

@@ -30,7 +30,7 @@ def step(model, optimizer, seed):
 
 
 def run(model, optimizer, begin, end, epoch=4):
-    """Steps begin to end, an epoch end after every fourth."""
+    """Take the steps from begin to end, with an epoch end after every fourth."""
     for t in range(begin, end):
         step(model, optimizer, t)
         if isinstance(optimizer, rmsgd.RMSGD) and (t + 1) % epoch == 0:
@@ -38,7 +38,7 @@ def run(model, optimizer, begin, end, epoch=4):
 
 
 def saved(state_dict, **kwargs):
-    """The state_dict after a way through a file."""
+    """The state_dict after it was saved to a file and loaded."""
     file = io.BytesIO()
     torch.save(state_dict, file)
     file.seek(0)
@@ -249,7 +249,7 @@ def test_past_gradients_change_their_form_with_the_rule(before, after):
     twin = rmsgd.RMSGD(other.parameters(), rule=before)
     twin.load_state_dict(saved(optimizer.state_dict()))
     twin.param_groups[0]["rule"] = after
-    for one in (optimizer, twin):  # as a schedule does
+    for one in (optimizer, twin):  # a schedule does the same
         one.param_groups[0]["lr"] *= 0.5
     step(model, optimizer, 3)
     step(other, twin, 3)

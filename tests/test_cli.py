@@ -1,4 +1,4 @@
-"""The command line says what it found, keeps stdout clean, and tells failures by its exit code."""
+"""The command line prints what it found, keeps stdout clean, and reports failures by its exit code."""
 
 import json
 import os

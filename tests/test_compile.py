@@ -78,7 +78,7 @@ def test_a_compiled_step_is_one_graph_compiled_once_and_equals_the_eager_one(nam
 
 @pytest.mark.parametrize("name", ["eager", "aot_eager", "inductor"])
 def test_forward_backward_and_step_make_one_graph(name):
-    """Dynamo traces ``backward`` where it is told to; of ``zero_grad`` torch says that it must not."""
+    """Dynamo traces ``backward`` where it is told to; torch forbids it to trace ``zero_grad``."""
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
         pytest.skip("this torch does not trace backward")
 

@@ -1,4 +1,4 @@
-"""What nobody trained is no layer, and the report says what it is."""
+"""A constant, which was not trained, is not a layer, and the report says what it is."""
 
 import math
 
@@ -18,7 +18,7 @@ def sines(rows, columns):
 
 
 def image_positions(side, columns):
-    """As masked autoencoders have them: a class token, then sines and cosines of rows and of columns."""
+    """The positions of masked autoencoders: a class token, then sines and cosines of rows and of columns."""
     angle = torch.arange(side)[:, None] / 10000 ** (torch.arange(columns // 4) * 4 / columns)
     half = torch.cat((angle.sin(), angle.cos()), 1)
     rows = half.repeat_interleave(side, 0)
@@ -79,7 +79,7 @@ def test_a_constant_is_skipped_with_its_reason(kind):
     constant, weight = rmsgd.probe({name: value, "weight": WEIGHT}).layers
     assert weight.skipped is None
     if reason is None:
-        assert constant.skipped is None  # fractions: what trains begins like this too
+        assert constant.skipped is None  # fractions: trained weights can begin like this too
     else:
         assert reason in constant.skipped
 

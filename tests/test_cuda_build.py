@@ -25,7 +25,7 @@ def kernels_of(source):
     return re.findall(r"^\s+(rmsgd_\w+)\(const __grid_constant__", (ROOT / "csrc" / source).read_text(), re.M)
 
 
-# What ptxas reports of a kernel for one architecture.
+# ptxas reports this about a kernel for one architecture.
 REPORT = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)' for 'sm_(?P<arch>\d+)'\n"
     r".*Function properties for (?P=kernel)\n"
@@ -86,7 +86,7 @@ test "$1" = --list-gpu-arch && echo compute_75 compute_80 compute_90 compute_110
 
 @pytest.fixture
 def compiled_for(monkeypatch, tmp_path):
-    """The architectures that nvcc is asked for under these variables where these GPUs are visible."""
+    """The architectures that nvcc gets under these variables where these GPUs are visible."""
     said, nvcc = tmp_path / "said", tmp_path / "nvcc"
     nvcc.write_text(NVCC.format(said=said))
     nvcc.chmod(0o755)
@@ -157,7 +157,7 @@ def test_a_list_of_architectures_that_says_nothing_is_named(compiled_for, capfd,
 
 
 def driver(capabilities, status=0):
-    """As much of libcuda as tells the GPUs."""
+    """The part of libcuda that reports the GPUs."""
 
     def write(pointer, value):
         pointer._obj.value = value

@@ -1,4 +1,4 @@
-"""The CUDA backend gives what the reference gives, whatever the order in which its threads run."""
+"""The CUDA backend agrees with the reference, whatever the order in which its threads run."""
 
 import ctypes
 import threading
@@ -284,7 +284,7 @@ def deficient(rows, columns, dtype):
 
 
 def waiting_for_singular_values():
-    """Matrices whose Gram matrices decide nothing, of every type and layout, and among them others."""
+    """Matrices of every type and layout whose Gram matrices decide nothing, with others among them."""
     return spectra(
         deficient(12, 17, torch.float32),
         torch.randn(9, 14),
@@ -441,7 +441,7 @@ def unaligned(n, dtype, offset):
 
 
 def make_tables(dtype, offsets=(0, 0, 0), sizes=SIZES, buffers=True):
-    """Weights, buffers and gradients that begin so many elements after 16-byte boundaries."""
+    """Weights, buffers and gradients that begin ``offsets`` elements after 16-byte boundaries."""
     parameters = [unaligned(n, dtype, offsets[0]) for n in sizes]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     kept = [unaligned(n, wide, offsets[1]) if buffers else None for n in sizes]
@@ -557,7 +557,7 @@ def test_parameters_without_elements_take_no_launch(backend):
 @pytest.mark.parametrize("offsets", [(0, 0, 0), (1, 0, 0), (0, 1, 3), (3, 2, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_weights_of_half_precision_take_float32_gradients_as_they_are(backend, dtype, offsets, momentum):
-    """Of 2^18, which float16 does not hold; 2^10 when unscaled."""
+    """The gradients are 2^18, which float16 does not hold, and 2^10 when unscaled."""
     tables, gradients = make_tables(dtype, offsets)
     _, single = make_tables(torch.float32, offsets)
     mixed: list[torch.Tensor | None] = [

@@ -21,14 +21,14 @@ WITHOUT_ASKING = 48 * 1024
 
 
 class Driver:
-    """CuPy's, over the emulated kernels: like CUDA's it refuses memory not asked for, and another device."""
+    """CuPy's driver over the emulated kernels. Like CUDA's it refuses too much memory, and other devices."""
 
     def __init__(self, kernels):
         self.kernels, self._thread = kernels, threading.local()
         self.functions, self.allowed, self.loaded = [], {}, 0
         self.ctxGetCurrent = lambda: self.current[0]
         self.ctxSetCurrent = lambda context: self.current.__setitem__(0, context)
-        self.pause = lambda: None  # what takes CUDA a while
+        self.pause = lambda: None  # a call that takes CUDA a while
 
     @property
     def current(self):
@@ -66,7 +66,7 @@ class Driver:
 
 
 def pretended_cupy(driver=None, capability="75", known=(75, 90)):
-    """As much of CuPy as ``NvrtcKernels`` asks for."""
+    """The part of CuPy that ``NvrtcKernels`` uses."""
 
     class Device:
         compute_capability = capability

@@ -1,4 +1,4 @@
-"""Where something is missing, RMSGD works all the same, and doctor says what is missing and what to do."""
+"""Where something is missing RMSGD still works, and doctor says what is missing and what to do."""
 
 import json
 import os
@@ -46,7 +46,7 @@ print(json.dumps([doctor.examine(), list(optimizer.learning_rates().values())]))
 
 
 def train(missing=(), threads=0, prefix=(), **environment):
-    """What doctor says there, and the learning rates after two epochs."""
+    """The output of doctor there, and the learning rates after two epochs."""
     done = subprocess.run(
         [*prefix, sys.executable, "-c", TRAIN.format(missing=list(missing), threads=threads)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "RMSGD_BACKEND": "", **environment},
@@ -147,7 +147,7 @@ def gpu(monkeypatch):
 
 
 class Outdated:
-    """``rmsgd._cuda`` where the driver is older than the CUDA that compiled it."""
+    """``rmsgd._cuda`` on a machine whose driver is older than the CUDA that compiled it."""
 
     CUDA_VERSION = 13000
     ARCHITECTURES = "75,90"

@@ -42,7 +42,7 @@ def job(request):
 
 
 def network():
-    """Shapes that neither 2 nor 4 ranks can share evenly; the last layer leaves one of 4 without a part."""
+    """A network that 2 or 4 ranks cannot share evenly; its last layer leaves one of 4 without a part."""
     torch.manual_seed(0)
     return planted(
         nn.Sequential(

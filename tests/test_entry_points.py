@@ -1,4 +1,4 @@
-"""Whatever the compiled core is given: a result or a Python exception, and not a byte written elsewhere."""
+"""Whatever the compiled core is given, it returns or raises, and writes to no other memory."""
 
 import math
 import threading
@@ -17,7 +17,7 @@ from rmsgd.backends.base import MEASURED, STABLE_RANK
 _cpu = pytest.importorskip("rmsgd._cpu", reason="the compiled core was not built")
 
 REFUSALS = (TypeError, ValueError, IndexError, OverflowError)
-"""What bad arguments may be answered with; MemoryError beside these where a size is huge."""
+"""The exceptions that bad arguments may raise, besides MemoryError where a size is huge."""
 
 INT64 = 2**63 - 1
 PLAIN = (1.0, 0.9, 0.0, 0.0, False, False, True)
@@ -88,7 +88,7 @@ ARENA = 4096
 
 
 class Arena:
-    """Memory with parameters and buffers somewhere in it; all else in it must stay as it is."""
+    """Memory with parameters and buffers somewhere in it. The rest of it must stay as it is."""
 
     def __init__(self):
         self.bytes = np.full(ARENA, 0xA5, np.uint8)
@@ -170,7 +170,7 @@ def test_a_step_writes_its_parameters_and_buffers_and_nothing_else(made, data):
 @given(plans(), st.data())
 def test_garbage_makes_no_plan(made, data):
     arena, arguments = made
-    # No address of nowhere: that there is memory at an address is for the caller to know.
+    # There are no invalid addresses, since the caller must know that there is memory at an address.
     garbage = st.one_of(
         anything.filter(lambda x: not isinstance(x, int) or not 4096 < x < 2**62),
         st.builds(odd_array, st.just(data.draw), st.just(arguments[6])),

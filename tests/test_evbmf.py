@@ -1,4 +1,4 @@
-"""The EVBMF noise variance is the global minimiser of the free energy, and evbmf() says the rest."""
+"""The EVBMF noise variance is the global minimiser of the free energy, and evbmf() returns what follows."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What is frozen may be a tensor of any kind and is left alone; what is trained and cannot be is named."""
+"""A frozen parameter may be a tensor of any kind; an error names a trained one of a wrong kind."""
 
 import io
 from copy import deepcopy
@@ -14,7 +14,7 @@ import rmsgd
 
 
 class Packed(torch.Tensor):
-    """A wrapper subclass, as quantised weights are: of a shape and a type, and without memory of its own."""
+    """A wrapper subclass such as quantised weights: it has a shape and a type, and no memory of its own."""
 
     @staticmethod
     def __new__(cls, codes):
@@ -32,7 +32,7 @@ class Packed(torch.Tensor):
 
 
 class Untouchable(torch.Tensor):
-    """A tensor of which no operation and no attribute that torch knows may be asked."""
+    """A tensor on which no operation may be called and no attribute read that torch knows."""
 
     asked = None
 
@@ -66,7 +66,7 @@ KINDS = {
     "quantized": lambda: torch.quantize_per_tensor(torch.ones(3, 4), 0.1, 0, torch.qint8),
 }
 COPIED = KINDS.keys() - {"lazy", "wrapper", "nested", "jagged", "sparse", "csr"}
-"""Those that torch itself can copy."""
+"""The kinds that torch itself can copy."""
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
 
@@ -263,7 +263,7 @@ def test_a_loaded_state_leaves_what_has_thawed_since_to_the_step():
 
 
 def trained_adapters(model, adapters):
-    """Trains what is not frozen; its gradients are random, and the base has to stay as it was."""
+    """Trains the parameters that are not frozen, on random gradients; the base must stay as it was."""
     optimizer = rmsgd.RMSGD(model.named_parameters())
     x = torch.randn(16, 64)
     before = model(x).detach()

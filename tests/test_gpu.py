@@ -1,4 +1,4 @@
-"""On a GPU the optimizer is the CPU's, waits for nothing, and can be captured. Needs a CUDA device."""
+"""On a GPU the optimizer gives the CPU's results, waits for nothing, and can be captured (needs a GPU)."""
 
 import copy
 import functools
@@ -26,7 +26,7 @@ from rmsgd.layers import unfoldings
 pytestmark = pytest.mark.gpu
 
 BOTH_ROUTES = [entry.name for entry in backends.ENTRIES if entry.device == "cuda"]
-# One at a time where RMSGD_TEST_BACKENDS says so: an illegal access spoils all later tests of its process.
+# RMSGD_TEST_BACKENDS names one at a time, since an illegal access spoils all later tests of its process.
 ROUTES = [name for name in BOTH_ROUTES if name in os.environ.get("RMSGD_TEST_BACKENDS", name).split(",")]
 NETWORKS = ("resnet18", "resnet50", "mobilenetv2", "vit-b16")
 LR, BETA = 0.03, 0.98
@@ -38,7 +38,7 @@ def entry(name):
 
 @pytest.fixture(params=ROUTES)
 def route(request, monkeypatch):
-    """Either way to the kernels."""
+    """Each way to the kernels in turn."""
     status = entry(request.param).status()
     if not status.available:
         pytest.skip(status.reason)
@@ -48,7 +48,7 @@ def route(request, monkeypatch):
 
 @pytest.fixture
 def quick(route):
-    """The route, with everything that is done once behind it: compilation, streams, the first allocations."""
+    """The route after everything that happens once: compilation, streams, the first allocations."""
     p = Parameter(torch.randn(8, 16, device="cuda"))
     optimizer = rmsgd.RMSGD([p])
     p.grad = torch.randn_like(p)
@@ -77,7 +77,7 @@ def trained_like(network):
 
 
 def moved(rates):
-    """Whether the weights had a say in most of the rates."""
+    """Whether the weights have moved most of the rates."""
     return sum(abs(rate - BETA * LR) > 1e-4 * LR for rate in rates.values()) > len(rates) / 2
 
 
@@ -405,7 +405,7 @@ def test_twenty_steps_in_a_graph_follow_rates_that_change_between_replays(quick)
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(quick, tool):
-    """Not its initcheck: it would take what torch's kernels have written, which are left out, for nothing."""
+    """initcheck is left out: it skips torch's kernels, so their output would count as uninitialised."""
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         pytest.skip("no compute-sanitizer")
@@ -426,7 +426,7 @@ def test_compute_sanitizer_finds_nothing(quick, tool):
     assert "ERROR SUMMARY: 0 errors" in said or "RACECHECK SUMMARY: 0 hazards" in said, said[-4000:]
 
 
-# The other route comes into the process here, after everything that it might spoil.
+# The other route is loaded here, after everything that it might spoil.
 @pytest.mark.skipif("cupy" not in ROUTES, reason="it is left to the tests of cupy")
 def test_both_routes_give_the_same_result(monkeypatch):
     if not all(entry(name).status().available for name in BOTH_ROUTES):

@@ -1,4 +1,4 @@
-"""A zip of class folders: read as it is, decoded once, refused with one line where it is no such thing."""
+"""A zip of class folders is read as it is and decoded once; anything else is refused with one line."""
 
 import io
 import multiprocessing
@@ -34,7 +34,7 @@ def jpeg(value, size=SIZE):
 
 
 def names(train=3, test=2, classes=CLASSES, root=""):
-    """Names as CIFAR-10's archive has them, test first."""
+    """Names in the form of CIFAR-10's archive, the test set first."""
     return [
         f"{root}{split}/{label}/{index:04}.jpg"
         for split, count in (("test", test), ("train", train))
@@ -154,7 +154,7 @@ def cut(path):
 
 
 def changed(path):
-    """Another pixel than the checksum is of."""
+    """Change a pixel, so that the checksum is wrong."""
     content = bytearray(path.read_bytes())
     content[content.index(b"\xff\xd8") + 200] ^= 255
     path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Data sets on the disk: what is read, and what is said of a folder that is not what it claims."""
+"""Data sets on the disk are read, and a folder that is not what it claims is refused by name."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""RMSGD in trainers: its epochs end when theirs do, once each, also under accumulation and after a resume."""
+"""RMSGD's epochs end when those of a trainer do, once each, also under accumulation and after a resume."""
 
 import copy
 import csv
@@ -237,7 +237,7 @@ def test_an_interval_that_is_no_positive_number_is_refused(lit_epoch_step, every
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Data that do not say how many they are."""
+    """Data without a length."""
 
     def __iter__(self):
         return iter(data())

@@ -27,7 +27,7 @@ def job():
 
 
 def samples():
-    """All different, so that each rank has gradients of its own."""
+    """Samples that all differ, so that each rank has gradients of its own."""
     generator = torch.Generator().manual_seed(1)
     return [{"x": torch.randn(6, generator=generator), "labels": torch.tensor(i % 3)} for i in range(SAMPLES)]
 

@@ -15,11 +15,11 @@ AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", 
     "source", ["sgd/step_cpu", "spectrum/gram_cpu", "spectrum/tridiagonal_cpu", "spectrum/eigenvalues_cpu"]
 )
 def test_all_that_a_kernel_shares_with_other_sources_is_in_its_own_namespace(tmp_path, source):
-    # Of an inline function that several sources hold, the linker keeps one: it must not be the AVX-512 one.
+    # The linker keeps one copy of an inline function in several sources. It must not be the AVX-512 copy.
     if COMPILER is None or shutil.which("nm") is None:
         pytest.skip("no compiler")
     target = tmp_path / "kernel.o"
-    # Without optimisation, as sanitizers have it, no function is inlined that does not have to be.
+    # Without optimisation, as under sanitizers, no function is inlined unless it must be.
     command = [COMPILER, "-std=c++17", "-O0", "-fPIC", "-Wno-psabi", "-DRMSGD_ISA=avx512", *AVX512]
     subprocess.run([*command, f"-I{ROOT}/csrc", "-c", f"{ROOT}/csrc/{source}.cpp", "-o", target], check=True)
     listed = subprocess.run(

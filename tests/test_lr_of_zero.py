@@ -141,7 +141,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("tensor", [False, True])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_under_a_schedule_a_run_whose_rates_stay_is_sgds(name, tensor):
-    """Also where a schedule raises a group from 0, and where one begins at 0 itself."""
+    """This holds also where a schedule raises a group from 0, and where a schedule begins at 0."""
     make, initial_lr = SCHEDULES[name]
     zero = torch.tensor(0.0, dtype=torch.float64) if tensor else 0.0
     body = {"lr": zero} if initial_lr is None else {"lr": zero, "initial_lr": initial_lr}

@@ -1,4 +1,4 @@
-"""Interleaved timing, ratios with intervals, and the JSON they are kept in."""
+"""Timing is interleaved, ratios have intervals, and their JSON can be read."""
 
 import gc
 import json
@@ -87,7 +87,7 @@ def test_the_interval_covers_the_true_ratio_as_often_as_it_says(rounds):
 
 
 def test_the_interval_is_that_of_the_sign_test():
-    """Tabulated: of 10 sorted samples the 2nd and the 9th, of 15 the 4th and the 12th."""
+    """Tables give the 2nd and the 9th of 10 sorted samples, and the 4th and the 12th of 15."""
     assert measure.median(range(10)) == (4.5, 1.0, 8.0)
     assert measure.median(range(15)) == (7.0, 3.0, 11.0)
 

@@ -1,4 +1,4 @@
-"""A metric is declared once: every view shows what is declared, and nothing measured is not quality 0."""
+"""A metric is declared once and every view shows it; a network without a measured layer has no quality."""
 
 import dataclasses
 import io

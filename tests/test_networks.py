@@ -29,7 +29,7 @@ def names(report):
 LAYERS = list(network())
 
 NETWORKS = {
-    # what is in the file: what is measured, and what else is said to be there
+    # From the content of a file to the network that is measured, and the others that are named
     "a wrapper and its average": (
         lambda: {"model": network(), "model_ema": network(), "epoch": 3},
         LAYERS,

@@ -1,6 +1,6 @@
-"""RMSGD in torch's own database of optimizers: it promises what every optimizer of torch promises.
+"""RMSGD keeps the promises of every optimizer of torch.
 
-The checks follow those that torch runs over its own optimizers.
+The checks follow those that torch runs over its own optimizers, in its own database of them.
 """
 
 import functools

@@ -111,7 +111,7 @@ def test_a_gradient_may_lie_in_memory_in_any_way(backend):
     assert not torch.equal(stepped[0], weight.t())
 
 
-def data_moved(velocity):  # as scripts do that bring an optimizer to another device
+def data_moved(velocity):  # scripts do this to move an optimizer to another device
     velocity.data = velocity.data.clone()
 
 
@@ -405,7 +405,7 @@ def test_an_optimizer_that_its_parameter_refers_to_is_collected():
 
 
 class NoFloat64(TorchFunctionMode):
-    """The meta device as one without float64, as Apple's is."""
+    """A meta device without float64, like Apple's device."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))

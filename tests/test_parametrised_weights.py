@@ -39,7 +39,7 @@ def sparse(layer):
 
 
 def trained(layer, steps=30):
-    """After enough forward passes for the power iteration of spectral_norm to have come near its end."""
+    """The layer after enough forward passes for the power iteration of spectral_norm to converge."""
     for _ in range(steps):
         layer(torch.randn(1, 12, *[9] * (layer.weight.ndim - 2)))
     return layer

@@ -1,4 +1,4 @@
-"""The optimizers RMSGD is measured against can be made by name and train a small problem."""
+"""The optimizers that RMSGD is compared with can be made by name, and train a small problem."""
 
 import subprocess
 import sys

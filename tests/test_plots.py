@@ -1,4 +1,4 @@
-"""Figures are drawn without a display, from plain values, and say what they need."""
+"""Figures are drawn without a display, from plain values, and name a missing package."""
 
 import re
 import subprocess
@@ -28,7 +28,7 @@ def test_curves_are_named_at_their_ends_and_those_that_end_alike_together(tmp_pa
         "c.weight": 0.09,
         "d.weight": 0.03,
         "e.weight": float("nan"),
-    }  # a gap: it ended before
+    }  # the gap shows a run that ended before
     plots.layer_curves(tmp_path / "f.svg", {name: [0.03, end] for name, end in ends.items()}, ylabel="rate")
     drawn = (tmp_path / "f.svg").read_text()
     assert "<!-- a and 3 more -->" in drawn

@@ -19,7 +19,7 @@ def network():
 
 
 def options_of_rmsgd(lr, **changed):
-    """The options that a group needs for its rates to move, RMSGD's defaults but for these."""
+    """The options that a group needs for its rates to move: RMSGD's defaults, except the given ones."""
     (group,) = rmsgd.RMSGD([nn.Parameter(torch.ones(1))], lr=lr, **changed).param_groups
     return {name: value for name, value in group.items() if name not in ("params", "lr")}
 

@@ -40,7 +40,7 @@ def names(report):
 
 
 class Malicious:
-    """Unpickled, it would make a file."""
+    """An object that would make a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -340,7 +340,7 @@ def test_an_unknown_dtype_in_a_safetensors_file_is_one_line(tmp_path):
 PEAK = """
 import resource, sys
 import rmsgd
-rmsgd.probe({"w": __import__("torch").randn(64, 64)})  # what any probe loads is there
+rmsgd.probe({"w": __import__("torch").randn(64, 64)})  # loads what every probe needs
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 report = rmsgd.probe(sys.argv[1])
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Every file format is read as what it says, and one that is not read is called by its name."""
+"""Every known file format is read, and a format that is not read is named."""
 
 import gzip
 import io
@@ -73,7 +73,7 @@ def test_kernels_of_flax_and_keras_have_their_channels_first(tmp_path):
 
 
 def gguf(tensors, alignment=32):
-    """A file of name -> (type number, shape, bytes), with settings of several types."""
+    """A GGUF file of name -> (type number, shape, bytes), with settings of several types."""
 
     def text(value):
         return struct.pack("<Q", len(value)) + value.encode()

@@ -31,7 +31,7 @@ def names(report):
 
 
 class Calls:
-    """Unpickled, it would call ``function(*arguments)``."""
+    """An object that would call ``function(*arguments)`` when it is unpickled."""
 
     def __init__(self, function, *arguments):
         self.reduced = function, arguments
@@ -41,14 +41,14 @@ class Calls:
 
 
 class CallsLater(Calls):
-    """It would do so by way of an object's state."""
+    """An object that would do so through its state."""
 
     def __reduce__(self):
         return object, (), {"x": 1}, iter([Calls(*self.reduced)]), iter([(1, Calls(*self.reduced))])
 
 
 def attacks(marker):
-    """What would leave ``marker`` behind if it were executed, by kind."""
+    """Objects, by kind, that would leave ``marker`` behind if they were executed."""
     touch = f"open({str(marker)!r}, 'w')"
     return {
         "os.system": Calls(os.system, f"touch {marker}"),
@@ -112,7 +112,7 @@ def test_names_of_code_are_refused_by_every_opcode(tmp_path, name, opcode):
 
 
 def test_a_pickle_changes_nothing_of_this_package(tmp_path):
-    """BUILD would set attributes on whatever is on the stack: a name, a function, a class."""
+    """BUILD would set attributes on any object on the stack: a name, a function, a class."""
     for name in (b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n", b"ctorch\nSize\n"):
         (tmp_path / "m.pkl").write_bytes(b"\x80\x02" + name + b"N}X\x0c\x00\x00\x00__defaults__)s\x86b.")
         with pytest.raises(CheckpointError):
@@ -166,7 +166,7 @@ def test_a_pickle_of_very_many_steps_is_given_up(tmp_path, monkeypatch):
 
 
 class Config(dict):
-    """As OmegaConf's, EasyDict's and the like: a class of its own, made by its own functions."""
+    """A dictionary like those of OmegaConf and EasyDict: a class of its own, made by its own functions."""
 
     def __init__(self, values):
         super().__init__(values)

@@ -1,4 +1,4 @@
-"""README and docs are true: their code runs, their commands exist, what they name is there."""
+"""README and docs are true: their code runs, their commands exist, and so does everything that they name."""
 
 import ast
 import logging
@@ -56,7 +56,7 @@ def execute(block, names):
 
 
 def run(heading, page="docs/trainers.md", **names):
-    """The names that a page's block under a heading leaves behind, run with these given."""
+    """Run a page's block under a heading with these names, and return all names afterwards."""
     (block,) = [block for block in python(page) if block.heading == heading]
     namespace = {"rmsgd": rmsgd, "torch": torch, "epochs": EPOCHS, "loss_function": cross_entropy} | names
     execute(block, namespace)
@@ -64,7 +64,7 @@ def run(heading, page="docs/trainers.md", **names):
 
 
 def network():
-    """A first layer with a low-rank part of two directions, whose stable rank moves, and a last one."""
+    """A network whose first layer has a low-rank part of two directions, so that its stable rank moves."""
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
     with torch.no_grad():
         model[0].weight += 0.5
@@ -82,7 +82,7 @@ def batches():
 
 
 def assert_ended(optimizer, epochs=EPOCHS):
-    """So many epochs of RMSGD's were ended; a schedule may have taken the rates applied to 0 by now."""
+    """Check that RMSGD has ended ``epochs`` epochs; a schedule may have taken the rates to 0 by now."""
     states = optimizer.state_dict()["state"].values()
     assert {state["epoch"] for state in states} == {epochs}
     assert any(state["rate"] != 0.03 for state in states)
@@ -99,7 +99,7 @@ RUN_WHOLE = [page for page in PAGES if python(page) and page != "docs/trainers.m
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """What a reader of the pages has at hand: a model, data, and some checkpoints in the current folder."""
+    """The things that a reader of the pages has: a model, data, and checkpoints in the current folder."""
     monkeypatch.chdir(tmp_path)
     model = network()
     for name in ("model.pt", "before.pt", "after.pt", "epoch_1.pt", "epoch_2.pt"):
@@ -281,7 +281,7 @@ def test_tensorboard(tmp_path):
 
 def test_without_epochs_a_small_transformer_learns_and_its_rates_move():
     torch.manual_seed(0)
-    text = torch.arange(1000) * 5 % 16  # to be continued by whoever has seen the one before
+    text = torch.arange(1000) * 5 % 16  # each token follows from the one before
     model = GPT(classes=16, width=1 / 6)  # 6 layers of 64 channels
     optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.05)
     losses, rates = [], []

@@ -1,4 +1,4 @@
-"""Every scheduler of torch multiplies the layers' rates; group["lr"] stays the user's."""
+"""Every scheduler of torch multiplies the layers' rates, and group["lr"] belongs to the user."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""What is shipped is complete, holds nothing else, and installs with and without a compiler."""
+"""Archives and wheels are complete, hold nothing else, and install with and without a compiler."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def run(*command, cwd=ROOT, **environment):
 
 
 def copied(folder):
-    """A copy of the checkout: builds of other tests and of the developer use the same folder there."""
+    """A copy of the checkout, since other builds there would use the same folder."""
     for name in run("git", "ls-files", "--cached", "--others", "--exclude-standard").splitlines():
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def copied(folder):
 
 
 def build(kind, folder, **environment):
-    """Build an sdist or a wheel with the packages that are installed here; its path."""
+    """Build an sdist or a wheel with the packages that are installed here, and return its path."""
     pytest.importorskip("build")
     pytest.importorskip("pybind11")
     copy = copied(folder / "source")
@@ -74,7 +74,7 @@ def wheel(tmp_path_factory):
 
 
 def python_of_clean_environment(folder):
-    """A new environment that has what rmsgd depends on, but not rmsgd: the Python to run."""
+    """The Python of a new environment that has rmsgd's dependencies, but not rmsgd."""
     venv.create(folder, with_pip=False)
     [site] = folder.glob("lib/python*/site-packages")
     dependencies = [p for p in sys.path if Path(p).name == "site-packages"]
@@ -88,7 +88,7 @@ def install(python, *package, **environment):
 
 
 def doctor(python, folder):
-    """What ``rmsgd doctor`` of an environment says, by its own script, and from where rmsgd came."""
+    """The output of ``rmsgd doctor`` by an environment's own script, and the place that rmsgd came from."""
     environment = {"PYTHONPATH": "", "RMSGD_BACKEND": ""}
     where = run(python, "-c", "import rmsgd; print(rmsgd.__file__)", cwd=folder, **environment)
     assert str(python.parents[1]) in where

@@ -1,4 +1,4 @@
-"""The stochastic line search: the step it takes, and the decrease that the step must bring."""
+"""The stochastic line search takes the right step, which brings the decrease that it must."""
 
 import math
 

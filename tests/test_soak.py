@@ -54,7 +54,7 @@ class Run:
 
     def steps(self, count):
         for _ in range(count):
-            # Towards changing targets: weights stay bounded, whatever the number of steps.
+            # Targets change, so that weights stay bounded, whatever the number of steps.
             for k, p in enumerate(self.parameters):
                 pull = torch.randn(p.shape, generator=self.generator, dtype=torch.float64)
                 p.grad = (0.1 * p.detach().double() + pull).to(p.dtype)
@@ -79,7 +79,7 @@ class Run:
         self.optimizer.report()
         for k, shape in enumerate(SHAPES):
             if len(shape) == 1:
-                self.rates[k] = self.rates[k - 1]  # of the layer before it
+                self.rates[k] = self.rates[k - 1]  # it follows the layer before it
                 continue
             weight, s = torch.from_numpy(self.weights[k]), 0.0
             for u, share in zip(unfoldings(shape), PAPER.mode_weights(shape, 0.02), strict=True):
@@ -108,7 +108,7 @@ class Run:
 )
 def test_steps_and_epoch_ends_leave_nothing_behind_and_do_not_drift(epochs, steps):
     run = Run()
-    for _ in range(5):  # caches and buffers that stay fill up
+    for _ in range(5):  # permanent caches and buffers fill up
         run.steps(steps)
         run.epoch_end()
     gc.collect()

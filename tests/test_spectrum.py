@@ -1,4 +1,4 @@
-"""From weights to metrics on a CPU: what the compiled core measures is what a float64 SVD measures."""
+"""From weights to metrics on a CPU, the compiled core agrees with a float64 SVD."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def oracle(weight, unfolding=None):
 
 
 def assert_within_promise(row, weight, unfolding=None):
-    """Rank as the oracle's, stable rank within 1e-6, condition within 1e-5 (1e-4 above 1e3)."""
+    """Check against the oracle: the rank, stable rank within 1e-6, condition within 1e-5 (1e-4 above 1e3)."""
     (rank, variance, stable_rank, condition, nuclear), condition_number = oracle(weight, unfolding)
     assert row[STATUS] == MEASURED
     assert row[RANK] == rank
@@ -89,7 +89,7 @@ def noise_and_low_rank(rows, columns, rank, strength=1.0, seed=0):
 
 
 def integers(rows, columns, rank, seed=0):
-    """An integer matrix of this rank: every format here holds it without rounding."""
+    """An integer matrix of this rank, which every format here holds without rounding."""
     rng = generator(seed)
     return torch.from_numpy(
         (rng.integers(-2, 3, (rows, rank)) @ rng.integers(-2, 3, (rank, columns))).astype(float)
@@ -298,7 +298,7 @@ def test_initial_weights_of_a_layer_need_nothing_but_fp32():
 
 @pytest.fixture(scope="module")
 def flip():
-    """Singular values of which a third one turns the oracle's rank from 2 into 3 as it passes the value."""
+    """Singular values, and the value of a third at which the oracle's rank turns from 2 into 3."""
     L, M = 30, 75
     noise = np.linalg.svd(generator(3).standard_normal((L - 3, M)), compute_uv=False)
 

@@ -1,4 +1,4 @@
-"""What others keep in the state of the optimizer stays there, and goes through checkpoints and copies."""
+"""Entries that others keep in the optimizer's state stay there, and are part of checkpoints and copies."""
 
 import io
 import pickle
@@ -197,7 +197,7 @@ def test_a_wrapper_that_saves_the_state_itself_finds_it_up_to_date():
     model = network()
     optimizer = rmsgd.RMSGD(model.named_parameters(), rule="paper", step_size=1, gamma=0.9)
 
-    def held():  # without a call of the optimizer's
+    def held():  # reads the state without a call of the optimizer
         return [dict(state) for state in optimizer.state.values()]
 
     for seed in range(3):

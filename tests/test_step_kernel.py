@@ -15,7 +15,7 @@ from rmsgd import reference
 
 _cpu = pytest.importorskip("rmsgd._cpu", reason="the compiled core was not built")
 
-# The step's own threads are asked for by name.
+# The number of the step's own threads is an argument.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = (0, 1, 3, 17, 64, 100_000)
@@ -34,7 +34,7 @@ def unaligned(values: Tensor) -> Tensor:
 
 @dataclass
 class Problem:
-    """Parameters with everything a plan points to."""
+    """Parameters with all the memory that a plan points to."""
 
     weights: list[Tensor]
     gradients: list[Tensor | None]

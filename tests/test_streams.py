@@ -1,4 +1,4 @@
-"""What is asked of a GPU comes out the same whichever of its streams runs first."""
+"""Results on a GPU are the same, whichever of its streams runs first."""
 
 import os
 import subprocess
@@ -117,7 +117,7 @@ def test_tensors_of_several_devices_do_not_meet(gpu_folder):
 
 
 def trained(device):
-    """Parameters and rates after two epochs of scaled gradients, the learning rate a tensor."""
+    """Parameters and rates after two epochs of scaled gradients, with a learning rate that is a tensor."""
     torch.manual_seed(0)
     weights = (low_rank(20, 30, 3, 0.1), torch.randn(20), torch.randn(8, 4, 3, 3), torch.randn(0, 5))
     parameters = [Parameter(w.double().to(device)) for w in weights]
@@ -240,7 +240,7 @@ def test_a_backend_is_tried_out_on_the_device_of_its_parameters(gpu_folder, monk
 
 
 def measured_aside(gpu_folder, order, measure):
-    """What ``measure(backend, weights)`` gives of three weights, one for each stage of the accuracy guard."""
+    """The result of ``measure(backend, weights)`` for three weights, one per stage of the accuracy guard."""
     torch.manual_seed(0)
     weights = [low_rank(20, 30, 3, noise) for noise in (0.5, 1e-3, 0.0)]
     with rehearsal.rehearsed(gpu_folder, order):
@@ -259,18 +259,18 @@ def together(backend, weights):
 
 
 def one_by_one(backend, weights):
-    """As the ranks of several meshes do."""
+    """Measure weights one by one, as the ranks of several meshes do."""
     return [backend.measure([(w, u)]) for w in weights for u in unfoldings(w.shape)]
 
 
 def one_plan_at_a_time(backend, weights):
-    """As where many networks are measured in turn: a plan is dropped before its last kernel has run."""
+    """Drop each plan before its last kernel has run, as where many networks are measured in turn."""
     with mock.patch.object(cuda, "_KEPT_PLANS", 1):
         return one_by_one(backend, weights)
 
 
 def gathered(backend, weights):
-    """As the ranks of FSDP do: whole weights are made on the stream where they are measured."""
+    """Make whole weights on the stream that measures them, as the ranks of FSDP do."""
     return together(backend, [w + 0 for w in weights])
 
 
@@ -287,7 +287,7 @@ def under_deterministic_algorithms(backend, weights):
     "measure", [together, one_by_one, one_plan_at_a_time, gathered, under_deterministic_algorithms]
 )
 def test_memory_of_the_stream_beside_is_used_when_it_is_done_with_it(gpu_folder, order, measure):
-    """The workspace, and the weights: they may be dropped before they are read again."""
+    """This is the workspace and the weights, which may be dropped before they are read again."""
     expected = measured_aside(gpu_folder, "at once", together)
     found = measured_aside(gpu_folder, order, measure)
     assert [row for table in found for row in table] == expected[0]

@@ -1,4 +1,4 @@
-"""Data sets of the study in their authors' formats, and what is said of those that are wrong."""
+"""The study reads data sets in their authors' formats, and names what is wrong with others."""
 
 import bz2
 import csv
@@ -48,7 +48,7 @@ def pixels(count, seed):
 
 
 def parts(name):
-    """File of the binary form, file of the Python form, pixels, labels; for every file of a data set."""
+    """For every file of a data set: its binary form, its Python form, pixels, labels."""
     form = cifar.FORMS[name]
     train, test = COUNTS[name]
     binary, python = ((*files[0], files[1]) for files in (form.binary, form.python))
@@ -68,7 +68,7 @@ def binary_files(name):
 def python_files(name):
     key = cifar.FORMS[name].key
     for _, file, images, targets in parts(name):
-        # As written by Python 2, whose text is bytes.
+        # Python 2 wrote it, whose text is bytes.
         yield file, pickle.dumps({b"data": images, key: targets, b"batch_label": b"x"}, protocol=2)
 
 
@@ -132,7 +132,7 @@ def test_a_damaged_archive_is_told_by_its_checksum(tmp_path, monkeypatch):
 
 
 class Malicious:
-    """Makes a folder when it is unpickled."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)

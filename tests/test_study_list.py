@@ -1,4 +1,4 @@
-"""The experiments of the paper: what they train, and what was published."""
+"""The experiments of the paper train what it says, and have its published numbers."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What is concluded from runs: differences, correlations, rates, tables and figures."""
+"""Differences, correlations, rates, tables and figures follow from the runs."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ CELL = RunConfig("resnet18", "cifar10", "sgd", budget=True)
 def write_run(
     out, config, accuracy, *, train=1.0, quality=0.5, epochs=None, diverged=False, layers=3, budget=None
 ):
-    """The folder of a run that ended so."""
+    """Write the folder of a run that ended with these numbers."""
     folder = config.folder(out)
     folder.mkdir(parents=True)
     count = epochs or config.epochs
@@ -293,7 +293,7 @@ def test_metrics_are_correlated_with_accuracy_and_gap(tmp_path):
 
 
 def write_small(name, out):
-    """Runs of the small preset, as if they had been trained."""
+    """Write runs of the small preset, as if they had been trained."""
     configs = small(EXPERIMENTS[name]).runs()
     for index, config in enumerate(configs):
         write_run(out, config, 0.9 - 0.01 * (index % 7), quality=0.3 + 0.01 * (index % 5))
@@ -599,7 +599,7 @@ def test_no_rate_is_chosen_while_another_process_is_at_the_grid(tmp_path, capsys
 
 
 def searched(accuracies):
-    """What a search tries among rates of SGD that come to these accuracies, the best, and if at the edge."""
+    """The rates that a search tries if SGD has these accuracies, the best, and whether it is at the edge."""
     config = RunConfig("resnet8-stride2", "cifar10", "sgd", schedule="cosine")
     tried, known = [], {}
     while True:

@@ -1,4 +1,4 @@
-"""Runs of the study: whatever stops one, it goes on to the result it would have had anyway."""
+"""Whatever stops a run of the study, it goes on to the result that it would have had anyway."""
 
 import dataclasses
 import errno
@@ -53,7 +53,7 @@ def identical(first, second):
 
 
 def measured(folder):
-    """Everything an ended run recorded, times left out."""
+    """Everything that an ended run has recorded, without times."""
     rows = (folder / "epochs.csv").read_text().splitlines()
     columns = [i for i, name in enumerate(rows[0].split(",")) if name not in SECONDS]
     return [[row.split(",")[i] for i in columns] for row in rows], (folder / "layers.csv").read_text()
@@ -114,8 +114,8 @@ def test_dropout_goes_on_with_the_same_draws(tmp_path, monkeypatch):
 
 
 def test_a_run_killed_in_a_step_and_while_it_writes_ends_identically(tmp_path, undisturbed):
-    # Each child goes on where the one before was killed: in the first file, in the first weights, in the
-    # first checkpoint (a file is synchronised, and then its folder), in a step, ...
+    # Each child goes on where the one before was killed: while writing the first file, the first weights or
+    # the first checkpoint (a file is synchronised, and then its folder), in a step, ...
     kills = [("write", 1), ("write", 5), ("write", 7), ("step", 2), ("write", 3), ("rename", 2), ("step", 3)]
     for where, count in kills:
         process = start(TINY, tmp_path, where, count)

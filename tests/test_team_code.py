@@ -1,4 +1,4 @@
-"""What teams of CUDA threads run is right, gives the same bits in any order and lacks no barrier."""
+"""The code of teams of CUDA threads is right, gives the same bits in any order, and lacks no barrier."""
 
 import ctypes
 import os
@@ -29,7 +29,7 @@ def pointer(array):
 
 
 def reduce_and_measure(fibers, A, precision, members, order):
-    """The Gram matrix of A (L, M), of trace 1, its tridiagonal form, its row, and whether that is decided."""
+    """The Gram matrix of A (L, M) with trace 1, its tridiagonal form, its row, and if that is decided."""
     L, M = A.shape
     gram = np.ascontiguousarray(A @ A.T)
     gram /= np.trace(gram)
@@ -79,7 +79,7 @@ def test_the_reduction_keeps_the_eigenvalues_and_no_order_changes_a_bit(fibers, 
     unit = 2.0**-24 if precision == "f32" else 2.0**-53
     expected = np.linalg.eigvalsh(gram)
     found = scipy.linalg.eigvalsh_tridiagonal(tridiagonal[0], tridiagonal[1, :-1])
-    # The guard counts on 8 u lambda_1; rounding the matrix to the format is part of it.
+    # The guard relies on an error of 8 u lambda_1, which includes rounding the matrix to the format.
     assert np.abs(found - expected).max() <= 8 * unit * expected.max() + 1e-15
     for order in ORDERS[1:]:
         again = reduce_and_measure(fibers, A, precision, members, order)

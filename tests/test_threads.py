@@ -1,4 +1,4 @@
-"""Threads, forks and exits: the same bits whatever the number of threads, and nothing hangs or crashes."""
+"""Results are the same, bit for bit, for any number of threads, and forks and exits do not hang or crash."""
 
 import json
 import os
@@ -20,7 +20,7 @@ SHAPES = [(40, 30, 3, 3), (64, 48), (30, 90), (16, 16, 1, 1), (3, 64), (50, 20, 
 
 
 def described(weights):
-    """The weights' unfoldings as ``measure`` takes them."""
+    """The weights' unfoldings in the form that ``measure`` takes."""
     return [
         (
             w.data_ptr(),
@@ -36,7 +36,7 @@ def described(weights):
 
 
 def on_threads(*works):
-    """Run all of them at once; what each returned or raised."""
+    """Run all of them at once, and return what each returned or raised."""
     results = [None] * len(works)
 
     def run(i, work):

@@ -1,6 +1,6 @@
-"""RMSGD inside other people's wrappers, the real packages: a run goes on after a resume as if nothing was.
+"""Inside the wrappers of real packages, a run with RMSGD goes on after a resume as if nothing had happened.
 
-A package that is not installed is skipped; the extra ``integrations`` brings them.
+A package that is not installed is skipped. The extra ``integrations`` installs all of them.
 """
 
 import importlib
@@ -23,7 +23,7 @@ def network(dtype=torch.float32):
 
 
 class Plain:
-    """A wrapper around one optimizer: what the others do beside it is theirs."""
+    """A wrapper around one optimizer, with nothing beside it."""
 
     def __init__(self, model, make, optimizer, **options):
         self.model = model
@@ -62,7 +62,7 @@ class Sam(Plain):
 
 
 class Averaged(Plain):
-    """Averages of the weights beside an optimizer that nobody wraps."""
+    """Averages of the weights, beside an optimizer that is not wrapped."""
 
     def __init__(self, model, make, optimizer, **options):
         super().__init__(model, None, optimizer, **options)
@@ -104,7 +104,7 @@ WRAPPERS = {
 
 
 COPIED = ("none", "schedulefree", "schedulefree, both momenta", "torch's EMA", "timm's EMA")
-"""The wrappers whose deep copies work; those of the others do not around SGD either."""
+"""The wrappers whose deep copies work. The others cannot be copied around SGD either."""
 
 
 @pytest.fixture(params=WRAPPERS, ids=lambda name: name)
@@ -159,7 +159,7 @@ def assert_same(run, other):
 def test_a_wrapped_run_resumes_bit_for_bit(wrapped):
     whole, first, second = (wrapped(network(), rule="paper") for _ in range(3))
     train(whole, 0, STOP)
-    whole.mode("eval")  # as the other one is saved
+    whole.mode("eval")  # the other one is saved in this mode
     train(whole, STOP, STEPS)
     train(first, 0, STOP)
     second.load(through_a_file(first.state_dicts()))

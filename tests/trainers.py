@@ -1,4 +1,4 @@
-"""What the tests of `rmsgd.integrations` train: one small network, its data, and the models trainers want."""
+"""A small network, its data, and the models that trainers need, for the tests of `rmsgd.integrations`."""
 
 import importlib
 import importlib.util
@@ -20,7 +20,7 @@ def network():
 
 
 def data(samples=SAMPLES):
-    """Every batch the same, because not every trainer finds its place in the data again after a resume."""
+    """Data whose batches are all the same, since not every trainer finds its place again after a resume."""
     x = torch.randn(BATCH, 6, generator=torch.Generator().manual_seed(1))
     return [{"x": x[i % BATCH], "labels": torch.tensor(i % BATCH % 3)} for i in range(samples)]
 
@@ -74,9 +74,9 @@ class HfModel(nn.Module):
 
 
 def import_torchvision():
-    """Make torchvision importable where its compiled half is for a torch with CUDA, and torch is without.
+    """Make torchvision importable if its compiled half is for a torch with CUDA and this torch has none.
 
-    timm imports it, and others where they find it; no test calls its operators.
+    timm imports it, and other packages do if they find it. No test calls its operators.
     """
     if importlib.util.find_spec("torchvision") is None or torch.version.cuda is not None:
         return

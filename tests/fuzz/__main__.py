@@ -1,4 +1,4 @@
-"""The command: fuzz for a time or for a number of cases; what fails is printed with its number."""
+"""The command: it fuzzes for a time or for a number of cases, and prints the number of each that fails."""
 
 import argparse
 import os
@@ -17,9 +17,9 @@ from rich.progress import Progress
 from fuzz import core, files, spectra, states
 
 CHUNK = 500
-"""Cases that one process takes: it tells of a crash by its end, and the parent then looks for the case."""
+"""The cases that one process takes. If it crashes, the parent looks for the case."""
 MEMORY = 16 << 30
-"""Bytes of address space for a reader of files: a huge size in one is an error, not a full machine."""
+"""Bytes of address space for a reader of files, so that a huge size is an error and does not fill memory."""
 
 
 def spectra_checker() -> Callable[[int], str]:
@@ -96,7 +96,7 @@ class Worker:
         )
 
     def check(self, first: int, last: int) -> Counter[str] | None:
-        """Outcomes of the cases [first, last); None where the process died of one."""
+        """The outcomes of the cases [first, last); None if one of them killed the process."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(f"{first} {last}\n")
@@ -112,7 +112,7 @@ class Worker:
 
 
 def fuzz(target: str, first: int, count: int, seconds: float, console: Console) -> int:
-    """Check up to ``count`` cases for up to ``seconds``; the number that failed."""
+    """Check up to ``count`` cases for up to ``seconds``, and return how many failed."""
     outcomes: Counter[str] = Counter()
     process, end, at = Worker(target), time.monotonic() + seconds, first
     with Progress(console=console, transient=True) as progress:
@@ -120,7 +120,7 @@ def fuzz(target: str, first: int, count: int, seconds: float, console: Console) 
         while at < first + count and time.monotonic() < end:
             last = min(at + CHUNK, first + count)
             done = process.check(at, last)
-            if done is None:  # once more, one by one
+            if done is None:  # the cases run again, one by one
                 for seed in range(at, last):
                     done = process.check(seed, seed + 1)
                     outcomes += done if done is not None else Counter({"crashed": 1})

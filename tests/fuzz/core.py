@@ -29,13 +29,13 @@ FLAGS += ["-fno-sanitize-recover=all", "-Icsrc", "-Itests/emulator"]
 
 
 def find_compiler() -> str | None:
-    """A clang that has libFuzzer beside it."""
+    """A clang that comes with libFuzzer; None where there is none."""
     names = [os.environ.get("RMSGD_CLANG", ""), "clang++", *(f"clang++-{n}" for n in range(25, 13, -1))]
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def build(compiler: str) -> Path:
-    """Compile the fuzzer; its program."""
+    """Compile the fuzzer, and return the path of its program."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     machine = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
     jobs = [(source, None) for source in SOURCES]
@@ -53,7 +53,7 @@ def build(compiler: str) -> Path:
 
 
 def fuzz(seconds: float, console: Console) -> int:
-    """Run for that long, from the inputs that earlier runs found worth keeping; 1 where something failed."""
+    """Run for ``seconds``, from the inputs that earlier runs have kept; returns 1 if something failed."""
     compiler = find_compiler()
     if compiler is None:
         console.print("core: left out, no clang (Debian: apt install clang libclang-rt-dev)", highlight=False)

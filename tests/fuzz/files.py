@@ -1,4 +1,4 @@
-"""Checkpoint files damaged at random: read, or refused in one line, never a crash."""
+"""Checkpoint files damaged at random are read, or refused in one line, and never crash the reader."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from rmsgd.inspection.reading.checkpoints import open_checkpoint
 from rmsgd.inspection.reading.stored import CheckpointError, NotMeasurableError
 
 SECONDS = 20
-"""After which a file that is still being read counts as a hang."""
+"""Seconds after which a file that is still being read counts as a hang."""
 
 
 # -- sound files ---------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def _saved(content: object, zipped: bool) -> bytes:
 
 @cache
 def sound_files() -> Mapping[str, bytes]:
-    """A file of every form that is read, by name."""
+    """A file of every format that is read, by name."""
     state = _state()
     parameter = torch.nn.Parameter(state["double"])
     parameter.grad = torch.ones_like(parameter)
@@ -156,7 +156,7 @@ def in_the_archive(damage: Damage) -> Damage:
                 members = {name: archive.read(name) for name in archive.namelist()}
             names = list(members)
             pickle = next(i for i, name in enumerate(names) if name.endswith("data.pkl"))
-        except Exception:  # no archive, or one damaged before
+        except Exception:  # the file is no archive, or was damaged before
             return damage(data, rng)
         chosen = names[pickle if rng.random() < 0.8 else int(rng.integers(len(names)))]
         if rng.random() < 0.95:
@@ -206,7 +206,7 @@ DAMAGES = (
 
 
 def draw(seed: int) -> tuple[str, bytes]:
-    """Name and content of the damaged file of that number."""
+    """The name and content of the damaged file with this number."""
     rng = np.random.default_rng(seed)
     names = list(sound_files())
     name = names[int(rng.integers(len(names)))]
@@ -221,7 +221,7 @@ def draw(seed: int) -> tuple[str, bytes]:
 
 
 class Hang(BaseException):
-    """Not an Exception: no reader can take it for a bad file."""
+    """A hang. It is not an Exception, so that no reader can take it for a bad file."""
 
 
 def _too_long(number: int, frame: FrameType | None) -> None:
@@ -237,7 +237,7 @@ def refused(error: CheckpointError | NotMeasurableError, path: Path) -> str:
 
 
 def check(path: Path) -> str:
-    """Read a checkpoint as ``rmsgd.probe`` does, all of it: "read" or "refused", or else it raises."""
+    """Read all of a checkpoint as ``rmsgd.probe`` does, and return "read" or "refused"; else it raises."""
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(SECONDS)
     try:

@@ -1,4 +1,4 @@
-"""Random spectra and weights, hostile ones above all, held against ``rmsgd/reference.py``."""
+"""Random spectra and weights, above all hostile ones, are compared with ``rmsgd/reference.py``."""
 
 import math
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def subnormal(rng: np.random.Generator, L: int) -> Array:
 
 
 def around_the_threshold(rng: np.random.Generator, L: int) -> Array:
-    """Noise, and values that lie just about where a value begins to count."""
+    """Noise, and values close to the threshold at which a value begins to count."""
     noise = 1.0 + 0.2 * rng.standard_normal(L)
     outliers = int(rng.integers(0, L + 1))
     noise[:outliers] = 1.6 + 1e-3 * rng.standard_normal(outliers)
@@ -87,7 +87,7 @@ KINDS: tuple[Callable[[np.random.Generator, int], Array], ...] = (
 
 
 def draw(seed: int) -> Case:
-    """The spectrum of that number: n from 0 to 300, of one kind, zeros at its end, sometimes a bad value."""
+    """The spectrum with this number: 0 to 300 values of one kind, then zeros, sometimes with a bad value."""
     rng = np.random.default_rng(seed)
     longest = (4, 16, 16, 64, 64, 300)[int(rng.integers(6))]
     L = int(rng.integers(0, longest + 1))
@@ -106,7 +106,7 @@ def draw(seed: int) -> Case:
 
 
 class Oracle:
-    """The reference, compiled by numba: the same source, some fifty times faster."""
+    """The reference compiled by numba, from the same source and some fifty times faster."""
 
     def __init__(self) -> None:
         self._measure = numba_._compile_reference()["measure_singular_values"]
@@ -122,7 +122,7 @@ def scaled(gamma: Array, M: int) -> tuple[Array, int]:
 
 
 def energy(rank: int, variance: float, c: Array, M: int) -> float:
-    """Omega, -inf where there is no noise at all."""
+    """Omega; -inf where there is no noise at all."""
     if variance == 0.0:
         return -math.inf
     tails = np.concatenate([np.cumsum(c[::-1])[::-1], [0.0]])
@@ -130,7 +130,7 @@ def energy(rank: int, variance: float, c: Array, M: int) -> float:
 
 
 def check(case: Case, oracle: Oracle) -> None:
-    """AssertionError where the core and the reference do not agree."""
+    """Raise AssertionError if the core and the reference do not agree."""
     gamma, M = case
     bad = len(gamma) == 0 or not (np.isfinite(gamma).all() and (gamma >= 0).all())
     if bad or (np.diff(gamma) > 0).any():
@@ -142,7 +142,7 @@ def check(case: Case, oracle: Oracle) -> None:
     row = _cpu.measure_spectrum(gamma, M)
     rank, variance, stable_rank, condition, nuclear = oracle(gamma, M)
     if row[RANK] != rank:
-        # Two minima may be as deep as each other: then both energies say so.
+        # Two minima may be equally deep, and then both energies are equal.
         c, exponent = scaled(gamma, M)
         ours = energy(int(row[RANK]), math.ldexp(row[NOISE_VARIANCE], -2 * exponent), c, M)
         best = energy(rank, math.ldexp(variance, -2 * exponent), c, M)
@@ -150,7 +150,7 @@ def check(case: Case, oracle: Oracle) -> None:
         return
     found = row[[NOISE_VARIANCE, STABLE_RANK, CONDITION_NUMBER, NUCLEAR]]
     expected = [variance, stable_rank, condition, nuclear]
-    # Where sigma^2 is subnormal it has as many digits as there are.
+    # A subnormal sigma^2 has fewer digits.
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11 if variance > 1e-290 else 1e-4)
 
 
@@ -160,7 +160,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def draw_weight(seed: int) -> torch.Tensor:
-    """The weight of that number: two to five dimensions, any dtype and strides, some values not finite."""
+    """The weight with this number: two to five dimensions, any dtype and strides, some values not finite."""
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     most = (4, 12, 40)[int(rng.integers(3))]
@@ -203,7 +203,7 @@ def draw_weight(seed: int) -> torch.Tensor:
 
 
 def check_weight(weight: torch.Tensor) -> None:
-    """AssertionError where the compiled backend and a float64 SVD with the reference do not agree."""
+    """Raise AssertionError if the compiled backend and a float64 SVD with the reference do not agree."""
     matrices = [(weight, u) for u in unfoldings(weight.shape)]
     table = backend_for(torch.device("cpu")).measure(matrices)
     for row, (_, u) in zip(table.numpy(), matrices, strict=True):
@@ -220,7 +220,8 @@ def check_weight(weight: torch.Tensor) -> None:
             best = energy(rank, math.ldexp(variance, -2 * exponent), c, u.M)
             assert math.isclose(ours, best, rel_tol=1e-9, abs_tol=1e-9), (row.tolist(), rank, ours - best)
             continue
-        # What the accuracy guard vouches for. Of values just above numerical zero an SVD has a digit or two.
+        # The accuracy guard promises this. An SVD has only a digit or two of values just above numerical
+        # zero.
         rounding = u.M * (2.0**-52 * gamma[0]) ** 2
         np.testing.assert_allclose(row[NOISE_VARIANCE], variance, rtol=1e-3, atol=0.1 * rounding)
         np.testing.assert_allclose(row[CONDITION_NUMBER], condition, atol=2e-5)

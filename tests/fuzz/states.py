@@ -1,4 +1,4 @@
-"""State dicts mangled at random: loaded, or refused in one line that names what differs, nothing changed."""
+"""State dicts damaged at random are loaded, or refused by name in one line, with nothing changed."""
 
 import warnings
 from collections.abc import Callable
@@ -23,7 +23,7 @@ NAMED = [
 
 
 def optimizer_of(kind: str, named: bool, seed: int) -> torch.optim.Optimizer:
-    """An optimizer of two groups that has taken steps: torch's SGD, or ours under that rule."""
+    """An optimizer of two groups that has taken steps: torch's SGD, or RMSGD under this rule."""
     generator = torch.Generator().manual_seed(seed)
     parameters = [
         nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for _, shape, dtype in NAMED
@@ -40,7 +40,7 @@ def optimizer_of(kind: str, named: bool, seed: int) -> torch.optim.Optimizer:
 
 
 def train(optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
-    """Two steps and an epoch end."""
+    """Take two steps and an epoch end."""
     for _ in range(2):
         for p in parameters_of(optimizer):
             p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
@@ -62,7 +62,7 @@ def sound(kind: str, named: bool) -> dict[str, Any]:
 
 
 def places(node: Any, path: Path = ()) -> list[Path]:
-    """The way to everything in a state dict, itself included."""
+    """The paths to all values in a state dict, itself included."""
     found = [path]
     if isinstance(node, dict):
         found += [place for key, child in node.items() for place in places(child, (*path, key))]
@@ -72,7 +72,7 @@ def places(node: Any, path: Path = ()) -> list[Path]:
 
 
 def garbage(rng: np.random.Generator) -> Any:
-    """What does not belong there, or does."""
+    """A random value, which may belong there or not."""
     things: list[Callable[[], Any]] = [
         *(lambda x=x: x for x in (None, True, False, 0, 1, -1, 2**70, 10**400, 0.0, -0.5, 0.5, 1e30, 1j)),
         *(lambda x=x: x for x in (float("nan"), float("inf"), "", "paper", "x\ny", b"", (), int, len)),
@@ -91,7 +91,7 @@ def garbage(rng: np.random.Generator) -> Any:
 
 
 def changed_tensor(tensor: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """A tensor made from another one, of another shape, type, layout or content."""
+    """A tensor made from another, with another shape, dtype, layout or content."""
     changes: list[Callable[[torch.Tensor], torch.Tensor]] = [
         lambda t: t.to(torch.float16),
         lambda t: t.to(torch.int64),
@@ -111,7 +111,7 @@ def changed_tensor(tensor: torch.Tensor, rng: np.random.Generator) -> torch.Tens
 
 
 def mangle(state_dict: Any, rng: np.random.Generator) -> tuple[Any, list[Path]]:
-    """A state dict, changed at one or two places, and the ways there."""
+    """A state dict that is changed at one or two places, and the paths to them."""
     found = places(state_dict)
     path = found[int(rng.integers(len(found)))]
     if not path:
@@ -126,7 +126,7 @@ def mangle(state_dict: Any, rng: np.random.Generator) -> tuple[Any, list[Path]]:
         parent.insert(key, deepcopy(parent[int(rng.integers(len(parent)))]))
     elif action == 1:
         parent[["new", 17, "velocity", "lr", "rate", "lr_vector"][int(rng.integers(6))]] = garbage(rng)
-    elif action == 2:  # what stands beside it
+    elif action == 2:  # a value beside it
         beside = list(parent) if isinstance(parent, dict) else list(range(len(parent)))
         other = beside[int(rng.integers(len(beside)))]
         parent[key], parent[other] = parent[other], parent[key]
@@ -139,7 +139,7 @@ def mangle(state_dict: Any, rng: np.random.Generator) -> tuple[Any, list[Path]]:
 
 
 class Case(NamedTuple):
-    """A state dict for an optimizer of a kind, and the ways to where it was changed."""
+    """A state dict for an optimizer of one kind, and the paths to its changed values."""
 
     kind: str
     named: bool
@@ -148,7 +148,7 @@ class Case(NamedTuple):
 
 
 def draw(seed: int) -> Case:
-    """The case of that number."""
+    """The case with this number."""
     rng = np.random.default_rng(seed)
     kind, named = list(RULES)[int(rng.integers(len(RULES)))], rng.random() < 0.5
     source = "sgd" if rng.random() < 0.3 else list(RULES)[int(rng.integers(len(RULES)))]
@@ -180,14 +180,14 @@ def same(a: Any, b: Any) -> bool:
 
 
 def named_in(message: str, path: Path) -> bool:
-    """Whether a message says where a state dict was changed: a key on the way there, or a parameter."""
+    """Whether a message names the place of a change: a key on the path to it, or a parameter."""
     keys = [key.removeprefix("param_").removesuffix("s") for key in path if isinstance(key, str)]
     names = [name for name, _, _ in NAMED] + [f"{g}.{i}" for g in (0, 1) for i in (0, 1)]
     return any(word in message for word in [*(keys or ["optimizer"]), *names])
 
 
 def check(case: Case) -> str:
-    """Load it: "loaded" or "refused", or else it raises."""
+    """Load it, and return "loaded" or "refused"; else it raises."""
     optimizer = optimizer_of(case.kind, case.named, 2)
     assert isinstance(optimizer, rmsgd.RMSGD)
     generator = torch.Generator().manual_seed(3)
