@@ -123,7 +123,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compares, prints the table, writes `noise-search.json`; 0."""
+    """Compares, prints the table, writes `noise-search.json`; returns 0."""
     parser = argparse.ArgumentParser(
         prog="python -m bench noise-search",
         description="Compare the searches of rmsgd, rmsgd 1.0.2 and the Python VBMF for EVBMF's noise "

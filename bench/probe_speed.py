@@ -142,7 +142,7 @@ def stable_rank_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compares, prints both tables, writes `probe-speed.json`; 0."""
+    """Compares, prints both tables, writes `probe-speed.json`; returns 0."""
     parser = argparse.ArgumentParser(
         prog="python -m bench probe-speed",
         description="Time rmsgd.probe against a full SVD and WeightWatcher on the same state dicts.",

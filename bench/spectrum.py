@@ -134,7 +134,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compares, prints the table, writes `spectrum-cpu.json` and the plot; 0, or 2 for bad arguments."""
+    """Compares, prints the table, writes `spectrum-cpu.json` and the plot; returns 0."""
     parser = argparse.ArgumentParser(
         prog="python -m bench spectrum",
         description="Time the spectrum of one matrix of each size, part by part, against torch's routines.",

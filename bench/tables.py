@@ -57,7 +57,7 @@ def rewrite(page: Path, results: Sequence[dict[str, Any]]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command."""
+    """Writes the tables and prints the pages' names; returns 0."""
     parser = argparse.ArgumentParser(prog="python -m bench tables", description=__doc__.split("\n\n")[0])
     parser.add_argument("pages", nargs="*", type=Path, default=PAGES, metavar="PAGE")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the recorded results")

@@ -14,7 +14,7 @@ from rmsgd.reference import shrink
 
 @dataclass(frozen=True)
 class LowRank:
-    """The low-rank part of a matrix, ``U @ diag(singular_values) @ Vh``, and the noise beside it."""
+    """The low-rank part of an (m, n) matrix, ``U @ diag(singular_values) @ Vh``, and the noise beside it."""
 
     singular_values: Tensor
     """(rank,) float64 on the weight's device: the shrunk values, descending, in units of the weight."""

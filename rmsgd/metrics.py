@@ -146,10 +146,10 @@ NETWORK_QUALITY = Metric(
 class LayerMetrics:
     """The metrics of one weight by EVBMF; ``METRICS`` says what each number is.
 
-    ``rank`` and ``noise_variance`` have one entry per mode; ``stable_rank`` (Eq. 2, 0 to 1) and
-    ``condition_number`` (Eq. 3, 0 to 1) are the means over the modes and ``quality`` is
-    ``arctan(stable_rank / condition_number)`` (Eq. 4, 0 to pi/2, in rad). A skipped layer has no modes, NaN
-    metrics and the reason in ``skipped``.
+    ``rank`` (a number of singular values, 0 to L) and ``noise_variance`` (per entry, in squared units of the
+    weight) have one entry per mode. ``stable_rank`` (Eq. 2, 0 to 1) and ``condition_number`` (Eq. 3, 0 to 1)
+    are the means over the modes, and ``quality`` is ``arctan(stable_rank / condition_number)`` (Eq. 4, 0 to
+    pi/2, in rad). A skipped layer has no modes, NaN metrics and the reason in ``skipped``.
     """
 
     name: str
@@ -167,7 +167,7 @@ class LayerMetrics:
 
     @classmethod
     def from_rows(cls, name: str, shape: tuple[int, ...], rows: Sequence[Sequence[float]]) -> "LayerMetrics":
-        """A layer from its rows of a metrics table (``backends.base``), one per unfolding of its shape.
+        """A layer from its rows, (FIELDS,) each, of a metrics table (``backends.base``), one per unfolding.
 
         An empty low rank has quality 0. A layer is skipped if its weight has a NaN or an Inf, or if the
         weight was changed while it was measured.

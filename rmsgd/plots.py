@@ -42,13 +42,13 @@ def layer_curves(
 ) -> None:
     """Draw one curve per layer over the epochs, coloured by depth, for example of ``learning_rates()``.
 
-    Curves are labelled at their ends; curves that end at the same height share a label. Where there are more
-    than ``_MOST_LABELLED`` of them, a colour bar tells how deep a layer lies.
+    Curves are labelled at their ends; curves that end at the same height share a label. Where there are
+    too many curves to label, a colour bar tells how deep a layer lies.
 
     Args:
         path: file to write, in the format of its suffix.
-        curves: layer name to values, one per epoch and in one unit, in the order of the network. NaN leaves a
-            gap.
+        curves: from a layer's name to its values, floats, one per epoch and all in the same unit, in the
+            order of the network. NaN leaves a gap.
         ylabel: label of the vertical axis, with the unit of the values.
         title: above the axes.
         xlabel: label of the horizontal axis.
@@ -110,7 +110,7 @@ def blank(width: float, height: float) -> Any:
 
 
 def plain(axes: Any, xlabel: str, ylabel: str) -> None:
-    """Labels, a faint grid, and no frame at the top and right."""
+    """Give axes labels, with units, and a faint grid, and remove the frame at the top and right."""
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -118,7 +118,7 @@ def plain(axes: Any, xlabel: str, ylabel: str) -> None:
 
 
 def one_panel(title: str, xlabel: str, ylabel: str, height: float = 4.4) -> tuple[Any, Any]:
-    """A figure and its only axes, plain ones."""
+    """A figure with its only axes; ``height`` is in inches, and the labels carry the units."""
     figure = blank(7.2, height)
     axes = figure.add_subplot()
     axes.set_title(title)
@@ -129,7 +129,7 @@ def one_panel(title: str, xlabel: str, ylabel: str, height: float = 4.4) -> tupl
 def depth_colours(
     figure: Any, axes: Any, names: Sequence[str], most: int = 8, *, bar: bool = True
 ) -> list[Any]:
-    """One colour per layer; the colour bar names a few of them from input to output."""
+    """One colour per layer, (red, green, blue, alpha) in 0 to 1; a colour bar names a few of the layers."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 def main(given: Sequence[str]) -> int:
-    """See `bench.gate.command.main`. The processes that time another revision do not import it."""
+    """Runs the gate and returns its exit status, 0, 1, 2 or 130; see `bench.gate.command.main`."""
     from bench.gate import command
 
     return command.main(given)

@@ -92,7 +92,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def main(given: Sequence[str]) -> int:
-    """Trains, prints the table, writes `same-lr.json`; 0."""
+    """Trains, prints the table, writes `same-lr.json`; returns 0."""
     parser = argparse.ArgumentParser(
         prog="python -m bench same-lr",
         description="Hold RMSGD's default rule, and the letter of Algorithm 1, against SGD with momentum at "

@@ -54,8 +54,7 @@ def probe(
 
     Returns:
         The report, whose metrics are float64 numbers in the units and ranges of ``rmsgd.metrics.METRICS``.
-        Parts of a
-            checkpoint that could not be read are named in its ``errors``, and the rest is measured.
+        Parts of a checkpoint that could not be read are named in its ``errors``, and the rest is measured.
 
     Raises:
         TypeError: ``source`` is none of these types.

@@ -73,8 +73,9 @@ class RMSGD(Optimizer):
     its ``initial_lr`` if that is above 0.
 
     Args:
-        params: parameters, named parameters, or groups of either. A group may set any of the options
-            below, and ``probe=False`` to leave its parameters unmeasured.
+        params: parameters, named parameters, or groups of either. A trained parameter is a dense tensor of
+            any shape, of float16, bfloat16, float32 or float64, on a CPU or a GPU. A group may set any of the
+            options below, and ``probe=False`` to leave its parameters unmeasured.
         lr: the first rate of every layer, 0 or more; it may be a tensor of one element.
         beta: momentum of the learning rate, in [0, 1).
         step_size: with t earlier epoch ends, an epoch end first multiplies rates and zeta by ``gamma`` if t
@@ -275,6 +276,8 @@ class RMSGD(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return all that a run needs to go on, in tensors and plain numbers; see ``rmsgd.optim.state``.
 
+        The past gradients of a parameter have its shape, and float64 if it has that, else float32. The other
+        entries of its state are plain numbers: rates without a unit, stable ranks in 0 to 1, counts.
         Entries that others, such as wrappers, keep in ``optimizer.state`` are part of it, unchanged.
         """
         self._write_back()
@@ -287,8 +290,12 @@ class RMSGD(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint of RMSGD, under any rule, or of ``torch.optim.SGD``.
 
-        As in torch, the checkpoint's options replace the optimizer's; those it lacks stay. The
+        As in torch, the checkpoint's options replace the optimizer's, and options that it lacks stay. The
         checkpoint's tensors are copied.
+
+        Args:
+            state_dict: a dict in the form of ``state_dict()``; its past gradients have the parameters' shapes
+                and any floating dtype.
 
         Raises:
             ValueError: the checkpoint is one of rmsgd 1.0.2 or of another optimizer, its parameters are not
@@ -337,14 +344,14 @@ class RMSGD(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One mini-batch: move every parameter that has a gradient.
+        """Take the step of one mini-batch: move every parameter that has a gradient, which has its shape.
 
         A CUDA graph may hold this step. At every replay it reads the rates, a learning rate that is a tensor,
         and AMP's scale. Capture it anew after ``load_state_dict`` and ``add_param_group``, and when other
         parameters are trained than before or parameters have moved in memory.
 
         Args:
-            closure: evaluates the model again and returns the loss.
+            closure: evaluates the model again, with gradients enabled, and returns the loss.
 
         Returns:
             The loss of ``closure``; None without one.
@@ -436,7 +443,9 @@ class RMSGD(Optimizer):
     # -- what to look at -------------------------------------------------------------------------
 
     def learning_rates(self) -> dict[str, float]:
-        """Return the rate that is now applied to every parameter, by its name (or "group.index"), in order.
+        """Return the rate that is now applied to every parameter, a float, by its name (or "group.index").
+
+        The order is that of the parameters. Rates have no unit: a step moves by rate times gradient.
 
         Where groups have names in common, for example those of two models, every name is preceded by its
         group's number and a dot. A name that a group holds more than once is followed by "#" and its index
@@ -449,7 +458,7 @@ class RMSGD(Optimizer):
         return self._rates.by_name(self.param_groups)
 
     def report(self) -> Report:
-        """Return the metrics that the last ``epoch_step`` measured, without computing anything.
+        """Return the metrics that the last ``epoch_step`` measured, in the units of ``rmsgd.Report``.
 
         Raises:
             RuntimeError: there was no ``epoch_step`` yet.

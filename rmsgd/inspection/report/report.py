@@ -76,6 +76,8 @@ class Report:
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw stable rank, condition number and quality of every measured layer to a file.
 
+        The suffix of ``path`` decides the format. The axes carry the units and ranges.
+
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
             ValueError: no layer was measured.
