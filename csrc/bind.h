@@ -20,7 +20,7 @@ namespace rmsgd {
 using Pointer = std::uintptr_t;  // a data pointer as Python holds it
 
 // Every element type's name, in the order of their numbers.
-#define RMSGD_NAME(name, Element, Buffer, code) #name,
+#define RMSGD_NAME(name, Element, Buffer, digits, code) #name,
 inline constexpr const char* ELEMENT_TYPES[] = {RMSGD_ELEMENT_TYPES(RMSGD_NAME)};
 #undef RMSGD_NAME
 

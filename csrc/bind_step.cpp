@@ -139,7 +139,7 @@ void step(StepPlan& plan, const std::vector<Pointer>& gradients, const std::vect
 
 std::optional<Dtype> dtype_of(const dlpack::Tensor& t) {
   if (t.type_lanes != 1) return std::nullopt;
-#define RMSGD_CODE(name, Element, Buffer, code) \
+#define RMSGD_CODE(name, Element, Buffer, digits, code) \
   if (t.type_code == code && t.type_bits == 8 * sizeof(Element)) return Dtype::name;
   RMSGD_ELEMENT_TYPES(RMSGD_CODE)
 #undef RMSGD_CODE

@@ -4,13 +4,14 @@
 #include "team.h"
 
 // Every element type, in the order of rmsgd/element_types.py: its name in torch, its type here, the type of
-// its arithmetic and of the buffer that goes with it, and its type code in DLPack.
+// its arithmetic and of the buffer that goes with it, the bits of its significand, and its type code in
+// DLPack.
 // clang-format off
-#define RMSGD_ELEMENT_TYPES(type)   \
-  type(float32, float, float, 2)    \
-  type(float64, double, double, 2)  \
-  type(float16, Float16, float, 2)  \
-  type(bfloat16, BFloat16, float, 4)
+#define RMSGD_ELEMENT_TYPES(type)       \
+  type(float32, float, float, 24, 2)    \
+  type(float64, double, double, 53, 2)  \
+  type(float16, Float16, float, 11, 2)  \
+  type(bfloat16, BFloat16, float, 8, 4)
 // clang-format on
 
 namespace rmsgd {
@@ -23,7 +24,7 @@ struct BFloat16 {
   unsigned short bits;
 };
 
-#define RMSGD_NAME(name, Element, Buffer, code) name,
+#define RMSGD_NAME(name, Element, Buffer, digits, code) name,
 enum class Dtype : int { RMSGD_ELEMENT_TYPES(RMSGD_NAME) };
 #undef RMSGD_NAME
 
@@ -31,10 +32,10 @@ enum class Dtype : int { RMSGD_ELEMENT_TYPES(RMSGD_NAME) };
 template <class Element>
 struct BufferOf;
 
-#define RMSGD_BUFFER(name, Element, Buffer, code) \
-  template <>                                     \
-  struct BufferOf<Element> {                      \
-    using type = Buffer;                          \
+#define RMSGD_BUFFER(name, Element, Buffer, digits, code) \
+  template <>                                             \
+  struct BufferOf<Element> {                              \
+    using type = Buffer;                                  \
   };
 RMSGD_ELEMENT_TYPES(RMSGD_BUFFER)
 #undef RMSGD_BUFFER
@@ -42,10 +43,10 @@ RMSGD_ELEMENT_TYPES(RMSGD_BUFFER)
 template <class Element>
 struct DtypeOf;
 
-#define RMSGD_DTYPE(name, Element, Buffer, code) \
-  template <>                                    \
-  struct DtypeOf<Element> {                      \
-    static constexpr Dtype value = Dtype::name;  \
+#define RMSGD_DTYPE(name, Element, Buffer, digits, code) \
+  template <>                                            \
+  struct DtypeOf<Element> {                              \
+    static constexpr Dtype value = Dtype::name;          \
   };
 RMSGD_ELEMENT_TYPES(RMSGD_DTYPE)
 #undef RMSGD_DTYPE
@@ -71,8 +72,8 @@ RMSGD_FN constexpr bool is_narrow() {
 template <class Visit>
 RMSGD_FN constexpr auto with_elements(Dtype dtype, const void* address, const Visit& visit) {
   switch (dtype) {
-#define RMSGD_CASE(name, Element, Buffer, code) \
-  case Dtype::name:                             \
+#define RMSGD_CASE(name, Element, Buffer, digits, code) \
+  case Dtype::name:                                     \
     return visit(static_cast<const Element*>(address));
     RMSGD_ELEMENT_TYPES(RMSGD_CASE)
 #undef RMSGD_CASE
@@ -83,9 +84,21 @@ RMSGD_FN constexpr auto with_elements(Dtype dtype, const void* address, const Vi
 // Bytes of an element.
 RMSGD_FN constexpr int size_of(Dtype dtype) {
   switch (dtype) {
-#define RMSGD_CASE(name, Element, Buffer, code) \
-  case Dtype::name:                             \
+#define RMSGD_CASE(name, Element, Buffer, digits, code) \
+  case Dtype::name:                                     \
     return int(sizeof(Element));
+    RMSGD_ELEMENT_TYPES(RMSGD_CASE)
+#undef RMSGD_CASE
+  }
+  unknown_element_type();
+}
+
+// Half the distance from 1 to the next number: 2^-bits of the significand.
+RMSGD_FN constexpr double unit_roundoff(Dtype dtype) {
+  switch (dtype) {
+#define RMSGD_CASE(name, Element, Buffer, digits, code) \
+  case Dtype::name:                                     \
+    return 1.0 / double(1ull << digits);
     RMSGD_ELEMENT_TYPES(RMSGD_CASE)
 #undef RMSGD_CASE
   }
@@ -95,8 +108,8 @@ RMSGD_FN constexpr int size_of(Dtype dtype) {
 // The type of the buffer that goes with a weight.
 RMSGD_FN constexpr Dtype buffer_dtype(Dtype weight) {
   switch (weight) {
-#define RMSGD_CASE(name, Element, Buffer, code) \
-  case Dtype::name:                             \
+#define RMSGD_CASE(name, Element, Buffer, digits, code) \
+  case Dtype::name:                                     \
     return DtypeOf<Buffer>::value;
     RMSGD_ELEMENT_TYPES(RMSGD_CASE)
 #undef RMSGD_CASE

@@ -15,3 +15,13 @@ NUMBERS = {dtype: number for number, dtype in enumerate(ELEMENT_TYPES)}
 def known_element_types() -> str:
     """The names of all of them, for messages."""
     return ", ".join(ELEMENT_TYPES.values())
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """How far rounding may have moved an entry, as a share of it: see ``reference.numerical_zero``.
+
+    The unit roundoff of the type that it is stored in, and three times that of the arithmetic whose sums made
+    it: float32, or float64 for a float64 weight.
+    """
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    return (torch.finfo(dtype).eps + 3.0 * torch.finfo(arithmetic).eps) / 2.0

@@ -8,7 +8,7 @@ from torch import Tensor
 from rmsgd.backends import backend_for
 from rmsgd.backends.base import NOISE_VARIANCE, RANK
 from rmsgd.backends.svd import power_of_two, scaled_singular_values, without_numerical_zeros
-from rmsgd.element_types import ELEMENT_TYPES
+from rmsgd.element_types import ELEMENT_TYPES, rounding
 from rmsgd.reference import shrink
 
 
@@ -69,9 +69,9 @@ def evbmf(weight: Tensor, vectors: bool = False) -> LowRank:
     left = right = None
     if vectors:
         left, gamma, right = torch.linalg.svd(matrix, full_matrices=False)
-        without_numerical_zeros(gamma, max(matrix.shape))
+        without_numerical_zeros(gamma, max(matrix.shape), rounding(weight.dtype))
     else:
-        gamma = scaled_singular_values(matrix)
+        gamma = scaled_singular_values(matrix, rounding(weight.dtype))
     L, M = min(matrix.shape), max(matrix.shape)
     row = backend_for(matrix.device).measure_spectrum(gamma, M)
     rank, variance = int(row[RANK]), float(row[NOISE_VARIANCE])

@@ -157,15 +157,34 @@ def measure_singular_values(gamma: Array, L: int, M: int) -> tuple[int, float, f
     return rank, 4.0 * float(variance) * unit * unit, stable_rank, condition, nuclear
 
 
-def singular_values(matrix: Array) -> Array:
-    """Singular values of ``matrix`` (m, n), descending, those below ``M 2^-52 gamma_1`` set to 0."""
+def numerical_zero(gamma: Array, L: int, M: int, rounding: float) -> float:
+    """The size up to which singular values are zero, from all of them: ``gamma`` (L,), descending, float64.
+
+    An SVD in float64 knows them to within ``M 2^-52 gamma_1``. And rounding turns a weight of low rank into
+    one of full rank: errors of up to ``rounding`` times an entry (see ``layers.rounding``), as good as
+    independent, have no singular value above
+
+        z = 2 rounding ||W||_F (1 / sqrt(L) + 1 / sqrt(M)),  ||W||_F^2 = sum gamma_h^2
+
+    Where fewer than ``L / (1 + alpha)`` values are above z, the others are zero. Where there are more, the
+    weight has noise of its own, and they are values as all others.
+    """
+    of_svd = M * 2.0**-52 * gamma[0]
+    size = gamma[0] * math.sqrt(((gamma / gamma[0]) ** 2).sum()) if gamma[0] > 0.0 else 0.0
+    z = 2.0 * rounding * size * (1.0 / math.sqrt(L) + 1.0 / math.sqrt(M))
+    is_low_rank = np.count_nonzero(gamma > z) * (1.0 + L / M) < L
+    return float(max(z, of_svd) if is_low_rank else of_svd)
+
+
+def singular_values(matrix: Array, rounding: float = 0.0) -> Array:
+    """Singular values of ``matrix`` (m, n), descending, those at or below ``numerical_zero`` set to 0."""
     matrix = np.asarray(matrix, dtype=np.float64)
     largest = np.abs(matrix).max()
     if largest == 0.0:
         return np.zeros(min(matrix.shape))
     exponent = math.frexp(largest)[1]
     gamma = scipy.linalg.svdvals(np.ldexp(matrix, -exponent))
-    gamma[gamma <= max(matrix.shape) * 2.0**-52 * gamma[0]] = 0.0
+    gamma[gamma <= numerical_zero(gamma, min(matrix.shape), max(matrix.shape), rounding)] = 0.0
     return np.asarray(np.ldexp(gamma, exponent))
 
 

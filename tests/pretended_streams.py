@@ -134,7 +134,7 @@ class Graph:
 def spoil(tensor: Tensor) -> None:
     """Fill a tensor with NaN, or with numbers that are no sizes or addresses."""
     if tensor.nbytes:
-        bytes_ = torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage())
+        bytes_ = torch.tensor([], dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage())
         bytes_.fill_(0xFF if tensor.dtype != torch.bool else 1)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import rmsgd
 from rmsgd import reference
+from rmsgd.element_types import rounding
 from rmsgd.inspection.probing import matches
 from rmsgd.inspection.report.comparison import Comparison
 from rmsgd.inspection.report.page import spectrum
@@ -54,7 +55,9 @@ def assert_is_the_oracles(layer, weight, tolerance=1e-6):
     measured = {}
     for mode, matrix in modes_of(weight).items():
         L, M = min(matrix.shape), max(matrix.shape)
-        measured[mode] = reference.measure_singular_values(reference.singular_values(matrix), L, M)
+        measured[mode] = reference.measure_singular_values(
+            reference.singular_values(matrix, rounding(weight.dtype)), L, M
+        )
     s = np.mean([row[2] for row in measured.values()])
     kappa = np.mean([row[3] for row in measured.values()])
     assert layer.skipped is None

@@ -26,6 +26,7 @@ from rmsgd.backends.base import (
     BackendUnavailable,
 )
 from rmsgd.backends.native import PARTS
+from rmsgd.element_types import rounding
 from rmsgd.layers import Unfolding, as_matrix, unfoldings
 
 try:
@@ -51,7 +52,8 @@ def measure(weight, unfolding=None):
 def oracle(weight, unfolding=None):
     """The metrics of the float64 singular values, and the condition number of the matrix."""
     unfolding = unfolding or whole(weight)
-    gamma = reference.singular_values(as_matrix(weight, unfolding).double().numpy())
+    matrix = as_matrix(weight, unfolding).double().numpy()
+    gamma = reference.singular_values(matrix, rounding(weight.dtype))
     condition = gamma[0] / gamma[-1] if gamma[-1] > 0.0 else np.inf
     return reference.measure_singular_values(gamma, unfolding.L, unfolding.M), condition
 
@@ -265,15 +267,28 @@ def test_dead_rows_leave_no_noise_and_need_no_svd(size, dtype):
 
 @pytest.mark.parametrize("scale", [1e-18, 1.0, 1e17])
 @pytest.mark.parametrize(
-    ("size", "stage"), [(0.5, FP32_GRAM), (1e-5, FP64_GRAM), (1e-9, SVD), (1e-12, SVD)], ids=str
+    ("size", "dtype", "stage", "rank"),
+    [
+        (0.5, torch.float32, FP32_GRAM, 48),
+        (1e-5, torch.float32, FP64_GRAM, 48),
+        (1e-9, torch.float32, FP64_GRAM, 36),
+        (1e-9, torch.float64, SVD, 48),
+        (1e-12, torch.float64, SVD, 48),
+        (0.5, torch.bfloat16, FP32_GRAM, 48),
+        (1e-5, torch.bfloat16, FP32_GRAM, 36),
+    ],
+    ids=str,
 )
-def test_small_rows_beside_dead_ones_are_values_and_no_zeros(size, stage, scale):
+def test_small_rows_beside_dead_ones_are_values_unless_the_dtypes_rounding_is_as_large(
+    size, dtype, stage, rank, scale
+):
     weight = noise_and_low_rank(60, 400, 3)
     weight[::5] = 0.0
     weight[1::5] *= size
-    weight = (weight * scale).float()
+    weight = (weight * scale).to(dtype)
     row = measure(weight)
     assert row[STAGE] == stage
+    assert row[RANK] == rank
     assert_within_promise(row, weight)
 
 

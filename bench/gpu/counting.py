@@ -30,6 +30,8 @@ FFMA_SHARE = 0.66
 """Of the instructions of a Gram tile."""
 STURM_STEP = 45
 """Cycles from one pivot of a Sturm sequence to the next: a reciprocal, a product, two sums, a comparison."""
+BEFORE_LOOKING = 3
+"""Counts that a block takes before it looks for its values: what is zero, the grid, how many are needed."""
 DIVISIONS = 16
 """Per cycle and multiprocessor."""
 EVBMF_VALUE = 500
@@ -114,8 +116,10 @@ def _sturm(plan: SpectraPlan, card: Card) -> Stage:
     """One chain of pivots per look at a bracket, or the divisions of all of them."""
     threads, part = plan.STURM_THREADS, plan.STURM_PART
     looks = ceil(26 / log2(1 + threads // part))
-    chain = max(plan.rows) * (2 + looks) * STURM_STEP
-    divisions = sum(n * threads * (2 * ceil(n / part) + looks * ceil(NEEDED * n / part)) for n in plan.rows)
+    chain = max(plan.rows) * (BEFORE_LOOKING + looks) * STURM_STEP
+    divisions = sum(
+        n * threads * (BEFORE_LOOKING * ceil(n / part) + looks * ceil(NEEDED * n / part)) for n in plan.rows
+    )
     search = EVBMF_VALUE * NEEDED * max(plan.rows)
     share = divisions / DIVISIONS / card.attributes.multiprocessors
     limit = "chain" if chain > share else "divisions"

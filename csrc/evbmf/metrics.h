@@ -78,13 +78,13 @@ RMSGD_FN ModeMetrics mode_metrics(Team& team, const double* c, const FreeEnergyM
 // rank within 1e-6 (sums of k errors are taken as sqrt(k) of them: rounding has no preferred sign). To first
 // order; the metrics are ratios, so that an error of sigma^2 reaches them only by the difference between the
 // slopes of the values that they compare.
-// next: the largest value below the threshold, c[rank]. nonzero: how many values can be other than zero, see
-// nonzero_values.
+// next: the largest value below the threshold, c[rank]. nonzero: how many values are other than zero, see
+// numerical_zero.h.
 RMSGD_FN bool trustworthy(const FreeEnergyMinimum& minimum, const ModeMetrics& metrics, const double* c,
                           double next, int nonzero, double L, double M, double error) {
   if (!(minimum.noise_variance > 0.0)) {
-    // Zeros are certain where rows are zero, not where rounding left nothing of a value. The stable rank is
-    // within 2 error / lambda_1, or 1e-6.
+    // Of a weight of low rank it is known how many values are zero; of others rounding may have left nothing
+    // of a value. The stable rank is within 2 error / lambda_1, or 1e-6.
     if (minimum.rank < nonzero) return false;
     const double first = M * c[0], last = M * c[minimum.rank - 1];
     return last > 4.0 * error &&

@@ -17,13 +17,6 @@ struct NeededValues {
 
 RMSGD_FN NeededValues all_values(int L) { return {L, 0.0, INFINITY}; }
 
-// How many values can be other than zero, if of the L rows `nonzero_rows` are: fewer than L only where Omega
-// then has no lower bound, so that this is the rank. Pruned rows, and those that weight decay let die, make a
-// weight such a one.
-RMSGD_FN int nonzero_values(int nonzero_rows, int L, double M) {
-  return nonzero_rows * (1.0 + L / M) < L ? nonzero_rows : L;
-}
-
 // Of an L x L Gram matrix, L <= M, of this trace.
 struct BoundGrid {
   static constexpr int SIZE = 96;

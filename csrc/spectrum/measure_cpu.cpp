@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../evbmf/needed.h"
+#include "../evbmf/numerical_zero.h"
 #include "../isa.h"
 #include "../parallel.h"
 #include "eigenvalues_cpu.h"
@@ -200,7 +201,19 @@ bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Worksp
   const double columns = double(columns_of(matrix));
   const double trace = std::ldexp(space.trace, exponent);
   const Interval interval = prepare(rows, stage, space);
-  const int nonzero = nonzero_values(space.nonzero_rows, rows, columns);
+  const double zero = rounding_energy(trace, rows, columns, rounding_of(matrix.dtype));
+  const auto above = [&](double shift) {
+    int count;
+    RMSGD_DISPATCH(count_above)(space.diagonal, space.squares, rows, &shift, 1, &count);
+    return count;
+  };
+  const int nonzero =
+      nonzero_values(above, zero, gram_error(stage, interval.upper), space.nonzero_rows, rows, columns);
+  if (nonzero < 0) {  // this Gram matrix cannot tell
+    write_metrics(row, {0, 0.0, 0.0, 1.0, 0.0}, NEEDS_SVD, stage);
+    space.lap(EIGENVALUES);
+    return false;
+  }
   NeededValues needed =
       nonzero < rows ? all_values(nonzero) : needed_values(rows, columns, trace, interval, space);
   double* const values = space.values;
@@ -224,7 +237,7 @@ bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Worksp
   ModeMetrics metrics = mode_metrics(solo, values, minimum, rows, columns);
   const double next = minimum.rank < needed.count ? values[minimum.rank] : needed.lower / columns;
   const bool trusted =
-      trustworthy(minimum, metrics, values, next, nonzero, rows, columns, 8.0 * roundoff(stage) * largest);
+      trustworthy(minimum, metrics, values, next, nonzero, rows, columns, gram_error(stage, largest));
   metrics.noise_variance = std::ldexp(metrics.noise_variance, -exponent - 2 * space.scale_exponent);
   write_metrics(row, metrics, trusted || stage == STAGE_FP32 ? MEASURED : NEEDS_SVD, stage);
   space.lap(EVBMF);

@@ -4,6 +4,7 @@
 
 #include "../evbmf/metrics.h"
 #include "../evbmf/needed.h"
+#include "../evbmf/numerical_zero.h"
 #include "stage.h"
 #include "sturm.h"
 #include "tridiagonal.h"
@@ -32,14 +33,14 @@ RMSGD_FN NeededValues needed_values(Team& team, const T* diagonal, const T* squa
 struct SpectrumBounds {
   NeededValues needed;
   double upper;  // none is above this
-  int nonzero;   // values that can be other than zero, see nonzero_values
+  int nonzero;   // values other than zero, -1 where that is open, see nonzero_values
 };
 
 // Of a Gram matrix that was scaled to the trace `trace` (about 1) and reduced. nonzero_rows: of the weight.
-// counts: BoundGrid::SIZE ints of scratch, shared.
+// rounding: see rounding_of. counts: BoundGrid::SIZE ints of scratch, shared.
 template <class T, class Team>
 RMSGD_FN SpectrumBounds spectrum_bounds(Team& team, const Tridiagonal<T>& tridiagonal, int L, double M,
-                                        double trace, int nonzero_rows, int* counts) {
+                                        double trace, int nonzero_rows, double rounding, int* counts) {
   T upper = 0;  // Gershgorin
   for (int i = team.rank(); i < L; i += team.size()) {
     const T left = i > 0 ? T(fabs(tridiagonal.off_diagonal[i - 1])) : T(0),
@@ -48,7 +49,12 @@ RMSGD_FN SpectrumBounds spectrum_bounds(Team& team, const Tridiagonal<T>& tridia
     if (bound > upper) upper = bound;
   }
   upper = team.max(upper) * T(1.000001);
-  const int nonzero = nonzero_values(nonzero_rows, L, M);
+  const auto above = [&](double shift) {
+    return eigenvalues_above(tridiagonal.diagonal, tridiagonal.squares, L, T(shift));
+  };
+  const int nonzero = nonzero_values(above, rounding_energy(trace, L, M, rounding),
+                                     gram_error(stage_of<T>(), double(upper)), nonzero_rows, L, M);
+  if (nonzero < 0) return {{0, 0.0, INFINITY}, double(upper), nonzero};
   if (nonzero < L) return {all_values(nonzero), double(upper), nonzero};
   return {needed_values(team, tridiagonal.diagonal, tridiagonal.squares, L, M, trace, double(upper), counts),
           double(upper), nonzero};
@@ -83,7 +89,7 @@ RMSGD_FN int spectrum_scratch(int L, int members) {
 }
 
 struct TridiagonalSpectrum {
-  int nonzero;     // see SpectrumBounds
+  int nonzero;     // see SpectrumBounds; where that is open, nothing else is known
   int count;       // values known: the largest ones, over M, in `c`, descending
   double rest;     // the sum of the others, over M
   double s_limit;  // see minimise_free_energy
@@ -105,6 +111,7 @@ RMSGD_FN TridiagonalSpectrum known_spectrum(Team& team, const Tridiagonal<T>& tr
   T* const high = low + L + 2;
   int* const counts = reinterpret_cast<int*>(high + L + 2);
 
+  if (bounds.nonzero < 0) return {bounds.nonzero, 0, 0.0, INFINITY, 0.0, 0.0, c, tails};
   NeededValues needed = bounds.needed;
   double sum = 0.0;
   for (int h = team.rank(); h < needed.count; h += team.size()) sum += double(values[h]);
@@ -131,11 +138,12 @@ RMSGD_FN TridiagonalSpectrum known_spectrum(Team& team, const Tridiagonal<T>& tr
 template <class T, class Team>
 RMSGD_FN bool measure_spectrum(Team& team, const TridiagonalSpectrum& spectrum, int L, double M, int exponent,
                                double* row) {
+  if (spectrum.nonzero < 0) return false;
   const FreeEnergyMinimum minimum = minimise_free_energy(team, spectrum.c, spectrum.count, spectrum.rest, L,
                                                          M, spectrum.s_limit, spectrum.tails);
   ModeMetrics metrics = mode_metrics(team, spectrum.c, minimum, double(L), M);
   const double next = minimum.rank < spectrum.count ? spectrum.c[minimum.rank] : spectrum.next;
-  const double error = 8.0 * roundoff(stage_of<T>()) * spectrum.largest;
+  const double error = gram_error(stage_of<T>(), spectrum.largest);
   if (!trustworthy(minimum, metrics, spectrum.c, next, spectrum.nonzero, L, M, error)) return false;
   metrics.noise_variance = ldexp(metrics.noise_variance, -exponent);
   if (team.rank() == 0) write_metrics(row, metrics, MEASURED, stage_of<T>());
@@ -143,14 +151,26 @@ RMSGD_FN bool measure_spectrum(Team& team, const TridiagonalSpectrum& spectrum, 
 }
 
 // The same from all L eigenvalues of an fp64 Gram matrix, descending, scaled to a largest near 1. Where they
-// do not decide, the row's status is NEEDS_SVD. scratch: 2 L + 2 doubles.
+// do not decide, the row's status is NEEDS_SVD. rounding: see rounding_of. scratch: 2 L + 2 doubles.
 template <class Team>
-RMSGD_FN void measure_eigenvalues(Team& team, const double* values, int L, double M, double* scratch,
-                                  double* row) {
+RMSGD_FN void measure_eigenvalues(Team& team, const double* values, int L, double M, double rounding,
+                                  double* scratch, double* row) {
+  double trace = 0.0;
+  for (int h = team.rank(); h < L; h += team.size()) trace += values[h];
+  trace = team.sum(trace);
+  const auto above = [&](double shift) {
+    int count = 0;
+    while (count < L && values[count] > shift) ++count;
+    return count;
+  };
+  const int nonzero = nonzero_values(above, rounding_energy(trace, L, M, rounding),
+                                     gram_error(STAGE_FP64, values[0]), L, L, M);
+  const int count = nonzero < 0 ? L : nonzero;
   const double zero = 64.0 * L * roundoff(STAGE_FP64) * values[0];
-  for (int h = team.rank(); h < L; h += team.size()) scratch[h] = values[h] > zero ? values[h] / M : 0.0;
+  for (int h = team.rank(); h < count; h += team.size()) scratch[h] = values[h] > zero ? values[h] / M : 0.0;
   team.barrier();
-  const TridiagonalSpectrum spectrum = {L, L, 0.0, INFINITY, 0.0, values[0], scratch, scratch + L + 1};
+  const TridiagonalSpectrum spectrum = {nonzero, count,     0.0,     INFINITY,
+                                        0.0,     values[0], scratch, scratch + L + 1};
   if (!measure_spectrum<double>(team, spectrum, L, M, 0, row) && team.rank() == 0) {
     write_metrics(row, {0, 0.0, 0.0, 1.0, 0.0}, NEEDS_SVD, STAGE_FP64);
   }

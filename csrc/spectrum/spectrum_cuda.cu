@@ -212,8 +212,9 @@ __device__ __forceinline__ void sturm_block(const SpectrumArguments& arguments) 
   BlockTeam team;
   T* const scratch = reinterpret_cast<T*>(shared_memory() + TEAM_SHARED);
   int* const counts = reinterpret_cast<int*>(scratch + STURM_SCRATCH);
-  const SpectrumBounds bounds = spectrum_bounds(team, at.tridiagonal(), matrix.L, double(matrix.M),
-                                                state.trace, state.nonzero_rows, counts);
+  const SpectrumBounds bounds =
+      spectrum_bounds(team, at.tridiagonal(), matrix.L, double(matrix.M), state.trace, state.nonzero_rows,
+                      rounding_of(matrix.dtype), counts);
   find_part(team, at.tridiagonal(), matrix.L, bounds, mine.block, scratch, counts,
             at.vector(at.places.values));
   if (mine.block == 0 && team.rank() == 0) {
@@ -297,7 +298,7 @@ __device__ __forceinline__ void svd_matrix(GridTeam& team, const SpectrumArgumen
   const auto scaled = [&](long long column, int at) { return element_of(matrix, column, at) * half * other; };
   singular_values(team, scaled, L, matrix.M, gamma, scratch, counts);
   if (!are_unchanged(team, arguments, number, STAGE_SVD)) return;
-  const double zero = double(matrix.M) * 0x1p-52 * gamma[0];
+  const double zero = numerical_zero(team, gamma, L, double(matrix.M), rounding_of(matrix.dtype));
   team.barrier();
   for (int h = team.rank(); h < L; h += team.size()) {
     gamma[h] = gamma[h] > zero ? ldexp(gamma[h], exponent) : 0.0;
@@ -397,5 +398,6 @@ extern "C" __global__ void __launch_bounds__(rmsgd::WARP, 1)
     rmsgd::measure_singular_values(team, arguments.values, L, arguments.M, arguments.scratch, arguments.row);
     return;
   }
-  rmsgd::measure_eigenvalues(team, arguments.values, L, arguments.M, arguments.scratch, arguments.row);
+  rmsgd::measure_eigenvalues(team, arguments.values, L, arguments.M, arguments.rounding, arguments.scratch,
+                             arguments.row);
 }

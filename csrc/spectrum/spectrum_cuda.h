@@ -75,12 +75,14 @@ struct SpectrumArguments {
 };
 
 // One matrix whose values are known. values: (L), descending: eigenvalues of the Gram matrix, or
-// singular values. scratch: 2 L + 2 doubles.
+// singular values, those that are zero set to 0. rounding: of the weight, see rounding_of, for eigenvalues.
+// scratch: 2 L + 2 doubles.
 struct ValuesArguments {
   const double* values;
   double* scratch;
   double* row;
   double M;
+  double rounding;
   int L;
   int singular;
 };

@@ -14,6 +14,9 @@ RMSGD_FN Stage stage_of() {
 // Unit roundoff of its elements.
 RMSGD_FN double roundoff(Stage stage) { return stage == STAGE_FP32 ? 0x1p-24 : 0x1p-53; }
 
+// How far an eigenvalue of a Gram matrix may be off, if `largest` is the largest.
+RMSGD_FN double gram_error(Stage stage, double largest) { return 8.0 * roundoff(stage) * largest; }
+
 // Whether a trace leaves room on both sides: nothing overflowed, and what underflowed does not matter. Zero
 // and NaN leave none.
 RMSGD_FN bool in_range(double trace, Stage stage) {

@@ -27,6 +27,7 @@ from rmsgd.backends.cuda_step import CudaStepper
 from rmsgd.backends.kernels import TEAM_SHARED, Kernels, upload
 from rmsgd.backends.streams import Streams, check_not_capturing, named_range
 from rmsgd.backends.svd import singular_values
+from rmsgd.element_types import rounding
 from rmsgd.layers import as_matrix
 
 WORKSPACE_BYTES = 224 * 2**20
@@ -70,7 +71,11 @@ _RATES_ARGUMENTS = np.dtype(
     [("tables", _RATE_TABLES), ("metrics", "u8"), ("measured", "u8"), ("held", "u8")], align=True
 )
 _VALUES_ARGUMENTS = np.dtype(
-    [("values", "u8"), ("scratch", "u8"), ("row", "u8"), ("M", "f8"), ("L", "i4"), ("singular", "i4")]
+    [
+        *((name, "u8") for name in ("values", "scratch", "row")),
+        *((name, "f8") for name in ("M", "rounding")),
+        *((name, "i4") for name in ("L", "singular")),
+    ]
 )
 
 
@@ -223,25 +228,24 @@ class CudaBackend:
         exponent = max(-1000, min(1000, math.frexp(largest)[1]))
         A = A * math.ldexp(1.0, -exponent)
         values = torch.linalg.eigvalsh(A @ A.T).flip(0)
-        row = self._measure_values(values, unfolding.M, singular=False)
+        row = self._measure_values(values, unfolding.M, rounding(weight.dtype), singular=False)
         if row[STATUS] == NEEDS_SVD:
-            return self.measure_spectrum(
-                singular_values(as_matrix(weight, unfolding).double(), largest), unfolding.M
-            )
+            gamma = singular_values(as_matrix(weight, unfolding).double(), largest, rounding(weight.dtype))
+            return self.measure_spectrum(gamma, unfolding.M)
         row[NOISE_VARIANCE] = row[NOISE_VARIANCE] * math.ldexp(1.0, exponent) * math.ldexp(1.0, exponent)
         return row
 
     def measure_spectrum(self, gamma: Tensor, M: int) -> Tensor:
         """See ``base.Backend``."""
-        return self._measure_values(gamma, M, singular=True)
+        return self._measure_values(gamma, M, 0.0, singular=True)
 
-    def _measure_values(self, values: Tensor, M: int, singular: bool) -> Tensor:
+    def _measure_values(self, values: Tensor, M: int, rounding: float, singular: bool) -> Tensor:
         values = values.contiguous()
         L = len(values)
         scratch = values.new_empty(2 * L + 2)
         row = values.new_empty(FIELDS)
         arguments = np.zeros(1, _VALUES_ARGUMENTS)
-        arguments[0] = (values.data_ptr(), scratch.data_ptr(), row.data_ptr(), M, L, singular)
+        arguments[0] = (values.data_ptr(), scratch.data_ptr(), row.data_ptr(), M, rounding, L, singular)
         stream = self._streams(values.device).current()
         self._kernels.launch(
             "rmsgd_values", values.device.index or 0, 1, _VALUES_THREADS, 0, stream, arguments

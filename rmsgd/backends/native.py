@@ -23,7 +23,7 @@ from rmsgd.backends.base import (
     is_aligned,
 )
 from rmsgd.backends.svd import singular_values
-from rmsgd.element_types import ELEMENT_TYPES
+from rmsgd.element_types import ELEMENT_TYPES, rounding
 from rmsgd.layers import Unfolding, as_matrix
 
 PARTS = ("gram", "tridiagonal", "eigenvalues", "evbmf")
@@ -95,7 +95,7 @@ class NativeBackend(OnHost):
         for i in np.flatnonzero(rows[:, STATUS] == NEEDS_SVD).tolist():
             weight, unfolding = matrices[i]
             matrix = as_matrix(weight.detach(), unfolding).double()
-            gamma = singular_values(matrix, float(matrix.abs().max()))
+            gamma = singular_values(matrix, float(matrix.abs().max()), rounding(weight.dtype))
             table[i] = self.measure_spectrum(gamma, unfolding.M)
         rows[rows[:, STATUS] == NOT_FINITE, :STATUS] = math.nan
         return table

@@ -21,6 +21,7 @@ from rmsgd.backends.base import (
     StepTables,
 )
 from rmsgd.backends.per_tensor import OneByOneStepper, Update
+from rmsgd.element_types import rounding
 from rmsgd.layers import Unfolding, as_matrix
 
 
@@ -72,7 +73,7 @@ class NumpyBackend(OnHost):
             if not np.isfinite(matrix).all():
                 row[STATUS] = NOT_FINITE
                 continue
-            gamma = torch.from_numpy(reference.singular_values(matrix))
+            gamma = torch.from_numpy(reference.singular_values(matrix, rounding(weight.dtype)))
             row.copy_(self.measure_spectrum(gamma, unfolding.M))
         return table
 

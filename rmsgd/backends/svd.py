@@ -8,14 +8,17 @@ import math
 import torch
 from torch import Tensor
 
+from rmsgd.reference import numerical_zero
 
-def singular_values(matrix: Tensor, largest: float) -> Tensor:
+
+def singular_values(matrix: Tensor, largest: float, rounding: float) -> Tensor:
     """Singular values of a float64 matrix on its device, zero where they are numerically zero.
 
-    ``largest`` is its largest magnitude, finite. See ``scaled_singular_values``.
+    ``largest`` is its largest magnitude, finite; ``rounding`` is that of the weight it came from. See
+    ``scaled_singular_values``.
     """
     scale = power_of_two(largest)
-    return scaled_singular_values(matrix / scale) * scale
+    return scaled_singular_values(matrix / scale, rounding) * scale
 
 
 def power_of_two(largest: float) -> float:
@@ -23,11 +26,11 @@ def power_of_two(largest: float) -> float:
     return math.ldexp(1.0, math.frexp(largest)[1] - 1)
 
 
-def scaled_singular_values(matrix: Tensor) -> Tensor:
+def scaled_singular_values(matrix: Tensor, rounding: float) -> Tensor:
     """Singular values of a float64 matrix that was divided by its ``power_of_two``.
 
-    Values at or below ``M 2^-52 gamma_1`` are set to 0. Rows and columns of zeros, as in a pruned weight,
-    cost nothing.
+    Values at or below ``reference.numerical_zero`` are set to 0. Rows and columns of zeros, as in a pruned
+    weight, cost nothing.
     """
     gamma = matrix.new_zeros(min(matrix.shape))
     M = max(matrix.shape)
@@ -36,10 +39,10 @@ def scaled_singular_values(matrix: Tensor) -> Tensor:
     if not (rows.all() and columns.all()):
         matrix = matrix[rows][:, columns]
     gamma[: min(matrix.shape)] = torch.linalg.svdvals(matrix)
-    return without_numerical_zeros(gamma, M)
+    return without_numerical_zeros(gamma, M, rounding)
 
 
-def without_numerical_zeros(gamma: Tensor, M: int) -> Tensor:
-    """Singular values, descending, with those at or below ``M 2^-52 gamma_1`` set to 0 in place."""
-    gamma[gamma <= M * 2.0**-52 * gamma[0]] = 0.0
+def without_numerical_zeros(gamma: Tensor, M: int, rounding: float) -> Tensor:
+    """Singular values, descending, with those at or below ``reference.numerical_zero`` set to 0 in place."""
+    gamma[gamma <= numerical_zero(gamma.cpu().numpy(), len(gamma), M, rounding)] = 0.0
     return gamma

@@ -20,6 +20,7 @@ from rmsgd.backends.base import (
 )
 from rmsgd.backends.per_tensor import OneByOneStepper
 from rmsgd.backends.svd import singular_values
+from rmsgd.element_types import rounding
 from rmsgd.layers import Unfolding, as_matrix
 
 
@@ -64,7 +65,7 @@ class TorchBackend(OnHost):
             if not math.isfinite(largest):
                 row[STATUS] = NOT_FINITE
                 continue
-            gamma = singular_values(matrix, largest)
+            gamma = singular_values(matrix, largest, rounding(weight.dtype))
             row.copy_(self.measure_spectrum(gamma, unfolding.M))
         return table
 

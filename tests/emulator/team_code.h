@@ -151,10 +151,10 @@ struct Problem {
 
   // Whether the values decide the row.
   template <class Team>
-  bool measure(Team& team, double M, double* row) {
+  bool measure(Team& team, double M, double rounding, double* row) {
     const rmsgd::Tridiagonal<T> reduced(tridiagonal.data(), stride);
     const rmsgd::SpectrumBounds bounds =
-        rmsgd::spectrum_bounds(team, reduced, n, M, trace, nonzero_rows, counts.data());
+        rmsgd::spectrum_bounds(team, reduced, n, M, trace, nonzero_rows, rounding, counts.data());
     for (int part = 0; part * rmsgd::STURM_PART < n; ++part) {
       rmsgd::find_part(team, reduced, n, bounds, part, part_scratch.data(), counts.data(), values.data());
     }

@@ -34,7 +34,7 @@ int measure(const double* gram, int n, double M, int members, int order, double*
   run(members, order, [&](auto& team) {
     problem.reduce(team);
     team.barrier();
-    const bool mine = problem.measure(team, M, row);
+    const bool mine = problem.measure(team, M, 0.0, row);
     if (team.rank() == 0) decided = mine;
   });
   for (int i = 0; i < n; ++i) {

@@ -91,7 +91,7 @@ void measure(int members, int n, int M) {
   run(members, [&](Member& team) {
     problem.reduce(team);
     team.barrier();
-    problem.measure(team, M, row);
+    problem.measure(team, M, 0.0, row);
   });
 }
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from rmsgd import _cpu, reference
 from rmsgd.backends import backend_for, numba_
 from rmsgd.backends.base import CONDITION_NUMBER, NOISE_VARIANCE, NUCLEAR, RANK, STABLE_RANK, STATUS
+from rmsgd.element_types import rounding
 from rmsgd.layers import as_matrix, unfoldings
 
 Array = NDArray[np.float64]
@@ -212,7 +213,7 @@ def check_weight(weight: torch.Tensor) -> None:
             assert row[STATUS] == 1
             assert np.isnan(row[:STATUS]).all()
             continue
-        gamma = reference.singular_values(matrix)
+        gamma = reference.singular_values(matrix, rounding(weight.dtype))
         rank, variance, stable_rank, condition, _ = reference.measure_singular_values(gamma, u.L, u.M)
         if row[RANK] != rank:
             c, exponent = scaled(gamma, u.M)
@@ -222,7 +223,7 @@ def check_weight(weight: torch.Tensor) -> None:
             continue
         # The accuracy guard promises this. An SVD has only a digit or two of values just above numerical
         # zero.
-        rounding = u.M * (2.0**-52 * gamma[0]) ** 2
-        np.testing.assert_allclose(row[NOISE_VARIANCE], variance, rtol=1e-3, atol=0.1 * rounding)
+        last_digit = u.M * (2.0**-52 * gamma[0]) ** 2
+        np.testing.assert_allclose(row[NOISE_VARIANCE], variance, rtol=1e-3, atol=0.1 * last_digit)
         np.testing.assert_allclose(row[CONDITION_NUMBER], condition, atol=2e-5)
         np.testing.assert_allclose(row[STABLE_RANK], stable_rank, atol=2e-6)
