@@ -103,6 +103,7 @@ WEIGHTS = {
     "learned positions": torch.randn(1, 50, 16),
     "rounded to eight bits": (torch.randn(8, 8) * 100).round() / 100,
     "experts": torch.randn(3, 5, 7),
+    "too large for fractions": torch.randn(8, 8) * 1e30,
 }
 
 

@@ -80,6 +80,9 @@ def _whole_numbers(weight: Tensor) -> str | None:
         return None if low == 0 else f"every entry is {low:g}: a constant, not a weight"
     if {low, high} == {0, 1}:
         return "only zeros and ones: a mask or indices, not a weight"
+    # A number so large that its type has no fractions there tells nothing.
+    if 2 * (weight.abs() < 1.0 / torch.finfo(weight.dtype).eps).sum() < weight.numel():
+        return None
     return "only whole numbers: a table or codes, not a weight"
 
 
