@@ -95,9 +95,7 @@ void check_matrix(const rmsgd::MatrixView& view, Pointer data) {
   }
 }
 
-std::pair<py::array_t<double>, py::array_t<double>> measure_parts(const std::vector<MatrixTuple>& matrices,
-                                                                  std::int64_t threads) {
-  const int used = rmsgd::checked_threads(threads);
+std::vector<rmsgd::MatrixView> views_of(const std::vector<MatrixTuple>& matrices) {
   std::vector<rmsgd::MatrixView> views;
   views.reserve(matrices.size());
   for (const auto& [data, dtype, small_sizes, small_strides, large_sizes, large_strides] : matrices) {
@@ -106,6 +104,13 @@ std::pair<py::array_t<double>, py::array_t<double>> measure_parts(const std::vec
     check_matrix(views.back(), data);
   }
   rmsgd::active_isa();  // throws here rather than on a thread
+  return views;
+}
+
+std::pair<py::array_t<double>, py::array_t<double>> measure_parts(const std::vector<MatrixTuple>& matrices,
+                                                                  std::int64_t threads) {
+  const int used = rmsgd::checked_threads(threads);
+  const std::vector<rmsgd::MatrixView> views = views_of(matrices);
   py::array_t<double> table({py::ssize_t(views.size()), py::ssize_t(rmsgd::METRICS_FIELDS)});
   py::array_t<double> parts(std::vector<py::ssize_t>{rmsgd::MEASURE_PARTS});
   double* out = table.mutable_data();
@@ -116,6 +121,35 @@ std::pair<py::array_t<double>, py::array_t<double>> measure_parts(const std::vec
 
 py::array_t<double> measure(const std::vector<MatrixTuple>& matrices, std::int64_t threads) {
   return measure_parts(matrices, threads).first;
+}
+
+rmsgd::WantedValues wanted_values(const std::string& name) {
+  if (name == "top") return rmsgd::KEPT_VALUES;
+  if (name == "half") return rmsgd::HALF_VALUES;
+  if (name == "all") return rmsgd::ALL_VALUES;
+  throw py::value_error("values: expected top, half or all, got " + name);
+}
+
+std::pair<py::array_t<double>, py::array_t<double>> spectra(const std::vector<MatrixTuple>& matrices,
+                                                            const std::string& values, std::int64_t threads) {
+  const int used = rmsgd::checked_threads(threads);
+  const rmsgd::WantedValues wanted = wanted_values(values);
+  const std::vector<rmsgd::MatrixView> views = views_of(matrices);
+  std::int64_t total = 0;
+  for (const rmsgd::MatrixView& view : views) total += view.small.length();
+  py::array_t<double> table({py::ssize_t(views.size()), py::ssize_t(rmsgd::METRICS_FIELDS)});
+  py::array_t<double> gamma(std::vector<py::ssize_t>{py::ssize_t(total)});
+  double* const out = table.mutable_data();
+  double* next = gamma.mutable_data();
+  std::fill(next, next + total, 0.0);
+  std::vector<double*> places;
+  for (const rmsgd::MatrixView& view : views) {
+    places.push_back(next);
+    next += view.small.length();
+  }
+  rmsgd::without_gil(
+      [&] { rmsgd::measure(views.data(), int(views.size()), used, out, nullptr, wanted, places.data()); });
+  return {table, gamma};
 }
 
 py::array_t<double> measure_spectrum(const py::array_t<double, py::array::c_style>& gamma, std::int64_t M) {
@@ -251,6 +285,7 @@ PYBIND11_MODULE(_cpu, m) {
   rmsgd::bind_layouts(m);
   m.def("measure", &measure, "matrices"_a, "threads"_a = 1);
   m.def("measure_parts", &measure_parts, "matrices"_a, "threads"_a = 1);
+  m.def("spectra", &spectra, "matrices"_a, "values"_a, "threads"_a = 1);
   m.def("measure_spectrum", &measure_spectrum, "gamma"_a.noconvert(), "M"_a);
   m.def("update_rates", &update_rates, "parameter"_a.noconvert(), "group"_a.noconvert(),
         "spectrum_begin"_a.noconvert(), "weight"_a.noconvert(), "stable_rank"_a.noconvert(),

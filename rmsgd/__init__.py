@@ -3,6 +3,7 @@
 from rmsgd._version import __version__
 from rmsgd.inspection.probe import probe
 from rmsgd.inspection.report.report import Report
+from rmsgd.inspection.spectra import Spectrum, spectra
 from rmsgd.lowrank import LowRank, evbmf
 from rmsgd.metrics import LayerMetrics
 from rmsgd.optim.groups import layer_groups
@@ -15,8 +16,10 @@ __all__ = [
     "LayerRates",
     "LowRank",
     "Report",
+    "Spectrum",
     "__version__",
     "evbmf",
     "layer_groups",
     "probe",
+    "spectra",
 ]

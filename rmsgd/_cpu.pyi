@@ -165,6 +165,28 @@ def measure_parts(
         As ``measure``.
     """
 
+def spectra(
+    matrices: Sequence[_Matrix], values: str, threads: int = 1
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """``measure``, and singular values: each square is within 16 u of the largest square.
+
+    Args:
+        matrices: as for ``measure``.
+        values: which are wanted. "top": those above the noise threshold, from what decided their number.
+            "all": all, from a Gram matrix in fp64 (u = 2^-53). "half": all, in fp32 (u = 2^-24) where that
+            gives the larger half to three digits, else in fp64.
+        threads: as for ``measure``.
+
+    Returns:
+        The table, and all singular values one matrix after the other: for each as many as its smaller side
+        is long, descending, in units of the weight, 0 where one is not wanted or its square is below 8 u of
+        the largest. They mean nothing where the status is not MEASURED.
+
+    Raises:
+        ValueError: there is no such choice of values; and as ``measure``.
+        MemoryError, RuntimeError: as ``measure``.
+    """
+
 def measure_spectrum(gamma: NDArray[np.float64], M: int) -> NDArray[np.float64]:
     """One row of ``measure`` from the L singular values of an L x M matrix.
 

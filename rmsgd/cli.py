@@ -20,7 +20,8 @@ from rmsgd import doctor
 from rmsgd._version import __version__
 from rmsgd.backends.base import BackendUnavailable
 from rmsgd.extras import install_command
-from rmsgd.inspection.probing import Probing, usable_device
+from rmsgd.inspection.measuring import usable_device
+from rmsgd.inspection.probing import Probing
 from rmsgd.inspection.reading.checkpoints import CHECKPOINT_SUFFIXES, checkpoint_files
 from rmsgd.inspection.reading.stored import CheckpointError
 from rmsgd.inspection.report.comparison import Comparison

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from rmsgd.element_types import ELEMENT_TYPES
 
 MEAN_OF_ALL, NO_LEADER = -1, -2
 """These stand in place of the layer that a parameter without a spectrum follows."""
@@ -62,6 +65,36 @@ def _unfoldings(shape: tuple[int, ...]) -> tuple[Unfolding, ...]:
             first, second = candidates
             candidates = [first._replace(modes=("in", "out"), channels=first.channels + second.channels)]
     return tuple(u for u in candidates if u.L > 1)
+
+
+def whole_matrix(shape: Sequence[int]) -> Unfolding:
+    """A matrix as it is, also one of a single row or column, which has no unfolding with a spectrum.
+
+    Raises:
+        ValueError: the shape has another number of dimensions than two.
+    """
+    if len(shape) != 2:
+        raise ValueError(f"expected a matrix, got shape {tuple(shape)}")
+    return _unfold(shape, (0,), "matrix")
+
+
+def check_matrix(weight: object, name: str) -> None:
+    """Raise what is wrong with a matrix that is to be measured.
+
+    Raises:
+        TypeError: it is not a dense tensor of real floating-point numbers.
+        ValueError: it is not a matrix with at least one entry, or has no values.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
+    if weight.dtype not in ELEMENT_TYPES:
+        raise TypeError(f"{name} must be a real floating-point tensor, got {weight.dtype}")
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(f"{name} must be a matrix with at least one entry, got shape {tuple(weight.shape)}")
+    if weight.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got layout {weight.layout}: use to_dense()")
+    if weight.is_meta:
+        raise ValueError(f"{name} is on the meta device: it has a shape but no values")
 
 
 def as_matrix(weight: Tensor, unfolding: Unfolding) -> Tensor:

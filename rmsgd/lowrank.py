@@ -8,7 +8,8 @@ from torch import Tensor
 from rmsgd.backends import backend_for
 from rmsgd.backends.base import NOISE_VARIANCE, RANK
 from rmsgd.backends.svd import power_of_two, scaled_singular_values, without_numerical_zeros
-from rmsgd.element_types import ELEMENT_TYPES, rounding
+from rmsgd.element_types import rounding
+from rmsgd.layers import check_matrix
 from rmsgd.reference import shrink
 
 
@@ -48,16 +49,7 @@ def evbmf(weight: Tensor, vectors: bool = False) -> LowRank:
         ValueError: ``weight`` is not a matrix with at least one entry, has no values (it is on the meta
             device), or has a NaN or an Inf.
     """
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
-    if weight.dtype not in ELEMENT_TYPES:
-        raise TypeError(f"weight must be a real floating-point tensor, got {weight.dtype}")
-    if weight.ndim != 2 or weight.numel() == 0:
-        raise ValueError(f"weight must be a matrix with at least one entry, got shape {tuple(weight.shape)}")
-    if weight.layout != torch.strided:
-        raise TypeError(f"weight must be dense, got layout {weight.layout}: use to_dense()")
-    if weight.is_meta:
-        raise ValueError("weight is on the meta device: it has a shape but no values")
+    check_matrix(weight, "weight")
     matrix = weight.detach().double()
     largest = float(matrix.abs().max())
     if not largest < float("inf"):

@@ -249,7 +249,7 @@ def test_ctrl_c_prints_what_is_done_so_far(capsys, checkpoint, monkeypatch):
             raise KeyboardInterrupt
         measure(self, batch)
 
-    monkeypatch.setattr("rmsgd.inspection.probing.BATCH_BYTES", 1)
+    monkeypatch.setattr("rmsgd.inspection.measuring.BATCH_BYTES", 1)
     monkeypatch.setattr(Probing, "_measure", measure_once)
     code, out, err = run(capsys, checkpoint, "--json", "--filter", "weight")
     assert code == 130

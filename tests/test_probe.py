@@ -11,12 +11,10 @@ from torch import nn
 import rmsgd
 from rmsgd import reference
 from rmsgd.element_types import rounding
-from rmsgd.inspection.probing import matches
+from rmsgd.inspection.measuring import matches
 from rmsgd.inspection.report.comparison import Comparison
-from rmsgd.inspection.report.page import spectrum
 from rmsgd.inspection.report.series import Series, comparable_name, in_order_of_training
 from rmsgd.inspection.report.series_figure import checkpoint_labels, low_rank_and_noise
-from rmsgd.layers import unfoldings
 
 FIELDS = [
     "name",
@@ -303,7 +301,7 @@ def test_a_filter_that_matches_nothing_says_so():
 
 
 def test_progress_goes_up_to_1(monkeypatch):
-    monkeypatch.setattr("rmsgd.inspection.probing.BATCH_BYTES", 1000)
+    monkeypatch.setattr("rmsgd.inspection.measuring.BATCH_BYTES", 1000)
     shares = []
     rmsgd.probe({str(i): torch.randn(20, 30) for i in range(6)}, progress=shares.append)
     assert shares == sorted(shares)
@@ -439,14 +437,6 @@ def test_low_rank_and_noise_add_up_to_the_weight():
     low, noise = low_rank_and_noise(weight)
     np.testing.assert_allclose(low + noise, weight.double().numpy(), atol=1e-12)
     assert np.linalg.matrix_rank(low) == 2
-
-
-@pytest.mark.parametrize("shape", [(20, 30), (30, 20), (20, 12, 3, 3)])
-def test_the_pages_spectrum_is_that_of_the_weight(shape):
-    weight = structured(*shape)
-    for unfolding, matrix in zip(unfoldings(shape), modes_of(weight).values(), strict=True):
-        expected = reference.singular_values(matrix)
-        np.testing.assert_allclose(spectrum(weight, unfolding), expected, atol=1e-7 * expected[0])
 
 
 @pytest.mark.gpu

@@ -16,11 +16,26 @@ namespace rmsgd {
 // What the time of a measurement goes to.
 enum MeasurePart : int { GRAM, REDUCTION, EIGENVALUES, EVBMF, MEASURE_PARTS };
 
+// Singular values that are wanted beside the metrics. They come from a Gram matrix: lambda = gamma^2 is
+// within 16 u lambda_1 of itself (half of it the search's), and 0 where it is below 8 u lambda_1.
+enum WantedValues : int {
+  NO_VALUES,
+  KEPT_VALUES,  // those above the noise threshold, as many as the rank
+  HALF_VALUES,  // all, of which the larger half is known to three digits or u is 2^-53
+  ALL_VALUES,   // all, u = 2^-53
+};
+
+// A value of the larger half is known to three digits where the bound of its error is below this share of it.
+constexpr double HALF_ERROR = 1e-3;
+
 // Measures `count` matrices on `threads` threads; row i of `out` holds the MetricsField values of matrix i.
 // Where singular values from a Gram matrix cannot decide, STATUS is NEEDS_SVD and the rest of the row is
 // what the fp64 Gram matrix gave. The result does not depend on the number of threads. Matrices without
 // elements have rank 0. Throws std::bad_alloc.
 // seconds: null, or room for MEASURE_PARTS: the time each part took, the sum over the matrices.
-void measure(const MatrixView* matrices, int count, int threads, double* out, double* seconds = nullptr);
+// values: null, or for each matrix room for the values of its smaller side, descending, in units of the
+// weight; what is not wanted is 0. They mean nothing where STATUS is not MEASURED.
+void measure(const MatrixView* matrices, int count, int threads, double* out, double* seconds = nullptr,
+             WantedValues wanted = NO_VALUES, double* const* values = nullptr);
 
 }  // namespace rmsgd

@@ -32,6 +32,13 @@ double cost_of(const MatrixView& matrix) {
   return rows * rows * (rows + columns);
 }
 
+// Where the results of one matrix go.
+struct Output {
+  double* row;
+  WantedValues wanted;
+  double* gamma;  // for the values that are wanted, 0 so far
+};
+
 // ---- memory ----
 
 struct Free {
@@ -194,9 +201,19 @@ NeededValues needed_values(int rows, double columns, double trace, const Interva
   return {count, lower, limit};
 }
 
-// The metrics of a reduced Gram matrix of trace `trace` times 2^exponent; false where they are not to be
-// trusted.
-bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Workspace& space, double* row) {
+// Writes gamma = sqrt(lambda) for `count` eigenvalues of a Gram matrix that was scaled by 2^exponent; 0 where
+// lambda is not above `zero`.
+void write_values(const double* lambda, int count, double zero, int exponent, double* gamma) {
+  const int odd = exponent & 1;
+  for (int h = 0; h < count; ++h) {
+    gamma[h] =
+        lambda[h] > zero ? std::ldexp(std::sqrt(std::ldexp(lambda[h], odd)), -(exponent + odd) / 2) : 0.0;
+  }
+}
+
+// The metrics of a reduced Gram matrix of trace `trace` times 2^exponent; false where they, or the values
+// that are wanted, are not to be trusted.
+bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Workspace& space, Output out) {
   const int rows = int(rows_of(matrix));
   const double columns = double(columns_of(matrix));
   const double trace = std::ldexp(space.trace, exponent);
@@ -210,12 +227,14 @@ bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Worksp
   const int nonzero =
       nonzero_values(above, zero, gram_error(stage, interval.upper), space.nonzero_rows, rows, columns);
   if (nonzero < 0) {  // this Gram matrix cannot tell
-    write_metrics(row, {0, 0.0, 0.0, 1.0, 0.0}, NEEDS_SVD, stage);
+    write_metrics(out.row, {0, 0.0, 0.0, 1.0, 0.0}, NEEDS_SVD, stage);
     space.lap(EIGENVALUES);
     return false;
   }
-  NeededValues needed =
-      nonzero < rows ? all_values(nonzero) : needed_values(rows, columns, trace, interval, space);
+  const bool all = out.wanted >= HALF_VALUES;
+  NeededValues needed = nonzero < rows ? all_values(nonzero)
+                        : all          ? all_values(rows)
+                                       : needed_values(rows, columns, trace, interval, space);
   double* const values = space.values;
   double rest = 0.0;
   for (;;) {
@@ -236,18 +255,26 @@ bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Worksp
                                                          columns, needed.s_limit, space.tails);
   ModeMetrics metrics = mode_metrics(solo, values, minimum, rows, columns);
   const double next = minimum.rank < needed.count ? values[minimum.rank] : needed.lower / columns;
-  const bool trusted =
-      trustworthy(minimum, metrics, values, next, nonzero, rows, columns, gram_error(stage, largest));
-  metrics.noise_variance = std::ldexp(metrics.noise_variance, -exponent - 2 * space.scale_exponent);
-  write_metrics(row, metrics, trusted || stage == STAGE_FP32 ? MEASURED : NEEDS_SVD, stage);
+  const double error = gram_error(stage, largest);
+  bool trusted = trustworthy(minimum, metrics, values, next, nonzero, rows, columns, error);
+  const int total_exponent = exponent + 2 * space.scale_exponent;
+  metrics.noise_variance = std::ldexp(metrics.noise_variance, -total_exponent);
+  write_metrics(out.row, metrics, trusted || stage == STAGE_FP32 ? MEASURED : NEEDS_SVD, stage);
+  if (out.wanted != NO_VALUES) {
+    for (int h = 0; h < needed.count; ++h) values[h] *= columns;
+    write_values(values, all ? needed.count : minimum.rank, all ? error : 0.0, total_exponent, out.gamma);
+    if (out.wanted == HALF_VALUES && needed.count > rows / 2 && error > HALF_ERROR * values[(rows - 1) / 2])
+      trusted = false;
+  }
   space.lap(EVBMF);
   return trusted;
 }
 
 // One row by the team; every member takes the same way through it.
-void measure_one(const MatrixView& matrix, Workspace& space, const ThreadTeam& team, double* row) {
+void measure_one(const MatrixView& matrix, Workspace& space, const ThreadTeam& team, Output out) {
   const int rows = int(rows_of(matrix));
-  Stage stage = matrix.dtype == Dtype::float64 || rows == 1 ? STAGE_FP64 : STAGE_FP32;
+  const bool in_fp64 = matrix.dtype == Dtype::float64 || rows == 1 || out.wanted == ALL_VALUES;
+  Stage stage = in_fp64 ? STAGE_FP64 : STAGE_FP32;
   if (team.rank() == 0) space.start_lap();
   for (;; stage = STAGE_FP64) {
     form_scaled_gram(matrix, stage, space, team);
@@ -255,13 +282,17 @@ void measure_one(const MatrixView& matrix, Workspace& space, const ThreadTeam& t
     if (space.status == NOT_FINITE || space.trace == 0.0 || rows == 1) {
       const double columns = double(columns_of(matrix));
       const double noise = std::ldexp(space.trace / columns, -2 * space.scale_exponent);
-      if (team.rank() == 0) write_metrics(row, {0, noise, 0.0, 1.0, 0.0}, space.status, stage);
+      if (team.rank() == 0) {
+        write_metrics(out.row, {0, noise, 0.0, 1.0, 0.0}, space.status, stage);
+        if (out.wanted >= HALF_VALUES && rows == 1)
+          write_values(&space.trace, 1, 0.0, 2 * space.scale_exponent, out.gamma);
+      }
       break;
     }
     const int exponent = reduce(rows, stage, space, team);
     if (team.rank() == 0) {
       space.lap(REDUCTION);
-      space.repeat = !measure_reduced(matrix, stage, exponent, space, row) && stage == STAGE_FP32;
+      space.repeat = !measure_reduced(matrix, stage, exponent, space, out) && stage == STAGE_FP32;
     }
     team.barrier();
     if (!space.repeat) break;
@@ -271,7 +302,11 @@ void measure_one(const MatrixView& matrix, Workspace& space, const ThreadTeam& t
 
 }  // namespace
 
-void measure(const MatrixView* matrices, int count, int threads, double* out, double* seconds) {
+void measure(const MatrixView* matrices, int count, int threads, double* out, double* seconds,
+             WantedValues wanted, double* const* values) {
+  const auto output = [&](int i) -> Output {
+    return {out + std::int64_t(i) * METRICS_FIELDS, wanted, wanted == NO_VALUES ? nullptr : values[i]};
+  };
   std::vector<int> order;
   for (int i = 0; i < count; ++i) {
     if (rows_of(matrices[i]) > 0) {
@@ -303,11 +338,11 @@ void measure(const MatrixView* matrices, int count, int threads, double* out, do
   parallel(threads, shared > 0 ? threads : total, [&](int thread, int actual) {
     const ThreadTeam team(thread, actual, &meeting);
     for (int k = 0; k < shared; ++k) {
-      measure_one(matrices[order[k]], spaces[0], team, out + std::int64_t(order[k]) * METRICS_FIELDS);
+      measure_one(matrices[order[k]], spaces[0], team, output(order[k]));
     }
     const ThreadTeam alone(0, 1, nullptr);
     for (int k; (k = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
-      measure_one(matrices[order[k]], spaces[thread], alone, out + std::int64_t(order[k]) * METRICS_FIELDS);
+      measure_one(matrices[order[k]], spaces[thread], alone, output(order[k]));
     }
   });
   if (seconds == nullptr) return;

@@ -8,7 +8,7 @@ these beside the caller's work: ``side_stream`` and ``wait_side_stream``.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ FIELDS = 7
 
 # Values of STATUS.
 MEASURED, NOT_FINITE, NEEDS_SVD, CHANGED = range(4)
+
+SVD_STAGE = 2
+"""The value of STAGE where it took an SVD: 0 and 1 are Gram matrices in fp32 and in fp64."""
 
 
 class BackendUnavailable(RuntimeError):  # noqa: N818 - it reads as the state it reports
@@ -191,6 +194,25 @@ class Backend(Protocol):
 
     def update_rates(self, tables: RateTables, groups: Sequence[RateGroup], metrics: Tensor) -> None:
         """Move the learning rates by one epoch end: update ``tables`` in place from the metrics table."""
+
+
+Values = Literal["top", "half", "all"]
+"""Which singular values are wanted beside the metrics: those above the noise threshold; all, of which the
+larger half is to be known to three digits; or all, as exactly as a Gram matrix in float64 gives them."""
+
+
+@runtime_checkable
+class MeasuresSpectra(Protocol):
+    """What a backend may offer too; where one does not, ``backends.spectra`` takes an SVD of every matrix."""
+
+    def spectra(
+        self, matrices: Sequence[tuple[Tensor, Unfolding]], values: Values
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The metrics table as ``measure`` gives it, and the L singular values of every matrix.
+
+        They are float64 on the matrix's device, descending; those that are not wanted are 0 or as they are.
+        They mean nothing where STATUS is not ``MEASURED``.
+        """
 
 
 def buffer_dtype(p: Tensor) -> torch.dtype:

@@ -13,20 +13,24 @@ from torch import Tensor
 
 from rmsgd.backends.base import (
     FIELDS,
+    MEASURED,
     NEEDS_SVD,
     NOISE_VARIANCE,
     NOT_FINITE,
+    STAGE,
     STATUS,
+    SVD_STAGE,
     BackendUnavailable,
     RateGroup,
     RateTables,
     StepTables,
+    Values,
 )
 from rmsgd.backends.cuda_spectra import LARGEST, Matrix, SpectraPlan, workspace_bytes
 from rmsgd.backends.cuda_step import CudaStepper
 from rmsgd.backends.kernels import TEAM_SHARED, Kernels, upload
 from rmsgd.backends.streams import Streams, check_not_capturing, named_range
-from rmsgd.backends.svd import singular_values
+from rmsgd.backends.svd import double_matrix, gram_singular_values, singular_values
 from rmsgd.element_types import rounding
 from rmsgd.layers import as_matrix
 
@@ -234,6 +238,22 @@ class CudaBackend:
             return self.measure_spectrum(gamma, unfolding.M)
         row[NOISE_VARIANCE] = row[NOISE_VARIANCE] * math.ldexp(1.0, exponent) * math.ldexp(1.0, exponent)
         return row
+
+    def spectra(self, matrices: Sequence[Matrix], values: Values) -> tuple[Tensor, list[Tensor]]:
+        """See ``base.MeasuresSpectra``: torch's eigenvalue routine in fp64, which waits for the host.
+
+        Where the rank took an SVD, so do the values.
+        """
+        table = self.measure(matrices)
+        gammas = []
+        for (weight, unfolding), row in zip(matrices, table.tolist(), strict=True):
+            if row[STATUS] != MEASURED:
+                gammas.append(torch.zeros(unfolding.L, dtype=torch.float64, device=weight.device))
+            elif row[STAGE] == SVD_STAGE:
+                gammas.append(singular_values(*double_matrix(weight, unfolding), rounding(weight.dtype)))
+            else:
+                gammas.append(gram_singular_values(weight, unfolding))
+        return table, gammas
 
     def measure_spectrum(self, gamma: Tensor, M: int) -> Tensor:
         """See ``base.Backend``."""

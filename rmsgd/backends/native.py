@@ -20,6 +20,7 @@ from rmsgd.backends.base import (
     RateTables,
     StepGroup,
     StepTables,
+    Values,
     is_aligned,
 )
 from rmsgd.backends.svd import singular_values
@@ -90,15 +91,34 @@ class NativeBackend(OnHost):
         matrices = [(w if is_aligned(w) else w.clone(), u) for w, u in matrices]
         described = [_describe(*matrix) for matrix in matrices]
         rows = self._core.measure(described, torch.get_num_threads())
-        table = torch.from_numpy(rows)
-        # There is rarely any such row, and to look at each would cost a tenth of a small network's epoch end.
+        self._complete(rows, matrices)
+        return torch.from_numpy(rows)
+
+    def spectra(
+        self, matrices: Sequence[tuple[Tensor, Unfolding]], values: Values
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See ``base.MeasuresSpectra``."""
+        matrices = [(w if is_aligned(w) else w.clone(), u) for w, u in matrices]
+        described = [_describe(*matrix) for matrix in matrices]
+        rows, gamma = self._core.spectra(described, values, torch.get_num_threads())
+        found = list(torch.split(torch.from_numpy(gamma), [u.L for _, u in matrices]))
+        for i, exact in self._complete(rows, matrices).items():
+            found[i] = exact
+        return torch.from_numpy(rows), found
+
+    def _complete(
+        self, rows: NDArray[np.float64], matrices: Sequence[tuple[Tensor, Unfolding]]
+    ) -> dict[int, Tensor]:
+        """Fill in the rows that a Gram matrix does not decide; the singular values of those matrices."""
+        exact: dict[int, Tensor] = {}
+        # Rarely any: a look at each row would cost a tenth of a small network's epoch end.
         for i in np.flatnonzero(rows[:, STATUS] == NEEDS_SVD).tolist():
             weight, unfolding = matrices[i]
             matrix = as_matrix(weight.detach(), unfolding).double()
-            gamma = singular_values(matrix, float(matrix.abs().max()), rounding(weight.dtype))
-            table[i] = self.measure_spectrum(gamma, unfolding.M)
+            exact[i] = singular_values(matrix, float(matrix.abs().max()), rounding(weight.dtype))
+            rows[i] = self.measure_spectrum(exact[i], unfolding.M).numpy()
         rows[rows[:, STATUS] == NOT_FINITE, :STATUS] = math.nan
-        return table
+        return exact
 
     def seconds_by_part(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> NDArray[np.float64]:
         """Seconds (PARTS,) that the core takes to measure these matrices, part by part, summed over them."""

@@ -1,6 +1,7 @@
-"""Singular values by torch's SVD in float64, for matrices whose Gram matrix is not accurate enough.
+"""Singular values by torch's routines in float64: by SVD, or from a Gram matrix.
 
-The torch backend measures every matrix in this way, and the compiled cores those few.
+The torch backend measures every matrix by SVD, the compiled cores those few that a Gram matrix does not
+decide.
 """
 
 import math
@@ -8,7 +9,11 @@ import math
 import torch
 from torch import Tensor
 
+from rmsgd.element_types import rounding as rounding_of
+from rmsgd.layers import Unfolding, as_matrix
 from rmsgd.reference import numerical_zero
+
+_CHUNK = 1 << 22  # entries turned to float64 at a time
 
 
 def singular_values(matrix: Tensor, largest: float, rounding: float) -> Tensor:
@@ -46,3 +51,29 @@ def without_numerical_zeros(gamma: Tensor, M: int, rounding: float) -> Tensor:
     """Singular values, descending, with those at or below ``reference.numerical_zero`` set to 0 in place."""
     gamma[gamma <= numerical_zero(gamma.cpu().numpy(), len(gamma), M, rounding)] = 0.0
     return gamma
+
+
+def double_matrix(weight: Tensor, unfolding: Unfolding) -> tuple[Tensor, float]:
+    """The matrix in float64 where there is such arithmetic, and its largest magnitude."""
+    matrix = as_matrix(weight.detach(), unfolding)
+    if matrix.device.type == "mps":  # knows no float64
+        matrix = matrix.cpu()
+    matrix = matrix.double()
+    return matrix, float(matrix.abs().max())
+
+
+def gram_singular_values(weight: Tensor, unfolding: Unfolding) -> Tensor:
+    """Singular values of one unfolding, (L,) descending, from its Gram matrix in float64.
+
+    Their squares are right to 16 2^-53 of the largest, and those that are numerically zero are 0. The whole
+    matrix is never in float64. All entries are finite.
+    """
+    matrix = as_matrix(weight.detach(), unfolding)
+    scale = power_of_two(float(matrix.abs().max()))
+    columns = max(1, _CHUNK // unfolding.L)
+    gram = torch.zeros(unfolding.L, unfolding.L, dtype=torch.float64, device=matrix.device)
+    for start in range(0, unfolding.M, columns):
+        part = matrix[:, start : start + columns].double() / scale
+        gram.addmm_(part, part.T)
+    values: Tensor = torch.linalg.eigvalsh(gram).clamp_(min=0.0).sqrt_().flip(0)
+    return without_numerical_zeros(values, unfolding.M, rounding_of(weight.dtype)) * scale

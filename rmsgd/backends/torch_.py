@@ -19,9 +19,9 @@ from rmsgd.backends.base import (
     StepTables,
 )
 from rmsgd.backends.per_tensor import OneByOneStepper
-from rmsgd.backends.svd import singular_values
+from rmsgd.backends.svd import double_matrix, singular_values
 from rmsgd.element_types import rounding
-from rmsgd.layers import Unfolding, as_matrix
+from rmsgd.layers import Unfolding
 
 
 def _update(
@@ -57,11 +57,7 @@ class TorchBackend(OnHost):
         """See ``base.Backend``."""
         table = torch.full((len(matrices), FIELDS), math.nan, dtype=torch.float64, device="cpu")
         for row, (weight, unfolding) in zip(table, matrices, strict=True):
-            matrix = as_matrix(weight.detach(), unfolding)
-            if matrix.device.type == "mps":  # knows no float64
-                matrix = matrix.cpu()
-            matrix = matrix.double()
-            largest = float(matrix.abs().max())
+            matrix, largest = double_matrix(weight, unfolding)
             if not math.isfinite(largest):
                 row[STATUS] = NOT_FINITE
                 continue

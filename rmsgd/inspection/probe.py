@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rmsgd.inspection.probing import ProbeSource, Probing
+from rmsgd.inspection.measuring import ProbeSource
+from rmsgd.inspection.probing import Probing
 from rmsgd.inspection.report.report import Report
 
 

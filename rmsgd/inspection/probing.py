@@ -1,205 +1,33 @@
-"""Measuring every layer of a model or a checkpoint from its weights alone, a batch of layers at a time."""
+"""Measuring the metrics of every layer of a model or a checkpoint from its weights alone."""
 
-import os
-import re
-from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rmsgd.backends import backend_for
-from rmsgd.element_types import ELEMENT_TYPES
-from rmsgd.inspection.reading.sources import open_source
-from rmsgd.inspection.reading.stored import CheckpointError, NotMeasurableError, StoredTensor, plain_numbers
-from rmsgd.inspection.weights.constants import constant_by_name, constant_by_value
-from rmsgd.inspection.weights.effective import effective_weights, lora_products
-from rmsgd.layers import Unfolding, unfoldings
+from rmsgd.inspection.measuring import Measuring
+from rmsgd.inspection.reading.stored import StoredTensor
+from rmsgd.layers import unfoldings
 from rmsgd.metrics import LayerMetrics
 
-BATCH_BYTES = 64 << 20
-"""The size of weights that are measured together: enough to keep every core busy, and little memory."""
 
-ProbeSource = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
-
-
-class Probing:
-    """A probe in progress, for callers that show progress or may be interrupted; see ``probe.probe``.
-
-    At any time ``layers`` has what has been measured so far, and ``errors`` what could not be read.
-    """
-
-    def __init__(
-        self,
-        source: ProbeSource,
-        *,
-        filter: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
-        key: str | None = None,
-        include_buffers: bool = False,
-        merge_lora: bool = False,
-        device: torch.device | str | None = None,
-    ) -> None:
-        self._device = None if device is None else usable_device(device)
-        self._include_buffers = include_buffers
-        opened = open_source(source, key)
-        self._errors = list(opened.errors)
-        self.notes = opened.notes
-        tensors = effective_weights(opened)
-        products = lora_products(tensors)
-        self._stored = {stored.name: stored for stored in (*tensors, *products)}
-        listed = [*tensors, *products] if merge_lora else tensors
-        layers = [stored for stored in listed if stored.skip or len(stored.shape) > 1]
-        wanted = [stored for stored in layers if matches(stored.name, filter)]
-        self._layers = [stored for stored in wanted if exclude is None or not matches(stored.name, exclude)]
-        self._results: dict[int, LayerMetrics] = {}
-        if not self._layers:
-            raise CheckpointError(_nothing(source, opened.tensors, layers, wanted, filter, exclude))
-
-    def run(self, progress: Callable[[float], object] | None = None) -> None:
-        """Measure everything. After an exception has interrupted it, it must not be run again."""
-        costs = [_cost(stored) for stored in self._layers]
-        total, done, batch_cost = sum(costs) or 1, 0, 0
-        batch: list[tuple[int, Tensor]] = []
-        for index, (stored, cost) in enumerate(zip(self._layers, costs, strict=True)):
-            weight = self._weight(index, stored)
-            if weight is None:
-                done += cost
-                continue
-            if batch and (
-                weight.device != batch[0][1].device
-                or sum(w.nbytes for _, w in batch) + weight.nbytes > BATCH_BYTES
-            ):
-                self._measure(batch)
-                batch, done, batch_cost = [], done + batch_cost, 0
-                if progress:
-                    progress(done / total)
-            batch.append((index, weight))
-            batch_cost += cost
-        if batch:
-            self._measure(batch)
-        if progress:
-            progress(1.0)
+class Probing(Measuring[LayerMetrics]):
+    """A probe under way, for callers that show progress or may be interrupted; see ``probe.probe``."""
 
     @property
     def layers(self) -> tuple[LayerMetrics, ...]:
-        """The layers that are done so far, in the order of the source."""
-        return tuple(self._results[i] for i in sorted(self._results))
+        """The layers done so far, in the order of the source."""
+        return self.results
 
-    @property
-    def errors(self) -> tuple[str, ...]:
-        """What could not be read so far, one line each."""
-        return tuple(self._errors)
+    def measured(self, layers: Sequence[StoredTensor], weights: Sequence[Tensor]) -> Sequence[LayerMetrics]:
+        """See ``Measuring``."""
+        matrices = [(weight, unfolding) for weight in weights for unfolding in unfoldings(weight.shape)]
+        rows = iter(backend_for(weights[0].device).measure(matrices).tolist())
+        return [
+            LayerMetrics.from_rows(layer.name, layer.shape, [next(rows) for _ in unfoldings(weight.shape)])
+            for layer, weight in zip(layers, weights, strict=True)
+        ]
 
-    def weight(self, name: str) -> Tensor:
-        """The weight of one layer in a dtype that the backends take, on the device that measures.
-
-        Raises:
-            NotMeasurableError: the layer is not a weight in plain numbers.
-            CheckpointError: it cannot be read.
-        """
-        stored = self._stored[name]
-        if stored.skip:
-            raise NotMeasurableError(stored.skip)
-        _check_shape(stored.shape)
-        weight = _check_numbers(stored.read())
-        if weight.dtype not in ELEMENT_TYPES:  # floats of 8 bits
-            weight = weight.float()
-        return weight if self._device is None else weight.to(self._device)
-
-    def _weight(self, index: int, stored: StoredTensor) -> Tensor | None:
-        """The weight of a layer. Where there is none, this enters a skipped layer and returns None."""
-        try:
-            if not self._include_buffers and (reason := constant_by_name(stored)):
-                raise NotMeasurableError(stored.skip or reason)
-            weight = self.weight(stored.name)
-            if not self._include_buffers and (reason := constant_by_value(stored, weight)):
-                raise NotMeasurableError(reason)
-            return weight
-        except NotMeasurableError as reason:
-            self._results[index] = LayerMetrics.skip(stored.name, stored.shape, str(reason))
-        except CheckpointError as error:
-            self._errors.append(str(error))
-            self._results[index] = LayerMetrics.skip(stored.name, stored.shape, "could not be read")
-        return None
-
-    @torch.no_grad()
-    def _measure(self, batch: Sequence[tuple[int, Tensor]]) -> None:
-        matrices: list[tuple[Tensor, Unfolding]] = []
-        for _, weight in batch:
-            matrices += [(weight, unfolding) for unfolding in unfoldings(weight.shape)]
-        rows = iter(backend_for(batch[0][1].device).measure(matrices).tolist())
-        for index, weight in batch:
-            mine = [next(rows) for _ in unfoldings(weight.shape)]
-            name, shape = self._layers[index].name, self._layers[index].shape
-            self._results[index] = LayerMetrics.from_rows(name, shape, mine)
-
-
-def usable_device(device: torch.device | str) -> torch.device:
-    """The device, if tensors can be on it and a backend runs there.
-
-    Raises:
-        ValueError: it is unknown or not available here, or RMSGD_BACKEND names a backend for another device.
-        BackendUnavailable: RMSGD_BACKEND names a backend that cannot run here.
-    """
-    try:
-        zero = torch.zeros(1, device=device)
-        zero.item()  # the meta device has no values
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {str(device)!r} is not available: {reason}") from None
-    backend_for(zero.device)
-    return zero.device
-
-
-def matches(name: str, patterns: str | Sequence[str] | None) -> bool:
-    """Whether a name matches one of the shell patterns, or contains one without wildcards. None: all."""
-    if patterns is None:
-        return True
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    return any(
-        fnmatchcase(name, pattern) if re.search(r"[*?\[]", pattern) else pattern in name
-        for pattern in patterns
-    )
-
-
-def _nothing(
-    source: object,
-    tensors: Sequence[StoredTensor],
-    layers: Sequence[StoredTensor],
-    wanted: Sequence[StoredTensor],
-    patterns: str | Sequence[str] | None,
-    exclude: str | Sequence[str] | None,
-) -> str:
-    what = os.fspath(source) if isinstance(source, str | os.PathLike) else f"this {type(source).__name__}"
-    if wanted:
-        return f"{what}: every layer's name matches {exclude!r}, which is excluded (of {len(wanted)} layers)"
-    if layers:
-        return f"{what}: no layer's name matches {patterns!r} (of {len(layers)} layers)"
-    if tensors:
-        return f"{what}: no weights in it (none of {len(tensors)} tensors has two or more dimensions)"
-    return f"{what}: no weights in it (no named tensors of a model)"
-
-
-def _cost(stored: StoredTensor) -> int:
-    if stored.skip or not 2 <= len(stored.shape) <= 5:
-        return 0
-    return sum(unfolding.cost for unfolding in unfoldings(stored.shape))
-
-
-def _check_shape(shape: Sequence[int]) -> None:
-    if len(shape) > 5:
-        raise NotMeasurableError("more than five dimensions")
-    if 0 in shape:
-        raise NotMeasurableError("empty")
-    if not unfoldings(shape):
-        raise NotMeasurableError("a single row or column has no spectrum")
-
-
-def _check_numbers(tensor: Tensor) -> Tensor:
-    """The tensor itself, if its memory holds the weight's numbers."""
-    kind = str(tensor.dtype).removeprefix("torch.")
-    if plain_numbers(tensor).dtype not in ELEMENT_TYPES and not re.match(r"float8_e[45]", kind):
-        raise NotMeasurableError(f"{kind}: quantised or packed weights, or indices")
-    return tensor
+    def skipped(self, layer: StoredTensor, reason: str) -> LayerMetrics:
+        """See ``Measuring``."""
+        return LayerMetrics.skip(layer.name, layer.shape, reason)

@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from rmsgd._version import __version__
+from rmsgd.backends.spectra import measure_spectra
 from rmsgd.extras import install_command
-from rmsgd.inspection.probing import ProbeSource, Probing
+from rmsgd.inspection.measuring import ProbeSource
+from rmsgd.inspection.probing import Probing
 from rmsgd.inspection.report.report import Report
 from rmsgd.inspection.report.text import metric_text, shape_text, summary
-from rmsgd.layers import Unfolding, as_matrix, unfoldings
+from rmsgd.layers import Unfolding, unfoldings
 from rmsgd.metrics import METRICS, NETWORK_QUALITY, SCALARS, LayerMetrics
 from rmsgd.plots import PALETTE
 from rmsgd.reference import shrink, threshold
 
 _POINTS = 200  # the most points of a curve that a chart of this size can show
-_CHUNK = 1 << 22  # the entries that are converted to float64 at a time
 _WIDTH, _HEIGHT = 400, 200  # the size of a chart's plane, in px
 
 
@@ -108,32 +108,17 @@ def _sort_keys(index: int, layer: LayerMetrics) -> list[float]:
     return [index, math.prod(layer.shape), *(sum(v) / len(v) if isinstance(v, tuple) else v for v in values)]
 
 
-@torch.no_grad()
 def charts(layer: LayerMetrics, weight: Tensor) -> list[Chart]:
     """A chart for every unfolding of a measured layer."""
     result = []
     first = 0  # index of the unfolding's first mode among the layer's
-    for unfolding in unfoldings(weight.shape):
-        gamma = spectrum(weight, unfolding)
-        result.append(_chart(gamma, unfolding, layer.rank[first], layer.noise_variance[first]))
+    found = unfoldings(weight.shape)
+    _, gammas = measure_spectra([(weight, unfolding) for unfolding in found], "half")
+    for unfolding, gamma in zip(found, gammas, strict=True):
+        values = gamma.cpu().numpy()
+        result.append(_chart(values, unfolding, layer.rank[first], layer.noise_variance[first]))
         first += len(unfolding.modes)
     return result
-
-
-def spectrum(weight: Tensor, unfolding: Unfolding) -> NDArray[np.float64]:
-    """Singular values of one unfolding, (L,) descending, from its Gram matrix in float64.
-
-    They are right to 1e-8 of the largest, which no picture shows. The whole matrix is never in float64.
-    """
-    matrix = as_matrix(weight.detach(), unfolding)
-    scale = float(matrix.abs().max()) or 1.0
-    columns = max(1, _CHUNK // unfolding.L)
-    gram = torch.zeros(unfolding.L, unfolding.L, dtype=torch.float64, device=matrix.device)
-    for start in range(0, unfolding.M, columns):
-        part = matrix[:, start : start + columns].double() / scale
-        gram.addmm_(part, part.T)
-    values = torch.linalg.eigvalsh(gram).clamp_(min=0.0).sqrt_().flip(0)
-    return np.asarray(values.mul_(scale).cpu())
 
 
 def _chart(gamma: NDArray[np.float64], unfolding: Unfolding, rank: int, variance: float) -> Chart:
