@@ -1,14 +1,18 @@
 """The metrics of a network's weights: each is declared once, here, and every view reads its declaration.
 
 A new metric is a field of ``LayerMetrics``, an entry of ``METRICS``, and the place that computes it: a column
-of the backends' table (``csrc/evbmf/metrics.h``, ``reference.py``), or ``derive``, a function of the metrics
-before it. Tables, CSV, JSON, figures, the page, comparisons and logs follow.
+of the backends' table (``csrc/evbmf/metrics.h``, ``reference.py``), ``of_values``, a function of all singular
+values, or ``derive``, a function of the metrics before it. Tables, CSV, JSON, figures, the page, comparisons
+and logs follow.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rmsgd import reference
 from rmsgd.backends import base
@@ -41,11 +45,16 @@ class Metric:
     """Its column in the table of the backends, which has a row per matrix; None where it is derived."""
     derive: Callable[[Mapping[str, float]], float] | None = None
     """Computes it from the metrics that are declared before it; None where it has a column."""
+    of_values: Callable[[NDArray[np.float64]], float] | None = None
+    """Computes it from all singular values of a matrix, (L,) descending. A probe has it; an epoch end, which
+    would have to find all of them, has not."""
     per_mode: bool = False
     """Whether a layer has one number per mode instead of their mean."""
+    shown: bool = True
+    """Whether tables for the terminal, figures and comparisons have it; files and the page always do."""
 
     def text(self, value: float) -> str:
-        """A value in the format of tables; "-" for NaN, which stands for undefined."""
+        """A value in the format of tables; "-" for NaN, which stands for undefined or not measured."""
         return "-" if math.isnan(value) else f"{value:{self.format}}"
 
 
@@ -120,10 +129,67 @@ NOISE_VARIANCE = Metric(
     per_mode=True,
 )
 
-METRICS = (RANK, STABLE_RANK, CONDITION_NUMBER, QUALITY, NOISE_VARIANCE)
+TAIL_EXPONENT = Metric(
+    "tail_exponent",
+    label="tail exponent",
+    heading="tail",
+    symbol="α",
+    formula="1 + n / Σ ln(λⱼ / λₙ) over the n = L − ⌊L/2⌋ largest eigenvalues λⱼ = γⱼ²",
+    meaning="exponent of a power law",
+    range="1 to ∞",
+    better=None,
+    format=".2f",
+    help="How fast the eigenvalues of the whole weight thin out towards the largest, by Hill's estimate over "
+    "their upper half, as TempBalance takes it. A few large ones make it small.",
+    of_values=reference.hill_alpha,
+)
+FULL_STABLE_RANK = Metric(
+    "full_stable_rank",
+    label="stable rank of the whole weight",
+    heading="full stable rank",
+    symbol="‖W‖_F² / ‖W‖₂²",
+    formula="Σ γⱼ² / γ₁² over all singular values γⱼ of the weight",
+    meaning="number of directions",
+    range="1 to L",
+    better=None,
+    format=".2f",
+    help="The energy of the whole weight, noise included, over that of its strongest direction; "
+    "WeightWatcher's stable_rank.",
+    of_values=reference.full_stable_rank,
+    shown=False,
+)
+LOG_SPECTRAL_NORM = Metric(
+    "log_spectral_norm",
+    label="log spectral norm",
+    heading="log spectral norm",
+    symbol="log₁₀ λ₁",
+    formula="log₁₀ γ₁² of the largest singular value γ₁ of the weight",
+    meaning="decades, in squared units of the weight",
+    range="-∞ to ∞",
+    better=None,
+    format=".2f",
+    help="How strong the strongest direction of the weight is, as WeightWatcher writes it.",
+    of_values=reference.log_spectral_norm,
+    shown=False,
+)
+
+METRICS = (
+    RANK,
+    STABLE_RANK,
+    CONDITION_NUMBER,
+    QUALITY,
+    NOISE_VARIANCE,
+    TAIL_EXPONENT,
+    FULL_STABLE_RANK,
+    LOG_SPECTRAL_NORM,
+)
 """The metrics of a layer, in the order of tables."""
-SCALARS = tuple(metric for metric in METRICS if not metric.per_mode)
-"""The metrics of which a layer has one number. They are drawn, compared and logged."""
+SHOWN = tuple(metric for metric in METRICS if metric.shown)
+"""The columns of tables for the terminal."""
+SCALARS = tuple(metric for metric in SHOWN if not metric.per_mode)
+"""The metrics of which a layer has one number. They are drawn and compared."""
+AT_EPOCH_ENDS = tuple(metric for metric in SCALARS if metric.of_values is None)
+"""The metrics that an epoch end measures. They are logged."""
 AVERAGED = tuple(metric for metric in SCALARS if metric is not QUALITY)
 """The metrics whose mean over the layers describes a network. The quality is part of Q instead."""
 
@@ -162,12 +228,24 @@ class LayerMetrics:
     stable_rank: float
     condition_number: float
     quality: float
+    tail_exponent: float = math.nan
+    """NaN where not all singular values were looked for, as at an epoch end; so are the next two."""
+    full_stable_rank: float = math.nan
+    log_spectral_norm: float = math.nan
     skipped: str | None = None
     """Why the weight was not measured; None where it was."""
 
     @classmethod
-    def from_rows(cls, name: str, shape: tuple[int, ...], rows: Sequence[Sequence[float]]) -> "LayerMetrics":
+    def from_rows(
+        cls,
+        name: str,
+        shape: tuple[int, ...],
+        rows: Sequence[Sequence[float]],
+        gammas: Sequence[NDArray[np.float64]] = (),
+    ) -> "LayerMetrics":
         """A layer from its rows, (FIELDS,) each, of a metrics table (``backends.base``), one per unfolding.
+
+        ``gammas`` are all singular values of these unfoldings, if they are known.
 
         An empty low rank has quality 0. A layer is skipped if its weight has a NaN or an Inf, or if the
         weight was changed while it was measured.
@@ -177,19 +255,28 @@ class LayerMetrics:
         if any(row[base.STATUS] != base.MEASURED for row in rows):
             return cls.skip(name, shape, "NaN or infinite entries")
         # A 1 x 1 kernel's two modes share one spectrum.
-        modes = [(mode, row) for row, u in zip(rows, unfoldings(shape), strict=True) for mode in u.modes]
+        modes = [
+            (mode, row, gamma)
+            for row, gamma, u in zip(rows, gammas or rows, unfoldings(shape), strict=True)
+            for mode in u.modes
+        ]
         values: dict[str, Any] = {}
         for metric in METRICS:
-            if metric.column is None:
-                assert metric.derive is not None
+            if metric.derive is not None:
                 values[metric.name] = metric.derive(values)
                 continue
-            column = [row[metric.column] for _, row in modes]
+            if metric.of_values is not None:
+                if not gammas:
+                    continue  # the field's default
+                column = [metric.of_values(np.asarray(gamma)) for _, _, gamma in modes]
+            else:
+                assert metric.column is not None
+                column = [row[metric.column] for _, row, _ in modes]
             if metric.per_mode:
                 values[metric.name] = tuple(map(int, column)) if metric.format == "d" else tuple(column)
             else:
                 values[metric.name] = sum(column) / len(column)
-        return cls(name, shape, tuple(mode for mode, _ in modes), **values)
+        return cls(name, shape, tuple(mode for mode, *_ in modes), **values)
 
     @classmethod
     def skip(cls, name: str, shape: tuple[int, ...], reason: str) -> "LayerMetrics":
@@ -198,15 +285,15 @@ class LayerMetrics:
         return cls(name, shape, (), **values, skipped=reason)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields in JSON's types: lists for tuples, None for NaN; see ``METRICS`` for units."""
+        """The fields in JSON's types: lists for tuples, None for NaN and Inf; see ``METRICS`` for units."""
         return {key: plain(value) for key, value in vars(self).items()}
 
 
 def plain(value: Any) -> Any:
-    """A value in JSON's types: None for NaN, which stands for undefined, and a list for a tuple."""
-    if isinstance(value, float) and math.isnan(value):
+    """A value in JSON's types: None for NaN, which stands for undefined, and for Inf; a list for a tuple."""
+    if isinstance(value, float) and not math.isfinite(value):
         return None
-    return list(value) if isinstance(value, tuple) else value
+    return [plain(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 def measured(layers: Sequence[LayerMetrics]) -> tuple[LayerMetrics, ...]:
@@ -224,6 +311,6 @@ def network_quality(layers: Sequence[LayerMetrics]) -> float:
 
 
 def mean(metric: Metric, layers: Sequence[LayerMetrics]) -> float:
-    """The mean of one of ``SCALARS`` over the layers that were measured; NaN where none was."""
-    values = [float(getattr(layer, metric.name)) for layer in measured(layers)]
-    return sum(values) / len(values) if values else math.nan
+    """The mean of one of ``SCALARS`` over the layers of which it is known; NaN where there are none."""
+    values = [value for layer in measured(layers) if not math.isnan(value := getattr(layer, metric.name))]
+    return float(sum(values) / len(values)) if values else math.nan

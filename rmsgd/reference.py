@@ -188,6 +188,16 @@ def singular_values(matrix: Array, rounding: float = 0.0) -> Array:
     return np.asarray(np.ldexp(gamma, exponent))
 
 
+def full_stable_rank(gamma: Array) -> float:
+    """``||W||_F^2 / ||W||_2^2``, of all singular values gamma (L,), descending; NaN for a weight of zeros."""
+    return float(((gamma / gamma[0]) ** 2).sum()) if gamma[0] > 0.0 else math.nan
+
+
+def log_spectral_norm(gamma: Array) -> float:
+    """``log10 ||W||_2^2``, of all singular values gamma (L,), descending; NaN for a weight of zeros."""
+    return 2.0 * math.log10(gamma[0]) if gamma[0] > 0.0 else math.nan
+
+
 def quality(stable_rank: float, condition: float) -> float:
     """Quality of a layer, ``q = arctan(s / kappa)`` in [0, pi/2] (Eq. 4); 0 for an empty low rank."""
     return math.atan2(stable_rank, condition)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rmsgd.backends.base import MEASURED, NOT_FINITE
+from rmsgd.backends.spectra import eigenvalues
 from rmsgd.metrics import plain
 from rmsgd.reference import hill_alpha
 
@@ -99,24 +100,3 @@ def _slices(weight: Tensor) -> list[Tensor]:
     """The matrices of a weight, views of it where its layout allows them."""
     weight = weight.detach()
     return list(weight.flatten(2).permute(2, 0, 1)) if weight.ndim > 2 else [weight]
-
-
-@torch.no_grad()
-def eigenvalues(weights: Sequence[Tensor]) -> list[Tensor]:
-    """All eigenvalues of ``W W^T``, or of ``W^T W`` if that is smaller, of every matrix at once.
-
-    For each (min(m, n),) float64 on its device, descending; NaN where a weight has a NaN or an Inf.
-    """
-    alike: dict[object, list[int]] = {}
-    for i, weight in enumerate(weights):
-        alike.setdefault((weight.shape, weight.dtype, weight.device), []).append(i)
-    found: list[Tensor] = [torch.empty(0)] * len(weights)
-    for places in alike.values():
-        stack = torch.stack([weights[i] for i in places])
-        stack = stack if stack.dtype == torch.float64 else stack.float()
-        finite = stack.isfinite().flatten(1).all(1)
-        gamma = torch.linalg.svdvals(torch.where(finite[:, None, None], stack, 0.0)).double()
-        gamma[~finite] = math.nan
-        for i, values in zip(places, gamma, strict=True):
-            found[i] = values * values
-    return found

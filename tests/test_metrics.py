@@ -44,8 +44,8 @@ def test_a_metric_says_what_it_is(metric):
 
 # A metric that only `metrics.py` knows, and every view of two networks that have it.
 NEW_METRIC = """
-TAIL_EXPONENT = Metric(
-    "tail_exponent", label="tail exponent", heading="tail", symbol="a", formula="q + 8", meaning="exponent",
+MADE_UP = Metric(
+    "made_up", label="made-up metric", heading="made up", symbol="a", formula="q + 8", meaning="exponent",
     range="8 to 10", better="lower", format=".3f", help="A number.", 
     derive=lambda known: known["quality"] + 8,
 )
@@ -73,8 +73,8 @@ def test_a_metric_that_is_declared_appears_in_every_view(tmp_path):
     module = tmp_path / "rmsgd/metrics.py"
     source = module.read_text(encoding="utf-8")
     source = source.replace("\nMETRICS = (", NEW_METRIC, 1)
-    source = source.replace("QUALITY, NOISE_VARIANCE)", "QUALITY, NOISE_VARIANCE, TAIL_EXPONENT)", 1)
-    source = source.replace("    quality: float\n", "    quality: float\n    tail_exponent: float\n", 1)
+    source = source.replace("    NOISE_VARIANCE,\n", "    NOISE_VARIANCE,\n    MADE_UP,\n", 1)
+    source = source.replace("    quality: float\n", "    quality: float\n    made_up: float\n", 1)
     module.write_text(source, encoding="utf-8")
     checkpoints = [str(tmp_path / "first.pt"), str(tmp_path / "second.pt")]
     done = subprocess.run(
@@ -83,18 +83,18 @@ def test_a_metric_that_is_declared_appears_in_every_view(tmp_path):
     assert done.returncode == 0, done.stderr
     headers = [line for line in done.stdout.splitlines() if line.startswith(("layer ", "source "))]
     assert len(headers) == 4  # a report, a series' checkpoints and layers, a comparison
-    assert all(re.search(r"condition.* tail", line) for line in headers)
-    assert '"tail_exponent": 8' in done.stdout
-    assert "tail_exponent/fc.weight" in done.stdout
-    assert '<th title="A number.">tail</th>' in done.stdout
+    assert all(re.search(r"condition.* made up", line) for line in headers)
+    assert '"made_up": 8' in done.stdout
+    assert "made_up/fc.weight" in done.stdout
+    assert '<th title="A number.">made up</th>' in done.stdout
     for name, column in (
-        ("csv", "tail_exponent"),
-        ("series.csv", "tail_exponent"),
-        ("comparison.csv", "tail_exponent_change"),
+        ("csv", "made_up"),
+        ("series.csv", "made_up"),
+        ("comparison.csv", "made_up_change"),
     ):
         assert column in (tmp_path / f"first.pt.{name}").read_text().splitlines()[0]
     for name in ("html", "svg", "series.svg"):
-        assert "tail exponent" in (tmp_path / f"first.pt.{name}").read_text()
+        assert "made-up metric" in (tmp_path / f"first.pt.{name}").read_text()
 
 
 # -- nothing measured ----------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_an_undefined_quality_is_a_dash_in_every_table():
     known = rmsgd.probe({"fc": torch.outer(torch.ones(8), torch.ones(9)) + 0.01 * torch.randn(8, 9)})
     series, comparison = Series(("a", "b"), (NOTHING, known)), Comparison(("a", "b"), NOTHING, known)
     assert "Q = - over 0 layers, 1 skipped" in text_of(layer_table(NOTHING.layers, "a"))
-    assert text_of(series_table(series)).splitlines()[2].split() == ["a", "0", "-", "-", "-"]
+    assert text_of(series_table(series)).splitlines()[2].split() == ["a", "0", "-", "-", "-", "-"]
     assert "Q = - -> " in text_of(comparison_table(comparison))
     assert comparison.to_dict()["quality"] == [None, known.quality]
     assert "Q = -" in NOTHING._repr_html_()

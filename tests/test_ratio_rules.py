@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import rmsgd
+from rmsgd.backends.spectra import eigenvalues
 from rmsgd.reference import hill_alpha
 from rmsgd.tail_rules import LLR, TEMPBALANCE, linear_map
-from rmsgd.tails import LayerTail, Slices, TailReport, eigenvalues, tail_exponents
+from rmsgd.tails import LayerTail, Slices, TailReport, tail_exponents
 
 LR = 0.01
 

@@ -1,9 +1,11 @@
 """What describes a network's weights in a study: Q, and the means of the other metrics over its layers."""
 
 from rmsgd import Report
-from rmsgd.metrics import AVERAGED, NETWORK_QUALITY, mean
+from rmsgd.metrics import AT_EPOCH_ENDS, NETWORK_QUALITY, QUALITY, mean
 
 Q = NETWORK_QUALITY.symbol
+
+AVERAGED = tuple(metric for metric in AT_EPOCH_ENDS if metric is not QUALITY)
 
 LABELS = {Q: Q, **{metric.name: metric.label for metric in AVERAGED}}
 """The columns of records, and what tables call them."""

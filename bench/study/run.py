@@ -21,11 +21,11 @@ from bench.study.config import RunConfig
 from bench.study.network_metrics import LABELS, network_metrics
 from bench.study.run_folder import status
 from bench.training import cross_entropy
-from rmsgd.metrics import SCALARS
+from rmsgd.metrics import AT_EPOCH_ENDS
 
 FORMAT = 1
 PHASES = ("training", "epoch_end", "evaluation", "checkpoint")
-METRICS = (*(metric.name for metric in SCALARS), "rate")
+METRICS = (*(metric.name for metric in AT_EPOCH_ENDS), "rate")
 KEPT = 6
 """How many epochs' weights a run keeps that is to keep some, the initial ones not counted."""
 
@@ -303,7 +303,10 @@ class Run:
             return
         layers = self._report.measured
         self._layer_names = [layer.name for layer in layers]
-        rows = [[*(getattr(layer, metric.name) for metric in SCALARS), rates[layer.name]] for layer in layers]
+        rows = [
+            [*(getattr(layer, metric.name) for metric in AT_EPOCH_ENDS), rates[layer.name]]
+            for layer in layers
+        ]
         self._layers.append(torch.tensor(rows, dtype=torch.float64))
 
     # -- keeping -------------------------------------------------------------------------------------

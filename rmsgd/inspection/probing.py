@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rmsgd.backends import backend_for
+from rmsgd.backends.spectra import measure_spectra
 from rmsgd.inspection.measuring import Measuring
 from rmsgd.inspection.reading.stored import StoredTensor
 from rmsgd.layers import unfoldings
@@ -22,11 +22,13 @@ class Probing(Measuring[LayerMetrics]):
     def measured(self, layers: Sequence[StoredTensor], weights: Sequence[Tensor]) -> Sequence[LayerMetrics]:
         """See ``Measuring``."""
         matrices = [(weight, unfolding) for weight in weights for unfolding in unfoldings(weight.shape)]
-        rows = iter(backend_for(weights[0].device).measure(matrices).tolist())
-        return [
-            LayerMetrics.from_rows(layer.name, layer.shape, [next(rows) for _ in unfoldings(weight.shape)])
-            for layer, weight in zip(layers, weights, strict=True)
-        ]
+        table, gammas = measure_spectra(matrices, "half")
+        found = iter(zip(table.tolist(), (gamma.cpu().numpy() for gamma in gammas), strict=True))
+        results = []
+        for layer, weight in zip(layers, weights, strict=True):
+            rows, spectra = zip(*(next(found) for _ in unfoldings(weight.shape)), strict=True)
+            results.append(LayerMetrics.from_rows(layer.name, layer.shape, rows, spectra))
+        return results
 
     def skipped(self, layer: StoredTensor, reason: str) -> LayerMetrics:
         """See ``Measuring``."""

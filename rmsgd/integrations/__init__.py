@@ -7,7 +7,7 @@ optimizer of timm. Each module needs its framework; ``import rmsgd`` needs none 
 
 from typing import Any
 
-from rmsgd.metrics import NETWORK_QUALITY, SCALARS
+from rmsgd.metrics import AT_EPOCH_ENDS, NETWORK_QUALITY
 from rmsgd.optim.layer_rates import LayerRates
 from rmsgd.optim.optimizer import RMSGD
 from rmsgd.tails import TailReport
@@ -39,8 +39,8 @@ def log_dict(optimizer: Any) -> dict[str, float]:
 
     It has the key ``learning_rate/NAME`` for every parameter. From the first ``epoch_step`` on it also has
     ``stable_rank/NAME``, ``condition_number/NAME`` and ``quality/NAME`` for every measured layer (one for
-    each of ``rmsgd.metrics.SCALARS``), and ``quality``, Q of the network, if a layer was measured. On a GPU
-    this waits for the last ``epoch_step``, so call it after an epoch end, not at every step.
+    each of ``rmsgd.metrics.AT_EPOCH_ENDS``), and ``quality``, Q of the network, if a layer was measured. On a
+    GPU this waits for the last ``epoch_step``, so call it after an epoch end, not at every step.
 
     Returns:
         Names to floats: rates as they are applied, metrics in the ranges that ``rmsgd.metrics`` declares.
@@ -54,7 +54,7 @@ def log_dict(optimizer: Any) -> dict[str, float]:
         report = inner.report()
         if isinstance(report, TailReport):
             return values | {f"alpha/{layer.name}": layer.alpha for layer in report.measured}
-        for metric in SCALARS:
+        for metric in AT_EPOCH_ENDS:
             values |= {f"{metric.name}/{x.name}": getattr(x, metric.name) for x in report.measured}
         if report.measured:
             values[NETWORK_QUALITY.name] = report.quality

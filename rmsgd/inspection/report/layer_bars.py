@@ -22,7 +22,7 @@ _TALLEST = 80.0  # inches: beyond it rows become thinner and only some are named
 
 
 def draw_layers(layers: Sequence[LayerMetrics], path: str | os.PathLike[str]) -> None:
-    """Draw bars of every measured layer's stable rank, condition number and quality, the input at the top.
+    """Draw bars of every measured layer's metrics, those of ``metrics.SCALARS``, the input at the top.
 
     Layers whose low rank is empty are grey. They have quality 0 and condition number 1 by definition.
 
@@ -33,15 +33,16 @@ def draw_layers(layers: Sequence[LayerMetrics], path: str | os.PathLike[str]) ->
     layers = measured(layers)
     if not layers:
         raise ValueError("no layer was measured: there is nothing to draw")
-    figure = blank(10.0, 1.4 + rows_height(len(layers)))
+    figure = blank(10.0 / 3 * len(SCALARS), 1.4 + rows_height(len(layers)))
     panels = figure.subplots(1, len(SCALARS), sharey=True)
     empty = [not any(layer.rank) for layer in layers]
     rows = np.arange(len(layers))
     for axes, colour, metric in zip(panels, cycle(PALETTE), SCALARS, strict=False):
         values = [getattr(layer, metric.name) for layer in layers]
         colours = ["0.75" if nothing else colour for nothing in empty]
-        axes.barh(rows, values, color=colours, height=0.75)
-        axes.set(xlabel=axis_label(metric), xlim=(0, max(values, default=0) * 1.05 or 1))
+        axes.barh(rows, np.nan_to_num(values, nan=0.0, posinf=0.0), color=colours, height=0.75)
+        longest = max((value for value in values if math.isfinite(value)), default=0.0)
+        axes.set(xlabel=axis_label(metric), xlim=(0, longest * 1.05 or 1))
         axes.grid(axis="x", color="0.9", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

@@ -13,7 +13,7 @@ from rmsgd.inspection.report.text import (
     summary,
     terminal_table,
 )
-from rmsgd.metrics import METRICS, LayerMetrics, measured
+from rmsgd.metrics import SHOWN, LayerMetrics, measured
 
 
 def layer_table(layers: Sequence[LayerMetrics], source: str) -> RenderableType:
@@ -21,9 +21,9 @@ def layer_table(layers: Sequence[LayerMetrics], source: str) -> RenderableType:
     parts: list[RenderableType] = []
     known = measured(layers)
     if known:
-        table = terminal_table(source, "layer", ("shape", *(metric.heading for metric in METRICS)))
+        table = terminal_table(source, "layer", ("shape", *(metric.heading for metric in SHOWN)))
         for layer in known:
-            numbers = (metric_text(metric, layer) for metric in METRICS)
+            numbers = (metric_text(metric, layer) for metric in SHOWN)
             table.add_row(name_cell(layer.name), shape_text(layer.shape), *numbers)
         parts.append(table)
     skipped = [layer for layer in layers if layer.skipped is not None]
@@ -39,15 +39,15 @@ def layer_table(layers: Sequence[LayerMetrics], source: str) -> RenderableType:
 def html_table(layers: Sequence[LayerMetrics]) -> str:
     """The layers as a self-contained HTML table for notebooks."""
     head = "<th>layer</th><th>shape</th>" + "".join(
-        f'<th title="{html.escape(metric.help)}">{html.escape(metric.heading)}</th>' for metric in METRICS
+        f'<th title="{html.escape(metric.help)}">{html.escape(metric.heading)}</th>' for metric in SHOWN
     )
     rows = []
     for layer in layers:
         cells = f"<td>{html.escape(layer.name)}</td><td>{shape_text(layer.shape)}</td>"
         if layer.skipped is None:
-            cells += "".join(f"<td>{html.escape(metric_text(metric, layer))}</td>" for metric in METRICS)
+            cells += "".join(f"<td>{html.escape(metric_text(metric, layer))}</td>" for metric in SHOWN)
         else:
-            cells += f'<td colspan="{len(METRICS)}">skipped: {html.escape(layer.skipped)}</td>'
+            cells += f'<td colspan="{len(SHOWN)}">skipped: {html.escape(layer.skipped)}</td>'
         rows.append(f"<tr>{cells}</tr>")
     caption = f"<caption>{html.escape(summary(layers))}</caption>"
     return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"

@@ -19,7 +19,7 @@ from rmsgd.inspection.probing import Probing
 from rmsgd.inspection.report.report import Report
 from rmsgd.inspection.report.text import metric_text, shape_text, summary
 from rmsgd.layers import Unfolding, unfoldings
-from rmsgd.metrics import METRICS, NETWORK_QUALITY, SCALARS, LayerMetrics
+from rmsgd.metrics import METRICS, NETWORK_QUALITY, LayerMetrics, Metric
 from rmsgd.plots import PALETTE
 from rmsgd.reference import shrink, threshold
 
@@ -72,10 +72,8 @@ def write_page(
         rows.append((layer, _sort_keys(index, layer), charts(layer, probing.weight(layer.name))))
         if progress:
             progress((index + 1) / len(report.measured))
-    largest = {
-        metric.name: max((getattr(layer, metric.name) for layer in report.measured), default=0.0) or 1.0
-        for metric in SCALARS
-    }
+    bars = [metric for metric in METRICS if not metric.per_mode]
+    largest = {metric.name: _longest_bar(metric, report.measured) for metric in bars}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -83,7 +81,7 @@ def write_page(
         lstrip_blocks=True,
     )
     environment.filters.update(shape=shape_text)
-    environment.globals.update(metric_text=metric_text, getattr=getattr)
+    environment.globals.update(metric_text=metric_text, bar=lambda m, layer: _bar(m, layer, largest[m.name]))
     page = environment.get_template("probe.html").render(
         title=os.fspath(source) if isinstance(source, str | os.PathLike) else type(source).__name__,
         summary=summary(report.layers),
@@ -93,8 +91,7 @@ def write_page(
         notes=report.notes,
         metrics=METRICS,
         explained=(*METRICS, NETWORK_QUALITY),
-        largest=largest,
-        colours={m.name: colour for m, colour in zip(SCALARS, cycle(PALETTE), strict=False)},
+        colours={m.name: colour for m, colour in zip(bars, cycle(PALETTE), strict=False)},
         width=_WIDTH,
         height=_HEIGHT,
         version=__version__,
@@ -102,10 +99,22 @@ def write_page(
     Path(path).write_text(page, encoding="utf-8")
 
 
+def _longest_bar(metric: Metric, layers: Sequence[LayerMetrics]) -> float:
+    values = (getattr(layer, metric.name) for layer in layers)
+    return max((value for value in values if math.isfinite(value)), default=0.0)
+
+
+def _bar(metric: Metric, layer: LayerMetrics, longest: float) -> float:
+    """How long a bar is, in percent of its column: none for what is undefined, infinite or below 0."""
+    value = getattr(layer, metric.name)
+    return round(100.0 * value / longest, 1) if 0.0 < value <= longest else 0.0
+
+
 def _sort_keys(index: int, layer: LayerMetrics) -> list[float]:
-    """The numbers by which the table is sorted, one per column."""
+    """The numbers by which the table is sorted, one per column. NaN, which JSON does not have, goes first."""
     values = (getattr(layer, metric.name) for metric in METRICS)
-    return [index, math.prod(layer.shape), *(sum(v) / len(v) if isinstance(v, tuple) else v for v in values)]
+    numbers = (sum(v) / len(v) if isinstance(v, tuple) else v for v in values)
+    return [index, math.prod(layer.shape), *(float(np.nan_to_num(v, nan=-1e308)) for v in numbers)]
 
 
 def charts(layer: LayerMetrics, weight: Tensor) -> list[Chart]:

@@ -87,6 +87,7 @@ def _draw_courses(figure: Any, series: Series, labels: Sequence[str]) -> None:
     across = np.arange(len(labels))
     for axes, colour, metric in zip(panels, cycle(PALETTE), AVERAGED, strict=False):
         values = series.values(metric.name)
+        values = np.where(np.isfinite(values), values, np.nan)
         known = ~np.isnan(values).all(axis=0)
         at, columns = across[known], values[:, known]
         axes.fill_between(
