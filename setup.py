@@ -33,6 +33,7 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 ISA_SOURCES = [
     "csrc/sgd/step_cpu.cpp",
     "csrc/spectrum/gram_cpu.cpp",
+    "csrc/spectrum/deflate_cpu.cpp",
     "csrc/spectrum/tridiagonal_cpu.cpp",
     "csrc/spectrum/eigenvalues_cpu.cpp",
 ]

@@ -12,7 +12,14 @@ AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one instruction set here")
 @pytest.mark.parametrize(
-    "source", ["sgd/step_cpu", "spectrum/gram_cpu", "spectrum/tridiagonal_cpu", "spectrum/eigenvalues_cpu"]
+    "source",
+    [
+        "sgd/step_cpu",
+        "spectrum/gram_cpu",
+        "spectrum/deflate_cpu",
+        "spectrum/tridiagonal_cpu",
+        "spectrum/eigenvalues_cpu",
+    ],
 )
 def test_all_that_a_kernel_shares_with_other_sources_is_in_its_own_namespace(tmp_path, source):
     # The linker keeps one copy of an inline function in several sources. It must not be the AVX-512 copy.

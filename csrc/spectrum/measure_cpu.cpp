@@ -12,6 +12,7 @@
 #include "../evbmf/numerical_zero.h"
 #include "../isa.h"
 #include "../parallel.h"
+#include "deflate_cpu.h"
 #include "eigenvalues_cpu.h"
 #include "gram_cpu.h"
 #include "measure.h"
@@ -39,6 +40,13 @@ struct Output {
   double* gamma;  // for the values that are wanted, 0 so far
 };
 
+// How exact a reduced matrix was found to be.
+enum Trust {
+  NOT_TRUSTED,
+  TRUSTED_PRODUCT,  // no, but the product in fp32 would do without the errors of the reduction
+  TRUSTED,
+};
+
 // ---- memory ----
 
 struct Free {
@@ -50,12 +58,12 @@ struct Free {
 class Workspace {
  public:
   explicit Workspace(std::int64_t rows) {
-    const std::size_t stride = tridiagonal_stride(rows), padded = (rows + 15) / 16 * 16;
+    const std::size_t stride = tridiagonal_stride(rows), padded = (rows + MOST_DEFLATED + 15) / 16 * 16;
     const std::size_t gram_bytes = stride * padded * sizeof(double);
     const std::size_t copy_bytes =
         std::max(gram_packed_size(rows) * sizeof(double), stride * padded * sizeof(float));
     const std::size_t work_bytes = tridiagonal_work_size(rows) * sizeof(double);
-    const std::size_t vector_bytes = (8 * padded + eigenvalues_work_size(rows)) * sizeof(double);
+    const std::size_t vector_bytes = (8 * padded + eigenvalues_work_size(padded)) * sizeof(double);
     void* memory = nullptr;
     if (posix_memalign(&memory, 64, gram_bytes + copy_bytes + work_bytes + vector_bytes) != 0)
       throw std::bad_alloc();
@@ -87,9 +95,13 @@ class Workspace {
 
   // What rank 0 decides for its team.
   double trace = 0.0;
+  double product_error = 0.0;  // of a product in fp32
+  Deflation taken = {0, {}, 0.0};
   int nonzero_rows = 0;
   int scale_exponent = 0;
   bool repeat = false;
+  Stage precision = STAGE_FP32;
+  Trust trust = NOT_TRUSTED;
   MetricsStatus status = MEASURED;
 
  private:
@@ -110,8 +122,14 @@ void form_gram(const MatrixView& matrix, Stage stage, Workspace& space, const Th
   }
   if (team.rank() == 0) {
     space.trace = 0.0;
+    double largest = 0.0;
     const std::int64_t rows = rows_of(matrix);
-    for (std::int64_t i = 0; i < rows; ++i) space.trace += space.gram[i * stride + i];
+    for (std::int64_t i = 0; i < rows; ++i) {
+      space.trace += space.gram[i * stride + i];
+      largest = std::max(largest, space.gram[i * stride + i]);
+    }
+    space.product_error = product_error(space.trace, largest);
+    space.taken.count = 0;
     const double zero = largest_zero_row(double(rows), double(columns_of(matrix)), space.trace, stage);
     space.nonzero_rows = 0;
     for (std::int64_t i = 0; i < rows; ++i) space.nonzero_rows += space.gram[i * stride + i] > zero;
@@ -140,39 +158,55 @@ void form_scaled_gram(const MatrixView& matrix, Stage stage, Workspace& space, c
   team.barrier();
 }
 
-// Scales the Gram matrix to a trace in [1, 2) and reduces it: `diagonal` and `squares` on rank 0. Returns the
-// exponent of that scale.
-int reduce(int rows, Stage stage, Workspace& space, const ThreadTeam& team) {
+// Takes large eigenvalues off a product in fp32; whether there were any.
+bool take_off_large(int rows, Workspace& space) {
+  if (rows < DEFLATE_LEAST) return false;
+  space.taken = RMSGD_DISPATCH(deflate)(space.gram, rows, tridiagonal_stride(rows), space.trace,
+                                        static_cast<double*>(space.copy));
+  return space.taken.count > 0;
+}
+
+// Scales the Gram matrix to a trace in [1, 2) and reduces it: `diagonal` and `squares` on rank 0, with what
+// was taken off behind. Returns the exponent of that scale.
+int reduce(int rows, Stage precision, Workspace& space, const ThreadTeam& team) {
   const int exponent = -std::ilogb(space.trace);
   const double scale = std::ldexp(1.0, exponent);
-  if (stage == STAGE_FP32) {
+  if (precision == STAGE_FP32) {
     RMSGD_DISPATCH(tridiagonalise_f32)(space.gram, scale, rows, static_cast<float*>(space.copy),
                                        space.diagonal, space.squares, static_cast<float*>(space.work), team);
   } else {
     RMSGD_DISPATCH(tridiagonalise_f64)(space.gram, scale, rows, space.gram, space.diagonal, space.squares,
                                        static_cast<double*>(space.work), team);
   }
+  for (int k = 0; team.rank() == 0 && k < space.taken.count; ++k) {
+    space.diagonal[rows + k] = scale * space.taken.values[k];
+    space.squares[rows + k - 1] = 0.0;
+  }
   return exponent;
 }
 
 struct Interval {
-  double upper;  // no eigenvalue is above
+  double upper;      // no eigenvalue is above
+  double remaining;  // none of those that were not taken off
   double tolerance;
 };
 
-// Squares the off-diagonal and bounds the eigenvalues (Gershgorin).
-Interval prepare(int rows, Stage stage, Workspace& space) {
-  double upper = 0.0;
-  for (int i = 0; i < rows; ++i) {
+// Squares the off-diagonal and bounds the eigenvalues (Gershgorin): of the reduced matrix, which has `rows`
+// rows, and of what was taken off.
+Interval prepare(int rows, Stage precision, Workspace& space) {
+  double upper = 0.0, remaining = 0.0;
+  const int size = rows + space.taken.count;
+  for (int i = 0; i < size; ++i) {
     const double left = i > 0 ? std::fabs(space.tails[i - 1]) : 0.0;
-    const double right = i + 1 < rows ? std::fabs(space.squares[i]) : 0.0;
+    const double right = i + 1 < size ? std::fabs(space.squares[i]) : 0.0;
     upper = std::max(upper, space.diagonal[i] + left + right);
+    if (i < rows) remaining = upper;
     space.tails[i] = right;
   }
-  for (int i = 0; i + 1 < rows; ++i) {
+  for (int i = 0; i + 1 < size; ++i) {
     space.squares[i] = std::max(space.squares[i] * space.squares[i], SMALLEST_SQUARE);
   }
-  return {upper, upper * (stage == STAGE_FP32 ? 0x1p-31 : 0x1p-51)};
+  return {upper, remaining, remaining * (precision == STAGE_FP32 ? 0x1p-31 : 0x1p-51)};
 }
 
 // Eigenvalues of a positive semidefinite matrix: what rounding put below zero is zero.
@@ -184,21 +218,24 @@ void find_largest(int rows, int count, double lower, const Interval& interval, W
 
 // ---- EVBMF ----
 
-NeededValues needed_values(int rows, double columns, double trace, const Interval& interval,
+// What was taken off has left as many zeros behind, which are nobody's eigenvalues: `size` is with them.
+NeededValues needed_values(int rows, int size, double columns, double trace, const Interval& interval,
                            Workspace& space) {
   const BoundGrid grid = {double(rows), columns, trace};
   double shifts[BoundGrid::SIZE];
   int counts[BoundGrid::SIZE];
   shifts[0] = grid.first_shift();
   for (int i = 1; i < BoundGrid::SIZE; ++i) shifts[i] = shifts[i - 1] * BoundGrid::RATIO;
-  RMSGD_DISPATCH(count_above)(space.diagonal, space.squares, rows, shifts, BoundGrid::SIZE, counts);
+  RMSGD_DISPATCH(count_above)(space.diagonal, space.squares, size, shifts, BoundGrid::SIZE, counts);
+  // Rounding may have left them above a shift; with fewer the bound holds as well.
+  for (int& count : counts) count = std::max(0, count - (size - rows));
   const double limit = grid.s_limit(counts);
   if (limit == INFINITY) return all_values(rows);
   const double lower = grid.lower(limit);
   if (lower >= interval.upper) return {0, lower, limit};
   int count;
-  RMSGD_DISPATCH(count_above)(space.diagonal, space.squares, rows, &lower, 1, &count);
-  return {count, lower, limit};
+  RMSGD_DISPATCH(count_above)(space.diagonal, space.squares, size, &lower, 1, &count);
+  return {std::min(count, rows), lower, limit};
 }
 
 // Writes gamma = sqrt(lambda) for `count` eigenvalues of a Gram matrix that was scaled by 2^exponent; 0 where
@@ -211,34 +248,59 @@ void write_values(const double* lambda, int count, double zero, int exponent, do
   }
 }
 
-// The metrics of a reduced Gram matrix of trace `trace` times 2^exponent; false where they, or the values
-// that are wanted, are not to be trusted.
-bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Workspace& space, Output out) {
+// How far an eigenvalue may be off: because of everything, and because of the product alone.
+struct Errors {
+  double all, product;
+};
+
+// largest: the largest eigenvalue, remaining: the largest of what was not taken off, both scaled by
+// 2^exponent.
+Errors errors_of(Stage stage, Stage precision, int exponent, double largest, double remaining,
+                 const Workspace& space) {
+  const double whole = gram_error(stage, largest);
+  if (stage == STAGE_FP64) return {whole, whole};
+  const double scale = std::ldexp(1.0, exponent);
+  double product = scale * space.product_error;
+  const int count = space.taken.count;
+  if (count > 0) {
+    const double gap = scale * space.taken.values[count - 1] - remaining;
+    const double coupling = scale * scale * space.taken.coupling;
+    product += gap > 0.0 ? std::min(coupling / gap, std::sqrt(coupling)) : std::sqrt(coupling);
+  }
+  const bool plain = count == 0 && precision == STAGE_FP32;
+  const double parts = product + gram_error(precision, remaining);
+  return {plain || whole < parts ? whole : parts, product};
+}
+
+// The metrics of a Gram matrix, formed in the precision of `stage` and reduced in that of `precision`, of
+// trace `trace` times 2^exponent. Whether they, and the values that are wanted, are to be trusted.
+Trust measure_reduced(const MatrixView& matrix, Stage stage, Stage precision, int exponent, Workspace& space,
+                      Output out) {
   const int rows = int(rows_of(matrix));
   const double columns = double(columns_of(matrix));
   const double trace = std::ldexp(space.trace, exponent);
-  const Interval interval = prepare(rows, stage, space);
+  const int taken = space.taken.count, size = rows + taken;
+  const Interval interval = prepare(rows, precision, space);
   const double zero = rounding_energy(trace, rows, columns, rounding_of(matrix.dtype));
   const auto above = [&](double shift) {
     int count;
-    RMSGD_DISPATCH(count_above)(space.diagonal, space.squares, rows, &shift, 1, &count);
+    RMSGD_DISPATCH(count_above)(space.diagonal, space.squares, size, &shift, 1, &count);
     return count;
   };
-  const int nonzero =
-      nonzero_values(above, zero, gram_error(stage, interval.upper), space.nonzero_rows, rows, columns);
+  const int nonzero = nonzero_values(
+      above, zero, errors_of(stage, precision, exponent, interval.upper, interval.remaining, space).all,
+      space.nonzero_rows, rows, columns);
   if (nonzero < 0) {  // this Gram matrix cannot tell
     write_metrics(out.row, {0, 0.0, 0.0, 1.0, 0.0}, NEEDS_SVD, stage);
     space.lap(EIGENVALUES);
-    return false;
+    return NOT_TRUSTED;
   }
-  const bool all = out.wanted >= HALF_VALUES;
-  NeededValues needed = nonzero < rows ? all_values(nonzero)
-                        : all          ? all_values(rows)
-                                       : needed_values(rows, columns, trace, interval, space);
+  NeededValues needed =
+      nonzero < rows ? all_values(nonzero) : needed_values(rows, size, columns, trace, interval, space);
   double* const values = space.values;
   double rest = 0.0;
   for (;;) {
-    find_largest(rows, needed.count, needed.lower, interval, space);
+    find_largest(size, needed.count, needed.lower, interval, space);
     if (needed.count == nonzero) break;
     // The rest of the trace keeps enough digits only while it is not a small difference.
     rest = trace - std::accumulate(values, values + needed.count, 0.0);
@@ -248,6 +310,7 @@ bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Worksp
   }
   space.lap(EIGENVALUES);
   const double largest = needed.count > 0 ? values[0] : interval.upper;
+  const double remaining = needed.count > taken ? values[taken] : interval.remaining;
   // No other value counts as zero: where rounding errors come near sigma^2 the guard below rejects the row.
   for (int h = 0; h < needed.count; ++h) values[h] /= columns;
   Solo solo;
@@ -255,19 +318,34 @@ bool measure_reduced(const MatrixView& matrix, Stage stage, int exponent, Worksp
                                                          columns, needed.s_limit, space.tails);
   ModeMetrics metrics = mode_metrics(solo, values, minimum, rows, columns);
   const double next = minimum.rank < needed.count ? values[minimum.rank] : needed.lower / columns;
-  const double error = gram_error(stage, largest);
-  bool trusted = trustworthy(minimum, metrics, values, next, nonzero, rows, columns, error);
+  const Errors errors = errors_of(stage, precision, exponent, largest, remaining, space);
+  const auto trusted_within = [&](double error) {
+    return trustworthy(minimum, metrics, values, next, nonzero, rows, columns, error);
+  };
+  Trust trust = NOT_TRUSTED;
+  if (trusted_within(errors.all)) {
+    trust = TRUSTED;
+  } else if (errors.product < errors.all && trusted_within(errors.product)) {
+    trust = TRUSTED_PRODUCT;
+  }
   const int total_exponent = exponent + 2 * space.scale_exponent;
   metrics.noise_variance = std::ldexp(metrics.noise_variance, -total_exponent);
-  write_metrics(out.row, metrics, trusted || stage == STAGE_FP32 ? MEASURED : NEEDS_SVD, stage);
-  if (out.wanted != NO_VALUES) {
-    for (int h = 0; h < needed.count; ++h) values[h] *= columns;
-    write_values(values, all ? needed.count : minimum.rank, all ? error : 0.0, total_exponent, out.gamma);
-    if (out.wanted == HALF_VALUES && needed.count > rows / 2 && error > HALF_ERROR * values[(rows - 1) / 2])
-      trusted = false;
+  write_metrics(out.row, metrics, trust == TRUSTED || stage == STAGE_FP32 ? MEASURED : NEEDS_SVD, stage);
+  if (out.wanted == KEPT_VALUES) {
+    for (int h = 0; h < minimum.rank; ++h) values[h] *= columns;
+    write_values(values, minimum.rank, 0.0, total_exponent, out.gamma);
+  } else if (out.wanted != NO_VALUES) {
+    // The metrics are those of an epoch end, which looks for no more values than it needs.
+    find_largest(size, nonzero, 0.0, interval, space);
+    write_values(values, nonzero, errors.all, total_exponent, out.gamma);
+    if (out.wanted == HALF_VALUES && stage == STAGE_FP32 && nonzero > rows / 2) {
+      const double most = HALF_ERROR * values[(rows - 1) / 2];
+      if (errors.all > most && trust != NOT_TRUSTED)
+        trust = errors.product <= most ? TRUSTED_PRODUCT : NOT_TRUSTED;
+    }
   }
   space.lap(EVBMF);
-  return trusted;
+  return trust;
 }
 
 // One row by the team; every member takes the same way through it.
@@ -276,6 +354,8 @@ void measure_one(const MatrixView& matrix, Workspace& space, const ThreadTeam& t
   const bool in_fp64 = matrix.dtype == Dtype::float64 || rows == 1 || out.wanted == ALL_VALUES;
   Stage stage = in_fp64 ? STAGE_FP64 : STAGE_FP32;
   if (team.rank() == 0) space.start_lap();
+  // A product in fp32 may be reduced three times, in fp32, in fp32 without its largest eigenvalues, and in
+  // fp64, before one in fp64 is formed.
   for (;; stage = STAGE_FP64) {
     form_scaled_gram(matrix, stage, space, team);
     if (team.rank() == 0) space.lap(GRAM);
@@ -289,13 +369,24 @@ void measure_one(const MatrixView& matrix, Workspace& space, const ThreadTeam& t
       }
       break;
     }
-    const int exponent = reduce(rows, stage, space, team);
     if (team.rank() == 0) {
-      space.lap(REDUCTION);
-      space.repeat = !measure_reduced(matrix, stage, exponent, space, out) && stage == STAGE_FP32;
+      space.precision = stage;
+      if (stage == STAGE_FP32 && rows >= DEFLATE_FIRST) take_off_large(rows, space);
     }
     team.barrier();
-    if (!space.repeat) break;
+    for (;;) {
+      const int exponent = reduce(rows, space.precision, space, team);
+      if (team.rank() == 0) {
+        space.lap(REDUCTION);
+        space.trust = measure_reduced(matrix, stage, space.precision, exponent, space, out);
+        space.repeat = space.trust == TRUSTED_PRODUCT && space.precision == STAGE_FP32;
+        const bool tried = rows >= DEFLATE_FIRST || space.taken.count > 0;
+        if (space.repeat && (tried || !take_off_large(rows, space))) space.precision = STAGE_FP64;
+      }
+      team.barrier();
+      if (!space.repeat) break;
+    }
+    if (space.trust == TRUSTED || stage == STAGE_FP64) break;
   }
   team.barrier();
 }

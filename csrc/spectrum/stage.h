@@ -17,6 +17,27 @@ RMSGD_FN double roundoff(Stage stage) { return stage == STAGE_FP32 ? 0x1p-24 : 0
 // How far an eigenvalue of a Gram matrix may be off, if `largest` is the largest.
 RMSGD_FN double gram_error(Stage stage, double largest) { return 8.0 * roundoff(stage) * largest; }
 
+// How far the rounding of a product in fp32, as a CPU forms it, may have moved an eigenvalue: |E|_2 of the
+// matrix E of its errors. gram_error is a bound for product and reduction together; this one is for the
+// product alone, and below it where a few values hold most of the trace.
+//
+// An entry is a sum in double of sums of 256 products, each formed in fp32 by fused additions in chains of
+// 64, whose four results are added up (gram_cpu.h): at most 64 + 4 roundings in a row. Rounding errors are
+// taken as independent and of mean 0 (N. J. Higham, T. Mary, SIAM J. Sci. Comput. 41, 2019), each of at most
+// u of its partial sum, so of variance u^2 / 3 of its square, and no partial sum in a block b of 256 columns
+// exceeds |a_i|_b |a_j|_b. So
+//
+//   Var E_ij <= (68 / 3) u^2 sum_b |a_i|_b^2 |a_j|_b^2 <= 22.7 u^2 g_ii g_jj
+//
+// The norm of a symmetric matrix of independent entries is about twice the root of the largest sum of
+// variances in a row (A. S. Bandeira, R. van Handel, Annals of Probability 44, 2016): 2 sqrt(22.7) u
+// sqrt(g_max trace), 9.6 u.
+// Errors of one sign, as in a weight of two levels, are not independent: they are alike in all entries, and
+// move the largest value, by less than gram_error, and hardly any other.
+RMSGD_FN double product_error(double trace, double largest_diagonal) {
+  return 10.0 * roundoff(STAGE_FP32) * sqrt(trace * largest_diagonal);
+}
+
 // Whether a trace leaves room on both sides: nothing overflowed, and what underflowed does not matter. Zero
 // and NaN leave none.
 RMSGD_FN bool in_range(double trace, Stage stage) {

@@ -10,7 +10,7 @@ from rich.console import Console
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "fuzz"
 SOURCES = ["csrc/isa.cpp", "csrc/parallel.cpp", "csrc/spectrum/measure_cpu.cpp", "tests/fuzz/core.cpp"]
-ISA_SOURCES = [f"csrc/spectrum/{name}_cpu.cpp" for name in ("gram", "tridiagonal", "eigenvalues")]
+ISA_SOURCES = [f"csrc/spectrum/{name}_cpu.cpp" for name in ("gram", "deflate", "tridiagonal", "eigenvalues")]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 ISA_FLAGS = {
     "baseline": [],

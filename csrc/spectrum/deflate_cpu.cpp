@@ -1,0 +1,218 @@
+#include "deflate_cpu.h"
+
+#include "simd.h"
+
+namespace rmsgd {
+namespace RMSGD_ISA {
+namespace {
+
+constexpr int K = MOST_DEFLATED;
+constexpr int W = LANES<double>;
+
+// A value is large from so many times the mean of the others on: below, the guard passes as a rule.
+constexpr double LARGE = 32.0;
+constexpr int MOST_ROUNDS = 8;
+
+// Y = G X from the upper triangle. X and Y are K rows of length n, `stride` apart, zero beyond n.
+void multiply(const double* gram, int n, ptrdiff_t stride, const double* X, double* Y) {
+  for (ptrdiff_t i = 0; i < K * stride; ++i) Y[i] = 0.0;
+  for (ptrdiff_t i = 0; i < n; ++i) {
+    const double* const row = gram + i * stride;
+    for (int half = 0; half < K; half += 4) {
+      const double* const x = X + half * stride;
+      double* const y = Y + half * stride;
+      double sum[4];
+      for (int c = 0; c < 4; ++c) sum[c] = row[i] * x[c * stride + i];
+      ptrdiff_t j = i + 1;
+      for (; j % W != 0 && j < n; ++j) {
+        for (int c = 0; c < 4; ++c) {
+          sum[c] += row[j] * x[c * stride + j];
+          y[c * stride + j] += row[j] * x[c * stride + i];
+        }
+      }
+      Vector<double> sums[4] = {};
+      for (; j < n; j += W) {
+        const Vector<double> g = load(row + j);
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) {
+          sums[c] += g * load(x + c * stride + j);
+          store(y + c * stride + j, load(y + c * stride + j) + g * x[c * stride + i]);
+        }
+      }
+      for (int c = 0; c < 4; ++c) y[c * stride + i] += sum[c] + horizontal_sum<double>(sums[c]);
+    }
+  }
+}
+
+double dot(const double* x, const double* y, ptrdiff_t length) {
+  Vector<double> sum = {};
+  for (ptrdiff_t j = 0; j < length; j += W) sum += load(x + j) * load(y + j);
+  return horizontal_sum<double>(sum);
+}
+
+// Gram-Schmidt, twice; false where a vector is no number or depends on those before it.
+bool orthonormalise(double* X, ptrdiff_t stride) {
+  for (int c = 0; c < K; ++c) {
+    double* const x = X + c * stride;
+    for (int round = 0; round < 2; ++round) {
+      for (int k = 0; k < c; ++k) {
+        const double* const other = X + k * stride;
+        const double part = dot(x, other, stride);
+        for (ptrdiff_t j = 0; j < stride; ++j) x[j] -= part * other[j];
+      }
+      const double square = dot(x, x, stride);
+      if (!(square > 1e-280 && square < 1e280)) return false;
+      const double factor = 1.0 / __builtin_sqrt(square);
+      for (ptrdiff_t j = 0; j < stride; ++j) x[j] *= factor;
+    }
+  }
+  return true;
+}
+
+// H (K, K) = Q diag Q^T by Jacobi's rotations; the columns of Q in the order of descending values.
+void eigenvectors(double (&H)[K][K], double (&Q)[K][K]) {
+  for (int i = 0; i < K; ++i) {
+    for (int j = 0; j < K; ++j) Q[i][j] = i == j;
+  }
+  for (int sweep = 0; sweep < 10; ++sweep) {
+    for (int p = 0; p < K; ++p) {
+      for (int q = p + 1; q < K; ++q) {
+        if (__builtin_fabs(H[p][q]) <= 1e-300) continue;
+        const double theta = (H[q][q] - H[p][p]) / (2.0 * H[p][q]);
+        const double t =
+            (theta < 0.0 ? -1.0 : 1.0) / (__builtin_fabs(theta) + __builtin_sqrt(theta * theta + 1.0));
+        const double c = 1.0 / __builtin_sqrt(t * t + 1.0), s = t * c;
+        for (int k = 0; k < K; ++k) {
+          const double a = H[k][p], b = H[k][q];
+          H[k][p] = c * a - s * b;
+          H[k][q] = s * a + c * b;
+        }
+        for (int k = 0; k < K; ++k) {
+          const double a = H[p][k], b = H[q][k];
+          H[p][k] = c * a - s * b;
+          H[q][k] = s * a + c * b;
+        }
+        for (int k = 0; k < K; ++k) {
+          const double a = Q[k][p], b = Q[k][q];
+          Q[k][p] = c * a - s * b;
+          Q[k][q] = s * a + c * b;
+        }
+      }
+    }
+  }
+  for (int i = 0; i < K; ++i) {
+    int largest = i;
+    for (int j = i + 1; j < K; ++j) {
+      if (H[j][j] > H[largest][largest]) largest = j;
+    }
+    if (largest == i) continue;
+    const double value = H[i][i];
+    H[i][i] = H[largest][largest];
+    H[largest][largest] = value;
+    for (int k = 0; k < K; ++k) {
+      const double q = Q[k][i];
+      Q[k][i] = Q[k][largest];
+      Q[k][largest] = q;
+    }
+  }
+}
+
+void rotate(double* X, ptrdiff_t stride, const double (&Q)[K][K]) {
+  for (ptrdiff_t j = 0; j < stride; j += W) {
+    Vector<double> old[K], next[K] = {};
+    for (int c = 0; c < K; ++c) old[c] = load(X + c * stride + j);
+    for (int c = 0; c < K; ++c) {
+      for (int k = 0; k < K; ++k) next[c] += old[k] * Q[k][c];
+    }
+    for (int c = 0; c < K; ++c) store(X + c * stride + j, next[c]);
+  }
+}
+
+// Whether the squares of the eigenvalues say that some may be large: sum lambda^2 against what equal ones
+// have.
+bool may_have_large_values(const double* gram, int n, ptrdiff_t stride, double trace) {
+  double squares = 0.0;
+  for (ptrdiff_t i = 0; i < n; ++i) {
+    const double* const row = gram + i * stride;
+    double sum = 0.5 * row[i] * row[i];
+    ptrdiff_t j = i + 1;
+    for (; j % W != 0 && j < n; ++j) sum += row[j] * row[j];
+    Vector<double> sums = {};
+    for (; j < n; j += W) sums += load(row + j) * load(row + j);
+    squares += 2.0 * (sum + horizontal_sum<double>(sums));
+  }
+  return squares * n > 6.0 * trace * trace;
+}
+
+}  // namespace
+
+Deflation deflate(double* gram, int n, ptrdiff_t stride, double trace, double* work) {
+  Deflation result = {0, {}, 0.0};
+  if (!may_have_large_values(gram, n, stride, trace)) return result;
+  double* const X = work;
+  double* const Y = work + K * stride;
+  uint32_t random = 12345;
+  for (int c = 0; c < K; ++c) {
+    for (ptrdiff_t j = 0; j < stride; ++j) {
+      random = random * 1664525u + 1013904223u;
+      X[c * stride + j] = j >= n ? 0.0 : random >> 31 ? 1.0 : -1.0;
+    }
+  }
+  double theta[K], residual[K];
+  for (int round = 0;; ++round) {
+    if (!orthonormalise(X, stride)) return result;
+    multiply(gram, n, stride, X, Y);
+    double H[K][K], Q[K][K];
+    for (int a = 0; a < K; ++a) {
+      for (int b = a; b < K; ++b) H[a][b] = H[b][a] = dot(X + a * stride, Y + b * stride, stride);
+    }
+    eigenvectors(H, Q);
+    rotate(X, stride, Q);
+    rotate(Y, stride, Q);
+    // Large and settled ones: what couples them is to count for less than the roundoff of the rest.
+    double rest = trace;
+    int large = 0, settled = 0;
+    for (int c = 0; c < K; ++c) {
+      theta[c] = H[c][c];
+      if (c != large || !(theta[c] * (n - c) > LARGE * rest)) continue;
+      rest -= theta[c];
+      ++large;
+    }
+    for (int c = 0; c < large; ++c) {
+      double square = 0.0;
+      for (ptrdiff_t j = 0; j < n; ++j) {
+        const double r = Y[c * stride + j] - theta[c] * X[c * stride + j];
+        square += r * r;
+      }
+      residual[c] = square;
+      if (c == settled && square < 0x1p-24 * theta[c] * rest / n) ++settled;
+    }
+    if (round >= 1 && large == 0) return result;
+    if (round == MOST_ROUNDS || (round >= 1 && settled == large)) {
+      result.count = settled;
+      break;
+    }
+    for (ptrdiff_t j = 0; j < K * stride; ++j) X[j] = Y[j];
+  }
+  for (int c = 0; c < result.count; ++c) {
+    result.values[c] = theta[c];
+    result.coupling += residual[c];
+    double* const y = Y + c * stride;
+    for (ptrdiff_t j = 0; j < stride; ++j) y[j] -= 0.5 * theta[c] * X[c * stride + j];
+  }
+  // G -= V Z^T + Z V^T with Z = G V - V diag(theta) / 2; blocks on the diagonal are whole.
+  const ptrdiff_t end = (n + 15) / 16 * 16;
+  for (ptrdiff_t i = 0; i < n && result.count > 0; ++i) {
+    for (ptrdiff_t j = i / 16 * 16; j < end; j += W) {
+      Vector<double> g = load(gram + i * stride + j);
+      for (int c = 0; c < result.count; ++c) {
+        g -= X[c * stride + i] * load(Y + c * stride + j) + Y[c * stride + i] * load(X + c * stride + j);
+      }
+      store(gram + i * stride + j, g);
+    }
+  }
+  return result;
+}
+
+}  // namespace RMSGD_ISA
+}  // namespace rmsgd

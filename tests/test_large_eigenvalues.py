@@ -1,0 +1,144 @@
+"""Weights with a strong mean or outliers: ranks are those of an SVD, and fp32 decides where it can.
+
+A few eigenvalues far above the others are taken off the Gram matrix in double, before the rest is reduced in
+fp32 (``csrc/spectrum/deflate_cpu.h``). Such weights meet the promise of all others.
+"""
+
+import numpy as np
+import pytest
+import torch
+from test_spectrum import FP32_GRAM, FP64_GRAM, NATIVE, assert_within_promise, measure
+
+from rmsgd import reference
+from rmsgd.backends.base import RANK, STAGE
+from rmsgd.backends.spectra import measure_spectra
+from rmsgd.element_types import rounding
+from rmsgd.layers import whole_matrix
+
+SIZES = [(40, 90), (64, 64), (80, 500), (256, 256), (300, 700)]
+
+
+def noise(rng, L, M):
+    return rng.standard_normal((L, M))
+
+
+def power_law(rng, L, M):
+    """A spectrum with more large values than are taken off, none far from its neighbours."""
+    left, right = (np.linalg.qr(rng.standard_normal((n, L)))[0] for n in (L, M))
+    return left * (100.0 * np.arange(1, L + 1) ** -1.2) @ right.T
+
+
+def equal_large(rng, L, M):
+    """Twelve equal large values: what is taken off is any eight directions of their space."""
+    left, right = (np.linalg.qr(rng.standard_normal((n, 12)))[0] for n in (L, M))
+    return noise(rng, L, M) + 60.0 * np.sqrt(M) * left @ right.T
+
+
+def with_outliers(columns, strength):
+    def weight(rng, L, M):
+        w = noise(rng, L, M)
+        w[:, rng.choice(M, columns, replace=False)] *= strength
+        return w
+
+    return weight
+
+
+def outlier_rows(rng, L, M):
+    w = noise(rng, L, M)
+    w[rng.choice(L, 3, replace=False)] *= 100.0
+    return w
+
+
+def near_copies(rng, L, M):
+    """Rows of four kinds, whose products round alike, and a little noise."""
+    return 10.0 * rng.standard_normal((4, M))[rng.integers(0, 4, L)] + noise(rng, L, M)
+
+
+def levels(rng, L, M):
+    """Sixteen levels, as a quantised weight has, and a mean: products of few kinds."""
+    return np.clip(np.round(noise(rng, L, M) * 2.0), -8, 7) * 0.1 + 1.5
+
+
+def signs(rng, L, M):
+    return 3.0 + 0.7 * np.sign(noise(rng, L, M))
+
+
+HOSTILE = {
+    "mean 1": lambda rng, L, M: 1.0 + noise(rng, L, M),
+    "mean 5": lambda rng, L, M: 5.0 + noise(rng, L, M),
+    "mean 30": lambda rng, L, M: 30.0 + noise(rng, L, M),
+    "mean 300": lambda rng, L, M: 300.0 + noise(rng, L, M),
+    "means of rows": lambda rng, L, M: 8.0 * rng.standard_normal((L, 1)) + noise(rng, L, M),
+    "mean and low rank": lambda rng, L, M: (
+        4.0 + noise(rng, L, M) + rng.standard_normal((L, 5)) @ rng.standard_normal((5, M))
+    ),
+    "6 columns, 20": with_outliers(6, 20.0),
+    "6 columns, 300": with_outliers(6, 300.0),
+    "20 columns, 100": with_outliers(20, 100.0),
+    "rows": outlier_rows,
+    "power law": power_law,
+    "equal large values": equal_large,
+    "near copies": near_copies,
+    "16 levels": levels,
+    "signs": signs,
+}
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", HOSTILE)
+def test_ranks_and_metrics_are_those_of_an_svd(name, size):
+    for seed in range(2):
+        weight = torch.from_numpy(0.02 * HOSTILE[name](np.random.default_rng(seed), *size)).float()
+        assert_within_promise(measure(weight), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["mean 5", "6 columns, 20", "16 levels"])
+def test_so_are_those_of_half_precision(name, dtype):
+    weight = torch.from_numpy(HOSTILE[name](np.random.default_rng(3), 260, 400)).to(dtype)
+    assert_within_promise(measure(weight), weight)
+
+
+@pytest.mark.parametrize("size", [(80, 500), (256, 256), (300, 700), (520, 600)], ids=str)
+@pytest.mark.parametrize(
+    "name", ["mean 5", "means of rows", "mean and low rank", "6 columns, 20", "16 levels"]
+)
+def test_a_product_in_fp32_decides(name, size):
+    weight = torch.from_numpy(HOSTILE[name](np.random.default_rng(1), *size)).float()
+    assert measure(weight)[STAGE] == FP32_GRAM
+
+
+def test_a_mean_beyond_the_errors_of_the_product_takes_one_in_fp64():
+    weight = torch.from_numpy(HOSTILE["mean 300"](np.random.default_rng(1), 256, 300)).float()
+    assert measure(weight)[STAGE] == FP64_GRAM
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_values_are_within_the_error_of_a_product_in_fp32(name):
+    L, M = 280, 400
+    weight = torch.from_numpy(HOSTILE[name](np.random.default_rng(2), L, M)).float()
+    table, (found,) = measure_spectra([(weight, whole_matrix((L, M)))], "half")
+    gamma = reference.singular_values(weight.double().numpy(), rounding(weight.dtype))
+    gram = weight.double() @ weight.double().T
+    u = 2.0**-24 if table[0, STAGE] == FP32_GRAM else 2.0**-53
+    whole = (16.0 * u + 32.0 * 2.0**-53) * gamma[0] ** 2
+    # product_error in csrc/spectrum/stage.h, and for the reduction 8 u of the largest value left.
+    part = u * (10.0 * float(gram.trace() * gram.diagonal().max()) ** 0.5 + 8.0 * gamma[8] ** 2)
+    error = np.abs(found.numpy() ** 2 - gamma**2)
+    assert error[: L - L // 2].max() <= whole
+    # Rounding errors of one sign, as with signs, move the largest value alone.
+    assert error[8 : L - L // 2].max() <= min(whole, part + 32.0 * 2.0**-53 * gamma[0] ** 2)
+    assert int(table[0, RANK]) == reference.measure_singular_values(gamma, L, M)[0]
+
+
+def test_the_number_of_threads_changes_no_bit_of_a_weight_with_a_mean():
+    weight = 3.0 + torch.randn(1030, 1100)
+    before = torch.get_num_threads()
+    try:
+        tables = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            tables.append(NATIVE.measure([(weight, whole_matrix(weight.shape))]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(tables[0], tables[1])
