@@ -190,3 +190,57 @@ def test_a_wrapped_run_whose_rates_stay_is_the_one_around_sgd(wrapped, rule):
         run.mode("eval")
     torch.testing.assert_close(ours.model.state_dict(), theirs.model.state_dict(), rtol=1e-9, atol=1e-12)
     assert not torch.equal(ours.model[0].weight, start[0].weight)
+
+
+class Sharing(torch.optim.Optimizer):
+    """A wrapper that has ``param_groups`` in common with the optimizer inside, and adds to them itself."""
+
+    def __init__(self, base):  # as those of others do, without torch's
+        self.base, self.state = base, base.state
+        self.defaults, self.param_groups = base.defaults, base.param_groups
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+AROUND_ONE = [name for name, (kind, path, _) in WRAPPERS.items() if kind is Plain and path is not None]
+
+
+@pytest.fixture(params=["a shared list", *AROUND_ONE])
+def adds_groups(request):
+    """Puts an optimizer into one of the wrappers; what comes out is asked to add a group."""
+    return Sharing if request.param == "a shared list" else named(WRAPPERS[request.param][1])
+
+
+@pytest.mark.parametrize("then", ["train", "save", "copy"])
+def test_a_group_added_through_a_wrapper_is_as_one_added_to_the_optimizer(adds_groups, then):
+    def begun(through):
+        model = network()
+        optimizer = rmsgd.RMSGD([model[0].weight], lr=0.03)
+        outer = through(optimizer)
+        outer.add_param_group({"params": [model[2].weight], "lr": 0.01})
+        if then == "save":
+            again = rmsgd.RMSGD([{"params": [model[0].weight]}, {"params": [model[2].weight]}])
+            again.load_state_dict(optimizer.state_dict())
+            optimizer = again
+        if then == "copy":
+            model, optimizer = deepcopy((model, optimizer))
+        for t in range(4):
+            for p in (model[0].weight, model[2].weight):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(t))
+            optimizer.step()
+            optimizer.epoch_step()
+        return model, optimizer
+
+    (model, ours), (expected, plain) = begun(adds_groups), begun(lambda optimizer: optimizer)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    assert ours.learning_rates() == plain.learning_rates()
+    assert len(set(ours.learning_rates().values())) == 2
+    assert [group["lr0"] for group in ours.param_groups] == [0.03, 0.01]
+
+
+def test_a_group_that_a_wrapper_adds_is_checked_by_name():
+    optimizer = rmsgd.RMSGD([("a", nn.Parameter(torch.ones(3, 4)))])
+    Sharing(optimizer).add_param_group({"params": [("b", nn.Parameter(torch.ones(2, 2) * 1j))]})
+    with pytest.raises(TypeError, match="parameter b is complex"):
+        optimizer.step()

@@ -166,22 +166,37 @@ class RMSGD(Optimizer):
             TypeError: a parameter that is to be trained has a type that cannot be trained; see ``RMSGD``.
         """
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
         try:
-            check_options(group)
-            group.setdefault("lr0", number(group["lr"]) or first_lr(group))
-            check_ranges(group, {"lr0": AT_LEAST_0})
-            if group["initial_rank"] is None:
-                group["initial_rank"] = RULES[group["rule"]].initial_rank
-            for index, p in enumerate(group["params"]):
-                check_parameter(p, parameter_name(group, len(self.param_groups) - 1, index))
+            self._begin_group(len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
             raise
-        for p in group["params"]:
-            complete(p, self.state[p], group)
+        for p in self.param_groups[-1]["params"]:
+            complete(p, self.state[p], self.param_groups[-1])
         self._forget_departed()
         self._order = all_parameters(self.param_groups)
+
+    def _begin_group(self, number_of_group: int) -> None:
+        """Check a new group's options and parameters, and note the lr that its rates begin with."""
+        group = self.param_groups[number_of_group]
+        check_options(group)
+        check_ranges(group, {"lr0": AT_LEAST_0} if "lr0" in group else {})
+        for index, p in enumerate(group["params"]):
+            check_parameter(p, parameter_name(group, number_of_group, index))
+        if group["initial_rank"] is None:
+            group["initial_rank"] = RULES[group["rule"]].initial_rank
+        group.setdefault("lr0", number(group["lr"]) or first_lr(group))
+
+    def _begin_groups_of_others(self) -> None:
+        """Begin the groups that did not come by ``add_param_group``.
+
+        A wrapper that shares its ``param_groups`` with the optimizer inside, as Lookahead and SAM do, adds
+        groups to them by itself.
+        """
+        for index, group in enumerate(self.param_groups):
+            if "lr0" not in group:
+                group.update({name: value for name, value in self.defaults.items() if name not in group})
+                self._begin_group(index)
 
     def _holds_its_parameters(self) -> bool:
         return hold_the_same(self.param_groups, self._order)
@@ -229,6 +244,7 @@ class RMSGD(Optimizer):
                     self.state[p]["rate"] = lr0
 
     def _current_steps(self) -> list[DeviceStep]:
+        self._begin_groups_of_others()
         self._start_raised_groups()
         if not self._tables_are_current():
             self._write_back()
@@ -280,6 +296,7 @@ class RMSGD(Optimizer):
         entries of its state are plain numbers: rates without a unit, stable ranks in 0 to 1, counts.
         Entries that others, such as wrappers, keep in ``optimizer.state`` are part of it, unchanged.
         """
+        self._begin_groups_of_others()
         self._write_back()
         self._forget_departed()
         state_dict = super().state_dict()
@@ -304,6 +321,7 @@ class RMSGD(Optimizer):
         """
         if not isinstance(state_dict, dict):  # the content of a dict is checked after other hooks have run
             check_form(state_dict)
+        self._begin_groups_of_others()
         handle = self.register_load_state_dict_pre_hook(check_and_complete)  # sees what other hooks give
         try:
             super().load_state_dict(state_dict)
@@ -324,6 +342,7 @@ class RMSGD(Optimizer):
             self.state[key] = unwrapped_state(
                 self.state[key], device_of(key) if isinstance(key, Tensor) else None
             )
+        self._begin_groups_of_others()
         for group in self.param_groups:
             for p in group["params"]:
                 complete(p, self.state[p], group)
