@@ -6,10 +6,14 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 pytest.importorskip("rmsgd._cpu", reason="the compiled core was not built")
 from fuzz import core, files, spectra, states
+
+import rmsgd
+from rmsgd.inspection.reading.stored import CheckpointError
 
 
 def test_ranks_and_noise_variances_of_hostile_spectra_are_the_references():
@@ -29,7 +33,7 @@ def test_mangled_state_dicts_are_loaded_or_refused_and_then_nothing_has_changed(
 
 def test_damaged_checkpoints_are_read_or_refused_in_one_line(tmp_path):
     outcomes = set()
-    for seed in range(300):
+    for seed in range(600):
         name, data = files.draw(seed)
         (tmp_path / name).write_bytes(data)
         outcomes.add(files.check(tmp_path / name))
@@ -41,8 +45,24 @@ def test_sound_checkpoints_are_read(tmp_path):
     for name, data in files.sound_files().items():
         if not name.endswith(".json"):
             (tmp_path / name).write_bytes(data)
-            # A sparse tensor is refused by itself, and the others of its file are read.
-            assert files.check(tmp_path / name) == ("refused" if name == "sparse.pt" else "read")
+            # What is refused by itself leaves the rest of its file to be read.
+            assert files.check(tmp_path / name) == ("refused" if name in files.REFUSED else "read"), name
+
+
+def test_the_first_bytes_of_a_checkpoint_are_refused_in_one_line(tmp_path):
+    for name, data in files.sound_files().items():
+        for length in range(24):
+            (tmp_path / name).write_bytes(data[:length])
+            with pytest.raises(CheckpointError) as refusal:
+                rmsgd.probe(tmp_path / name)
+            assert str(refusal.value).startswith(str(tmp_path / name))
+            assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_the_fuzzer_would_notice_code_that_is_executed(tmp_path):
+    (tmp_path / "m.pt").write_bytes(files.sound_files()["command.pt"])
+    with pytest.raises(AssertionError, match=r"os\.system"), files.nothing_is_executed():
+        torch.load(tmp_path / "m.pt", weights_only=False)
 
 
 def test_the_fuzzer_would_notice_a_wrong_rank(monkeypatch):

@@ -1,14 +1,15 @@
 """Every known file format is read, and a format that is not read is named."""
 
+import gc
 import gzip
 import io
 import json
-import struct
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from model_files import entry, gguf, initialiser, message, onnx, q8_0, raw, varint
 from safetensors.torch import save_file
 from torch import nn
 
@@ -72,37 +73,6 @@ def test_kernels_of_flax_and_keras_have_their_channels_first(tmp_path):
 # -- GGUF ----------------------------------------------------------------------------------------
 
 
-def gguf(tensors, alignment=32):
-    """A GGUF file of name -> (type number, shape, bytes), with settings of several types."""
-
-    def text(value):
-        return struct.pack("<Q", len(value)) + value.encode()
-
-    settings = [
-        text("general.alignment") + struct.pack("<II", 4, alignment),
-        text("general.name") + struct.pack("<I", 8) + text("a model"),
-        text("tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("bc"),
-        text("scores") + struct.pack("<IIQ", 9, 6, 3) + bytes(12),
-        text("flag") + struct.pack("<I?", 7, True),
-    ]
-    infos, data = b"", b""
-    for name, (kind, shape, content) in tensors.items():
-        infos += text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-        infos += struct.pack("<IQ", kind, len(data))
-        data += content + bytes(-len(content) % alignment)
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(settings)) + b"".join(settings) + infos
-    return head + bytes(-len(head) % alignment) + data
-
-
-def raw(tensor):
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def q8_0(codes, scales):
-    blocks = zip(codes.reshape(-1, 32), scales.half(), strict=True)
-    return b"".join(raw(scale.reshape(1)) + raw(code) for code, scale in blocks)
-
-
 @pytest.mark.parametrize("alignment", [32, 64])
 def test_a_gguf_file_is_read_in_plain_numbers_and_in_blocks_of_eight_bits(tmp_path, alignment):
     codes = torch.randint(-127, 128, (4, 64), dtype=torch.int8)
@@ -127,35 +97,16 @@ def test_a_gguf_file_is_read_in_plain_numbers_and_in_blocks_of_eight_bits(tmp_pa
     assert skipped["future"].startswith("encoding 99")
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scale", [float("inf"), float("nan")])
+def test_a_scale_in_a_gguf_file_that_is_no_number_is_a_reason_and_no_warning(tmp_path, scale):
+    codes = torch.arange(-64, 64, dtype=torch.int8)
+    blocks = (8, (4, 32), q8_0(codes, torch.tensor([1.0, scale, 1.0, 1.0])))
+    (tmp_path / "m.gguf").write_bytes(gguf({"w": blocks, "sound": (0, (6, 8), raw(WEIGHT))}))
+    assert reasons(rmsgd.probe(tmp_path / "m.gguf")) == {"w": "NaN or infinite entries", "sound": None}
+
+
 # -- ONNX ----------------------------------------------------------------------------------------
-
-
-def varint(value):
-    rest = value >> 7
-    return bytes([value & 0x7F | 0x80]) + varint(rest) if rest else bytes([value])
-
-
-def message(number, content):
-    return varint(number << 3 | 2) + varint(len(content)) + content
-
-
-def integer(number, value):
-    return varint(number << 3) + varint(value)
-
-
-def initialiser(name, kind, shape, *fields):
-    dims = message(1, b"".join(map(varint, shape)))
-    return message(5, dims + integer(2, kind) + message(8, name.encode()) + b"".join(fields))
-
-
-def onnx(*initialisers):
-    node = message(1, message(4, b"MatMul"))
-    graph = node + message(2, b"graph") + b"".join(initialisers)
-    return integer(1, 8) + message(2, b"pytorch") + message(7, graph) + message(8, integer(2, 17))
-
-
-def entry(key, value):
-    return message(13, message(1, key.encode()) + message(2, value.encode()))
 
 
 def test_the_initialisers_of_an_onnx_file_are_read(tmp_path):
@@ -335,6 +286,20 @@ def test_a_file_with_gzip_is_read_as_what_is_in_it(tmp_path, form):
         torch.save({"w": WEIGHT}, inner, _use_new_zipfile_serialization=form == "torch")
     (tmp_path / "m.gz").write_bytes(gzip.compress(inner.getvalue()))
     assert_is_read(tmp_path / "m.gz")
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_gzip_was_unpacked_to_is_gone_with_the_report(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    torch.save({"w": WEIGHT}, tmp_path / "m.pt")
+    (tmp_path / "m.pt.gz").write_bytes(gzip.compress((tmp_path / "m.pt").read_bytes()))
+    probing = Probing(tmp_path / "m.pt.gz")
+    assert len(list((tmp_path / "tmp").iterdir())) == 1
+    assert torch.equal(probing.weight("w"), WEIGHT)
+    del probing
+    gc.collect()
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_a_bad_file_with_gzip_is_called_by_its_own_name(tmp_path):

@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -160,13 +162,21 @@ def _read(path: Path, stored: StoredTensor) -> Tensor:
         return stored.read()
 
 
+class _TemporaryFolder:
+    """A folder that is deleted, without a warning, when nothing refers to this object any more."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="rmsgd-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
 def _unpack(path: Path, shown: Path, key: str | None, format_: FileFormat) -> _File:
     """The file inside a compressed one, unpacked into a temporary file that lives as long as the tensors."""
     assert format_.unpack is not None
     if path != shown:
         raise CheckpointError(f"{shown}: {format_.name} inside another")
-    temporary = tempfile.TemporaryDirectory(prefix="rmsgd-", ignore_cleanup_errors=True)
-    inner = Path(temporary.name) / "unpacked"
+    temporary = _TemporaryFolder()
+    inner = temporary.path / "unpacked"
     with _reading(shown, f"not a complete {_without_article(format_.name)}"), inner.open("wb") as target:
         for block in format_.unpack(path):
             target.write(block)

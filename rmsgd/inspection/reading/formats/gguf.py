@@ -111,7 +111,9 @@ def _read_blocks(path: Path, shape: tuple[int, ...], start: int) -> Tensor:
     """Q8_0: blocks of 32 signed bytes with a scale in half precision."""
     data = read_range(path, start, math.prod(shape) // 32 * _BLOCK.itemsize)
     blocks = np.frombuffer(data, _BLOCK)
-    return torch.from_numpy(blocks["codes"] * blocks["scale"].astype(np.float32)[:, None]).reshape(shape)
+    # Not NumPy's product: it warns of a scale that is not finite, of which the report tells by itself.
+    codes, scale = (torch.from_numpy(blocks[part].astype(np.float32)) for part in ("codes", "scale"))
+    return (codes * scale[:, None]).reshape(shape)
 
 
 FORMATS = [FileFormat("a GGUF file", _is_this, _open, suffixes=(".gguf",))]

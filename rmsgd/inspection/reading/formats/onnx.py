@@ -53,9 +53,8 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 def _is_this(file: Beginning) -> bool:
     """Whether the version of the format comes first, then the producer's name: there is no magic number."""
-    return (
-        file.bytes[:1] == b"\x08" and 0 < file.bytes[1] < 32 and file.bytes[2:3] in (b"\x12", b"\x1a", b":")
-    )
+    tag, version, field_ = file.bytes[:1], file.bytes[1:2], file.bytes[2:3]
+    return tag == b"\x08" and b"\x00" < version < b"\x20" and field_ in (b"\x12", b"\x1a", b":")
 
 
 @dataclass
