@@ -7,6 +7,7 @@ import gc
 import os
 import weakref
 from copy import deepcopy
+from unittest import mock
 
 import pytest
 import torch
@@ -24,10 +25,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 
 import rmsgd
 from bench.epoch_end import spectra
+from rmsgd.inspection import probing
 from rmsgd.layers import unfoldings
 from rmsgd.optim.distributed import Ranks, split
 
@@ -234,6 +238,37 @@ def train_fsdp(mesh_shape, options):
             if t % 3 == 2:
                 optimizer.epoch_step()
     return optimizer.learning_rates(), whole(model), counting.count, empty
+
+
+def probe_shards(mesh_shape, form):
+    """The metrics of a sharded network, and how many whole weights there were: in all, and at once."""
+    names = ("replicate", "shard")[-len(mesh_shape) :]
+    model = sharded(init_device_mesh("cpu", mesh_shape, mesh_dim_names=names))
+    source = {"module": model, "state": model.state_dict(), "checkpoint": {"model": model.state_dict()}}[form]
+    gathered, at_once = [], []
+
+    def full_tensor(self, **options):
+        tensor = gather(self, **options)
+        gathered.append(StorageWeakRef(tensor.untyped_storage()))
+        at_once.append(sum(not storage.expired() for storage in gathered))
+        return tensor
+
+    gather = DTensor.full_tensor
+    with mock.patch.object(DTensor, "full_tensor", full_tensor), mock.patch.object(probing, "BATCH_BYTES", 1):
+        report = rmsgd.probe(source)
+    return report.layers, len(gathered), max(at_once)
+
+
+@pytest.mark.parametrize("form", ["module", "state", "checkpoint"])
+def test_a_probe_gathers_sharded_weights_one_by_one_and_reproduces_one_process(job, form):
+    shapes = [(2,), (1, 2)] if job.size == 2 else [(4,), (2, 2)]
+    expected = [layer for layer in rmsgd.probe(network()).layers if layer.skipped is None]
+    assert len(expected) == 4
+    for shape in shapes:
+        for layers, gathered, at_once in job.run(probe_shards, shape, form):
+            assert list(layers) == expected
+            assert gathered == len(expected)
+            assert at_once <= 2  # one that is measured, and the next
 
 
 def leave_sharded_parameters():
