@@ -99,6 +99,13 @@ def test_networks_beside_each_other_are_not_pooled(tmp_path, kind, stored):
         assert len(names(rmsgd.probe(source, key=other))) >= 1
 
 
+def test_a_note_names_what_is_measured_if_that_is_one_network():
+    [alone] = rmsgd.probe({"student": network(), "teacher": network()}).notes
+    [several] = rmsgd.probe({"g": network(), "d": {"w": torch.randn(3, 4)}, "g_ema": network()}).notes
+    assert alone.startswith("student is measured")
+    assert several.startswith("the rest is measured")
+
+
 def test_a_key_chooses_the_average():
     average = network()
     chosen = rmsgd.probe({"model": network(), "ema": {"module": average}}, key="ema.module")

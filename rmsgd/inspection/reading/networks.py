@@ -71,7 +71,8 @@ def find_network(tree: Any, key: str | None = None) -> Found:
     others = [*(f"{path}.{copy}" if path else copy for copy in copies), *beside]
     if not others:
         return Found(kept)
-    measured = path or ("the rest" if "." in copies[0] else next(iter(kept)).split(".")[0])
+    heads = {name.split(".")[0] for name in kept}
+    measured = path or (heads.pop() if len(heads) == 1 and "." not in copies[0] else "the rest")
     return Found(kept, (f"{measured} is measured; --key (in Python key=) chooses {' or '.join(others)}",))
 
 
