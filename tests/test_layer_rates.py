@@ -6,6 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 from matrices import planted
+from test_frozen_parameters import KINDS
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
@@ -377,6 +378,27 @@ def test_a_frozen_layer_keeps_its_rate_and_is_measured_once_it_is_trained():
     model[3].requires_grad_(True)
     rates.step()
     assert [layer.name for layer in rates.report().layers] == ["0.weight", "3.weight"]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of some kinds
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_frozen_may_be_a_tensor_of_any_kind(kind):
+    weight, bias = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.ones(4))
+    made = KINDS[kind]()
+    frozen = made if isinstance(made, nn.Parameter) else nn.Parameter(made, requires_grad=False)
+    with torch._C.DisableTorchFunctionSubclass():  # a lazy one has no such method
+        frozen.requires_grad_(False)
+    groups = rmsgd.layer_groups([("a.weight", weight), ("a.frozen", frozen), ("a.bias", bias)])
+    optimizer = torch.optim.SGD(groups, lr=LR)
+    for rule in ("rank-momentum", "llr"):
+        rates = rmsgd.LayerRates(optimizer, rule=rule)
+        weight.grad, bias.grad = torch.ones_like(weight), torch.ones_like(bias)
+        optimizer.step()
+        rates.step()
+        optimizer.step()
+        assert [layer.name for layer in rates.report().layers] == ["a.weight"]
+        assert rates.learning_rates()["a.bias"] == rates.learning_rates()["a.weight"]
+        rates.load_state_dict(rates.state_dict())
 
 
 def test_a_layer_of_nan_keeps_its_rate_and_is_named():

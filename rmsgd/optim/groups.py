@@ -47,7 +47,7 @@ def layer_groups(params: Parameters, **defaults: Any) -> list[dict[str, Any]]:
         The groups, in the order of registration. In each of them the layer is first.
 
     Raises:
-        TypeError: ``params`` holds something else, or a parameter that has no shape yet.
+        TypeError: ``params`` holds something else, or a parameter to train that has no shape yet.
         ValueError: a group has no "params".
     """
     options, entries = _entries(params)
@@ -116,6 +116,8 @@ def _kind(value: object) -> str:
 
 def _is_layer(entry: _Entry) -> bool:
     """Whether a parameter has a spectrum. A frozen one may be of any kind: its shape alone is asked."""
+    if is_lazy(entry.parameter) and not entry.parameter.requires_grad:
+        return False
     if is_lazy(entry.parameter):
         raise TypeError(
             f"{entry.what} has no shape yet, as its module is a lazy one: call the model once on an input "
