@@ -103,6 +103,10 @@ def test_the_layers_have_the_rates_that_rmsgd_gives(rule):
         for m in (model, other):
             shift(m, 0.1 * epoch)
     assert len(seen) > 3
+    # The same numbers are remembered, and none of them in the optimizer.
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert rates.state[p] == {name: ours.state[q][name] for name in rates.state[p]}
+    assert theirs.state == {}
 
 
 def test_sgd_with_the_rates_of_the_release_takes_rmsgds_steps():
