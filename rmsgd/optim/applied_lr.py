@@ -10,6 +10,7 @@ somebody had got hold of the step before.
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import wraps
 from numbers import Real
 from types import MethodType
@@ -38,7 +39,7 @@ class AppliedLr:
         self._multipliers = multipliers
         self._active = False
         self._during: list[_Applied] = []
-        self._factors: dict[int, Tensor] = {}
+        self._factors: dict[int, _Factor] = {}
         self._watches = True
         known = _OURS in vars(optimizer)
         setattr(optimizer, _OURS, self)
@@ -67,18 +68,22 @@ class AppliedLr:
                 self._during.append(_Replaced(group, lr, group["lr"]))
 
     def _factor(self, g: int, lr: Tensor, factor: float) -> Tensor:
-        """The factor where the lr is: a CUDA graph that holds the step reads it there at every replay."""
+        """The factor where the lr is: a CUDA graph that holds the step reads it there at every replay.
+
+        It is written when it changes only: a graph would write at every replay what it was at the capture.
+        """
         known = self._factors.get(g)
-        if known is None or known.dtype != lr.dtype or known.device != lr.device:
-            known = self._factors[g] = torch.empty((), dtype=lr.dtype, device=lr.device)
-        return known.fill_(factor)
+        if known is None or known.tensor.dtype != lr.dtype or known.tensor.device != lr.device:
+            known = self._factors[g] = _Factor(torch.ones((), dtype=lr.dtype, device=lr.device))
+        known.set(factor)
+        return known.tensor
 
     def refresh(self) -> None:
         """Bring new multipliers to where graphs read them; waits for a GPU only if an lr is a tensor."""
         if self._factors:
             for g, factor in enumerate(self._multipliers()):
                 if g in self._factors:
-                    self._factors[g].fill_(factor)
+                    self._factors[g].set(factor)
 
     def restore(self) -> None:
         """Give every group its lr again, but for one that was given another during the step."""
@@ -100,6 +105,19 @@ class AppliedLr:
             finally:
                 self.restore()
             self._watches &= not watches
+
+
+@dataclass
+class _Factor:
+    """A number in a tensor, and what it is."""
+
+    tensor: Tensor
+    value: float = 1.0
+
+    def set(self, value: float) -> None:
+        if value != self.value:
+            self.tensor.fill_(value)
+            self.value = value
 
 
 class _Replaced(NamedTuple):
