@@ -1,4 +1,4 @@
-"""How the epoch end on a GPU was divided at first, for the comparison of counted times.
+"""The first division of an epoch end on a GPU, to compare counted times.
 
 Blocks waited for each other twice per row, every block counted as if it had the device to itself, one block
 of 256 threads found all eigenvalues of a matrix, and matrices of more than 1024 rows were left to the host.
@@ -26,7 +26,7 @@ def _traffic(rows: int) -> float:
 
 
 def _blocks(rows: int, most: int, device: Device) -> int:
-    """A team of up to `most` blocks, or of one where that looked quicker."""
+    """The size of a team of up to `most` blocks, or 1 where that looked quicker."""
     team = min(-(-rows // ROWS_PER_BLOCK), most)
 
     def alone(blocks: int) -> float:
@@ -61,7 +61,7 @@ def _total(waves: Sequence[tuple[float, str]]) -> tuple[float, str]:
 
 
 def _wave(wave: Sequence[tuple[int, int]], device: Device) -> tuple[float, str]:
-    """As it would have been, two blocks to a multiprocessor, with what all share."""
+    """The time of a wave, with two blocks on a multiprocessor and the limits that all share."""
     slowest = max(
         _waiting(n, blocks, device) + _traffic(n) / (blocks / 2 * device.block_rate) for n, blocks in wave
     )
@@ -74,7 +74,7 @@ def _wave(wave: Sequence[tuple[int, int]], device: Device) -> tuple[float, str]:
 
 
 def sturm_cycles(rows: Sequence[int], needed: float) -> float:
-    """Of the largest matrix, by one block of 256 threads: a bit per look, and several values a thread."""
+    """The cycles of the largest matrix by one block of 256 threads, with several values per thread."""
     largest = max(rows, default=0)
     chains = max(1.0, needed * largest / 256)
     return largest * (2 + 26 * chains) * DIVISION_STEP

@@ -1,15 +1,15 @@
-"""How sections share the time there is."""
+"""How sections share the available time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 LEAST_S = 5.0
-"""Less than this is no use to any section."""
+"""The least seconds that are of use to a section."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Seconds of a section: what it usually takes, and what it may take at most."""
+    """The seconds that a section usually takes, and those that it may take at most."""
 
     typical: float
     longest: float
@@ -18,8 +18,8 @@ class Need:
 def share(need: Need, later: Sequence[Need], remaining: float) -> float:
     """Seconds that a section may take; 0 where there is no time for it.
 
-    What later sections usually take is kept for them, but not at the cost of this section's own usual
-    time: when all are short of time, the earlier ones go first.
+    The usual time of later sections is kept for them, unless that would cut this section's own usual time. So
+    when time is short, earlier sections go first.
     """
     spare = remaining - sum(other.typical for other in later)
     seconds = min(need.longest, max(spare, min(need.typical, remaining)))

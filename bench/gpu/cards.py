@@ -1,10 +1,10 @@
-"""GPUs for which is counted, as CUDA describes them. None of them was at hand."""
+"""The GPUs for which times are counted, as CUDA describes them. None of them was available."""
 
 from typing import NamedTuple
 
 from rmsgd.backends.cuda_devices import Attributes, Device, device_of
 
-_REGISTERS = 65536  # of a multiprocessor, on all of them
+_REGISTERS = 65536  # the registers of a multiprocessor, on all of these GPUs
 _KEPT = 1024  # bytes of shared memory that CUDA takes for each block, from sm_80 on
 
 
@@ -12,11 +12,11 @@ class Card(NamedTuple):
     """A kind of GPU.
 
     Attributes:
-        name: as people call it.
-        architecture: 10 major + minor.
-        attributes: what CUDA tells of it.
+        name: its common name.
+        architecture: 10 times the major version, plus the minor one.
+        attributes: its attributes from CUDA.
         lanes: fp32 multiply-adds per cycle and multiprocessor.
-        threads: resident on a multiprocessor at most.
+        threads: the most threads that are resident on a multiprocessor.
 
     """
 
@@ -28,11 +28,11 @@ class Card(NamedTuple):
 
     @property
     def device(self) -> Device:
-        """As the planner sees it."""
+        """The card in the terms of the planner."""
         return device_of(self.attributes)
 
     def resident(self, threads: int, registers: int, shared: int) -> int:
-        """How many blocks of so many threads, registers per thread and bytes are resident at once."""
+        """How many blocks with these threads, registers per thread and shared bytes are resident at once."""
         taken = shared + (_KEPT if self.architecture >= 80 else 0)
         each = min(
             self.threads // threads,

@@ -1,4 +1,4 @@
-"""Whether the kernels are built, run and are right: what comes before any figure is believed."""
+"""Checks that the kernels are built, run and give right results, which come before any figure."""
 
 import os
 import re
@@ -14,8 +14,8 @@ from bench.gpu import processes, smoke
 
 BACKENDS = ("cuda", "cupy")
 TESTS = "tests/test_gpu.py"
-# A test in the output of `pytest -v`, and what became of it: nothing yet where it is the last, or where a
-# hang or a crash made Python say where it was. Parameters may hold spaces.
+# A test in the output of `pytest -v` and its result. There is none yet for the last test, or after a hang or
+# a crash, where Python prints a traceback. Parameters may hold spaces.
 TEST = re.compile(
     r"^(?P<test>tests/\S+?::.+?)"
     r"(?: (?P<result>PASSED|FAILED|ERROR|SKIPPED)\b| ?Timeout \(| ?Fatal Python error| *\Z)",
@@ -27,7 +27,7 @@ def build(limit_s: float, log: Path) -> dict[str, Any]:
     """Builds rmsgd._cuda for this GPU, or for what RMSGD_CUDA_ARCHS names."""
     major, minor = torch.cuda.get_device_capability()
     environment = {"RMSGD_CUDA_ARCHS": f"{major}{minor}", "RMSGD_CUDA": "1", **os.environ}
-    environment["RMSGD_REQUIRE_NATIVE"] = "1"  # what cannot be built is an error
+    environment["RMSGD_REQUIRE_NATIVE"] = "1"  # a failed build is an error
     ended = processes.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], limit_s, log, environment
     )
@@ -35,7 +35,7 @@ def build(limit_s: float, log: Path) -> dict[str, Any]:
 
 
 def smoke_tests(limit_s: float, log: Path) -> dict[str, Any]:
-    """A short training loop for each backend, in a process of its own; what each said of itself."""
+    """Runs a short training loop for each backend in a process of its own, and returns their output."""
     found: dict[str, Any] = {}
     for backend, seconds in in_turn(BACKENDS, limit_s):
         ended = processes.run(
@@ -60,14 +60,14 @@ def usable(found: Mapping[str, Any], backend: str) -> bool:
 def gpu_tests(
     limit_s: float, log: Path, backends: Sequence[str], marks: str, hanging_s: int
 ) -> dict[str, Any]:
-    """The tests of these marks, each backend's in a process of its own.
+    """Runs the tests with these marks, those of each backend in a process of its own.
 
-    Of a test that takes longer than `hanging_s` seconds, the log tells where it was.
+    For a test that takes longer than `hanging_s` seconds, the log tells where it was.
     """
     if not backends:
         return {"backends": {}, "error": "no backend runs here"}
     command = [sys.executable, "-m", "pytest", TESTS, "-m", marks, "-v", "--tb=short", "--no-header"]
-    # Not the project's own options: -q would take the lines with the results away.
+    # The project's own options are left out, since -q would suppress the lines with the results.
     command += ["-pno:cacheprovider", "--override-ini=addopts=--strict-markers"]
     command += [f"--override-ini=faulthandler_timeout={hanging_s}"]
     found: dict[str, Any] = {}
@@ -79,13 +79,13 @@ def gpu_tests(
 
 
 def stress(limit_s: float, log: Path, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Epoch ends under load, which have to give the same bits; see `bench.gpu.stress`."""
+    """Runs epoch ends under load, which must give the same bits; see `bench.gpu.stress`."""
     ended = processes.run([sys.executable, "-m", "bench.gpu.stress"], limit_s, log, environment)
     return {"said": ended.output.strip()[-300:], "error": ended.failure()}
 
 
 def results(output: str) -> dict[str, Any]:
-    """What `pytest -v` has printed so far: how many passed, who failed, and who had not yet ended."""
+    """The results in the output of `pytest -v`: how many passed, which failed, and which is unfinished."""
     tests = [(match["test"], match["result"]) for match in TEST.finditer(output)]
     return {
         "passed": sum(result == "PASSED" for _, result in tests),
@@ -96,7 +96,7 @@ def results(output: str) -> dict[str, Any]:
 
 
 def failure(ended: processes.Ended) -> str | None:
-    """What is wrong with a run of pytest; what the tests said is in the log."""
+    """What is wrong with a run of pytest, or None. The output of the tests is in the log."""
     found = results(ended.output)
     if ended.status == 0:
         return None
@@ -107,7 +107,7 @@ def failure(ended: processes.Ended) -> str | None:
 
 
 def in_turn(backends: Sequence[str], limit_s: float) -> Iterator[tuple[str, float]]:
-    """Each backend with the seconds it may take: an equal share of those that are left."""
+    """Each backend with the seconds that it may take, an equal share of those that are left."""
     end = time.monotonic() + limit_s
     for i, backend in enumerate(backends):
         yield backend, (end - time.monotonic()) / (len(backends) - i)

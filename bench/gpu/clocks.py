@@ -1,4 +1,4 @@
-"""Device time of calls, without the host's, and the host's beside it."""
+"""The device time of calls, and the time of the host beside it."""
 
 import statistics
 import time
@@ -11,12 +11,12 @@ import torch
 from bench.measure import collector_paused
 
 MOST_CALLS = 5
-HOST_S = 0.005  # what the host may take to queue the calls of one timing, where that is in our hands
+HOST_S = 0.005  # the most seconds that the host should take to queue the calls of one timing
 
 
 @cache
 def cycles_per_second() -> float:
-    """Of `torch.cuda._sleep`, measured once the GPU's clock has risen from idle."""
+    """The cycles per second of `torch.cuda._sleep`, measured once the GPU's clock has risen from idle."""
     torch.cuda._sleep(200_000_000)
     cycles = 20_000_000
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -29,14 +29,14 @@ def cycles_per_second() -> float:
 
 @dataclass(frozen=True)
 class DeviceTime:
-    """Of one call, the mean of several.
+    """The time of one call, as the mean of several.
 
     Attributes:
         device: seconds between its beginning and its end on the current stream.
         host: seconds that the host took to queue it.
-        queued: all of it was in the queue before the device began, so that `device` is the device's
-            time alone. A driver's queue holds about a thousand launches: a call that makes more, or one
-            that waits for the device, has the host's time in `device`.
+        queued: whether all of it was in the queue before the device began, so that `device` is the device's
+            time alone. A driver's queue holds about a thousand launches: if a call makes more, or waits for
+            the device, `device` includes the host's time.
 
     """
 
@@ -65,7 +65,7 @@ def device_time(call: Callable[[], object], calls: int) -> DeviceTime:
 
 
 def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[DeviceTime]]:
-    """Case to its time in each round, the cases in turn; a case that is slow to queue is called once."""
+    """From a case to its time in each round of cases in turn; a case that is slow to queue is called once."""
     calls = {}
     with collector_paused():
         for name, call in cases.items():

@@ -18,10 +18,10 @@ from bench.gpu import checks, measurements, processes, tables, targets
 from bench.gpu.budget import Need, share
 
 SCHEMA = "rmsgd-bench-gpu/1"
-BUDGET_S = 360  # of all stages but the last
+BUDGET_S = 360  # seconds of all stages but the last
 SANITIZE_S = 240
 DONE, FAILED, NO_GPU, INTERRUPTED = 0, 1, 2, 130
-CUT = 300  # characters of an error that are printed; the log has the rest
+CUT = 300  # the most characters of an error to print; the log has the rest
 EPOCH_OPTIMIZERS = ("rmsgd", "sgd", "sam")
 EPOCH_TIME = ("--model", "resnet18", "--device", "cuda", "--batch", "128", "--rounds", "8")
 
@@ -31,8 +31,8 @@ class Session:
     """What the sections have in common.
 
     Attributes:
-        out: folder of the result, the log and the epoch times.
-        passed: backends that passed their smoke test; None where there was none.
+        out: the folder of the result, the log and the epoch times.
+        passed: the backends that passed their smoke test; None if that was not run.
 
     """
 
@@ -41,23 +41,23 @@ class Session:
 
     @property
     def log(self) -> Path:
-        """What every process of the run printed."""
+        """The file with the output of every process of the run."""
         return self.out / "gpu.log"
 
     @property
     def backends(self) -> Sequence[str]:
-        """Those to be tested."""
+        """The backends to test."""
         return checks.BACKENDS if self.passed is None else self.passed
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of the processes that measure: the first backend that passed, where that is known."""
+        """The environment of the processes that measure: it names the first backend that passed, if known."""
         return {"RMSGD_BACKEND": self.passed[0]} if self.passed else {}
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the run: what it does in a number of seconds, and how many it needs."""
+    """A part of the run: the function that runs it within a number of seconds, and the seconds it needs."""
 
     run: Callable[[Session, float], dict[str, Any]]
     need: Need
@@ -97,7 +97,7 @@ def _measured(name: str) -> Callable[[Session, float], dict[str, Any]]:
 
 
 def _epoch_time(session: Session, limit_s: float) -> dict[str, Any]:
-    """`bench epoch-time` of ResNet18, in one interleaved run, with those of the optimizers that are here."""
+    """Runs `bench epoch-time` of ResNet18 in one interleaved run, with the optimizers that are installed."""
     absent = {name: why for name in EPOCH_OPTIMIZERS if (why := unavailable(name))}
     here = [name for name in EPOCH_OPTIMIZERS if name not in absent]
     out = session.out / "epoch-time"
@@ -139,16 +139,16 @@ STAGES = {
     "sanitize": ("sanitizer", "stress"),
 }
 LAST = "sanitize"
-"""The stage that is run only where it is asked for."""
+"""The stage that runs only when it is named."""
 
 
 def main(given: Sequence[str]) -> int:
     """Runs the stages or sections asked for; writes `gpu.json` and its stage's JSON after each section.
 
     Returns:
-        0: everything ran and every test passed; whether the targets are met is printed, no more. 1:
-        something failed, or there was no time for it. 2: there is no GPU, or bad arguments. 130:
-        interrupted.
+        0: everything ran and every test passed, whether or not the printed targets are met. 1: something
+            failed, or there was no time for it. 2: there is no GPU, or the arguments are wrong. 130: it was
+            interrupted.
 
     """
     options = _parser().parse_args(given)
@@ -231,7 +231,7 @@ def budget_of(names: Sequence[str]) -> float:
 
 
 def model(as_json: bool, out: Path) -> int:
-    """Prints what an epoch end takes by count; beside it what was measured here, if it was."""
+    """Prints the counted times of an epoch end, and beside them the times that were measured here, if any."""
     from bench.gpu import counting  # it builds networks
 
     rows = list(counting.counted())
@@ -259,16 +259,16 @@ def _sections(text: str) -> tuple[str, ...]:
 def run_sections(
     names: Sequence[str], session: Session, result: dict[str, Any], console: Console, deadline: float
 ) -> None:
-    """Runs sections in order and puts what each found into `result`, under its name.
+    """Runs sections in order and puts the findings of each into `result`, under its name.
 
-    A section without time is "skipped"; one that fails has an "error", and the rest goes on.
+    A section without time is "skipped". One that fails has an "error", and the rest goes on.
 
     Args:
         names: keys of `SECTIONS`.
-        session: what they share.
-        result: written to `gpu.json` of the session's folder after each.
-        console: told what runs.
-        deadline: of `time.monotonic()`.
+        session: the state that the sections share.
+        result: the findings, which are written to `gpu.json` of the session's folder after each section.
+        console: prints the name of the running section.
+        deadline: the end of the run by `time.monotonic()`.
 
     """
     for i, name in enumerate(names):

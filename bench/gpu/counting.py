@@ -1,4 +1,4 @@
-"""The epoch end on GPUs that are not here, counted from the tables that its kernels would be launched by."""
+"""The time of an epoch end on GPUs that are not here, counted from the tables for its launches."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -23,11 +23,11 @@ REGISTERS = {
     "rmsgd_tridiagonal_double": 128,
     "rmsgd_svd": 128,
 }
-"""Of a thread, at most; a test holds the compiled kernels against it."""
+"""The most registers of a thread. A test compares the compiled kernels with it."""
 
 TILE = 64
 FFMA_SHARE = 0.66
-"""Of the instructions of a Gram tile."""
+"""The share of multiply-adds among the instructions of a Gram tile."""
 STURM_STEP = 45
 """Cycles from one pivot of a Sturm sequence to the next: a reciprocal, a product, two sums, a comparison."""
 BEFORE_LOOKING = 3
@@ -35,9 +35,9 @@ BEFORE_LOOKING = 3
 DIVISIONS = 16
 """Per cycle and multiprocessor."""
 EVBMF_VALUE = 500
-"""Cycles for one more value in the search of the free energy's minimum."""
+"""The cycles for one more value in the search for the free energy's minimum."""
 NEEDED = 0.5
-"""Share of the eigenvalues that EVBMF asks for: fewer than 1 / (1 + L / M) of them can be kept."""
+"""The share of the eigenvalues that EVBMF needs: fewer than 1 / (1 + L / M) of them can be kept."""
 
 
 def _vit_huge() -> nn.Module:
@@ -58,7 +58,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 class CountedKernels:
-    """See ``rmsgd.backends.kernels.Kernels``: what a card would say, and no launch."""
+    """See ``rmsgd.backends.kernels.Kernels``. It answers for a card, and cannot launch."""
 
     def __init__(self, card: Card) -> None:
         self.card = card
@@ -68,7 +68,7 @@ class CountedKernels:
         return self.card.attributes
 
     def resident_blocks(self, name: str, device: int, threads: int, shared_bytes: int) -> int:
-        """From the kernel's registers and the card's limits."""
+        """The number that follows from the kernel's registers and the card's limits."""
         return self.card.resident(threads, REGISTERS[name], shared_bytes)
 
     def launch(self, *arguments: Any, **options: Any) -> None:
@@ -77,7 +77,7 @@ class CountedKernels:
 
 
 class Stage(NamedTuple):
-    """Seconds of a part of the epoch end, and what takes most of them."""
+    """The seconds of a part of the epoch end, and the limit that takes most of them."""
 
     seconds: float
     limit: str
@@ -91,13 +91,13 @@ def weights_of(network: str) -> list[tuple[Tensor, Unfolding]]:
 
 
 def plans_of(matrices: Sequence[tuple[Tensor, Unfolding]], card: Card) -> list[SpectraPlan]:
-    """The tables for these matrices on a card: those that the backend would launch by."""
+    """The tables by which the backend would launch kernels for these matrices on a card."""
     backend = CudaBackend("counted", CountedKernels(card), "no GPU")
     return backend.plans([m for m in matrices if m[1].L <= LARGEST])
 
 
 def _gram(plan: SpectraPlan, card: Card) -> Stage:
-    """Tiles over the multiprocessors, the longest last; or their reading of the weights."""
+    """The time of the tiles on the multiprocessors, or of reading the weights, if that is longer."""
     cycles = [columns * TILE * TILE / (card.lanes * FFMA_SHARE) for columns in plan.tile_columns()]
     even = sum(cycles) / card.attributes.multiprocessors
     bytes_read = sum(2 * TILE * columns * 4 for columns in plan.tile_columns())
@@ -113,7 +113,7 @@ def _reduction(plan: SpectraPlan) -> Stage:
 
 
 def _sturm(plan: SpectraPlan, card: Card) -> Stage:
-    """One chain of pivots per look at a bracket, or the divisions of all of them."""
+    """The time of one chain of pivots per look at a bracket, or of all divisions, if that is longer."""
     threads, part = plan.STURM_THREADS, plan.STURM_PART
     looks = ceil(26 / log2(1 + threads // part))
     chain = max(plan.rows) * (BEFORE_LOOKING + looks) * STURM_STEP
@@ -127,7 +127,7 @@ def _sturm(plan: SpectraPlan, card: Card) -> Stage:
 
 
 def _idle(plan: SpectraPlan) -> float:
-    """Launches of fp64 and SVD, whose blocks as a rule find nothing to do."""
+    """The seconds of the launches for fp64 and SVD, whose blocks usually find nothing to do."""
     return LAUNCH * (1 + sum(3 + len(round_.waves) for round_ in plan.rounds[1:]))
 
 
@@ -150,7 +150,7 @@ def count(network: str, card: Card) -> dict[str, Any]:
 
 
 def count_before(network: str, card: Card) -> dict[str, Any]:
-    """The same by the design before this one, with the same constants."""
+    """The row of a network on a card in the design before this one, with the same constants."""
     matrices = weights_of(network)
     small = [(w, u) for w, u in matrices if u.L <= before.LARGEST]
     plans = plans_of(small, card)
@@ -188,7 +188,7 @@ def _row(network: str, card: Card, design: str, stages: dict[str, list[Stage]]) 
 
 
 def counted() -> Iterator[dict[str, Any]]:
-    """Every network on every card, before and after."""
+    """The rows of every network on every card, in the design before and in this one."""
     for network in NETWORKS:
         for card in CARDS:
             yield count_before(network, card)

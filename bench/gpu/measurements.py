@@ -1,7 +1,7 @@
 """`python -m bench.gpu.measurements step|epoch-end|eigenvalues`: prints a row as soon as it is measured.
 
-A row is a line of JSON. What one of ours could not do is a row with "error"; a routine or a package that
-is not there, or that cannot do it, is "absent" with the reason, and the rest goes on.
+A row is a line of JSON. If a kernel of rmsgd fails, its row has an "error". A routine or a package that is
+missing or fails is "absent" with the reason, and the rest goes on.
 """
 
 import copy
@@ -38,7 +38,7 @@ MATRICES = 16
 COPIED_FLOATS = 2**28
 ROUNDS = 7
 PROFILED = 5
-LONGEST_CASE_S = 1.0  # of all rounds of an eigenvalue routine
+LONGEST_CASE_S = 1.0  # the most seconds for all rounds of an eigenvalue routine
 
 
 def reason(error: BaseException) -> str:
@@ -47,7 +47,7 @@ def reason(error: BaseException) -> str:
 
 
 def backend_name() -> str:
-    """Which way to the kernels is measured."""
+    """The name of the backend that is measured."""
     return backends.backend_for(torch.device("cuda")).name
 
 
@@ -55,7 +55,7 @@ def backend_name() -> str:
 
 
 def step() -> Iterator[Row]:
-    """The step of whole networks against torch's SGD in its forms, and against a device copy."""
+    """The step of whole networks, beside the forms of torch's SGD and a device copy."""
     for network in STEP_NETWORKS:
         try:
             yield {"network": network, "backend": backend_name(), **step_of(network)}
@@ -65,7 +65,7 @@ def step() -> Iterator[Row]:
 
 
 def step_of(network: str) -> Row:
-    """Device, host and wall seconds of every case, and the bandwidth of ours beside a copy's."""
+    """Device, host and wall seconds of every case, and the bandwidth of rmsgd's step beside a copy's."""
     model = models.build(network).cuda()
     cases: dict[str, Callable[[], object]] = {}
     for case in STEP_CASES:
@@ -99,7 +99,7 @@ def step_of(network: str) -> Row:
 
 
 def epoch_end() -> Iterator[Row]:
-    """The epoch end of initial and of trained-like weights; then that of rmsgd 1.0.2 on the same card."""
+    """The epoch end on initial and on trained-like weights, then that of rmsgd 1.0.2 on the same card."""
     for network in EPOCH_END_NETWORKS:
         for weights in WEIGHTS:
             row = {"network": network, "weights": weights}
@@ -153,7 +153,7 @@ def epoch_end_of(model: nn.Module) -> Row:
 
 
 def seconds_of_host(call: Callable[[], object]) -> float:
-    """Seconds until a call returns, the device idle before."""
+    """Seconds until a call returns, with an idle device before it."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     call()
@@ -161,9 +161,9 @@ def seconds_of_host(call: Callable[[], object]) -> float:
 
 
 def release_seconds(model: nn.Module) -> float:
-    """Of an epoch end of rmsgd 1.0.2: it waits for the host, so the clock is the host's.
+    """Seconds of an epoch end of rmsgd 1.0.2, by the host's clock, since it waits for the host.
 
-    A small layer's comes first: cuSOLVER is loaded at its first use.
+    The epoch end of a small layer comes first, since cuSOLVER is loaded at its first use.
     """
     small = nn.Conv2d(32, 32, 3).cuda()
     for measured in (small, model):
@@ -194,7 +194,7 @@ def kernels() -> Iterator[Row]:
 
 
 def kernels_of(model: nn.Module) -> Row:
-    """Seconds and launches by name, the mean of some epoch ends; the profiler's own cost is not in them."""
+    """Seconds and launches by name, the mean of some epoch ends, without the profiler's own cost."""
     optimizer: Any = peers.make("rmsgd", model.named_parameters())
     optimizer.epoch_step()
     torch.cuda.synchronize()
@@ -207,7 +207,7 @@ def kernels_of(model: nn.Module) -> Row:
 
 
 def kernel_seconds(averages: Any, times: int) -> dict[str, dict[str, float]]:
-    """Of our kernels among what a profiler saw in `times` epoch ends, the longest first."""
+    """Seconds and launches of rmsgd's kernels, from a profile of `times` epoch ends, the longest first."""
     ours = [event for event in averages if event.key.startswith("rmsgd_")]
     ours.sort(key=lambda event: -event.device_time_total)
     return {
@@ -220,7 +220,7 @@ def kernel_seconds(averages: Any, times: int) -> dict[str, dict[str, float]]:
 
 
 def eigenvalues() -> Iterator[Row]:
-    """Matrices n x 2 n: ours (Gram to metrics) against Gram products and a vendor's eigenvalues."""
+    """Matrices n x 2 n: rmsgd (Gram matrix to metrics) beside Gram products and a vendor's eigenvalues."""
     for n in EIGENVALUE_SIZES:
         try:
             yield {"n": n, "count": MATRICES, "backend": backend_name(), **eigenvalues_of(n)}
@@ -230,7 +230,7 @@ def eigenvalues() -> Iterator[Row]:
 
 
 def eigenvalues_of(n: int) -> Row:
-    """Wall seconds of every routine that is there, in turn; why the others are not."""
+    """Wall seconds of every installed routine, in turn, and the reasons why the others are absent."""
     weights = torch.randn(MATRICES, n, 2 * n, device="cuda")
     matrices = [(w, u) for w in weights for u in unfoldings(w.shape)]
     backend = backends.backend_for(torch.device("cuda"))
@@ -254,7 +254,7 @@ def eigenvalues_of(n: int) -> Row:
     return {
         "seconds": {case: median(seconds)._asdict() for case, seconds in wall.items()},
         "ratio": {case: ratio(wall["ours"], wall[case])._asdict() for case in cases if case != "ours"},
-        "absent": absent,  # routine to why
+        "absent": absent,  # from a routine to the reason
     }
 
 
@@ -295,7 +295,7 @@ PREFIX = "row "
 
 
 def parse(output: str) -> list[Row]:
-    """The rows among what a process printed; one that was cut off is left out."""
+    """The rows in the output of a process. A row that was cut off is left out."""
     rows = []
     for line in output.splitlines():
         if line.startswith(PREFIX):

@@ -1,4 +1,4 @@
-"""Processes of a time-limited run: in a session of their own, which ends with them, writing to one log."""
+"""Processes of a time-limited run, each in a session of its own, writing to one log."""
 
 import os
 import signal
@@ -15,12 +15,12 @@ DYING_S = 15.0
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that is no more.
+    """A process that has ended.
 
     Attributes:
-        status: its exit status, None where it was stopped for lack of time.
+        status: its exit status; None where it was stopped for lack of time.
         seconds: how long it ran.
-        output: what it wrote to stdout and stderr.
+        output: its stdout and stderr.
 
     """
 
@@ -29,7 +29,7 @@ class Ended:
     output: str
 
     def failure(self) -> str | None:
-        """None where it ended well, else what happened, with the last that it said."""
+        """None where it ended well, else what happened, with the end of its output."""
         if self.status == 0:
             return None
         said = self.output.strip()[-1000:]
@@ -41,10 +41,10 @@ class Ended:
 def run(
     command: Sequence[str], limit_s: float, log: Path, environment: Mapping[str, str] | None = None
 ) -> Ended:
-    """Runs a command in the checkout, its output appended to `log` as it comes.
+    """Runs a command in the checkout, and appends its output to `log` as it comes.
 
-    When `limit_s` seconds are over, or this process is interrupted, whatever the command has started is
-    killed with it: a child left behind would disturb what is measured next.
+    After `limit_s` seconds, or when this process is interrupted, the command is killed with all processes
+    that it has started, since a process left behind would disturb the next measurement.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -66,7 +66,7 @@ def run(
             with suppress(subprocess.TimeoutExpired):
                 status = process.wait(max(limit_s, 0.0))
         finally:
-            with suppress(ProcessLookupError):  # nobody is left
+            with suppress(ProcessLookupError):  # no process is left
                 os.killpg(process.pid, signal.SIGKILL)
             with suppress(subprocess.TimeoutExpired):  # a driver may hold it back
                 process.wait(DYING_S)

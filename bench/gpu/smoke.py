@@ -10,20 +10,20 @@ from torch import Tensor
 from torch.nn import Parameter
 
 ABSENT = 3
-"""Exit status where the backend cannot run here."""
+"""The exit status where the backend cannot run here."""
 
 SHAPES = ((2, 3), (65, 70), (64, 3, 3, 3), (130, 140), (400, 450), (33,))
 
 
 def weights() -> list[Tensor]:
-    """Small and large ones, two of other types, and one that only an SVD can measure."""
+    """Small and large weights, two of other types, and one that only an SVD can measure."""
     plain = [torch.randn(shape) for shape in SHAPES]
     typed = [torch.randn(41, 60, dtype=dtype) for dtype in (torch.half, torch.double)]
     return [*plain, *typed, torch.randn(40, 3) @ torch.randn(3, 60)]
 
 
 def main() -> int:
-    """Trains and says what ran; `ABSENT` with the reason where the backend cannot."""
+    """Trains and prints what ran; returns 0, or `ABSENT` where the backend cannot run."""
     import rmsgd
     from rmsgd.backends import backend_for
     from rmsgd.backends.base import BackendUnavailable

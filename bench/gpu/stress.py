@@ -1,6 +1,6 @@
-"""`python -m bench.gpu.stress`: 200 epoch ends under load, which have to give the same bits.
+"""`python -m bench.gpu.stress`: 200 epoch ends under load, which must give the same bits.
 
-A race in global memory is nothing that a sanitizer of shared memory sees: here it shows as another bit.
+A sanitizer of shared memory does not see a race in global memory. Here such a race shows as a different bit.
 """
 
 import sys
@@ -15,14 +15,14 @@ from rmsgd.layers import unfoldings
 TIMES = 200
 NETWORK = "resnet18"
 DEFICIENT = (300, 400)
-"""A matrix of rank 3, which goes on to fp64 and beyond."""
+"""A matrix of rank 3, which needs fp64 and an SVD."""
 LOAD = 2048
-"""Rows of the square matrices that another stream multiplies meanwhile."""
+"""The rows of the square matrices that another stream multiplies meanwhile."""
 DEVICE = torch.device("cuda")
 
 
 def main() -> int:
-    """0 where all tables are the first one; else 1, and which differed."""
+    """Returns 0 if all tables equal the first one, else 1, and prints which differ."""
     torch.manual_seed(0)
     network = models.build(NETWORK)
     make_trained_like(network)
@@ -36,7 +36,7 @@ def main() -> int:
     different = []
     for turn in range(TIMES):
         with torch.cuda.stream(other):
-            for _ in range(turn % 8):  # now more, now less
+            for _ in range(turn % 8):  # the load varies
                 load = torch.tanh(load @ load)
         table = backend.measure(matrices)
         if not torch.equal(table.nan_to_num(-1.0), expected.nan_to_num(-1.0)):

@@ -1,4 +1,4 @@
-"""What was measured, for the terminal."""
+"""Tables of the measurements for the terminal."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
 
 
 def targets(judged: Sequence[Target]) -> Table:
-    """What was to be reached, and whether it was."""
+    """A table of the targets, and of whether they were reached."""
     table = _table("target", "wanted", "measured", "met", title="Targets")
     for target in judged:
         measured = "not measured" if target.measured is None else f"{target.measured:.4g}"
@@ -73,7 +73,7 @@ def _step(rows: Rows) -> Table:
                 for case in STEP_CASES[1:]
             ),
         )
-    table.caption = "*: more launches than a queue holds, the host's time is in it"
+    table.caption = "*: a queue cannot hold so many launches, so the host's time is included"
     return table
 
 
@@ -115,7 +115,7 @@ _COUNTED_HEADINGS = ("read", "Gram", "reduce", "values", "idle")
 
 
 def counted(rows: Rows) -> list[Table]:
-    """Counted times of epoch ends, a table per network: each card in the design of before and of now."""
+    """A table per network of counted times of epoch ends: each card in the design before and in this one."""
     before = {(row["network"], row["device"]): row for row in rows if row["design"] == "before"}
     made: dict[str, Table] = {}
     for row in (row for row in rows if row["design"] == "after"):

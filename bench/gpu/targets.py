@@ -1,4 +1,4 @@
-"""The figures that the CUDA kernels are to reach, and whether they do."""
+"""The figures that the CUDA kernels must reach, and whether they do."""
 
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +26,7 @@ class Target:
     """One figure.
 
     Attributes:
-        name: what is measured.
+        name: the name of the figure.
         wanted: the limit, in words.
         measured: the figure; None where it was not measured.
         met: whether it is within the limit; None where it was not measured.

@@ -35,7 +35,7 @@ from rmsgd.element_types import rounding
 from rmsgd.layers import as_matrix
 
 WORKSPACE_BYTES = 224 * 2**20
-"""Matrices are measured in batches whose workspace stays below this, half of it when memory is short."""
+"""The most bytes of workspace of a batch of matrices; half of that when memory is short."""
 
 _KEPT_PLANS = 8
 _RATES_THREADS = 256
@@ -84,9 +84,9 @@ _VALUES_ARGUMENTS = np.dtype(
 
 
 class CudaBackend:
-    """Step, spectra with EVBMF and rules on NVIDIA GPUs; nothing waits for the host.
+    """Step, spectra with EVBMF and rules on NVIDIA GPUs. The host waits for nothing.
 
-    Only matrices of more than ``LARGEST`` rows are measured by torch's own routine, which does.
+    The exception are matrices of more than ``LARGEST`` rows, which torch's own routine measures.
     """
 
     on_host = False
@@ -135,8 +135,8 @@ class CudaBackend:
         """See ``base.Backend``.
 
         Within ``side_stream`` the Gram matrices are formed on the caller's stream and the rest beside it.
-        Weights that the fp32 Gram matrix does not decide (a range of singular values beyond some
-        1e4) are read once more there. One that has changed by then gets the status ``CHANGED``.
+        Weights that the fp32 Gram matrix does not decide (because their singular values span more than about
+        1e4) are read once more there. A weight that has changed by then gets the status ``CHANGED``.
 
         Raises:
             RuntimeError: a CUDA graph is being captured.
@@ -175,7 +175,7 @@ class CudaBackend:
                 for plan in plans:
                     end = first + plan.count
                     plan.measure(streams, target[first:end])
-                    # The caller may drop what the stream beside is still to read again.
+                    # The caller may drop a weight that the side stream has yet to read again.
                     for weight, _ in matrices[first:end]:
                         streams.record_stream(weight)
                     first = end
@@ -195,7 +195,7 @@ class CudaBackend:
         return [SpectraPlan(self._kernels, batch) for batch in self._batches(matrices)]
 
     def _plans_for(self, matrices: Sequence[Matrix]) -> list[SpectraPlan]:
-        """Tables for these matrices where they lie now; made again only when one has moved."""
+        """Tables for these matrices at their current addresses, made again only when one has moved."""
         key = tuple((w.data_ptr(), w.dtype, w.shape, w.stride(), w.device, u) for w, u in matrices)
         with self._lock:
             plans = self._plans.get(key)
@@ -219,7 +219,7 @@ class CudaBackend:
             yield batch
 
     def _measure_large(self, weight: Tensor, matrix: Matrix) -> Tensor:
-        """One row by torch's eigenvalue routine, from an fp64 Gram matrix: it waits for the host."""
+        """One row by torch's eigenvalue routine, from an fp64 Gram matrix; the host waits for it."""
         unfolding = matrix[1]
         A = as_matrix(weight, unfolding).double()
         largest = float(A.abs().max())
@@ -303,7 +303,7 @@ class CudaBackend:
 
 
 def _no_room(weight: Tensor, needed: int) -> torch.cuda.OutOfMemoryError:
-    """For a weight whose measurement takes so many bytes."""
+    """The error for a weight whose measurement takes ``needed`` bytes."""
     return torch.cuda.OutOfMemoryError(
         f"measuring a weight of shape {tuple(weight.shape)} takes {needed >> 20} MiB of GPU memory beside "
         "it, and there is no room: free some before epoch_step(), or leave the weight out with probe=False "

@@ -1,32 +1,32 @@
-"""What the planner of an epoch end knows of a GPU: its attributes, and what is counted from them.
+"""A GPU as the planner of an epoch end sees it: its attributes, and the rates that follow from them.
 
-Rates and latencies are counted from the hardware's figures, in clock cycles; none of them was measured with
+Rates and latencies are counted from the hardware's figures, in clock cycles. None of them was measured with
 these kernels.
 """
 
 from typing import NamedTuple
 
-# What waits for what within a row of the reduction to tridiagonal form, in cycles.
+# The waits within a row of the reduction to tridiagonal form, in cycles.
 ROW = 1600
 """Four barriers of a block, the loads behind them, a division and two square roots."""
 GRID_BARRIER = 2200
-"""A release, a word that another block polls, and the first load of what it stands for."""
+"""A release, a word that another block polls, and the first load of the data that it announces."""
 
 # Bytes per cycle and multiprocessor.
 _SHARED = 128
 _L2_OF_BLOCK = 40
-"""Of 512 threads with three loads of 16 bytes each in flight, some 600 cycles away."""
+"""The rate of 512 threads with three loads of 16 bytes each in flight, at a latency of some 600 cycles."""
 _L2 = 20
-"""Of all multiprocessors together, which share the second-level cache."""
+"""The rate of all multiprocessors together, which share the second-level cache."""
 _DRAM_SHARE = 0.8
-"""Of the bandwidth that a memory's clock and width give."""
+"""The share that is reached of the bandwidth that a memory's clock and width give."""
 
 LAUNCH = 5e-6
 """Seconds of a cooperative launch whose blocks find nothing to do, or of a gap between two launches."""
 
 
 class Attributes(NamedTuple):
-    """As CUDA tells them of a device; 0 where it does not."""
+    """The attributes of a device from CUDA; 0 for one that CUDA does not tell."""
 
     multiprocessors: int
     shared_block: int
@@ -39,7 +39,7 @@ class Attributes(NamedTuple):
 
 
 class Device(NamedTuple):
-    """A GPU as the planner counts: see ``device_of``."""
+    """A GPU in the terms of the planner: see ``device_of``."""
 
     multiprocessors: int
     shared_block: int

@@ -25,7 +25,7 @@ from rmsgd.layers import Unfolding
 Matrix = tuple[Tensor, Unfolding]
 
 LARGEST = 8192
-"""Rows beyond which a matrix goes another way."""
+"""The most rows of a matrix that these kernels measure."""
 
 _TILE = 64
 _COLUMNS_PER_SPLIT = 2048
@@ -33,10 +33,10 @@ _SPLIT_TILES = 128
 """A matrix whose tiles are few is split along its columns too, into no more parts of tiles than this."""
 _GRAM_THREADS, _STURM_THREADS, _MEASURE_THREADS, _SVD_THREADS = 256, 256, 256, 512
 _STURM_PART = 32
-"""Eigenvalues that a block looks for."""
+"""How many eigenvalues a block looks for."""
 _GRID_BARRIER_BYTES = 1024
 _MOST_SVD_BLOCKS = 32
-"""All that a grid barrier has room for."""
+"""The most blocks that a grid barrier has room for."""
 _ITEMSIZES = {"": 4, "_double": 8}
 """Bytes of an element in either precision, by the ending of its kernels' names."""
 
@@ -116,13 +116,13 @@ def _tiles(L: int) -> int:
 
 
 def _partial_bytes(L: int, M: int) -> int:
-    """Of the partial tiles of a Gram matrix in fp32."""
+    """Bytes of the partial tiles of a Gram matrix in fp32."""
     splits = _splits(L, M)
     return _tiles(L) * splits * _TILE * _TILE * 4 if splits > 1 else 0
 
 
 def _vector_bytes(L: int, itemsize: int, team: Team) -> int:
-    """Of everything beside the matrix: ``ReductionVectors`` and ``spectrum_scratch``."""
+    """Bytes of everything beside the matrix: ``ReductionVectors`` and ``spectrum_scratch``."""
     vectors = 8 + (0 if team.near_rows else 4 * team.blocks)
     scratch = 2 * (L + 2) * (8 + itemsize) + (max(L, _MEASURE_THREADS) + 2) * 4
     return vectors * _padded(L) * itemsize + -(-scratch // 16) * 16
@@ -175,7 +175,7 @@ class _Round(NamedTuple):
     """Matrices that are reduced and measured together in one precision: neighbours in the order of size."""
 
     suffix: str
-    """Of the kernels' names."""
+    """The suffix of the kernels' names."""
     first: int
     matrices: int
     teams: list[Team]
@@ -190,15 +190,15 @@ class SpectraPlan:
     """Matrices of up to ``LARGEST`` rows on one device, measured together.
 
     Args:
-        kernels: who launches.
-        matrices: weights, which must stay where they are, and their unfoldings.
+        kernels: the kernels to launch.
+        matrices: weights, which must not move in memory, and their unfoldings.
     """
 
     def __init__(self, kernels: Kernels, matrices: Sequence[Matrix]) -> None:
         self._kernels = kernels
         self._device = matrices[0][0].device
         self._index = self._device.index or 0
-        # Largest first: what takes longest begins first.
+        # The largest come first, so that what takes longest begins first.
         order = sorted(range(len(matrices)), key=lambda i: -matrices[i][1].L)
         chosen = [matrices[i] for i in order]
         self.rows = [u.L for _, u in chosen]
@@ -241,7 +241,7 @@ class SpectraPlan:
         ]
 
     def _round(self, suffix: str, first: int, count: int, before: Sequence[int]) -> _Round:
-        """Of neighbouring matrices, each with so many bytes before it."""
+        """A round of neighbouring matrices, each with ``before`` bytes in front of it."""
         itemsize, rows = _ITEMSIZES[suffix], self.rows[first : first + count]
         kernel = f"rmsgd_tridiagonal{suffix}"
 
@@ -256,7 +256,7 @@ class SpectraPlan:
         return _Round(suffix, first, count, teams.teams, teams.waves, places, end)
 
     def _double_rounds(self, alone: Sequence[int]) -> Iterator[_Round]:
-        """As many matrices at a time as there is room for."""
+        """Rounds in fp64, each of as many matrices as there is room for."""
         first, filled = 0, 0
         for i, size in enumerate([*alone, self.workspace_bytes + 1]):
             if filled + size > self.workspace_bytes:
@@ -289,7 +289,8 @@ class SpectraPlan:
         """
         assert table.shape[1] == FIELDS
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self._device)
-        # Its memory, and that of what the current stream made before, is first used on the caller's.
+        # This memory, and memory from the current stream's earlier work, is first used on the caller's
+        # stream.
         streams.caller_waits()
         barriers = 2 * self.count + 1  # of each matrix in either precision, and of the singular values
         matrices, items, first_state, blocks, parts, row = self._tables
@@ -356,7 +357,7 @@ class SpectraPlan:
 
 @contextmanager
 def _replaced(head: np.void, field: str) -> Iterator[None]:
-    """Within it a field may have another value."""
+    """A context in which a field may have another value."""
     before = head[field]
     yield
     head[field] = before

@@ -1,4 +1,4 @@
-"""The fused momentum step on a GPU: which launches take it, and what they are given.
+"""The fused momentum step on a GPU: its launches, and their arguments.
 
 The structs are those of ``csrc/sgd/step_cuda.h``.
 """
@@ -54,16 +54,16 @@ class _Launch:
     tensors: slice
     groups: slice
     arguments: NDArray[np.void]
-    """Of one element. The launch copies it."""
+    """The argument, an array of one element, which the launch copies."""
     payload: NDArray[np.uint64]
-    """Its gradients' addresses, a view."""
+    """A view of its gradients' addresses in the argument."""
     hyper: NDArray[np.void]
-    """Its groups, a view."""
+    """A view of its groups in the argument."""
     blocks: int
 
 
 class CudaStepper:
-    """One launch for the whole network; more only beyond 4000 tensors.
+    """Takes a step of the whole network in one launch, or in more beyond 4000 tensors.
 
     Nothing here waits for the GPU once the tables are there. In a CUDA graph a step keeps the
     gradients' addresses and the hyper-parameters that it was captured with; rates, tensor learning
@@ -118,7 +118,7 @@ class CudaStepper:
         return _Launch(kernel, span, slice(first, end), arguments, payload[:n], hyper, blocks)
 
     def scaling(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> float:
-        """See ``base.Stepper``; both are read by the kernel, which divides or skips."""
+        """See ``base.Stepper``. The kernel reads both numbers, and divides or skips."""
         self._grad_scale, self._found_inf = (
             None if t is None else t.to(self._device, torch.float32, non_blocking=True)
             for t in (grad_scale, found_inf)
@@ -136,7 +136,8 @@ class CudaStepper:
         if grad_scale != 1.0:
             scale = torch.full((1,), grad_scale, dtype=torch.float32, device=self._device)
         self._streams.wait_side_stream()  # the rates may still be on their way
-        # Odd for a float32 gradient of a weight of half precision, which might not hold it.
+        # The address is made odd for a float32 gradient of a weight of half precision, which might not hold
+        # it.
         pointers = [
             0 if g is None else g.data_ptr() + (g.dtype != p.dtype)
             for g, p in zip(gradients, self._parameters, strict=True)

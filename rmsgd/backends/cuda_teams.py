@@ -2,9 +2,9 @@
 
 The blocks of a team wait for each other, so that all of a launch must be resident at once: a network is
 reduced in waves, one cooperative launch after the other, of no more blocks than the device holds. A block
-that may take all of a multiprocessor's shared memory has the more room for its columns, two that share it
-hide each other's waiting; large teams are quicker by themselves, and need more waves. Which is best is
-decided by counting, for the device at hand.
+that may take all of a multiprocessor's shared memory has more room for its columns, and two that share it
+hide each other's waiting. Large teams are quicker by themselves, and need more waves. Counting decides which
+is best for the device at hand.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,46 +17,46 @@ from rmsgd.backends.kernels import TEAM_SHARED
 
 THREADS = 512
 PACK = 4
-"""Columns that are dealt to the blocks together (``csrc/spectrum/slabs.h``)."""
+"""The number of columns that go to a block together (``csrc/spectrum/slabs.h``)."""
 MOST_BLOCKS = 32
-"""All that a grid barrier has room for."""
+"""The most blocks that a grid barrier has room for."""
 _SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
-"""Teams that are considered for a matrix."""
+"""The sizes of teams that are considered for a matrix."""
 _LARGEST = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32)
-"""And largest ones for a wave."""
+"""The largest sizes of teams that are considered for a wave."""
 _SHARED_PER_ELEMENT = 3
 """A matrix element is loaded and stored, and as many bytes are loaded of the row's vectors."""
 
 Capacity = Callable[[int], int]
-"""How many blocks are resident at once that take so many bytes of shared memory each."""
+"""From the bytes of shared memory of a block to how many blocks are resident at once."""
 
 
 class Team(NamedTuple):
-    """Who reduces one matrix."""
+    """The blocks that reduce one matrix."""
 
     blocks: int
     near_rows: bool
     """Whether a block's vectors are in its shared memory."""
     near_slab: bool
-    """Whether its columns are."""
+    """Whether a block's columns are in its shared memory."""
 
 
 class Wave(NamedTuple):
     """Neighbouring blocks that are launched together."""
 
     first: int
-    """Number of the first one."""
+    """The number of the first block."""
     blocks: int
     shared: int
-    """Bytes of shared memory of each."""
+    """The bytes of shared memory of each block."""
     seconds: float
     """As counted."""
     limit: str
-    """What takes most of it: "waiting", "shared memory", "L2" or "DRAM"."""
+    """The part that takes most of the time: "waiting", "shared memory", "L2" or "DRAM"."""
 
 
 class Teams(NamedTuple):
-    """Who reduces the matrices of a set in one precision."""
+    """The teams and waves that reduce the matrices of a set in one precision."""
 
     teams: list[Team]
     waves: list[Wave]
@@ -68,12 +68,12 @@ class Teams(NamedTuple):
 
 
 def padded(rows: int) -> int:
-    """Columns of a matrix of so many rows in memory."""
+    """The columns in memory of a matrix of ``rows`` rows."""
     return -(-rows // PACK) * PACK
 
 
 def slab_packs(rows: int, blocks: int) -> int:
-    """Packs of columns of the widest slab."""
+    """The packs of columns of the widest slab."""
     return -(-padded(rows) // PACK // blocks)
 
 
@@ -89,28 +89,28 @@ def shared_bytes(rows: int, itemsize: int, team: Team) -> int:
 
 
 def far_bytes(rows: int, itemsize: int, team: Team) -> int:
-    """Bytes of a matrix that its reduction reads and writes again and again; 0 where it is on chip."""
+    """Bytes of a matrix that its reduction reads and writes repeatedly; 0 where it is on chip."""
     return 0 if team.near_slab else rows * padded(rows) * itemsize
 
 
 def waiting(rows: int, blocks: int, device: Device) -> float:
-    """Seconds that the rows of a matrix wait, however little there is to do."""
+    """Seconds that the rows of a matrix wait, even with nothing to compute."""
     return rows * (ROW + (GRID_BARRIER if blocks > 1 else 0)) / device.clock
 
 
 def traffic(rows: int, itemsize: int) -> float:
-    """Bytes that a reduction reads and writes of its matrix: twice the rows^3 / 3 elements that it meets."""
+    """Bytes of its matrix that a reduction reads and writes: twice its rows^3 / 3 element accesses."""
     return 2 * itemsize * rows**3 / 3
 
 
 def wave_seconds(
     rows: Sequence[int], itemsize: int, teams: Sequence[Team], per_multiprocessor: int, device: Device
 ) -> tuple[float, str]:
-    """Seconds of a wave, and what takes most of them.
+    """Seconds of a wave, and the part that takes most of them.
 
-    A team waits and works in turn. Beside the others it can be no quicker than what all share allows: the
-    second-level cache, and memory as far as the matrices of the wave do not fit into that cache. Both are
-    idle only while all teams that need them wait.
+    A team waits and works in turn. Beside other teams it is bounded by what all share: the second-level
+    cache, and memory as far as the matrices of the wave do not fit into that cache. Both are idle only while
+    all teams that need them wait.
     """
     slowest, limit = 0.0, "waiting"
     far, moved, longest_wait, sharing = 0, 0.0, 0.0, 0
@@ -147,24 +147,24 @@ def choose_teams(rows: Sequence[int], itemsize: int, capacity: Capacity, device:
     """The quickest teams and waves among those that are considered.
 
     Args:
-        rows: of the matrices, in descending order: a wave takes as long as its slowest matrix, so that
+        rows: the rows of the matrices, in descending order: a wave takes as long as its slowest matrix, so
             similar ones should share it.
         itemsize: bytes of an element.
         capacity: at least 1 for no more shared memory than a block may ask for.
-        device: for which is counted.
+        device: the device for which to count.
     """
     runs = [(n, len(list(same))) for n, same in groupby(rows)]
     budgets = sorted({_half(device), device.shared_block})
 
     @cache
     def option(n: int, blocks: int, budget: int) -> tuple[Team, float]:
-        """A team of so many blocks, and how long it takes alone."""
+        """A team of ``blocks`` blocks, and the seconds that it takes alone."""
         team = _team(n, itemsize, blocks, budget)
         each = _per_multiprocessor(capacity, budget, device)
         return team, waiting(n, blocks, device) + _working(n, itemsize, team, each, device)
 
     def wave(skipped: int, budget: int, most: int, in_l2: bool) -> list[tuple[int, Team]]:
-        """Matrices from number `skipped` on: as many as there is room for, in no larger teams than needed."""
+        """Matrices from number `skipped` on, as many as there is room for, in teams no larger than needed."""
         room, far, aim = max(1, capacity(budget)), 0, 0.0
         members: list[tuple[int, Team]] = []
         for n, count in _after(runs, skipped):
@@ -227,14 +227,14 @@ def choose_teams(rows: Sequence[int], itemsize: int, capacity: Capacity, device:
 
 
 def widest_team(rows: int, itemsize: int, device: Device) -> Team:
-    """One that takes as much of the workspace as any that may be chosen."""
+    """A team that takes at least as much workspace as any that may be chosen."""
     blocks = min(MOST_BLOCKS, padded(rows) // PACK)
     near_rows = _team(rows, itemsize, 1, min(_half(device), device.shared_block)).near_rows
     return Team(blocks, near_rows, False)
 
 
 def _half(device: Device) -> int:
-    """What each of two blocks has of a multiprocessor's shared memory; CUDA keeps 1 KB for each."""
+    """The shared memory of each of two blocks on a multiprocessor; CUDA keeps 1 KB for each."""
     return min(device.shared_block, device.shared_multiprocessor // 2 - 1024)
 
 
@@ -243,7 +243,7 @@ def _per_multiprocessor(capacity: Capacity, budget: int, device: Device) -> int:
 
 
 def _team(rows: int, itemsize: int, blocks: int, budget: int) -> Team:
-    """With as much in shared memory as there is room for, its vectors first."""
+    """A team that keeps as much in shared memory as there is room for, its vectors first."""
     team = Team(blocks, False, False)
     for near in (Team(blocks, True, False), Team(blocks, True, True)):
         if shared_bytes(rows, itemsize, near) <= budget:

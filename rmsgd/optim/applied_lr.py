@@ -1,10 +1,10 @@
 """An optimizer's learning rates are multiplied while it steps, and at no other time.
 
-``group["lr"]`` is the user's and the schedulers': some of them write it anew at every step, and others go on
-from what they find there. So it holds the rate of a layer from the beginning of ``optimizer.step()`` to its
-end, also where the step raises. torch's hooks alone cannot do that: after a step that raises, torch calls no
-post hook. So ``step`` of the optimizer is wrapped, as torch's schedulers wrap it, and hooks do the same where
-somebody had got hold of the step before.
+``group["lr"]`` belongs to the user and the schedulers: some of them write it anew at every step, and others
+go on from the value that they find. So it holds the rate of a layer only from the beginning of
+``optimizer.step()`` to its end, even if the step raises. torch's hooks alone cannot do that: after a step
+that raises, torch calls no post hook. So ``step`` of the optimizer is wrapped, as torch's schedulers wrap it.
+Hooks do the same for code that took a reference to the step before.
 """
 
 import warnings
@@ -23,15 +23,15 @@ from torch._compile import _disable_dynamo
 from rmsgd.optim.options import in_short
 
 _OURS = "_rmsgd_applied_lr"
-"""The attribute of an optimizer that holds what multiplies its rates."""
+"""The attribute of an optimizer that holds its ``AppliedLr``."""
 
 
 class AppliedLr:
-    """Multiplies ``group["lr"]`` of an optimizer's groups while it steps; takes the place of an earlier one.
+    """Multiplies ``group["lr"]`` of an optimizer's groups while it steps; a new one replaces an earlier one.
 
     Args:
-        optimizer: anything with ``param_groups`` and ``step``.
-        multipliers: asked at the beginning of every step for one number per group.
+        optimizer: any object with ``param_groups`` and ``step``.
+        multipliers: called at the beginning of every step for one number per group.
     """
 
     def __init__(self, optimizer: Any, multipliers: Callable[[], Sequence[float]]) -> None:
@@ -48,10 +48,10 @@ class AppliedLr:
             _wrap(optimizer)
 
     def apply(self) -> None:
-        """Multiply; once is enough.
+        """Multiply the rates, unless that has been done.
 
         Raises:
-            ValueError: a group has no lr, or one that is no number. Nothing has changed then.
+            ValueError: a group has no lr, or one that is not a number. Nothing has changed then.
         """
         if self._active:
             return
@@ -86,7 +86,7 @@ class AppliedLr:
                     self._factors[g].set(factor)
 
     def restore(self) -> None:
-        """Give every group its lr again, but for one that was given another during the step."""
+        """Restore the lr of every group, except where the step has set another."""
         for applied in self._during:
             applied.undo()
         self._during = []
@@ -94,7 +94,7 @@ class AppliedLr:
 
     @contextmanager
     def during_step(self) -> Iterator[None]:
-        """Within it, the rates are multiplied, and it is seen once whether the optimizer reads them."""
+        """A context in which the rates are multiplied. Once it checks whether the optimizer reads them."""
         watches = self._watches and _has_gradients(self._optimizer)
         with _watched(self._optimizer) if watches else nullcontext(()) as watched:
             self.apply()
@@ -223,7 +223,7 @@ def _has_gradients(optimizer: Any) -> bool:
 
 
 class _Watched(dict[str, Any]):
-    """A parameter group that notes whether its lr is asked for."""
+    """A parameter group that notes whether its lr is read."""
 
     read = False
 
@@ -235,7 +235,7 @@ class _Watched(dict[str, Any]):
         self.read |= key == "lr"
         return super().get(key, default)
 
-    def __iter__(self) -> Iterator[str]:  # whoever goes through all of it reads it; dict(group) does so too
+    def __iter__(self) -> Iterator[str]:  # an iteration over all of it reads the lr; so does dict(group)
         self.read = True
         return super().__iter__()
 
@@ -254,7 +254,7 @@ class _Watched(dict[str, Any]):
 
 @contextmanager
 def _watched(optimizer: Any) -> Iterator[Sequence[_Watched]]:
-    """Warn if nobody asks for the lr of any group within it."""
+    """A context that warns if nothing reads the lr of any group in it."""
     groups = optimizer.param_groups
     before = list(groups)
     watched = [_Watched(group) for group in before]

@@ -1,8 +1,8 @@
-"""The epoch end of a job of several processes: each matrix is factorised once, by one of them.
+"""The epoch end of a job of several processes, of which one factorises each matrix.
 
-Nothing here is called, and no collective issued, unless parameters are DTensors or the optimizer
-was given a process group. Every rank then has the same table of metrics, bit for bit: each row is
-computed by one rank and added to the zeros of the others.
+Nothing here is called, and no collective is issued, unless parameters are DTensors or the optimizer was given
+a process group. Every rank then has the same table of metrics, bit for bit, since each row is computed by one
+rank and added to the zeros of the others.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ Measure: TypeAlias = Callable[[Sequence[Any]], Tensor]
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is spread over a device mesh."""
-    module = sys.modules.get("torch.distributed.tensor")  # not there: nobody has made one
+    module = sys.modules.get("torch.distributed.tensor")  # without it there are no DTensors
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor; the memory itself."""
+    """This rank's part of a tensor, which shares its memory."""
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
 
 
@@ -52,7 +52,7 @@ def local_gradient(grad: Tensor, parameter: Tensor) -> Tensor:
 
 
 def split(costs: Sequence[int], ranks: int) -> list[int]:
-    """Which rank takes which matrix: the costliest first, each to the rank with the least so far."""
+    """The rank of each matrix: the costliest comes first, and each goes to the rank with the least so far."""
     owners, load = [0] * len(costs), [0] * ranks
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         owners[i] = load.index(min(load))
@@ -62,7 +62,7 @@ def split(costs: Sequence[int], ranks: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Those that share work: a process group, or a device mesh as the groups along its dimensions."""
+    """The ranks that share work: a process group, or a device mesh as the groups along its dimensions."""
 
     groups: tuple[Any, ...]
     size: int
@@ -70,12 +70,12 @@ class Ranks:
 
     @classmethod
     def of_group(cls, group: Any) -> "Ranks":
-        """The ranks of a process group, of which this process is one."""
+        """The ranks of a process group that this process belongs to."""
         return cls((group,), dist.get_world_size(group), dist.get_rank(group))
 
     @classmethod
     def of_mesh(cls, mesh: Any) -> "Ranks":
-        """The ranks of a device mesh, of which this process is one."""
+        """The ranks of a device mesh that this process belongs to."""
         index = 0
         for size, at in zip(mesh.shape, mesh.get_coordinate(), strict=True):
             index = index * size + at
@@ -99,7 +99,7 @@ class Ranks:
     def check_agreement(self, lines: Sequence[str], device: torch.device) -> None:
         """Raise RuntimeError on every rank if the lines are not the same on all, naming the first.
 
-        One exchange of a digest; the lines themselves travel only when they differ.
+        The ranks exchange a digest. The lines themselves are sent only when they differ.
         """
         digest = int.from_bytes(hashlib.sha256("\n".join(lines).encode()).digest()[:7], "big")
         extremes = self.reduce(torch.tensor([digest, -digest], device=device), dist.ReduceOp.MAX).tolist()
@@ -117,8 +117,8 @@ class SharedMeasurement:
     """Measures matrices together with the other ranks that hold them.
 
     Args:
-        matrices: on every rank the same ones in the same order.
-        process_group: of the ranks that hold copies of the plain tensors; None: each for itself.
+        matrices: the matrices, the same ones in the same order on every rank.
+        process_group: the ranks that hold copies of the plain tensors; None if each measures them all.
         columns: of the table that is measured.
     """
 
@@ -168,9 +168,9 @@ class SharedMeasurement:
 
 
 def _gather(matrices: Sequence[Matrix], mine: Sequence[int]) -> list[Matrix]:
-    """The matrices as whole tensors where they are this rank's; all ranks take part in every one.
+    """The matrices of this rank as whole tensors. All ranks take part in gathering every one.
 
-    A tensor is gathered once for its unfoldings, and let go at once by the ranks that do not measure it.
+    A tensor is gathered once for all of its unfoldings, and ranks that do not measure it free it at once.
     """
     result = list(matrices)
     wanted = set(mine)

@@ -41,9 +41,9 @@ _OPTIONS = {"beta": 0.98, "zeta": 1.0, "initial_rank": None}
 class LayerRates:
     """Gives every layer of any optimizer a learning rate of its own, which follows its spectrum.
 
-    While the optimizer steps, ``group["lr"]`` is multiplied by the ratio of the group's layer, and restored
-    when the step ends, also where it raises. So ``group["lr"]`` stays what schedulers, checkpoints and the
-    user make of it.
+    While the optimizer steps, ``group["lr"]`` is multiplied by the ratio of the group's layer. It is restored
+    when the step ends, even by an exception. So ``group["lr"]`` keeps the value that schedulers, checkpoints
+    and the user give it.
 
     ```python
     groups = rmsgd.layer_groups(model.named_parameters(), weight_decay=0.1)
@@ -58,8 +58,8 @@ class LayerRates:
     ```
 
     The rule "rank-momentum" is Algorithm 1 of Hosseini, Tuli, Plataniotis, "Exploiting Explainable Metrics
-    for Augmented SGD" (CVPR 2022) as ``RMSGD`` has it by default, of the ratio r = eta / lr: with s the
-    stable rank of the layer's low-rank part and L its smaller side,
+    for Augmented SGD" (CVPR 2022) in the form that is ``RMSGD``'s default, for the ratio r = eta / lr. With
+    the stable rank s of the layer's low-rank part and its smaller side L it is
 
         r <- 1 + beta (r - 1) + zeta n^2 / (1 + n^2) (s(t+1) - s(t)) / 0.03,  n = 0.03 L
 
@@ -82,13 +82,13 @@ class LayerRates:
         beta: momentum of the ratio, in [0, 1).
         zeta: gain of the stable rank's change, above 0.
         linear: whether 2-D weights are measured, besides convolutions.
-        initial_rank: "measure" takes s(0) from the weights before the first step, "zero" takes 0. None is
-            what the rule says: see ``RMSGD``.
-        process_group: of the ranks that hold copies of the parameters: they share the work, and all of them
+        initial_rank: "measure" takes s(0) from the weights before the first step, "zero" takes 0. None leaves
+            the choice to the rule: see ``RMSGD``.
+        process_group: the ranks that hold copies of the parameters. They share the work, and all of them must
             call ``step``.
 
     Raises:
-        TypeError: ``optimizer`` is none, or is RMSGD, which moves its rates itself.
+        TypeError: ``optimizer`` is not an optimizer, or is RMSGD, which moves its rates itself.
         ValueError: an option is out of its range or is none of the rule's, a group has no lr or shares it, as
             a tensor, with another group, or the parameters of a group would have different rates; the message
             names them.
@@ -156,10 +156,10 @@ class LayerRates:
         own = {**self._options, **self._fixed}
         return [ChainMap(own, group, {"probe": True}) for group in self.optimizer.param_groups]
 
-    @torch.inference_mode(False)  # its tables outlive the mode of whoever happens to call first
+    @torch.inference_mode(False)  # its tables outlive the mode of the first caller
     @torch.no_grad()
     def _build(self) -> None:
-        """Make the tables for the parameters as they are now; nothing has changed where it raises."""
+        """Make the tables for the current parameters. Where this raises, nothing has changed."""
         groups = self._groups()
         _check_distinct(groups)
         records = _layers_first(records_of(groups), groups)
@@ -183,14 +183,14 @@ class LayerRates:
         self._build()
 
     def _refresh(self) -> None:
-        """Let the tables be those of the parameters as they are now."""
+        """Make the tables anew if they are not those of the current parameters."""
         groups = self._groups()
         current = hold_the_same(groups, self._order) and self._kinds == _kinds(self._order)
         if not current or not self._rates.probe_the_same(groups):
             self._rebuild()
 
     def _group_ratios(self) -> list[float]:
-        """What every group's lr is multiplied by in a step."""
+        """The factor on the lr of every group in a step."""
         if not hold_the_same(self.optimizer.param_groups, self._order):
             self._rebuild()
         if self._ratios is None:
@@ -204,9 +204,9 @@ class LayerRates:
         return self._ratios
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the rates need to go on, beside the optimizer's own: plain numbers and strings.
+        """Return all that the rates need to go on, beside the optimizer's own: plain numbers and strings.
 
-        ``{"rule", "options", "names", "state"}``, where "names" and "state" have an entry for every
+        It is ``{"rule", "options", "names", "state"}``, where "names" and "state" have an entry for every
         parameter.
         """
         self._refresh()
@@ -219,13 +219,14 @@ class LayerRates:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a ``state_dict``; its options replace those given here.
+        """Go on from a ``state_dict``, whose options replace those given here.
 
         Parameters are found by their names, or by their order where no names are the same.
 
         Raises:
-            ValueError: it is none, or of another rule or other parameters, or has a value that no LayerRates
-                writes; the message says what differs, and nothing has been changed.
+            ValueError: ``state_dict`` was not made by LayerRates, is of another rule or of other parameters,
+                or holds a value that no LayerRates writes. The message names the difference, and nothing has
+                been changed.
         """
         self._refresh()
         names = [name for own in parameter_names(self._groups()) for name in own]
@@ -244,10 +245,10 @@ class LayerRates:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Measure every layer and move its rate: at an epoch end, or every so many steps.
+        """Measure every layer and move its rate. Call it at epoch ends, or after a fixed number of steps.
 
-        A layer whose weight holds a NaN or an Inf keeps its rate; a warning names it. On a GPU the work goes
-        on beside whatever is asked of it next; the next step of the optimizer waits for it.
+        A layer whose weight holds a NaN or an Inf keeps its rate, and a warning names it. On a GPU the
+        measurement runs beside later work, and the next step of the optimizer waits for it.
 
         Raises:
             RuntimeError: the ranks of a process group or a mesh do not hold the same layers, a parameter has
@@ -267,7 +268,7 @@ class LayerRates:
             warnings.warn(message, stacklevel=3)
 
     def learning_rates(self) -> dict[str, float]:
-        """The rate that the next step of the optimizer takes, of every parameter by its name, in order.
+        """Return the rate of every parameter in the optimizer's next step, a float, by its name, in order.
 
         See ``RMSGD.learning_rates``.
         """
@@ -303,7 +304,7 @@ def _ratio_rule(rule: object) -> RatioRule:
 
 
 def _kinds(parameters: Sequence[Tensor]) -> list[object]:
-    """What of the parameters decides whether and how they are measured; frozen ones may be of any kind."""
+    """What decides whether and how the parameters are measured. Frozen ones may be tensors of any kind."""
     with torch._C.DisableTorchFunctionSubclass():
         return [(device_of(p), p.shape, p.dtype) if is_trained(p) else None for p in parameters]
 
@@ -311,7 +312,7 @@ def _kinds(parameters: Sequence[Tensor]) -> list[object]:
 def _layers_first(
     records: Mapping[Tensor, ParamRecord], groups: Sequence[Mapping[str, Any]]
 ) -> dict[Tensor, ParamRecord]:
-    """The records, in every group the measured layer before those that follow it."""
+    """The records, where in every group the measured layer comes before the parameters that follow it."""
 
     def rank(record: ParamRecord) -> tuple[int, bool]:
         p, group = record.parameter, groups[record.group]
@@ -321,7 +322,7 @@ def _layers_first(
 
 
 def _check_distinct(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError for a parameter that several groups hold: it would have several rates."""
+    """Raise ValueError for a parameter that is in several groups and would have several rates."""
     owner: dict[Tensor, int] = {}
     for g, (group, names) in enumerate(zip(groups, parameter_names(groups), strict=True)):
         for p, name in zip(group["params"], names, strict=True):

@@ -13,10 +13,10 @@ from rmsgd.tails import ALPHA, TAIL_STATUS, LayerTail, Slices
 
 @dataclass(frozen=True)
 class Measurement:
-    """The metrics of the layers of one device; read only when they are looked at.
+    """The metrics of the layers of one device, which are read from it only when they are needed.
 
-    ``metrics`` is the backend's table, (matrices, FIELDS); a layer's rows are those of the unfoldings of
-    its shape, one layer after the other.
+    ``metrics`` is the backend's table, float64 (matrices, FIELDS). A layer's rows are those of the unfoldings
+    of its shape, one layer after the other.
     """
 
     positions: Sequence[int]
@@ -25,7 +25,7 @@ class Measurement:
     shapes: Sequence[tuple[int, ...]]
     metrics: Tensor
     join: Callable[[], None]
-    """To be called before the metrics are read: makes torch's stream wait for them."""
+    """Makes torch's stream wait for the metrics; it is called before they are read."""
 
     def _rows(self) -> list[list[list[float]]]:
         self.join()
