@@ -4,8 +4,8 @@
     python examples/layer_rates.py --rule llr --steps 60    # shorter, by another rule
     python examples/layer_rates.py --rule none              # AdamW alone, to compare
 
-The model and the text are those of language_model.py. After every measurement the script prints the loss and
-by what the rates of the layers are multiplied. `group["lr"]` stays the scheduler's: it is printed, too.
+The model and the text are those of language_model.py. After every measurement the script prints the loss, the
+scheduler's `group["lr"]` and the factors on the rates of the layers.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> tuple[list[float], dict[str, flo
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=options.steps)
     rates = None if options.rule == "none" else rmsgd.LayerRates(optimizer, rule=options.rule)
     if options.rule in ("tempbalance", "llr"):
-        rates.step()  # these rules go by the weights alone, and have something to say of the first ones
+        rates.step()  # these rules depend on the weights only, and so have ratios before the training
     losses, means, ratios = [], [], {}
     for step in range(1, options.steps + 1):
         starts = torch.randint(len(tokens) - CONTEXT, (16, 1))

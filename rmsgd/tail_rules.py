@@ -1,9 +1,9 @@
 """Rules that give layers with a light tail a higher learning rate than layers with a heavy one.
 
-A light tail (a large exponent) is what random weights have, so such a layer has learned little so far. Both
-rules here map the tail exponents of the layers linearly to ratios of the learning rate, and differ in the
-bounds and in the layers that they leave out. The formulas are those of the authors' public code; see "Layer-
-wise rates" in the documentation for where a paper and its code differ, and where we differ from both.
+Random weights have a light tail (a large exponent), so a layer with a light tail has learned little so far.
+Both rules here map the tail exponents of the layers linearly to ratios of the learning rate, and differ in
+the bounds and in the layers that they leave out. The formulas are those of the authors' public code; see
+"Layer- wise rates" in the documentation for where a paper and its code differ, and where we differ from both.
 """
 
 import math
@@ -41,7 +41,7 @@ class TailRule:
 
     name: str
     help: str
-    """What it is, in one line."""
+    """A line on what it computes."""
     lowest: float
     """The ratio of the layer with the heaviest tail."""
     highest: float
@@ -54,13 +54,13 @@ class TailRule:
     """Patterns, such as "*head": a layer of which a part of the name matches one, as "lm_head.weight" does,
     is given ``highest`` and has no part in the map."""
     within: Callable[[str], object] | None = None
-    """Of the name of a layer, the set that it is balanced in; None: all layers are one set."""
+    """Gives the set in which a layer is balanced, by the layer's name; None makes all layers one set."""
 
     measures = "tails"
-    """What ``LayerRates`` measures for this rule."""
+    """The kind of measurement that ``LayerRates`` takes for this rule."""
 
     def __call__(self, report: TailReport) -> dict[str, float]:
-        """The ratios of the layers that could be measured, by their names."""
+        """Return the ratios, without a unit, of the layers that could be measured, by their names."""
         ends = (*report.layers[:1], *report.layers[-1:]) if self.spare_ends else ()
         spared = {layer.name for layer in ends}
         ratios: dict[str, float] = {}

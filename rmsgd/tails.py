@@ -1,4 +1,4 @@
-"""The tail exponents of weights, many at once: how heavy the tail of a layer's spectrum is."""
+"""The tail exponents of many weights at once, which say how heavy the tail of a layer's spectrum is."""
 
 import math
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ ALPHA, TAIL_STATUS = range(2)
 
 
 class Slices(NamedTuple):
-    """A weight as the matrices whose eigenvalues are its spectrum: one of a matrix, and of a kernel (o, i,
-    *k) one (o, i) for each position of k.
+    """A weight as the matrices whose eigenvalues are its spectrum: a 2-D weight is one, and a kernel (o, i,
+    *k) is one (o, i) for each position of k.
     """
 
     matrices: int
@@ -28,17 +28,17 @@ class Slices(NamedTuple):
 
     @classmethod
     def of(cls, shape: Sequence[int]) -> "Slices":
-        """Those of a weight of this shape, of two or more dimensions."""
+        """The slices of a weight of this shape, of two or more dimensions."""
         return cls(math.prod(shape[2:]), shape[0], shape[1])
 
     @property
     def values(self) -> int:
-        """How many eigenvalues there are."""
+        """The number of eigenvalues."""
         return self.matrices * min(self.rows, self.columns)
 
     @property
     def cost(self) -> int:
-        """Time of measuring them in units of a multiplication; see ``Unfolding.cost``."""
+        """Estimated time to measure them, in multiplications; see ``Unfolding.cost``."""
         L, M = sorted((self.rows, self.columns))
         return self.matrices * L**2 * (M + 3 * L)
 
@@ -50,7 +50,7 @@ class LayerTail:
     name: str
     shape: tuple[int, ...]
     values: int
-    """How many eigenvalues its spectrum has."""
+    """The number of eigenvalues of its spectrum."""
     alpha: float
     """The tail exponent, above 1: see ``rmsgd.reference.hill_alpha``. NaN where there is none."""
     skipped: str | None = None
@@ -69,7 +69,7 @@ class TailReport:
         return tuple(layer for layer in self.layers if layer.skipped is None)
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"layers": [fields]}``, ready for JSON: None for what is undefined."""
+        """Return ``{"layers": [fields]}``, ready for JSON, with None for an undefined exponent."""
         return {"layers": [{k: plain(v) for k, v in vars(layer).items()} for layer in self.layers]}
 
 

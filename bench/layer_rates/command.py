@@ -2,8 +2,8 @@
 
 `groups` times a step of fused AdamW with one group, with a group per layer, and with LayerRates. `epoch-end`
 times `LayerRates.step` against a loop of full SVDs over the layers, as the authors of TempBalance measure.
-`language` trains a small GPT; its runs are kept in the folder of the results, and one that was there is not
-repeated.
+`language` trains a small GPT. Its runs are kept in the folder of the results, and none is repeated that is
+there.
 """
 
 import argparse
@@ -30,11 +30,11 @@ TABLES = {
     "epoch-end": "layer-rates-end",
     "language": "layer-rates-gpt",
 }
-"""What the result of each part is called, and its table in the documentation."""
+"""The name of each part's result, which is also that of its table in the documentation."""
 
 
 def speed_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Milliseconds of every case, and how many times as long it takes as the first."""
+    """A table of every case's milliseconds, and of how many times as long as the first it takes."""
     result = Table(title=title)
     for heading in ("model", *rows[0]["seconds"]):
         result.add_column(heading, justify="left" if heading == "model" else "right")
@@ -44,7 +44,7 @@ def speed_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def language_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The losses of every variant, and its differences from AdamW."""
+    """A table of every variant's losses, and of its differences from AdamW."""
     result = Table(title="Means over seeds, and differences from AdamW [95 %]")
     for heading in readme.GPT_HEADINGS:
         result.add_column(heading, justify="left" if heading == readme.GPT_HEADINGS[0] else "right")
@@ -54,7 +54,7 @@ def language_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def main(given: Sequence[str]) -> int:
-    """Measures, prints the tables, writes `layer-rates.json`; 0."""
+    """Measures, prints the tables, writes `layer-rates.json`; returns 0."""
     parser = argparse.ArgumentParser(prog="python -m bench layer-rates", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(".out/layer-rates"), help="folder of the results")
     parser.add_argument(
@@ -64,10 +64,10 @@ def main(given: Sequence[str]) -> int:
         "--models", type=networks, default=MODELS, help=f"comma-separated (default: {','.join(MODELS)})"
     )
     parser.add_argument("--rounds", type=arguments.positive, default=6, help="interleaved rounds (default 6)")
-    parser.add_argument("--threads", type=arguments.positive, default=1, help="of torch (default 1)")
-    parser.add_argument("--seeds", type=arguments.positive, default=3, help="of the GPT (default 3)")
+    parser.add_argument("--threads", type=arguments.positive, default=1, help="threads of torch (default 1)")
+    parser.add_argument("--seeds", type=arguments.positive, default=3, help="seeds of the GPT (default 3)")
     parser.add_argument(
-        "--steps", type=arguments.positive, default=400, help="of a run of the GPT (default 400)"
+        "--steps", type=arguments.positive, default=400, help="steps of a run of the GPT (default 400)"
     )
     parser.add_argument("--readme", type=Path, help="rewrite the tables of this file")
     options = parser.parse_args(given)

@@ -1,8 +1,8 @@
 """A small GPT on the sources of Python's standard library: AdamW alone, and with each rule of LayerRates.
 
 Every run of a seed starts from the same weights and sees the same batches. All runs have the same warm-up and
-cosine. LLR multiplies rates by up to 5, so AdamW alone also runs at three times the rate: what a rule is
-worth is more than what a higher rate is worth.
+cosine. LLR multiplies rates by up to 5, so AdamW alone also runs at three times the rate: a rule must gain
+more than a higher rate does.
 """
 
 import json
@@ -31,18 +31,18 @@ WIDTH = 1 / 3
 EVERY = 25
 """Steps between two measurements, and between two losses that are kept."""
 HELD_OUT = 24
-"""Batches of the held-out text that a run is judged by."""
+"""The number of batches of held-out text that judge a run."""
 
-_LLR = replace(LLR, at_highest=("tokens", "positions"))  # what this GPT calls its embeddings
+_LLR = replace(LLR, at_highest=("tokens", "positions"))  # the names of this GPT's embeddings
 
 
 @dataclass(frozen=True)
 class Variant:
-    """AdamW with a rule, or without."""
+    """AdamW with a rule, or without one."""
 
     rule: Any = None
     factor: float = 1.0
-    """Of the learning rate."""
+    """The factor on the learning rate."""
 
 
 VARIANTS = {
@@ -86,7 +86,7 @@ def _held_out(model: GPT) -> float:
 
 
 def run(variant: Variant, seed: int, steps: int) -> dict[str, Any]:
-    """The losses of one run, in nats per byte: of every `EVERY` steps of training, and held out."""
+    """The losses of one run, in nats per byte: one per `EVERY` steps of training, and the held-out one."""
     torch.manual_seed(seed)
     model, generator = GPT(256, WIDTH), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(
@@ -141,7 +141,7 @@ def _ratios(optimizer: torch.optim.Optimizer, rates: rmsgd.LayerRates | None) ->
 def runs(
     folder: Path, seeds: int, steps: int, advance: Callable[[], object]
 ) -> dict[str, list[dict[str, Any]]]:
-    """All runs, those that the folder has already and those that it then has too."""
+    """All runs. Those that the folder lacks are made and kept there."""
     path = folder / f"language-{steps}.json"
     known: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path.exists() else {}
     for seed in range(seeds):

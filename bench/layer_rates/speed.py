@@ -1,4 +1,4 @@
-"""What LayerRates costs: more parameter groups in every step, and a measurement now and then."""
+"""The cost of LayerRates: more parameter groups in every step, and a measurement from time to time."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -65,7 +65,7 @@ def svd_loop(model: nn.Module) -> dict[str, float]:
 
 
 def epoch_end(name: str, rounds: int) -> dict[str, Any]:
-    """`LayerRates.step` under two rules against a loop of full SVDs, which the second of them asks for."""
+    """`LayerRates.step` under two rules, beside a loop of full SVDs, which the second rule would need."""
     torch.manual_seed(0)
     model = network(name)
     make_trained_like(model)

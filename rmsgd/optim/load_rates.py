@@ -26,7 +26,7 @@ def checked(saved: object, rule: str, names: Sequence[str]) -> tuple[dict[str, A
     if saved["rule"] != rule:
         raise ValueError(
             f"the checkpoint is of the rule {in_short(saved['rule'])}, this LayerRates of {rule!r}: its "
-            "numbers mean something else"
+            "numbers have another meaning"
         )
     options, theirs, states = saved["options"], saved["names"], saved["state"]
     if not isinstance(options, Mapping) or not options.keys() >= _OPTIONS.keys():
