@@ -1,3 +1,3 @@
-"""`python -m bench same-lr`: RMSGD at its defaults held against SGD at the same learning rate."""
+"""`python -m bench same-lr`: RMSGD at its defaults compared with SGD at the same learning rate."""
 
 from bench.same_lr.command import main as main

@@ -1,8 +1,9 @@
-"""RMSGD at its defaults held against SGD with momentum at the same learning rate, on small tasks.
+"""RMSGD at its defaults compared with SGD with momentum at the same learning rate, on small tasks.
 
-The default rule promises to be safe: nowhere more than 1 % of held-out accuracy or .05 nats of training loss
-behind, in the mean over seeds, with rates that move. One measurement an epoch, 100 in the run of a GPT. Both
-optimizers start from the same weights and see the same batches, so that differences are paired by seed.
+The default rule promises to be safe: in the mean over seeds it is nowhere more than 1 % of held-out accuracy
+or .05 nats of training loss behind, with rates that move. Layers are measured once per epoch, and 100 times
+in the run of a GPT. Both optimizers start from the same weights and see the same batches, so differences are
+paired by seed.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the small tasks have in common: batches drawn from a seed, a training loop and what is measured."""
+"""The parts that the small tasks share: batches drawn from a seed, a training loop, and the results."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -18,12 +18,12 @@ EVALUATED = 512
 
 
 class Outcome(NamedTuple):
-    """What a run came to."""
+    """The result of a run."""
 
     loss: float
     """Cross entropy on training data, nats."""
     accuracy: float
-    """Share of held-out samples, or tokens, that are named right."""
+    """Share of held-out samples, or tokens, that are classified right."""
     lowest: float
     highest: float
     """The smallest and the largest rate of a parameter at the end, over the lr that was given."""
@@ -66,7 +66,7 @@ def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
 
 
 def outcome(optimizer: Optimizer, lr: float, loss: float, accuracy: float) -> Outcome:
-    """What a run came to, with the range that its rates ended in."""
+    """The result of a run, with the range of its rates at the end."""
     if not isinstance(optimizer, rmsgd.RMSGD):
         return Outcome(loss, accuracy, 1.0, 1.0)
     rates = [rate / lr for rate in optimizer.learning_rates().values()]

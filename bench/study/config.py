@@ -19,21 +19,21 @@ class RunConfig:
         dataset: key of `bench.data.registry.DATASETS`.
         optimizer: key of `bench.peers.PEERS`.
         seed: of initial weights, batches and augmentation.
-        settings: what replaces the settings of `bench.peers`, as sorted (name, value) pairs.
+        settings: settings that replace those of `bench.peers`, as sorted (name, value) pairs.
         batch: mini-batch size.
-        epochs: passes over the training set; with a budget, the most.
-        budget: stop when the time that SGD needs for `epochs` epochs is spent.
+        epochs: passes over the training set, or with a budget the most of them.
+        budget: whether to stop when the time that SGD needs for `epochs` epochs is spent.
         width: factor on the network's channel counts.
-        augment: random crops, and flips where the data set allows them.
-        cutout: one hole of half the image's side in every training image, on top of it.
-        holdout: judge by a fifth of the training set that is left out of it, for tuning.
-        keep_weights: keep the weights of some epochs, for figures.
+        augment: whether to crop randomly, and to flip where the data set allows it.
+        cutout: whether to cut a hole of half the image's side into every training image as well.
+        holdout: whether a fifth of the training set is left out of it and judges the run, for tuning.
+        keep_weights: whether to keep the weights of some epochs, for figures.
         schedule: of the learning rate: a key of `bench.study.schedules.SCHEDULES`, or "own" for the paper's.
         measurements: epoch ends of RMSGD in the whole run, at equal distances; None: one an epoch.
-        images: training images that are used, always the same; None: all.
-        judged: test images (or held-out ones) that are judged by, always the same; None: all.
-        channels_last: keep images and weights in that memory format.
-        precision: of the forward and backward pass: "fp32", or "bf16" by autocast.
+        images: the number of training images, always the same ones; None: all.
+        judged: the number of test images (or held-out ones) that judge the run, always the same; None: all.
+        channels_last: whether to keep images and weights in that memory format.
+        precision: that of the forward and backward pass: "fp32", or "bf16" by autocast.
 
     """
 
@@ -58,7 +58,7 @@ class RunConfig:
     precision: str = "fp32"
 
     def folder(self, root: Path) -> Path:
-        """Where the run is kept: a name that people can read, and a digest of the whole configuration."""
+        """The run's folder: a name that people can read, and a digest of the whole configuration."""
         text = json.dumps(self.to_dict(), sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         changed = "".join(f"-{name}={value}" for name, value in self.settings)
@@ -66,7 +66,7 @@ class RunConfig:
 
     @property
     def label(self) -> str:
-        """Optimizer and what is unusual about its settings, for people."""
+        """The optimizer and its unusual settings, for people."""
         changed = [f"{name} {value}" for name, value in self.settings]
         if self.measurements is not None:
             changed.append(f"{self.measurements} measurements")
@@ -74,14 +74,14 @@ class RunConfig:
 
     @property
     def variant(self) -> str:
-        """Optimizer and schedule: what a learning rate is tuned for."""
+        """Optimizer and schedule, for which a learning rate is tuned."""
         return self.optimizer if self.schedule == "own" else f"{self.optimizer} {self.schedule}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON.
 
-        A field of `LATER` that has its default is left out: the digest of a run, and so its folder, is what
-        it was before there was such a field.
+        A field of `LATER` that has its default is left out, so that the digest of a run, and its folder, is
+        the same as before the field existed.
         """
         content = {**asdict(self), "settings": dict(self.settings)}
         return {key: value for key, value in content.items() if LATER.get(key, ...) != value}
@@ -99,10 +99,10 @@ LATER = {field.name: field.default for field in fields(RunConfig)[-6:]}
 
 
 def sorted_settings(settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Settings in the order that makes equal ones equal, lists as tuples.
+    """Settings in a fixed order, so that equal settings compare equal, with lists as tuples.
 
     Raises:
-        UsageError: a value is no number, text, or list of such.
+        UsageError: a value is not a number, a text, or a list of these.
 
     """
     return tuple(sorted((name, _frozen(name, value)) for name, value in settings.items()))

@@ -1,6 +1,6 @@
 """The paper's tables and figures as sets of runs.
 
-A run belongs to no experiment: a figure that needs what a table has trained finds it done.
+A run belongs to no experiment. A figure that needs the runs of a table finds them done.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +20,10 @@ FULL_EPOCHS = 8
 SMALL_BATCH_FACTOR = 8
 
 SEARCH = "tuning"
-"""The part of an experiment in which it tunes learning rates."""
+"""The name of the part in which an experiment tunes learning rates."""
 
-# Whose step is searched on every batch: `lr` is where the first search begins, and no rate.
+# Optimizers that search their step on every batch. Their `lr` is where the first search begins, and not a
+# rate.
 SEARCHED = ("sls",)
 RMSGD = ("rmsgd", "rmsgd-published")
 TABLE_1A = ("adabelief", "adabound", "adagrad", "adam", "adamp", "sls", "sam", "sgd", "sgdp", *RMSGD)
@@ -46,9 +47,9 @@ class Grid:
         common: fields of `RunConfig` that all share.
         sweep: the quantity: "batch", "lr" (values are factors on each optimizer's own rate; one that
             searches its rate runs once) or a setting of the optimizers; None for no sweep.
-        values: of the quantity.
-        part: of the experiment, for those that have parts: see `Experiment.search`.
-        seeds: the most seeds it has; None: all that are asked for.
+        values: the values of the quantity.
+        part: the part of the experiment, if it has parts: see `Experiment.search`.
+        seeds: the most seeds of the grid; None: all that are asked for.
 
     """
 
@@ -87,9 +88,9 @@ class Experiment:
     Attributes:
         title: what it shows.
         grids: the runs it needs.
-        epochs: at which it reports; empty for the end of the training.
-        search: the experiment has parts and tunes the learning rate of every optimizer and schedule of
-            its main part before any of them, on held-out images, as `bench.study.tuning.search` does.
+        epochs: the epochs at which it reports; empty for the end of the training.
+        search: whether the experiment has parts and first tunes the learning rate of every optimizer and
+            schedule of its main part, on held-out images, by `bench.study.tuning.search`.
 
     """
 
@@ -119,7 +120,7 @@ class Experiment:
 
     @property
     def sweeps_rates(self) -> bool:
-        """Whether learning rates are what it varies."""
+        """Whether it varies learning rates."""
         return any(grid.sweep == "lr" for grid in self.grids)
 
 
@@ -191,7 +192,7 @@ EXPERIMENTS: dict[str, Experiment] = {
 _DIGITS = {"batch": 64, "epochs": 20, "width": 0.5}
 _NETWORK = ("resnet14-digits",)
 
-# What one CPU core trains in about half a minute: a fifth of CIFAR-10's images, half of its test set.
+# One CPU core trains this in about half a minute: a fifth of CIFAR-10's images, half of its test set.
 _SHORT = {
     "batch": 128,
     "epochs": 6,
@@ -225,7 +226,7 @@ _CIFAR10_SMALL = Experiment(
         _cifar10(("adamw",), "cosine", {"settings": ()}),
         _cifar10(("sgdp", "adamp"), "step"),
         _cifar10(("sam",), "cosine"),
-        # Its step costs two of the others': as many gradients in half of the epochs.
+        # A step of SAM costs two of the others', so it computes as many gradients in half of the epochs.
         _cifar10(("sam",), "cosine", {"epochs": 3}),
         # So that beta to the power of the count is about .9, .5 and .1 in turn; .98 is the paper's.
         _counts(30, (0.98, 0.9965, 0.926)),

@@ -1,4 +1,4 @@
-"""Runs that fit into a time: how many epochs and seeds every optimizer gets on a machine that is lent."""
+"""Runs that fit into a time: how many epochs and seeds every optimizer gets."""
 
 import hashlib
 import json
@@ -14,25 +14,25 @@ from bench.study.run import Run
 from bench.study.runner import Runner
 
 ENOUGH_SEEDS = 3
-"""Seeds that are worth more than further epochs."""
+"""The number of seeds that come before further epochs."""
 
 RESERVE = 1.25
-"""What a run takes, over its steps: evaluation, epoch ends, checkpoints, and a machine that warms up."""
+"""The time of a run over that of its steps, with evaluation, epoch ends, checkpoints and warm-up."""
 
 WARM, TIMED = 5, 10
-"""Steps before the clock runs, and steps that are timed."""
+"""The steps before the clock runs, and the steps that are timed."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """So many epochs with so many seeds, and the seconds that they are expected to take."""
+    """A number of epochs and of seeds, and the seconds that they are expected to take."""
 
     epochs: int
     seeds: int
     seconds: float
 
     def text(self) -> str:
-        """What was decided, for people."""
+        """The decision, for people."""
         return (
             f"{measure.count(self.epochs, 'epoch')} with {measure.count(self.seeds, 'seed')} of every "
             f"optimizer: about {self.seconds / 60:.1f} minutes"
@@ -49,13 +49,13 @@ class Fit:
 def fitting(seconds_per_epoch: Sequence[float], seconds: float, most_epochs: int, most_seeds: int) -> Fit:
     """The epochs and seeds that fit.
 
-    Three seeds first, or as many as there are; of as many epochs as fit, but no more than `most_epochs`; then
-    more seeds. Where three seeds would have less than a fifth of `most_epochs`, there are fewer seeds.
+    Three seeds come first, or as many as there are, with as many epochs as fit up to `most_epochs`, and then
+    more seeds. If three seeds would have less than a fifth of `most_epochs`, there are fewer seeds.
 
     Args:
-        seconds_per_epoch: of every optimizer, with everything that a run takes.
-        seconds: that there are.
-        most_epochs, most_seeds: no more than these.
+        seconds_per_epoch: the seconds of an epoch of every optimizer, with everything that a run takes.
+        seconds: the available seconds.
+        most_epochs, most_seeds: the largest numbers of epochs and seeds.
 
     Raises:
         UsageError: not even one epoch with one seed fits.
@@ -71,7 +71,7 @@ def fitting(seconds_per_epoch: Sequence[float], seconds: float, most_epochs: int
 
 
 def chosen(runner: Runner, configs: Sequence[RunConfig], seconds: float, path: Path) -> Fit:
-    """What fits into `seconds`; decided once for these runs and kept in `path`, so that they go on.
+    """The epochs and seeds that fit into `seconds`. They are decided once for these runs and kept in `path`.
 
     Raises:
         UsageError: nothing fits, or `path` is another file.

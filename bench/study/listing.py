@@ -12,7 +12,7 @@ from bench.study.experiments import EXPERIMENTS, OWN, Experiment, experiment
 
 
 def show(names: Sequence[str], console: Console) -> None:
-    """Prints the experiments: one line each, or, for those that are named, everything about them."""
+    """Prints a line for each experiment, or everything about those that are named."""
     if not names:
         console.print(overview())
         console.print("In full: study list table1a. What is odd in the paper: study list notes.")

@@ -33,14 +33,14 @@ def measure(
     """Measures the architectures in `folder`, appending to the CSV file `table`; those in it are skipped.
 
     Args:
-        folder: of NATS-Bench's files.
-        table: written after every architecture, so that a run that is stopped goes on there.
-        dataset: that they were trained on.
-        most: architectures to measure, of those that are there; None: all.
-        tell: called with how many are done, and of how many.
+        folder: the folder of NATS-Bench's files.
+        table: the CSV file, written after every architecture, so that a run that was stopped goes on there.
+        dataset: the data set that the networks were trained on.
+        most: the most architectures to measure; None: all.
+        tell: called with the number that is done, and the number in all.
 
     Raises:
-        DatasetError: there is no architecture, or one that cannot be read, or `table` is another one.
+        DatasetError: there is no architecture, one cannot be read, or `table` is another table.
         BusyError: another process measures into the same table.
 
     """
@@ -58,7 +58,8 @@ def measure(
                     with table.open("a", encoding="utf-8") as file:
                         file.write(_lines(mine))
                 else:
-                    # Anew, without what `_read` left out; before there is something new, nothing is lost.
+                    # The table is written anew without the rows that `_read` left out. Until there are new
+                    # rows nothing is lost.
                     atomic.write(table, (",".join(COLUMNS) + "\n" + _lines(rows)).encode())
                     rewritten = True
             tell(count, len(files))

@@ -1,4 +1,4 @@
-"""What describes a network's weights in a study: Q, and the means of the other metrics over its layers."""
+"""The numbers that describe a network's weights in a study: Q, and the means of the other metrics."""
 
 from rmsgd import Report
 from rmsgd.metrics import AT_EPOCH_ENDS, NETWORK_QUALITY, QUALITY, mean
@@ -8,9 +8,9 @@ Q = NETWORK_QUALITY.symbol
 AVERAGED = tuple(metric for metric in AT_EPOCH_ENDS if metric is not QUALITY)
 
 LABELS = {Q: Q, **{metric.name: metric.label for metric in AVERAGED}}
-"""The columns of records, and what tables call them."""
+"""The columns of records, and their names in tables."""
 AXES = {Q: Q, **{metric.name: f"{metric.label}, mean" for metric in AVERAGED}}
-"""What figures call them."""
+"""Their names in figures."""
 
 
 def network_metrics(report: Report) -> dict[str, float]:

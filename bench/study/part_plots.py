@@ -1,4 +1,4 @@
-"""The figures of an experiment that has parts: what each part came to."""
+"""The figures of an experiment that has parts, with the results of each part."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ def draw(
     search: Mapping[str, tuning.Found],
     searched: Sequence[Record] = (),
 ) -> list[Path]:
-    """Draws what the parts came to and returns the files.
+    """Draws the results of the parts and returns the files.
 
     Args:
         stem: the files' names begin with it.

@@ -1,4 +1,4 @@
-"""What the paper published, from `published.toml`: numbers, claims, and inconsistencies found in it."""
+"""The paper's published numbers and claims, and inconsistencies in it, from `published.toml`."""
 
 import math
 import tomllib

@@ -1,4 +1,4 @@
-"""What runs left behind, read back."""
+"""The records that runs have left, read back."""
 
 import csv
 import json
@@ -22,9 +22,9 @@ class Record:
     """A run that has ended.
 
     Attributes:
-        config: what was trained.
-        folder: where it is kept; None for one that was read from a table of records.
-        diverged: its loss stopped being a number.
+        config: the configuration of the run.
+        folder: the run's folder; None for one that was read from a table of records.
+        diverged: whether its loss stopped being a number.
         epochs: one dictionary per epoch, the columns of `epochs.csv`.
         budget: seconds that it could train for; None where only epochs counted.
         revision: of this software, by which it was begun; None where that is not known.
@@ -120,7 +120,7 @@ def _begun_by(folder: Path) -> str | None:
 
 
 def finished(records: Sequence[Record]) -> list[Record]:
-    """Those that did not diverge."""
+    """The records of runs that did not diverge."""
     return [record for record in records if not record.diverged]
 
 

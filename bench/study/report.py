@@ -1,4 +1,4 @@
-"""`study report`: what was measured against what was published, and what can be concluded."""
+"""`study report`: measured results beside published ones, and the conclusions."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

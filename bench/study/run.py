@@ -27,10 +27,10 @@ FORMAT = 1
 PHASES = ("training", "epoch_end", "evaluation", "checkpoint")
 METRICS = (*(metric.name for metric in AT_EPOCH_ENDS), "rate")
 KEPT = 6
-"""How many epochs' weights a run keeps that is to keep some, the initial ones not counted."""
+"""The number of epochs whose weights a run keeps, if it keeps any, besides the initial ones."""
 
 Told = Callable[[str, float], object]
-"""Called with what the run is at and the share of it that is done, in [0, 1]."""
+"""Called with the run's current work and the share of it that is done, in [0, 1]."""
 
 
 class Run:
@@ -42,10 +42,10 @@ class Run:
     On a GPU that takes `torch.use_deterministic_algorithms` too.
 
     Args:
-        config: what to train.
+        config: the configuration of the run.
         source: the data; `config.augment`, `cutout` and `holdout` are applied to it.
-        folder: of this run; made when it is missing.
-        device: where to compute.
+        folder: the folder of this run, which is made if it is missing.
+        device: the device that computes.
         budget: seconds of training and epoch ends that may be spent; None: only epochs count.
         checkpoint_seconds: time between checkpoints within an epoch; there is one at each epoch end.
 
@@ -144,7 +144,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Steps of an epoch."""
+        """The number of steps in an epoch."""
         return self._steps
 
     def epoch_seconds(self) -> list[float]:
@@ -157,7 +157,7 @@ class Run:
             return True
         if self._budget is None or done == 0:
             return False
-        # An epoch that would end past the budget is not begun.
+        # An epoch that would end after the budget is not begun.
         taken = self.epoch_seconds()
         return sum(taken) + float(np.median(taken)) > self._budget
 

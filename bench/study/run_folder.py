@@ -1,11 +1,11 @@
-"""A run's folder: what has become of the run."""
+"""The status of a run, from its folder."""
 
 import json
 from pathlib import Path
 
 
 def status(folder: Path) -> str:
-    """What has become of the run: "complete", "diverged", "unfinished" or "not begun"."""
+    """The status of the run: "complete", "diverged", "unfinished" or "not begun"."""
     try:
         return json.loads((folder / "result.json").read_text(encoding="utf-8"))["status"]
     except FileNotFoundError:

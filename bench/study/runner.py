@@ -1,4 +1,4 @@
-"""Many runs, one after the other: what is done is skipped, what diverges stops alone."""
+"""Many runs, one after the other. Finished ones are skipped, and one that diverges does not stop others."""
 
 import json
 import tempfile
@@ -29,12 +29,12 @@ BUDGET_EPOCHS = 4
 
 @dataclass(frozen=True)
 class Place:
-    """Where runs read, compute and write.
+    """The places where runs read, compute and write.
 
     Attributes:
-        out: holds a folder per run.
-        data: where the data sets are; None for those that are built in.
-        device: where to compute.
+        out: the folder that holds a folder per run.
+        data: the path of the data sets; None for those that are built in.
+        device: the device that computes.
         checkpoint_seconds: see `bench.study.run.Run`.
 
     """
@@ -89,7 +89,7 @@ class Runner:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that computes."""
         return self._place.device
 
     def prepare(self, config: RunConfig) -> None:
@@ -144,7 +144,7 @@ class Runner:
             run = Run(short, self.source(cell), Path(folder), self._place.device)
             run.train(lambda text, share: tell("timing SGD", 0.0))
         seconds = run.epoch_seconds()
-        timed = seconds[1:] or seconds  # it may have diverged in the first
+        timed = seconds[1:] or seconds  # it may have diverged in the first epoch
         return {
             "seconds_per_epoch": float(np.median(timed)),
             "timed": timed,
@@ -155,7 +155,7 @@ class Runner:
 
 
 def device_name(device: torch.device) -> str:
-    """What computes, as far as it decides how long that takes."""
+    """The name of the device, with everything that decides how long computations take."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     machine = measure.machine()

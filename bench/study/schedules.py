@@ -1,4 +1,4 @@
-"""What a run multiplies its optimizer's learning rate with, step by step."""
+"""The factors by which a run multiplies its optimizer's learning rate, step by step."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from bench.study.config import RunConfig
 
 
 def _step(share: float) -> float:
-    """Halved after each tenth of the run: the paper's StepLR, every 25 epochs of 250."""
+    """The paper's StepLR, every 25 epochs of 250: halved after each tenth of the run."""
     # A tenth of the steps need not be whole: 0.3 is the third, though 10 * 0.3 may come out below 3.
     return 0.5 ** math.floor(10 * share + 1e-9)
 
@@ -27,7 +27,7 @@ FACTORS: dict[str, Callable[[float], float]] = {
     "step": _step,
     "cosine": _cosine,
 }
-"""Name to the factor on the learning rate, by the share of the run that is done, in [0, 1]."""
+"""From a name to a function that gives the factor by the share of the run that is done, in [0, 1]."""
 
 Make = Callable[[Optimizer, int], LRScheduler]
 """Makes a schedule of an optimizer for a run of so many steps."""

@@ -1,4 +1,4 @@
-"""Which runs the command's arguments mean."""
+"""The runs that the command's arguments select."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +19,14 @@ def named(options: argparse.Namespace) -> list[str]:
 
 
 Rates = Mapping[str, float]
-"""Optimizer, or optimizer and schedule as `RunConfig.variant` names them, to learning rate."""
+"""From an optimizer, or a variant as `RunConfig.variant` names it, to its learning rate."""
 
 Search = Callable[[Sequence[RunConfig]], Rates]
 """Finds the rates of runs, each of another optimizer or schedule; what is not known yet is left out."""
 
 
 Parts = dict[str, list[RunConfig]]
-"""Part of an experiment to its runs."""
+"""From a part of an experiment to its runs."""
 
 
 def by_experiment(

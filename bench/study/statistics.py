@@ -1,4 +1,4 @@
-"""Is a difference real, and do two quantities go together? By SciPy's tests."""
+"""SciPy's tests whether a difference is real, and whether two quantities correlate."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -37,8 +37,8 @@ class Correlation(NamedTuple):
 def paired(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Difference:
     """a minus b, pair by pair: Student's t of the differences.
 
-    Differences that are all the same, as of accuracies over few images, show no spread to judge them by: p is
-    1, and the interval is not known (NaN) unless they are 0.
+    Differences that are all the same, as of accuracies over few images, have no spread to judge them by. p is
+    then 1, and the interval is not known (NaN) unless they are 0.
 
     Raises:
         ValueError: the two differ in length, or there are fewer than two pairs.
@@ -78,7 +78,7 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def correlation(x: ArrayLike, y: ArrayLike) -> Correlation | None:
-    """How two quantities go together; None for fewer than three points or a constant one.
+    """The correlation of two quantities; None for fewer than three points or a constant quantity.
 
     Points with a value that is not a number are left out.
     """
@@ -101,10 +101,10 @@ def detectable(deviation: float, pairs: int, alpha: float = 0.05, power: float =
     """The smallest mean difference that a paired t test of so many pairs would see.
 
     Args:
-        deviation: of the differences of single pairs.
-        pairs: how many there are; NaN is returned for fewer than three, with which it is many deviations.
-        alpha: below which p counts as seen.
-        power: probability of that.
+        deviation: the standard deviation of the differences of single pairs.
+        pairs: the number of pairs; for fewer than three, which would need many deviations, NaN is returned.
+        alpha: the p below which a difference counts as seen.
+        power: the probability of seeing it.
 
     Returns:
         The difference, in the unit of `deviation`.

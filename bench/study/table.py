@@ -1,7 +1,7 @@
 """Records of many runs as two tables that are small enough to be kept with the code.
 
 `NAME.csv` has a row for every run and epoch, `NAME-layers.csv` one for every epoch and layer of a few runs.
-What a report says of the runs, it can say from these alone.
+A report needs nothing but these tables.
 """
 
 import csv
@@ -29,9 +29,9 @@ def write(path: Path, records: Sequence[Record], in_full: Sequence[Record] = ())
     """Writes the tables and returns their files.
 
     Args:
-        path: of the first table.
-        records: what it holds.
-        in_full: those of them whose layers the second table holds.
+        path: the path of the first table.
+        records: the records that it holds.
+        in_full: the records whose layers the second table holds.
 
     """
     rows = [

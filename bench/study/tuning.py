@@ -18,7 +18,7 @@ from bench.study.experiments import scaled_rate
 from bench.study.records import Record, finished
 
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
-"""Of each optimizer's own rate."""
+"""The factors on each optimizer's own rate."""
 
 
 def grid(configs: Sequence[RunConfig], factors: Sequence[float] = FACTORS) -> list[RunConfig]:
@@ -42,12 +42,12 @@ Look = Callable[[Sequence[RunConfig]], Sequence[Record]]
 """Finds the records of those runs that have ended."""
 
 Judge = Callable[[RunConfig], float | None]
-"""What a run of the search came to: its accuracy, -inf where it diverged, None where it has not ended."""
+"""The result of a run of the search: its accuracy, -inf where it diverged, None where it has not ended."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search over the rates of one optimizer with one schedule came to.
+    """The result of a search over the rates of one optimizer with one schedule.
 
     Attributes:
         best: the run with the best rate; None while runs are missing.
@@ -70,7 +70,7 @@ class Found:
 def search(config: RunConfig, judge: Judge) -> Found:
     """The best rate for one optimizer with one schedule, by its accuracy on held-out images.
 
-    Three rates first; as long as the best of them is the lowest or the highest, one more beyond it.
+    It tries three rates first, and as long as the best is the lowest or the highest, one more beyond it.
     """
     tried = list(FIRST)
     while True:
