@@ -62,7 +62,7 @@ class Settings:
         rounds: interleaved rounds.
         device: torch device.
         width: factor on the network's channel counts.
-        threads: of torch on the CPU.
+        threads: the number of torch's threads on the CPU.
 
     """
 

@@ -11,7 +11,7 @@ _Group: TypeAlias = tuple[float, float, float, float, bool, bool, bool]
 """multiplier, momentum, dampening, weight_decay, nesterov, maximize, velocity."""
 
 class StepPlan:
-    """The momentum step of a set of parameters, made once and valid while their memory stays.
+    """The momentum step of a set of parameters, made once and valid until their memory moves.
 
     Args:
         parameters: data pointers.
@@ -19,12 +19,13 @@ class StepPlan:
             is float64 for a float64 parameter, else float32.
         dtypes: the name of each parameter's type, one of ``element_types()``.
         numels: number of elements of each.
-        groups: for each, an index into the `groups` that `step` is given.
-        eta_indices: for each, the index of its learning rate in `eta`.
-        eta: learning rates, one-dimensional, writeable at any time: read anew at every step. Kept alive.
-        fresh: one flag for each parameter: no gradient has entered its buffer yet, so that the buffer
-            counts as zero whatever it holds and the next gradient is not dampened. `step` clears it.
-            A group without momentum leaves it as it is. Kept alive.
+        groups: for each parameter, an index into the `groups` that `step` is given.
+        eta_indices: for each parameter, the index of its learning rate in `eta`.
+        eta: the learning rates, (rates,), which may be written at any time and are read at every step. The
+            plan keeps this array alive.
+        fresh: one flag for each parameter, which says that no gradient has entered its buffer yet, so that
+            the buffer counts as zero whatever it holds and the next gradient is not dampened. `step` clears
+            it. A group without momentum leaves it as it is. The plan keeps this array alive.
 
     A parameter, its buffer and its gradient have equal strides and fill their memory without gaps.
 
@@ -64,12 +65,13 @@ class StepPlan:
         otherwise:   b <- momentum b + (1 - dampening) g;  w -= rate b, or Nesterov rate (g + momentum b)
 
         Args:
-            gradients: data pointers; 0 where there is none this time: that parameter, its buffer and its
-                flag stay as they are.
-            groups: the hyper-parameters now.
-            grad_scale: what the gradients are divided by; they are not written.
-            threads: how many to use; the result does not depend on it.
-            dtypes: the gradients': their parameters', as by default, or float32 beside half precision.
+            gradients: data pointers, or 0 where a parameter has no gradient: then it, its buffer and its flag
+                stay as they are.
+            groups: the current hyper-parameters.
+            grad_scale: the divisor of the gradients, which are not written.
+            threads: the number of threads; the result does not depend on it.
+            dtypes: the gradients' dtypes. By default they are those of the parameters; those of
+                half-precision parameters may be float32.
 
         Raises:
             ValueError: a length, a dtype, `grad_scale` or `threads` is wrong, a gradient is misaligned or
@@ -88,7 +90,7 @@ class StepPlan:
     ) -> list[int] | None:
         """Take one step along each parameter's `grad`, which is read and checked here.
 
-        The quick way for plain tensors, without a Python operation per parameter. It needs
+        This is the quick way for plain tensors, without a Python operation per parameter. It needs
         torch >= 2.10, whose tensor type carries the C exchange table of DLPack.
 
         Args:
@@ -100,11 +102,11 @@ class StepPlan:
             threads: as for `step`.
 
         Returns:
-            The indices of the parameters without a gradient, which were left alone. The caller bumps
-            the version counters of all the others. None, and nothing is written, where a parameter's memory
-            is not as planned, or a gradient is not a dense, aligned CPU tensor of the parameter's strides and
-            dtype (or float32 for a half-precision parameter) in memory of its own, or torch is older: the
-            caller then looks at each one and uses `step`.
+            The indices of the parameters without a gradient, which were left alone. The caller increments
+            the version counters of all the others. The result is None, and nothing is written, if a
+            parameter's memory is not as planned, if a gradient is not a dense, aligned CPU tensor of the
+            parameter's strides and dtype (or float32 for a half-precision parameter) in memory of its own, or
+            if torch is older. The caller then checks each gradient and uses `step`.
 
         Raises:
             ValueError, IndexError, RuntimeError: as `step` does.
@@ -119,31 +121,32 @@ columns does not matter to singular values.
 """
 
 class Layouts:
-    """What some tensors are now: address, device, dtype, sizes and strides.
+    """The current addresses, devices, dtypes, sizes and strides of some tensors.
 
-    Read without a Python operation per tensor, by the C exchange table of DLPack that torch >= 2.10
-    publishes on its tensor type. The tensors are not kept: ``hold`` is given them again.
+    They are read without a Python operation per tensor, by the C exchange table of DLPack that torch >= 2.10
+    publishes on its tensor type. The tensors are not kept, and ``hold`` is given them again.
 
     Raises:
         ValueError: the type has no such table, or a tensor has no memory of its own.
-        TypeError: something among them is no tensor.
+        TypeError: one of them is not a tensor.
     """
 
     def __init__(self, tensor_type: type[Tensor], tensors: list[Tensor]) -> None: ...
     def hold(self, tensors: list[Tensor]) -> bool:
-        """Whether these are all what those were."""
+        """Whether these tensors are all as they were."""
 
 def measure(matrices: Sequence[_Matrix], threads: int = 1) -> NDArray[np.float64]:
     """Singular values, EVBMF and metrics of matrices; the GIL is released meanwhile.
 
     Args:
-        matrices: nothing of them is written; the caller vouches for the memory they span.
-        threads: how many to use; the result does not depend on it.
+        matrices: the matrices, which are not written. The caller guarantees the memory that they span.
+        threads: the number of threads; the result does not depend on it.
 
     Returns:
         (matrices, 7) float64, the fields of ``backends.base``: rank, noise variance, stable rank, condition
-        number, sum of d_i / d_1, status, stage. Status NEEDS_SVD: two Gram matrices were not accurate enough,
-        and the row is an estimate. NOT_FINITE: a NaN or an Inf, and the row holds zeros.
+        number, sum of d_i / d_1, status, stage. The status NEEDS_SVD says that two Gram matrices were not
+        accurate enough and that the row is an estimate. NOT_FINITE says that there is a NaN or an Inf and
+        that the row holds zeros.
 
     Raises:
         ValueError: a dtype is unknown, a size is below 1, sizes and strides differ in number, the smaller
@@ -155,11 +158,11 @@ def measure(matrices: Sequence[_Matrix], threads: int = 1) -> NDArray[np.float64
 def measure_parts(
     matrices: Sequence[_Matrix], threads: int = 1
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """``measure``, and what its time went to.
+    """``measure``, with the time of its parts.
 
     Returns:
         The table, and (4,) seconds: Gram matrices, reduction to tridiagonal form, eigenvalues, EVBMF with the
-        metrics. Sums over the matrices; an SVD, which the caller takes, is in none of them.
+        metrics. They are sums over the matrices. An SVD, which the caller takes, is not included.
 
     Raises:
         As ``measure``.
@@ -191,7 +194,8 @@ def measure_spectrum(gamma: NDArray[np.float64], M: int) -> NDArray[np.float64]:
     """One row of ``measure`` from the L singular values of an L x M matrix.
 
     Args:
-        gamma: (L,) contiguous and aligned, descending, those that count as zero set to 0. Never converted.
+        gamma: (L,) contiguous and aligned, descending, with those that count as zero set to 0. It is never
+            converted.
         M: the larger side.
 
     Raises:
@@ -214,12 +218,12 @@ def update_rates(
     groups: Sequence[tuple[float, float, float, float, float, float, float, float, int, bool, int, bool]],
     metrics: NDArray[np.float64],
 ) -> None:
-    """One epoch end: ``eta``, ``unbounded``, ``stable_rank`` and ``ready`` are updated in place.
+    """Take one epoch end, and update ``eta``, ``unbounded``, ``stable_rank`` and ``ready`` in place.
 
     Args:
-        parameter: and all up to ``follower_group``: see ``backends.base.RateTables``.
+        parameter: for this and all arguments up to ``follower_group`` see ``backends.base.RateTables``.
         groups: see ``backends.base.RateGroup``.
-        metrics: (rows, 7), what ``measure`` gives.
+        metrics: (rows, 7), the result of ``measure``.
 
     Raises:
         TypeError: an array has another dtype or is not contiguous; none is ever converted or copied.

@@ -167,9 +167,9 @@ def text_for_image(path):
 
 
 WRONG = {
-    "cut": (cut, "is no zip archive, or is cut"),
+    "cut": (cut, "is not a zip archive, or is cut"),
     "changed": (changed, "0000.jpg cannot be unpacked: Bad CRC"),
-    "text": (lambda path: path.write_text("text"), "is no zip archive, or is cut"),
+    "text": (lambda path: path.write_text("text"), "is not a zip archive, or is cut"),
     "an image that is none": (text_for_image, "train/cat/9999.jpg is not an image"),
     "no image": (lambda path: write(path, []), "holds no image, but no train/CLASS/IMAGE"),
     "no test set": (lambda path: write(path, test=0), "holds train, but no val/CLASS/IMAGE"),

@@ -74,7 +74,7 @@ def test_pixels_keep_their_places(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: (path / "test_batch.bin").write_bytes(b"x" * 100), "is no CIFAR file: 100 bytes"),
+        (lambda path: (path / "test_batch.bin").write_bytes(b"x" * 100), "is not a CIFAR file: 100 bytes"),
         (lambda path: (path / "data_batch_3.bin").unlink(), "data_batch_3.bin is missing"),
         (lambda path: (path / "test_batch.bin").write_bytes(b"\xff" * 3073), "a test label is 255"),
         (lambda path: (path / "test_batch.bin").unlink(), "holds no images that are known here"),

@@ -178,7 +178,7 @@ def test_a_record_that_is_cut_is_named(tmp_path):
     write_folder(tmp_path, "cifar10", "binary")
     file = tmp_path / "data_batch_2.bin"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(DatasetError, match=r"data_batch_2\.bin is no CIFAR file"):
+    with pytest.raises(DatasetError, match=r"data_batch_2\.bin is not a CIFAR file"):
         read_cifar(tmp_path, "cifar10")
 
 
@@ -289,7 +289,7 @@ def test_a_wrong_table_or_split_of_adp_is_refused(changes, message, tmp_path):
 def test_a_split_that_is_no_array_is_named(content, tmp_path):
     write_adp(tmp_path)
     (tmp_path / "splits" / "test.npy").write_bytes(content)
-    with pytest.raises(DatasetError, match=r"test\.npy is no plain array of numbers: .*Expected for adp"):
+    with pytest.raises(DatasetError, match=r"test\.npy is not a plain array of numbers: .*Expected for adp"):
         registry.source("adp", tmp_path, "resnet18", CPU)
 
 
@@ -297,7 +297,7 @@ def test_an_archive_of_arrays_is_no_split(tmp_path):
     write_adp(tmp_path)
     with (tmp_path / "splits" / "test.npy").open("wb") as file:
         np.savez(file, rows=np.array([3]))
-    with pytest.raises(DatasetError, match=r"test\.npy is no plain array of numbers"):
+    with pytest.raises(DatasetError, match=r"test\.npy is not a plain array of numbers"):
         registry.source("adp", tmp_path, "resnet18", CPU)
 
 
@@ -308,7 +308,7 @@ def test_an_archive_of_arrays_is_no_split(tmp_path):
         ("Image Name,Majority Vote Label,Partition\nM\xfc.png,HP,train\n".encode("latin-1"), "UTF-8"),
         (
             b'Image Name,Majority Vote Label,Partition\n"' + b"a" * 200_000,
-            "no table of comma-separated values",
+            "not a table of comma-separated values",
         ),
         (b"Image Name,Majority Vote Label,Partition\na.png,HP\n", "line 2: 3 values are expected"),
         (b"Image Name,Majority Vote Label,Partition\na.png,HP,valid\n", "a partition is 'valid'"),
@@ -328,7 +328,7 @@ def test_a_split_that_is_a_pickle_is_not_opened(tmp_path):
         np.array([Malicious(tmp_path / "ran")], dtype=object),
         allow_pickle=True,
     )
-    with pytest.raises(DatasetError, match="no plain array"):
+    with pytest.raises(DatasetError, match="not a plain array"):
         registry.source("adp", tmp_path, "resnet18", CPU)
     assert not (tmp_path / "ran").exists()
 
@@ -508,7 +508,7 @@ def test_a_table_of_something_else_is_not_overwritten(tmp_path):
     write_nats(tmp_path, 0, 50.0)
     table = tmp_path / "table.csv"
     table.write_text("index,colour\n1,red\n")
-    with pytest.raises(DatasetError, match=r"table\.csv is no table of `study nats`"):
+    with pytest.raises(DatasetError, match=r"table\.csv is not a table of `study nats`"):
         nats_study.measure(tmp_path, table, "cifar10")
     assert table.read_text() == "index,colour\n1,red\n"
 

@@ -779,7 +779,7 @@ def test_what_is_no_table_of_records_is_refused(content, tmp_path, capsys):
     path.write_text(content)
     arguments = ["study", "report", *SMALL, "--out", str(tmp_path), "--records", str(path)]
     assert main(arguments) == 2
-    assert "no table of records" in capsys.readouterr().err
+    assert "not a table of records" in capsys.readouterr().err
 
 
 # --- Runs that fit a time

@@ -41,4 +41,6 @@ def load(file: IO[bytes], allowed: Allowed, encoding: str = "ASCII") -> Any:
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # a damaged pickle can raise almost anything
-        raise pickle.UnpicklingError(f"it is no complete pickle ({type(error).__name__}: {error})") from error
+        raise pickle.UnpicklingError(
+            f"it is not a complete pickle ({type(error).__name__}: {error})"
+        ) from error

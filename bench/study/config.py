@@ -18,7 +18,7 @@ class RunConfig:
         network: key of `bench.models.ARCHITECTURES`.
         dataset: key of `bench.data.registry.DATASETS`.
         optimizer: key of `bench.peers.PEERS`.
-        seed: of initial weights, batches and augmentation.
+        seed: the seed of initial weights, batches and augmentation.
         settings: settings that replace those of `bench.peers`, as sorted (name, value) pairs.
         batch: mini-batch size.
         epochs: passes over the training set, or with a budget the most of them.
@@ -28,7 +28,8 @@ class RunConfig:
         cutout: whether to cut a hole of half the image's side into every training image as well.
         holdout: whether a fifth of the training set is left out of it and judges the run, for tuning.
         keep_weights: whether to keep the weights of some epochs, for figures.
-        schedule: of the learning rate: a key of `bench.study.schedules.SCHEDULES`, or "own" for the paper's.
+        schedule: the schedule of the learning rate, a key of `bench.study.schedules.SCHEDULES`, or "own" for
+            the paper's.
         measurements: epoch ends of RMSGD in the whole run, at equal distances; None: one an epoch.
         images: the number of training images, always the same ones; None: all.
         judged: the number of test images (or held-out ones) that judge the run, always the same; None: all.

@@ -123,4 +123,4 @@ def _read(path: Path) -> Mapping[str, dict[str, float]]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise UsageError(f"{path} is no file of `study run --minutes`: {error}") from error
+        raise UsageError(f"{path} is not a file of `study run --minutes`: {error}") from error

@@ -91,7 +91,9 @@ def _read(table: Path) -> list[dict[str, float]]:
     try:
         found = [{name: float(row[name]) for name in COLUMNS} for row in csv.DictReader(lines)]
     except (KeyError, TypeError, ValueError) as error:
-        raise DatasetError(f"{table} is no table of `study nats`: {type(error).__name__}: {error}") from error
+        raise DatasetError(
+            f"{table} is not a table of `study nats`: {type(error).__name__}: {error}"
+        ) from error
     for row in found:
         row.update({name: int(row[name]) for name in ("index", "epochs", "seed")})
     # The last architecture may lack rows when the process was stopped: it is measured again.

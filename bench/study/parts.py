@@ -89,7 +89,7 @@ def with_own_runs(parts: Mapping[str, Sequence[Record]]) -> dict[str, Sequence[R
 
 
 def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """A row for each configuration: accuracies in per cent over its seeds, and what goes with them."""
+    """A row for each configuration: accuracies in per cent over its seeds, and other results."""
     return [_row(label, mine) for label, mine in grouped(records).items()]
 
 

@@ -27,7 +27,7 @@ class Record:
         diverged: whether its loss stopped being a number.
         epochs: one dictionary per epoch, the columns of `epochs.csv`.
         budget: seconds that it could train for; None where only epochs counted.
-        revision: of this software, by which it was begun; None where that is not known.
+        revision: the revision of this software by which it was begun; None where that is not known.
         tabled: its layers as `layers` gives them, for one that was read from a table of records.
 
     """

@@ -61,9 +61,9 @@ def cells(records: Sequence[Record]) -> dict[tuple[str, str, str], list[Record]]
 def rows(name: str, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
     """One row per cell and reported epoch: measured, published and their difference.
 
-    There is no difference where the runs are not the paper's: "differs" has the names of what is another.
-    Where runs of the same network, data set and batch size had budgets of their own, "budgets" has more than
-    one, and there is no difference.
+    There is no difference where the runs are not the paper's, and "differs" has the names of the fields that
+    differ. Where runs of the same network, data set and batch size had budgets of their own, "budgets" has
+    more than one, and there is no difference.
     """
     shared = budgets(records)
     for (dataset, network, label), mine in cells(records).items():

@@ -35,7 +35,7 @@ def by_experiment(
     """The runs that the arguments name, by experiment and part, without experiments that have none.
 
     Args:
-        options: of the command.
+        options: the options of the command.
         sweeps: also the runs that differ from their optimizer's own settings before `--set` changes any.
         search: finds the rates of an experiment that tunes them itself; what it does not find leaves the
             runs out. Not called where `--rates` is given.

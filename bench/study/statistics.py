@@ -139,7 +139,7 @@ def bootstrapped(
         centred: correlate what is left of both when each cluster's means are taken away; then points are
             drawn within their clusters.
         resamples: draws.
-        confidence: of the interval.
+        confidence: the confidence of the interval.
 
     Returns:
         "plcc" and "rocc" to (value, low, high); None for fewer than three points, a constant quantity, or,

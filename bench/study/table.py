@@ -82,7 +82,7 @@ def read(path: Path) -> dict[RunConfig, Record]:
         return found
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise UsageError(
-            f"{path} is no table of records as `study report --save-records` writes it ({error})"
+            f"{path} is not a table of records as `study report --save-records` writes it ({error})"
         ) from error
 
 

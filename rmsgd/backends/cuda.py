@@ -104,7 +104,7 @@ class CudaBackend:
         self._make_streams = streams
         self._streams_of: dict[torch.device, Streams] = {}
         self._plans: dict[tuple[object, ...], list[SpectraPlan]] = {}
-        self._lock = Lock()  # of these two: threads may have networks of their own
+        self._lock = Lock()  # it guards these two, since threads may have networks of their own
         self._budget = WORKSPACE_BYTES
 
     def _streams(self, device: torch.device) -> Streams:

@@ -292,7 +292,7 @@ class SpectraPlan:
         # This memory, and memory from the current stream's earlier work, is first used on the caller's
         # stream.
         streams.caller_waits()
-        barriers = 2 * self.count + 1  # of each matrix in either precision, and of the singular values
+        barriers = 2 * self.count + 1  # for each matrix in either precision, and for the singular values
         matrices, items, first_state, blocks, parts, row = self._tables
         with streams.caller_stream():
             barrier = torch.zeros(barriers * _GRID_BARRIER_BYTES, dtype=torch.uint8, device=self._device)

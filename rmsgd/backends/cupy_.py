@@ -79,7 +79,7 @@ class NvrtcKernels:
         self._functions: dict[tuple[int, str], int] = {}
         self._modules: dict[int, Any] = {}
         self._allowed: dict[int, int] = {}
-        self._lock = Lock()  # of these three
+        self._lock = Lock()  # it guards these three
 
     def compile(self, architecture: str) -> bytes:
         """Machine code for an architecture such as "sm_75", or PTX for "compute_75".

@@ -119,7 +119,7 @@ class SharedMeasurement:
     Args:
         matrices: the matrices, the same ones in the same order on every rank.
         process_group: the ranks that hold copies of the plain tensors; None if each measures them all.
-        columns: of the table that is measured.
+        columns: the number of columns of the table that is measured.
     """
 
     def __init__(self, matrices: Sequence[Matrix], process_group: Any, columns: int = FIELDS) -> None:

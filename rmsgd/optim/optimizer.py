@@ -261,7 +261,7 @@ class RMSGD(Optimizer):
             if wait or step.on_host:
                 step.write_back()
 
-    @torch.inference_mode(False)  # its tables outlive the mode of whoever happens to call first
+    @torch.inference_mode(False)  # its tables outlive the mode of the first caller
     @torch.no_grad()  # which leaving that mode would switch off
     def _build(self) -> None:
         records = records_of(self.param_groups)

@@ -9,7 +9,7 @@
                                   first step); see ``Rule.mode_weights``
     epoch                         how many epoch ends there have been
     decay                         product of the gammas that zeta has been multiplied by
-    ready                         whether the release's ``not_ready`` list has let go of the layer
+    ready                         whether the layer has left the release's ``not_ready`` list
 
 While the optimizer runs, rate, stable_rank and ready are kept where the kernels read and write them
 (``rmsgd.optim.device_rates``), and so is fresh (``rmsgd.optim.device_step``). On a CPU every change is

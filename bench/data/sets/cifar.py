@@ -166,7 +166,7 @@ def _binary(content: bytes, form: Form, name: str) -> Images:
     """Records of label bytes, the last of which counts, and 3x32x32 pixels."""
     record, size = form.labels + PIXELS, len(content)
     if size == 0 or size % record:
-        raise DatasetError(f"{name} is no CIFAR file: {size} bytes are not records of {record}")
+        raise DatasetError(f"{name} is not a CIFAR file: {size} bytes are not records of {record}")
     records = np.frombuffer(content, dtype=np.uint8).reshape(-1, record)
     pixels = torch.from_numpy(records[:, form.labels :].reshape(-1, 3, 32, 32).copy())
     return pixels, torch.from_numpy(records[:, form.labels - 1].astype(np.int64))

@@ -238,7 +238,7 @@ def _opened(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:  # a cut archive has lost its table of contents
-        raise DatasetError(f"{path} is no zip archive, or is cut: {error}") from error
+        raise DatasetError(f"{path} is not a zip archive, or is cut: {error}") from error
 
 
 DATASETS = {

@@ -87,9 +87,9 @@ def _table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
                     raise DatasetError(f"{path}, line {reader.line_num}: {len(names)} values are expected")
                 rows.append(row)
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is no text in UTF-8: {error}") from error
+        raise DatasetError(f"{path} is not text in UTF-8: {error}") from error
     except csv.Error as error:
-        raise DatasetError(f"{path} is no table of comma-separated values: {error}") from error
+        raise DatasetError(f"{path} is not a table of comma-separated values: {error}") from error
     if not rows:
         raise DatasetError(f"{path} has no row")
     return rows
@@ -103,7 +103,7 @@ def _rows(path: Path, count: int) -> list[int]:
             # This function reads only the .npy format; `np.load` also opens archives.
             chosen = np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise DatasetError(f"{path} is no plain array of numbers: {error}") from error
+        raise DatasetError(f"{path} is not a plain array of numbers: {error}") from error
     if chosen.ndim != 1 or chosen.size == 0 or not np.issubdtype(chosen.dtype, np.integer):
         raise DatasetError(f"{path} must hold row numbers, got {chosen.dtype} of shape {chosen.shape}")
     if chosen.min() < 0 or chosen.max() >= count:

@@ -179,7 +179,7 @@ class _Machine:
     def name_on_stack(self) -> None:
         name, module = self._pop(), self._pop()
         if not isinstance(name, str) or not isinstance(module, str):
-            raise CheckpointError("not a sound pickle (a name that is no text)")
+            raise CheckpointError("not a sound pickle (a name that is not text)")
         if len(name) + len(module) > _LONGEST_NAME:
             raise CheckpointError("not a sound pickle (a name without end)")
         self.name(module, name)
@@ -188,7 +188,7 @@ class _Machine:
         """Replace the callable on the stack by the result of a call of what stands for it, with ``args``."""
         name = self._pop()
         if not isinstance(name, Global) or not isinstance(args, tuple):
-            raise CheckpointError("not a sound pickle (a call of what is no name)")
+            raise CheckpointError("not a sound pickle (a call of something that is not a name)")
         builder = self._builders.get(name)
         self._stack.append(StandIn(name, args) if builder is None else builder(*args))
 

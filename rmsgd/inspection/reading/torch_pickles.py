@@ -128,9 +128,9 @@ def _of_storage(
 def _integers(values: Any) -> tuple[int, ...]:
     """Sizes, strides or offsets, which must not be negative and not so many that they cost time."""
     if not isinstance(values, tuple | list) or len(values) > _MOST_DIMENSIONS:
-        raise CheckpointError("a tensor whose shape is no shape")
+        raise CheckpointError("a tensor whose shape is invalid")
     if not all(type(n) is int and 0 <= n < 2**63 for n in values):
-        raise CheckpointError("a tensor whose shape is no shape")
+        raise CheckpointError("a tensor whose shape is invalid")
     return tuple(values)
 
 

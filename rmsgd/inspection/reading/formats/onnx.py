@@ -129,7 +129,7 @@ def _initialiser(data: Bytes, end: int) -> _Initialiser:
         if number == _DIMS:
             found.dims += _packed(data, value) if wire == _LENGTH else [value]
             if len(found.dims) > _MOST_DIMENSIONS:
-                raise CheckpointError("an initialiser whose shape is no shape")
+                raise CheckpointError("an initialiser whose shape is invalid")
         elif number == _DATA_TYPE and wire == _VARINT:
             found.kind = value
         elif number == _NAME and wire == _LENGTH:
@@ -196,7 +196,7 @@ def _read_external(path: Path, found: _Initialiser, dtype: torch.dtype) -> Tenso
     if not location or not other.is_relative_to(folder):
         raise CheckpointError(f"{found.name} is said to lie outside the folder ({location})")
     if not other.is_file():
-        raise CheckpointError(f"{found.name} is said to lie in {location}, which is no file")
+        raise CheckpointError(f"{found.name} is said to lie in {location}, which is not a file")
     if not offset.isdecimal() or len(offset) > 18:
         raise CheckpointError(f"{found.name} is said to lie at {offset[:40]}")
     return _read(other, int(offset), tuple(found.dims), dtype)
