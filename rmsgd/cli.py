@@ -23,6 +23,7 @@ from rmsgd.extras import install_command
 from rmsgd.inspection.measuring import usable_device
 from rmsgd.inspection.probing import Probing
 from rmsgd.inspection.reading.checkpoints import CHECKPOINT_SUFFIXES, checkpoint_files
+from rmsgd.inspection.reading.printable import printable
 from rmsgd.inspection.reading.stored import CheckpointError
 from rmsgd.inspection.report.comparison import Comparison
 from rmsgd.inspection.report.comparison_table import comparison_table
@@ -32,7 +33,6 @@ from rmsgd.inspection.report.report import Report
 from rmsgd.inspection.report.series import Series, in_order_of_training
 from rmsgd.inspection.report.series_figure import plot_series
 from rmsgd.inspection.report.series_table import series_table
-from rmsgd.inspection.report.text import printable
 
 OK, NOTHING, FAILED, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: 0 where a layer was measured, 1 where all was read and no layer could be measured, 2 where

@@ -4,6 +4,7 @@ import argparse
 import datetime
 import enum
 import functools
+import json
 import os
 import pathlib
 import pickle
@@ -263,3 +264,40 @@ def test_a_tensor_of_a_class_of_its_own_is_listed(tmp_path):
     [_, odd] = rmsgd.probe(tmp_path / "m.pt").layers
     assert "Masked, not a plain tensor" in odd.skipped
     assert odd.shape == (6, 8)
+
+
+def a_pickle(folder, text):
+    (folder / "m.pkl").write_bytes(b"\x80\x02c" + f"os\nsystem{text}\n.".encode())
+    return folder / "m.pkl"
+
+
+def an_index(name):
+    def write(folder, text):
+        index = {"weight_map": {"w": name.format(text)}}
+        (folder / "m.index.json").write_text(json.dumps(index))
+        return folder / "m.index.json"
+
+    return write
+
+
+def shards_with_a_name_in_common(folder, text):
+    for number in (1, 2):
+        torch.save({f"w{text}": WEIGHT}, folder / f"m{number}.pt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "write",
+    [a_pickle, an_index("../{}"), an_index("{}"), shards_with_a_name_in_common],
+    ids=lambda x: x.__name__,
+)
+@pytest.mark.parametrize("text", ["\x0b", "\x1b[2J", "\u2028", "\r"], ids=ascii)
+def test_a_message_shows_what_could_steer_a_terminal_as_escapes(tmp_path, write, text):
+    path = write(tmp_path, text)
+    try:
+        messages = rmsgd.probe(path).errors
+    except CheckpointError as error:
+        messages = str(error).splitlines()
+    assert len(messages) == 1
+    assert messages[0].isprintable()
+    assert ascii(text)[1:-1] in messages[0]

@@ -20,6 +20,7 @@ from rmsgd.inspection.reading.file_format import Beginning, FileFormat, OpenFile
 from rmsgd.inspection.reading.formats import FORMATS
 from rmsgd.inspection.reading.natural_order import natural_order
 from rmsgd.inspection.reading.networks import find_network
+from rmsgd.inspection.reading.printable import printable
 from rmsgd.inspection.reading.stored import (
     CheckpointError,
     NotMeasurableError,
@@ -212,7 +213,7 @@ def _join(files: Sequence[_File], errors: list[str]) -> Source:
                 if len(stored.shape) < 2:
                     continue  # not a layer, but a random state, which every process of a training has saved
                 errors.append(
-                    f"{file.path}: has {stored.name} again, after {origin[stored.name].name}: "
+                    f"{file.path}: has {printable(stored.name)} again, after {origin[stored.name].name}: "
                     "these are not shards of one model"
                 )
                 break
@@ -289,9 +290,9 @@ def _of_index(index: Path) -> tuple[list[Path], list[str]]:
     files, errors = [], []
     for name in sorted(map(str, names), key=natural_order):
         if Path(name).name != name:
-            errors.append(f"{index}: names a shard outside its folder ({name})")
+            errors.append(f"{index}: names a shard outside its folder ({printable(name)})")
         elif not os.path.exists(index.parent / name):  # this is also False for a name too long for a file
-            errors.append(f"{index.parent / name}: missing shard (named in {index.name})")
+            errors.append(f"{index.parent / printable(name)}: missing shard (named in {index.name})")
         else:
             files.append(index.parent / name)
     return files, errors
@@ -308,7 +309,7 @@ def _reading(path: Path, what: str) -> Iterator[None]:
     except NotMeasurableError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{path}: {_explain(error, what)}") from None
+        raise CheckpointError(f"{path}: {printable(_explain(error, what))}") from None
 
 
 def _explain(error: Exception, what: str) -> str:

@@ -5,12 +5,8 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
+from rmsgd.inspection.reading.printable import printable
 from rmsgd.metrics import NETWORK_QUALITY, LayerMetrics, Metric, measured, network_quality
-
-
-def printable(text: str) -> str:
-    """Text from a file, with characters that could steer a terminal written as visible escapes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def shape_text(shape: Sequence[int]) -> str:
