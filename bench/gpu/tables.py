@@ -110,8 +110,14 @@ def _kernels(rows: Rows) -> Table:
     return table
 
 
-COUNTED = ("fingerprint", "gram", "reduction", "sturm_evbmf", "idle")
-_COUNTED_HEADINGS = ("read", "Gram", "reduce", "values", "idle")
+COUNTED = {
+    "fingerprint": "read",
+    "gram": "Gram",
+    "reduction": "reduce",
+    "sturm_evbmf": "values",
+    "idle": "idle",
+}
+"""The parts of a counted epoch end and their headings."""
 
 
 def counted(rows: Rows) -> list[Table]:
@@ -122,13 +128,14 @@ def counted(rows: Rows) -> list[Table]:
         network = row["network"]
         if network not in made:
             title = f"Epoch end of {network}, ms, by count: not measured"
-            made[network] = _table("card", *_COUNTED_HEADINGS, "total", "before", "mostly", title=title)
+            made[network] = _table("card", *COUNTED.values(), "total", "before", "mostly", title=title)
         old = before[network, row["device"]]
+        stage, limit = row["dominated_by"].split(": ")
         made[network].add_row(
             row["device"],
             *(f"{row[f'{stage}_ms']:.2f}" for stage in (*COUNTED, "total")),
             "host" if old["host"] else f"{old['total_ms']:.1f}",
-            row["dominated_by"],
+            f"{COUNTED[stage]}: {limit}",
         )
     return list(made.values())
 

@@ -351,7 +351,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
   rmsgd::tridiagonal_block<double>(arguments);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, 4)
     rmsgd_sturm(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
   rmsgd::sturm_block<float>(arguments);
 }
