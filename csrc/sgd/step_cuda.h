@@ -113,9 +113,11 @@ RMSGD_FN void step_elements(Team& team, const Coefficients<A>& c, T* w, A* m, co
   };
 
   // The weight decides where packs begin; another array that is out of step with it is accessed
-  // element by element.
+  // element by element. The loops over single elements are short: unrolled, they would take registers from
+  // the others.
   const int misaligned = int((unsigned long long)w % 16 / sizeof(T));
   const int head = misaligned == 0 ? 0 : PACK - misaligned < count ? PACK - misaligned : count;
+#pragma unroll 1
   for (int i = team.rank(); i < head; i += team.size()) one(i);
   const bool m_fits = Pack<A, PACK>::fits(m + head), g_fits = Pack<G, PACK>::fits(g + head);
 
@@ -128,6 +130,7 @@ RMSGD_FN void step_elements(Team& team, const Coefficients<A>& c, T* w, A* m, co
   for (; AHEAD > 1 && i < end; i += apart) {
     step_packs<memory, nesterov, 1>(c, w + i, m + i, g + i, apart, fresh, m_fits, g_fits);
   }
+#pragma unroll 1
   for (int k = end + team.rank(); k < count; k += team.size()) one(k);
 }
 

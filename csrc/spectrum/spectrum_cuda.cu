@@ -33,7 +33,7 @@ struct Fingerprint {
         run = innermost - row % innermost;
         if (run > bottom - row) run = bottom - row;
         const Element* const from = at + offset_of(matrix.small, unsigned(row));
-#pragma unroll 8
+#pragma unroll 4
         for (int k = 0; k < run; ++k) {
           const unsigned long long mixed =
               word_of_double(double(widen(from[k * step]))) * 0x9e3779b97f4a7c15ull;
