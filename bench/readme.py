@@ -192,30 +192,37 @@ def study_cells(row: dict[str, Any]) -> list[str]:
 
 
 SAME_LR_HEADINGS = (
-    "task",
+    "task (seeds)",
     "SGD",
     "RMSGD",
     "RMSGD minus SGD [95 %]",
+    "at the end",
     "loss: SGD",
     "RMSGD minus SGD [95 %]",
     "rates / lr",
-    "the letter: accuracy; loss",
+    "the letter minus SGD: accuracy; loss",
 )
 
 
 def same_lr_cells(row: Mapping[str, Any]) -> list[str]:
-    """A task's held-out accuracies in percent, its training losses in nats, the range of RMSGD's rates."""
+    """A task's held-out accuracies in percent, its training losses in nats, the range of RMSGD's rates.
+
+    Differences are of the same seeds; the letter's are of the few that it has.
+    """
     sgd, ours, letter = row["sgd"], row["rmsgd"], row["rmsgd-paper"]
-    behind = Interval(*(100 * value for value in ours["accuracy_difference"]))
+    behind, last = (
+        Interval(*(100 * value for value in ours[f"{which}accuracy_difference"])) for which in ("", "last_")
+    )
     return [
-        row["task"],
+        f"{row['task']} ({row['seeds']})",
         f"{100 * sgd['accuracy']:.1f}",
         f"{100 * ours['accuracy']:.1f}",
         behind.text("+.2f"),
+        last.text("+.2f"),
         f"{sgd['loss']:.3f}",
         Interval(*ours["loss_difference"]).text("+.3f"),
         f"{ours['lowest']:.2f} to {ours['highest']:.2f}",
-        f"{100 * letter['accuracy']:.1f}; {letter['loss']:.3f}",
+        f"{100 * letter['accuracy_difference'][0]:+.2f}; {letter['loss_difference'][0]:+.3f}",
     ]
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from bench import data, models
 from bench.data.split import Split
-from bench.same_lr.training import MakeOptimizer, Outcome, epoch_of, evaluate, outcome, train
+from bench.same_lr.training import MakeOptimizer, Outcome, epoch_of, train
 
 LR = 0.03
 
@@ -22,14 +22,19 @@ def _classify(
     batch: int,
     epochs: int,
 ) -> Outcome:
-    optimizer = make(model, LR)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        batches = epoch_of(training, batch, generator)
-        train(model, optimizer, batches, measure_every=len(training) // batch)
-    loss, _ = evaluate(model, Split(training.inputs[:4096], training.targets[:4096]))
-    _, accuracy = evaluate(model, held_out)
-    return outcome(optimizer, LR, loss, accuracy)
+    drawn = (pair for _ in range(epochs) for pair in epoch_of(training, batch, generator))
+    each = len(training) // batch
+    return train(
+        model,
+        make(model, LR),
+        LR,
+        drawn,
+        steps=epochs * each,
+        measure_every=each,
+        training=Split(training.inputs[:4096], training.targets[:4096]),
+        held_out=held_out,
+    )
 
 
 def teacher(classes: int, seed: int, make: MakeOptimizer) -> Outcome:

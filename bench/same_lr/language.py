@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bench import models
 from bench.data.split import Split
-from bench.same_lr.training import MakeOptimizer, Outcome, evaluate, outcome, train
+from bench.same_lr.training import MakeOptimizer, Outcome, train
 
 LR = 0.1
 CHARACTERS, CONTEXT, BATCH = 128, 64, 8
@@ -41,16 +41,21 @@ def _windows(text: Tensor, count: int, generator: torch.Generator) -> Split:
 def _fit(
     model: nn.Module, part: str, make: MakeOptimizer, seed: int, *, steps: int, measurements: int
 ) -> Outcome:
-    """Steps on the first nine tenths of a text; the rest is held out. The loss is that of the last tenth."""
+    """Steps on the first nine tenths of a text; the rest is held out."""
     text = corpus(part)
     training, held_out = text.split([len(text) * 9 // 10, len(text) - len(text) * 9 // 10])
-    optimizer = make(model, LR)
     drawn = _windows(training, steps * BATCH, torch.Generator().manual_seed(seed))
-    batches = zip(drawn.inputs.split(BATCH), drawn.targets.split(BATCH), strict=True)
-    losses = train(model, optimizer, batches, measure_every=steps // measurements)
-    last = losses[-steps // 10 :]
-    _, accuracy = evaluate(model, _windows(held_out, 512, torch.Generator().manual_seed(0)))
-    return outcome(optimizer, LR, sum(last) / len(last), accuracy)
+    looked_at = torch.Generator().manual_seed(0)
+    return train(
+        model,
+        make(model, LR),
+        LR,
+        zip(drawn.inputs.split(BATCH), drawn.targets.split(BATCH), strict=True),
+        steps=steps,
+        measure_every=steps // measurements,
+        training=_windows(training, 256, looked_at),
+        held_out=_windows(held_out, 512, looked_at),
+    )
 
 
 def _network(seed: int) -> nn.Module:
