@@ -71,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         "probe",
         help="stable rank, condition number and quality of every layer of a checkpoint",
         description="Measures every layer of a checkpoint from its weights alone: rank and noise variance "
-        "(EVBMF), stable rank, condition number and quality, and Q of the network. Several paths are a "
-        "series: the same network at several points of its training.",
+        "(EVBMF), stable rank, condition number, quality and tail exponent, and Q of the network. Several "
+        "paths are a series: the same network at several points of its training.",
         epilog="Exit code 0: layers were measured; others may have been skipped. 1: every layer was skipped, "
         "and nothing was measured. 2: something could not be read or written.",
     )

@@ -1,6 +1,7 @@
 """The CUDA backend agrees with the reference, whatever the order in which its threads run."""
 
 import ctypes
+import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ from rmsgd.backends.cuda_step import _SIZES, _arguments
 from rmsgd.backends.cuda_teams import Team, Teams, Wave
 from rmsgd.backends.kernels import TEAM_SHARED
 from rmsgd.backends.numpy_ import NumpyBackend
+from rmsgd.element_types import rounding
 from rmsgd.layers import as_matrix, unfoldings
 from rmsgd.optim import device_rates, device_step
 from rmsgd.rules import RULES, update_rates
@@ -114,6 +116,18 @@ def test_what_is_true_of_small_matrices_is_true_of_those_that_torch_measures(bac
     matrices = spectra(weight(), low_rank(20, 30, 3, 0.0))
     assert_measured(backend.measure(matrices), matrices)
     assert set(backend._kernels.launched) == {"rmsgd_values"}
+
+
+def test_singular_values_are_the_references_and_those_of_low_rank_are_zero(backend):
+    left, right = torch.randint(-3, 4, (12, 2)).double(), torch.randint(-3, 4, (2, 30)).double()
+    broken = torch.full((4, 6), math.nan)
+    matrices = spectra(torch.randn(20, 30), 3.0 + torch.randn(9, 14).double(), left @ right, broken)
+    table, found = backend.spectra(matrices, "all")
+    assert table[:, STATUS].tolist() == [MEASURED] * 3 + [NOT_FINITE]
+    for (weight, _), gamma in zip(matrices[:3], found, strict=False):
+        expected = reference.singular_values(weight.double().numpy(), rounding(weight.dtype))
+        np.testing.assert_allclose(gamma**2, expected**2, rtol=0, atol=64 * 2.0**-53 * expected[0] ** 2)
+    assert (found[2][2:] == 0.0).all()
 
 
 def test_only_what_has_more_rows_than_the_largest_goes_to_torch(backend, monkeypatch):

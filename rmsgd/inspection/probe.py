@@ -20,12 +20,13 @@ def probe(
     device: torch.device | str | None = None,
     progress: Callable[[float], object] | None = None,
 ) -> Report:
-    """Measure every layer of a network: stable rank, condition number, quality, rank and noise.
+    """Measure every layer of a network: rank, noise, stable rank, condition number, quality, tail exponent.
 
     A layer is a tensor of two or more dimensions. A matrix is measured as it is, a tensor of three to
     five dimensions ``(o, i, *k)`` in its two unfoldings, "in" ``(i, o k)`` and "out" ``(o, i k)``. This
     holds for attention's packed q, k, v (one matrix) and for stacked experts ``(experts, m, n)`` too, since a
-    checkpoint does not say what a tensor means, and so a report equals that of ``RMSGD.report``.
+    checkpoint does not say what a tensor means, and so a report equals that of ``RMSGD.report``,
+    which only lacks the metrics of all singular values (the tail exponent and two norms).
     Biases and norms are not layers. A layer that cannot be measured is in the report, with the reason in
     ``skipped``.
 

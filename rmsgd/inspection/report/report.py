@@ -74,7 +74,7 @@ class Report:
         return pandas.DataFrame(rows, columns=COLUMNS).set_index("name")
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw stable rank, condition number and quality of every measured layer to a file.
+        """Draw the metrics of every measured layer, those of ``metrics.SCALARS``, to a file.
 
         The suffix of ``path`` decides the format. The axes carry the units and ranges.
 
