@@ -13,35 +13,51 @@ constexpr int W = LANES<double>;
 constexpr double LARGE = 32.0;
 constexpr int MOST_ROUNDS = 8;
 
-// Y = G X from the upper triangle. X and Y are K rows of length n, `stride` apart, zero beyond n.
-void multiply(const double* gram, int n, ptrdiff_t stride, const double* X, double* Y) {
-  for (ptrdiff_t i = 0; i < K * stride; ++i) Y[i] = 0.0;
-  for (ptrdiff_t i = 0; i < n; ++i) {
-    const double* const row = gram + i * stride;
-    for (int half = 0; half < K; half += 4) {
-      const double* const x = X + half * stride;
-      double* const y = Y + half * stride;
-      double sum[4];
-      for (int c = 0; c < 4; ++c) sum[c] = row[i] * x[c * stride + i];
-      ptrdiff_t j = i + 1;
-      for (; j % W != 0 && j < n; ++j) {
-        for (int c = 0; c < 4; ++c) {
-          sum[c] += row[j] * x[c * stride + j];
-          y[c * stride + j] += row[j] * x[c * stride + i];
-        }
+// The part of Y = G X that rows [row, row + count) of the upper triangle make up, by single elements of
+// columns [row, end).
+void multiply_corner(const double* gram, ptrdiff_t row, ptrdiff_t count, ptrdiff_t end, ptrdiff_t stride,
+                     const double* X, double* Y) {
+  for (ptrdiff_t i = row; i < row + count; ++i) {
+    for (ptrdiff_t j = i; j < end; ++j) {
+      const double g = gram[i * stride + j];
+      for (int c = 0; c < K; ++c) {
+        Y[c * stride + i] += g * X[c * stride + j];
+        if (j > i) Y[c * stride + j] += g * X[c * stride + i];
       }
-      Vector<double> sums[4] = {};
-      for (; j < n; j += W) {
-        const Vector<double> g = load(row + j);
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; ++c) {
-          sums[c] += g * load(x + c * stride + j);
-          store(y + c * stride + j, load(y + c * stride + j) + g * x[c * stride + i]);
-        }
-      }
-      for (int c = 0; c < 4; ++c) y[c * stride + i] += sum[c] + horizontal_sum<double>(sums[c]);
     }
   }
+}
+
+// Y = G X from the upper triangle, four rows at a time, which stay in the first-level cache while all of X
+// and Y passes. X and Y are K rows of length n, `stride` apart, zero beyond n.
+void multiply(const double* gram, ptrdiff_t n, ptrdiff_t stride, const double* X, double* Y) {
+  constexpr ptrdiff_t ROWS = 4;
+  for (ptrdiff_t i = 0; i < K * stride; ++i) Y[i] = 0.0;
+  ptrdiff_t row = 0;
+  for (; row + ROWS <= n; row += ROWS) {
+    const ptrdiff_t first = vectors_up<double>(row + ROWS) < n ? vectors_up<double>(row + ROWS) : n;
+    multiply_corner(gram, row, ROWS, first, stride, X, Y);
+    const double* const from = gram + row * stride;
+    for (int c = 0; c < K && first < n; ++c) {
+      const double* const x = X + c * stride;
+      double* const y = Y + c * stride;
+      const double scale[ROWS] = {x[row], x[row + 1], x[row + 2], x[row + 3]};
+      Vector<double> sums[ROWS] = {};
+      for (ptrdiff_t j = first; j < n; j += W) {
+        const Vector<double> right = load(x + j);
+        Vector<double> below = load(y + j);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+          const Vector<double> g = load(from + r * stride + j);
+          sums[r] += g * right;
+          below += g * scale[r];
+        }
+        store(y + j, below);
+      }
+      for (int r = 0; r < ROWS; ++r) y[row + r] += horizontal_sum<double>(sums[r]);
+    }
+  }
+  multiply_corner(gram, row, n - row, n, stride, X, Y);
 }
 
 double dot(const double* x, const double* y, ptrdiff_t length) {
@@ -74,10 +90,13 @@ void eigenvectors(double (&H)[K][K], double (&Q)[K][K]) {
   for (int i = 0; i < K; ++i) {
     for (int j = 0; j < K; ++j) Q[i][j] = i == j;
   }
-  for (int sweep = 0; sweep < 10; ++sweep) {
+  bool settled = false;
+  for (int sweep = 0; sweep < 10 && !settled; ++sweep) {
+    settled = true;
     for (int p = 0; p < K; ++p) {
       for (int q = p + 1; q < K; ++q) {
-        if (__builtin_fabs(H[p][q]) <= 1e-300) continue;
+        if (__builtin_fabs(H[p][q]) <= 1e-17 * __builtin_sqrt(__builtin_fabs(H[p][p] * H[q][q]))) continue;
+        settled = false;
         const double theta = (H[q][q] - H[p][p]) / (2.0 * H[p][q]);
         const double t =
             (theta < 0.0 ? -1.0 : 1.0) / (__builtin_fabs(theta) + __builtin_sqrt(theta * theta + 1.0));
@@ -201,7 +220,7 @@ Deflation deflate(double* gram, int n, ptrdiff_t stride, double trace, double* w
     for (ptrdiff_t j = 0; j < stride; ++j) y[j] -= 0.5 * theta[c] * X[c * stride + j];
   }
   // G -= V Z^T + Z V^T with Z = G V - V diag(theta) / 2; blocks on the diagonal are whole.
-  const ptrdiff_t end = (n + 15) / 16 * 16;
+  const ptrdiff_t end = vectors_up<float>(n);
   for (ptrdiff_t i = 0; i < n && result.count > 0; ++i) {
     for (ptrdiff_t j = i / 16 * 16; j < end; j += W) {
       Vector<double> g = load(gram + i * stride + j);
