@@ -131,6 +131,14 @@ def test_values_are_within_the_error_of_a_product_in_fp32(name):
     assert int(table[0, RANK]) == reference.measure_singular_values(gamma, L, M)[0]
 
 
+@pytest.mark.parametrize("size", [(64, 90), (257, 300), (300, 700)], ids=str)
+def test_a_search_ends_however_far_the_largest_value_is_above_the_others(size):
+    rng = np.random.default_rng(5)
+    for mean in np.geomspace(50.0, 5e4, 25):
+        weight = torch.from_numpy(mean + noise(rng, *size)).float()
+        assert measure(weight)[RANK] <= 1
+
+
 def test_the_number_of_threads_changes_no_bit_of_a_weight_with_a_mean():
     weight = 3.0 + torch.randn(1030, 1100)
     before = torch.get_num_threads()

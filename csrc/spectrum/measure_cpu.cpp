@@ -206,7 +206,9 @@ Interval prepare(int rows, Stage precision, Workspace& space) {
   for (int i = 0; i + 1 < size; ++i) {
     space.squares[i] = std::max(space.squares[i] * space.squares[i], SMALLEST_SQUARE);
   }
-  return {upper, remaining, remaining * (precision == STAGE_FP32 ? 0x1p-31 : 0x1p-51)};
+  // Beside an eigenvalue that was taken off, others may be too small to ask for so many digits of it.
+  const double tolerance = remaining * (precision == STAGE_FP32 ? 0x1p-31 : 0x1p-51);
+  return {upper, remaining, std::max(tolerance, upper * 0x1p-51)};
 }
 
 // Eigenvalues of a positive semidefinite matrix: what rounding put below zero is zero.
