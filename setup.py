@@ -1,14 +1,14 @@
-"""Build of the compiled core; everything declarative is in pyproject.toml.
+"""The build of the compiled core; everything declarative is in pyproject.toml.
 
-`rmsgd._cpu` holds the hot kernels once per instruction set and chooses at run time. A machine
-without a compiler still gets a working installation: the build says so and the numba or the torch
+`rmsgd._cpu` holds the hot kernels once per instruction set and chooses among them at run time. A machine
+without a compiler still gets a working installation: the build prints a message, and the numba or the torch
 backend runs instead.
 
-`rmsgd._cuda` is built where nvcc is found (RMSGD_NVCC, CUDA_HOME, the PATH) and it is known for which GPUs:
-those of RMSGD_CUDA_ARCHS ("75,90"), else of TORCH_CUDA_ARCH_LIST ("7.5;9.0"), else the ones that are visible.
-RMSGD_CUDA=0 leaves it out; RMSGD_CUDA=1 asks for it, and without a GPU compiles for every architecture, which
-takes many minutes. The newest architecture is added as PTX. Where the module is missing, CuPy compiles the
-same kernels at run time.
+`rmsgd._cuda` is built where nvcc is found (RMSGD_NVCC, CUDA_HOME, the PATH) and the GPUs are known: those of
+RMSGD_CUDA_ARCHS ("75,90"), else of TORCH_CUDA_ARCH_LIST ("7.5;9.0"), else the visible ones. RMSGD_CUDA=0
+leaves it out. RMSGD_CUDA=1 asks for it, and without a GPU compiles for every architecture, which takes many
+minutes. The newest architecture is added as PTX. Where the module is missing, CuPy compiles the same kernels
+at run time.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 X86 = platform.machine() in ("x86_64", "AMD64")
 
-# Compiled once per instruction set, each time with RMSGD_ISA set to its name (see csrc/isa.h).
+# These are compiled once per instruction set, each time with RMSGD_ISA set to its name (see csrc/isa.h).
 ISA_SOURCES = [
     "csrc/sgd/step_cpu.cpp",
     "csrc/spectrum/gram_cpu.cpp",
@@ -37,7 +37,7 @@ ISA_SOURCES = [
     "csrc/spectrum/tridiagonal_cpu.cpp",
     "csrc/spectrum/eigenvalues_cpu.cpp",
 ]
-# Compiled once, for the baseline.
+# These are compiled once, for the baseline.
 SOURCES = [
     "csrc/bind_cpu.cpp",
     "csrc/bind_step.cpp",
@@ -52,7 +52,7 @@ if X86:
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 
-# Compiled by nvcc, once per architecture.
+# These are compiled by nvcc, once per architecture.
 CUDA_SOURCES = ["csrc/sgd/step_cuda.cu", "csrc/spectrum/spectrum_cuda.cu", "csrc/evbmf/rates_cuda.cu"]
 CUDA_ARCHS = (75, 80, 86, 89, 90, 100, 120)
 # The names that TORCH_CUDA_ARCH_LIST may hold instead of numbers.
@@ -84,12 +84,12 @@ if SANITIZER:
 
 
 def say(message: str) -> None:
-    """Tell the person installing; pip shows it with -v and on failure."""
+    """Print a message for the user; pip shows it with -v and on failure."""
     print(f"rmsgd: {message}", file=sys.stderr, flush=True)
 
 
 class BuildExtensions(build_ext):
-    """Compiles each source for each instruction set or GPU it needs, all cores at work."""
+    """Compiles each source for each instruction set or GPU that it needs, on all cores."""
 
     def build_extension(self, ext):
         if ext.name == "rmsgd._cuda":
@@ -97,7 +97,7 @@ class BuildExtensions(build_ext):
             return
         try:
             self._build_cpu(ext)
-        except Exception as error:  # whatever the compiler's absence or failure looks like
+        except Exception as error:  # a missing or failing compiler may raise anything
             if os.environ.get("RMSGD_REQUIRE_NATIVE"):
                 raise
             say(
@@ -135,7 +135,7 @@ class BuildExtensions(build_ext):
         self.compiler.link_shared_object(objects, target, extra_postargs=linking, target_lang="c++")
 
     def _openmp_flags(self):
-        """What this compiler wants for OpenMP: nothing where it has none."""
+        """The flags of this compiler for OpenMP, empty where it has none."""
         if SANITIZER == "thread":
             return []
         with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +159,7 @@ class BuildExtensions(build_ext):
                 raise
             say(
                 f"the CUDA kernels were not built ({error}). On a GPU, CuPy compiles them at run time: "
-                "pip install 'rmsgd-kernels[cuda13]' (or [cuda12])."
+                "install the extra cuda13 (or cuda12) as well."
             )
 
     def _build_cuda(self, ext):
@@ -198,7 +198,8 @@ class BuildExtensions(build_ext):
         )
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        # Static: the module then needs nothing but a driver, and shares no symbol with torch's runtime.
+        # The runtime is static, so that the module needs only a driver and shares no symbol with torch's
+        # runtime.
         libraries = [nvcc.parent.parent / "lib64", nvcc.parent.parent / "lib"]
         self.compiler.link_shared_object(
             objects,
@@ -230,7 +231,7 @@ def supported_archs(nvcc: Path) -> list[int]:
 
 
 def cuda_archs(supported: list[int]) -> list[int]:
-    """Architectures to compile for, in ascending order; empty where nothing says which.
+    """The architectures to compile for, in ascending order; empty where neither variables nor GPUs name any.
 
     Raises:
         ValueError: RMSGD_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST cannot be read, or names none that is supported.
@@ -238,13 +239,14 @@ def cuda_archs(supported: list[int]) -> list[int]:
     """
     for variable in ("RMSGD_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
         if text := os.environ.get(variable, "").strip():
-            # Torch's list may be meant for older GPUs too; ours is meant as it stands.
+            # torch's list may name older GPUs too, which are left out; RMSGD_CUDA_ARCHS must name supported
+            # ones.
             named = parsed_archs(variable, text)
             archs = [arch for arch in named if arch in supported] if variable.startswith("TORCH") else named
             if not archs:
                 raise ValueError(f"{variable}={text!r} names none of {as_text(supported)}")
             return archs
-    # A GPU that nvcc does not know yet runs what is compiled for the newest one before it.
+    # A GPU that nvcc does not know yet runs the code for the newest architecture before it.
     older = ([arch for arch in supported if arch <= gpu] for gpu in visible_gpus())
     if archs := sorted({known[-1] for known in older if known}):
         return archs
@@ -252,7 +254,7 @@ def cuda_archs(supported: list[int]) -> list[int]:
 
 
 def parsed_archs(variable: str, text: str) -> list[int]:
-    """Numbers of a list such as "75,90", "7.5;9.0a 12.0+PTX" or "Turing Hopper", in ascending order."""
+    """The numbers of a list such as "75,90", "7.5;9.0a 12.0+PTX" or "Turing Hopper", in ascending order."""
     archs: set[int] = set()
     for word in re.split(r"[\s,;]+", text.strip(" ,;").lower()):
         name = word.removesuffix("+ptx")
@@ -288,7 +290,7 @@ def visible_gpus() -> list[int]:
 
 
 def as_text(archs: list[int]) -> str:
-    """Numbers as RMSGD_CUDA_ARCHS takes them."""
+    """The numbers in the form of RMSGD_CUDA_ARCHS."""
     return ",".join(map(str, archs))
 
 
@@ -299,7 +301,7 @@ def gencode(archs: list[int]) -> list[str]:
 
 
 def is_newer(target: Path, listed: Path) -> bool:
-    """Whether a target is newer than all files of a makefile rule that the compiler wrote."""
+    """Whether a target is newer than all files in the makefile rule that the compiler wrote."""
     if not (target.is_file() and listed.is_file()):
         return False
     files = listed.read_text().replace("\\\n", " ").split(":", 1)[1].split()
@@ -307,7 +309,7 @@ def is_newer(target: Path, listed: Path) -> bool:
 
 
 def run(command: list) -> str:
-    """Output of a command; RuntimeError with the end of what it said when it fails."""
+    """The output of a command; raises RuntimeError with the end of that output if it fails."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip()
@@ -334,7 +336,8 @@ def extensions():
         names.append("rmsgd._cuda")
     include, required = ["csrc", pybind11.get_include()], bool(os.environ.get("RMSGD_REQUIRE_NATIVE"))
     return [
-        # Optional: an editable installation, too, goes on without a module that could not be built.
+        # The extensions are optional: an editable installation also goes on without one that could not be
+        # built.
         Extension(name, [], include_dirs=include, language="c++", optional=not required)
         for name in names
     ]

@@ -1,4 +1,4 @@
-// What the parts of the CPU binding share.
+// Checks and helpers that the parts of the CPU binding share.
 #pragma once
 
 #include <cxxabi.h>
@@ -34,8 +34,8 @@ inline Dtype dtype_of(const std::string& name) {
   throw pybind11::value_error("expected one of " + known + ", got " + name);
 }
 
-// An address and a number of elements of that dtype from there on. ValueError: it is null, misaligned, or
-// the end would lie outside the address space.
+// Checks an address and a number of elements of that dtype behind it. Raises ValueError if it is null or
+// misaligned, or if the end would lie outside the address space.
 inline void check_memory(const char* name, Pointer address, Dtype dtype, std::int64_t numel) {
   const std::string start = std::string(name) + ": ";
   if (numel == 0) return;
@@ -55,7 +55,7 @@ inline void check_aligned(const char* name, const pybind11::array& array) {
   throw pybind11::value_error(std::string(name) + ": not aligned in memory");
 }
 
-// How many threads to use. ValueError: fewer than one.
+// The number of threads to use. Raises ValueError if it is below one.
 inline int checked_threads(std::int64_t threads) {
   if (threads < 1) {
     throw pybind11::value_error("threads: expected at least 1, got " + std::to_string(threads));
@@ -63,8 +63,9 @@ inline int checked_threads(std::int64_t threads) {
   return int(std::min<std::int64_t>(threads, MOST_THREADS));
 }
 
-// Takes the GIL back. Where the interpreter has ended meanwhile, Python before 3.14 ends this thread by
-// unwinding it, through functions that forbid that: the process would abort. It waits for its end instead.
+// Takes the GIL back. If the interpreter has ended meanwhile, Python before 3.14 ends this thread by
+// unwinding it through functions that forbid that, and the process would abort. So the thread waits for its
+// end instead.
 inline void take_gil_back(PyThreadState* state) {
 #if defined(__GLIBCXX__)
   try {
@@ -77,7 +78,7 @@ inline void take_gil_back(PyThreadState* state) {
 #endif
 }
 
-// Works without the GIL.
+// Runs the work without the GIL.
 template <class Work>
 void without_gil(const Work& work) {
   PyThreadState* const state = PyEval_SaveThread();

@@ -32,7 +32,7 @@ using Shape = std::vector<std::int64_t>;
 // pointer, dtype, sizes and strides of the smaller side, sizes and strides of the larger side
 using MatrixTuple = std::tuple<Pointer, std::string, Shape, Shape, Shape, Shape>;
 
-// Neighbouring dimensions that lie one behind the other in memory become one.
+// Joins neighbouring dimensions that are contiguous in memory.
 rmsgd::Side side_of(const Shape& sizes, const Shape& strides) {
   if (sizes.size() != strides.size()) throw py::value_error("matrices: sizes and strides differ in number");
   rmsgd::Side side = {{1, 1, 1, 1}, {0, 0, 0, 0}};
@@ -54,8 +54,8 @@ rmsgd::Side side_of(const Shape& sizes, const Shape& strides) {
   return side;
 }
 
-// Elements of a side, and how far in elements the last one lies from the first. Throws where they are more
-// than a Gram matrix or an address can have.
+// The number of elements of a side, and the distance of the last one from the first, in elements. Throws if
+// they exceed what a Gram matrix or an address can have.
 struct Reach {
   std::int64_t length = 1, before = 0, after = 0;
 };
@@ -184,7 +184,7 @@ using RateTuple =
 template <class T>
 using Table = py::array_t<T, py::array::c_style>;
 
-// All of them aligned, and each in memory of its own.
+// Checks that all arrays are aligned and that none shares memory with another.
 void expect_apart(std::vector<std::pair<const char*, py::array>> arrays) {
   for (const auto& [name, array] : arrays) rmsgd::check_aligned(name, array);
   std::sort(arrays.begin(), arrays.end(),

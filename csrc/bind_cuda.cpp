@@ -25,7 +25,7 @@ namespace {
 
 void check(cudaError_t status, const std::string& doing) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // an error that is reported is not met again by the next call
+  cudaGetLastError();  // it clears the error, which the next call would report again
   throw std::runtime_error(doing + ": " + cudaGetErrorString(status));
 }
 
@@ -58,7 +58,7 @@ Function driver_function(const char* name) {
   return reinterpret_cast<Function>(found);
 }
 
-// The driver's idea of the thread's current context, which may be none.
+// The thread's current context as the driver knows it; there may be none.
 struct CurrentContext {
   int (*get)(void** context) = driver_function<int (*)(void**)>("cuCtxGetCurrent");
   int (*set)(void* context) = driver_function<int (*)(void*)>("cuCtxSetCurrent");
@@ -69,8 +69,8 @@ struct CurrentContext {
   }
 };
 
-// Makes a device current, and at the end the context that was. Where that was none, the device before is no
-// answer: to choose it would create a context there, half a gigabyte on device 0 for a model on another one.
+// Makes a device current, and at the end restores the context from before. It does not restore the device: if
+// there was no context, that would create one, half a gigabyte on device 0 for a model on another device.
 class OnDevice {
  public:
   explicit OnDevice(int device) : current_(CurrentContext::functions()) {
@@ -86,8 +86,8 @@ class OnDevice {
   void* before_ = nullptr;
 };
 
-// Lets a kernel take so much shared memory; never less than before, for another thread may be about to
-// launch it.
+// Raises the limit of a kernel's shared memory. It is never lowered, since another thread may be about to
+// launch the kernel.
 void allow_shared(const Kernel& chosen, int device, int shared_bytes, const std::string& name) {
   constexpr int WITHOUT_ASKING = 48 * 1024;
   static std::mutex guard;
@@ -117,7 +117,7 @@ void launch(const std::string& name, int device, std::int64_t blocks, int thread
     throw py::value_error("threads: expected 1 to 1024, got " + std::to_string(threads));
   }
   if (shared_bytes < 0) throw py::value_error("shared_bytes: negative");
-  // A launch waits while the device's queue is full, and loads the kernel the first time.
+  // A launch waits while the device's queue is full, and the first launch loads the kernel.
   const py::gil_scoped_release others_may_run;
   const OnDevice on(device);
   allow_shared(chosen, device, shared_bytes, name);

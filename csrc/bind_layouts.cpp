@@ -1,4 +1,4 @@
-// rmsgd._cpu.Layouts: whether tensors are still where and what they were, in one call.
+// rmsgd._cpu.Layouts: whether the memory and layout of tensors is unchanged, in one call.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -31,8 +31,8 @@ class Layouts {
     }
   }
 
-  // Given the tensors again: to own them would keep alive, for want of a garbage collector's help, what they
-  // refer to.
+  // The tensors are given again at each call. If this object owned them, they and what they refer to would
+  // stay alive, since the garbage collector cannot see into it.
   bool hold(const py::list& tensors) const {
     const std::int64_t *known = known_.data(), *const end = known + known_.size();
     for (const py::handle tensor : tensors) {
@@ -43,8 +43,8 @@ class Layouts {
   }
 
  private:
-  // Shows `next` a tensor's address, device, dtype, rank, sizes and strides, one after the other; false where
-  // it has none, or where `next` says so.
+  // Gives `next` a tensor's address, device, dtype, rank, sizes and strides, one after the other. Returns
+  // false if the tensor has none, or if `next` returns false.
   template <class Next>
   bool read(py::handle tensor, const Next& next) const {
     dlpack::Tensor t;
@@ -67,7 +67,7 @@ class Layouts {
 
   py::type type_;
   const dlpack::ExchangeTable* table_;
-  std::vector<std::int64_t> known_;  // of all of them
+  std::vector<std::int64_t> known_;  // the numbers of all tensors
 };
 
 }  // namespace

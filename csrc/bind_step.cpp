@@ -69,7 +69,7 @@ StepPlan make_plan(const std::vector<Pointer>& parameters, const std::vector<Poi
 // multiplier, momentum, dampening, weight_decay, nesterov, maximize, velocity
 using GroupTuple = std::tuple<double, double, double, double, bool, bool, bool>;
 
-// The hyper-parameters of a step, once the step's arguments are known to make sense.
+// The hyper-parameters of a step, from arguments that have been checked.
 std::vector<StepGroup> checked_groups(const StepPlan& plan, const std::vector<GroupTuple>& groups,
                                       double grad_scale) {
   if (!(grad_scale > 0) || std::isinf(grad_scale)) {
@@ -102,7 +102,7 @@ class SoleUse {
   StepPlan& plan_;
 };
 
-// Whether kernels take gradients of this type beside such weights: of their own, or of their arithmetic.
+// Whether kernels take gradients of this type for such weights: the weights' own type, or their arithmetic's.
 bool goes_with(Dtype gradient, Dtype weight) {
   return gradient == weight || gradient == buffer_dtype(weight);
 }
@@ -146,7 +146,7 @@ std::optional<Dtype> dtype_of(const dlpack::Tensor& t) {
   return std::nullopt;
 }
 
-// Takes a parameter's gradient from the two Python objects; false where they are not what the plan
+// Takes a parameter's gradient from the two Python objects. Returns false if they are not those that the plan
 // was made for.
 bool take_gradient(const dlpack::ExchangeTable& table, PyObject* parameter, PyObject* gradient,
                    const StepPlan& plan, StepTensor& tensor) {
@@ -183,7 +183,7 @@ std::optional<std::vector<std::size_t>> step_tensors(StepPlan& plan, const py::t
   if (table == nullptr) return std::nullopt;
   const SoleUse sole(plan);
 
-  std::vector<py::object> gradients;  // whatever other threads do, the memory stays until the end
+  std::vector<py::object> gradients;  // they keep the memory until the end, whatever other threads do
   gradients.reserve(tensors.size());
   std::vector<std::size_t> without;
   for (std::size_t k = 0; k < tensors.size(); ++k) {

@@ -33,7 +33,7 @@ struct ExchangeTable {
   void* current_stream;
 };
 
-// The table of a tensor type, or null where it has none of this major version. Sets no exception.
+// The table of a tensor type, or null if it has none of this major version. It sets no exception.
 inline const ExchangeTable* exchange_table(PyTypeObject* type) {
   PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
   const void* found = capsule == nullptr ? nullptr : PyCapsule_GetPointer(capsule, "dlpack_exchange_api");

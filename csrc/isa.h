@@ -1,5 +1,4 @@
-// Which instruction set the hot kernels use, decided once at run time.
-//
+// The instruction set that the hot kernels use, which is chosen once at run time.
 // Sources listed in setup.py as ISA_SOURCES are compiled once per instruction set with RMSGD_ISA
 // defined to the set's name. They keep everything they define inside `namespace rmsgd::RMSGD_ISA`
 // and call no inline function of the standard library: the linker keeps one copy of such a

@@ -1,4 +1,4 @@
-// A weight seen as a matrix, without copying it.
+// A weight seen as a matrix, without a copy.
 #pragma once
 
 #include "dtype.h"

@@ -1,6 +1,6 @@
-// Threads of the CPU kernels. OpenMP where the compiler has it: torch's own OpenMP threads, still
-// spinning after a matrix product, then are the threads that run the step, where a pool of our own
-// would have to compete with them. Elsewhere, and in a forked child, threads of the standard library.
+// Threads of the CPU kernels. They are OpenMP's where the compiler has it: then torch's own OpenMP threads,
+// which still spin after a matrix product, run the step, while a separate pool would have to compete with
+// them. Elsewhere, and in a forked child, they are threads of the standard library.
 #pragma once
 
 #include <atomic>
@@ -15,7 +15,7 @@
 
 namespace rmsgd {
 
-// More are never used: no more are asked of a system that may end the process for it.
+// The most threads that are used, since a system may end a process that asks for too many.
 constexpr int MOST_THREADS = 1024;
 
 // Whether this process was forked from one that had loaded the core. The threads of OpenMP stay behind
@@ -25,7 +25,7 @@ bool is_forked_child();
 // Calls work(thread, threads) on up to `threads` new threads, as many as the system gives.
 template <class Work>
 inline void on_new_threads(int threads, const Work& work) {
-  std::atomic<int> size{0};  // known once the last thread is there
+  std::atomic<int> size{0};  // it is set once the last thread has started
   std::vector<std::thread> others;
   others.reserve(threads - 1);
   try {
@@ -36,15 +36,15 @@ inline void on_new_threads(int threads, const Work& work) {
         work(thread, known);
       });
     }
-  } catch (const std::system_error&) {  // a limit of the system: those that there are do the work
+  } catch (const std::system_error&) {  // at a limit of the system, the threads that have started do the work
   }
   size.store(int(others.size()) + 1, std::memory_order_release);
   work(0, int(others.size()) + 1);
   for (std::thread& thread : others) thread.join();
 }
 
-// Calls work(thread, threads) on up to `threads` threads and waits for all of them. There is something to do
-// for no more than `pieces` of them. The work throws nothing.
+// Calls work(thread, threads) on up to `threads` threads and waits for all of them. No more than `pieces` of
+// them have something to do. The work must not throw.
 template <class Work>
 inline void parallel(int threads, std::int64_t pieces, const Work& work) {
   if (threads > MOST_THREADS) threads = MOST_THREADS;
@@ -54,8 +54,8 @@ inline void parallel(int threads, std::int64_t pieces, const Work& work) {
   }
 #if defined(_OPENMP)
   if (!is_forked_child()) {
-    // Never on some of them: GNU's runtime ends the threads of its pool that a region does without, and
-    // torch's next operation would have to start them anew.
+    // A region always uses all of them: GNU's runtime ends the threads of its pool that a region leaves out,
+    // and torch's next operation would have to start them anew.
 #pragma omp parallel num_threads(threads)
     work(omp_get_thread_num(), omp_get_num_threads());
     return;

@@ -1,20 +1,15 @@
 // The EVBMF noise variance: the global minimiser of the free energy, exactly.
-//
 // Nakajima, Sugiyama, Babacan, Tomioka, "Global analytic solution of fully-observed variational
 // Bayesian matrix factorization", JMLR 14 (2013). For an L x M matrix (L <= M) with singular values
 // gamma_h, write c_h = gamma_h^2 / M, alpha = L / M, x_h = c_h / sigma^2, s = 1 / sigma^2 and
-//
 //   Omega(sigma^2) = sum_h x_h + L log sigma^2
 //                    + sum over x_h > x_ of  log(tau + 1) + alpha log(tau / alpha + 1) - tau
 //   tau(x) = (x - (1 + alpha) + sqrt((x - (1 + alpha))^2 - 4 alpha)) / 2
 //   tau_ = 2.5129 sqrt(alpha),  x_ = (1 + tau_)(1 + alpha / tau_)
-//
 // Omega has many local minima. Between two neighbouring breakpoints (x_ / c_k, x_ / c_{k+1}] the
 // set of values above the threshold is fixed (k of them), and
-//
 //   G_k(s) = s dOmega/ds = s T_k - (L - k) + alpha sum_{h<=k} (1 + 1 / tau(c_h s)),
 //   T_k = sum_{h>k} c_h,
-//
 // is convex in s, so the only interior minimum is its larger root, which Newton's iteration from
 // the right end reaches monotonically. The remaining candidates are right ends, because Omega
 // steps up (by at most about .01: 2.5129 is a rounded constant) as s passes a breakpoint.
@@ -41,20 +36,20 @@ RMSGD_FN double tau_of(double x, double alpha) {
 }
 
 struct FreeEnergyMinimum {
-  int rank;               // how many values are above the threshold: the winning k
+  int rank;               // how many values are above the threshold, the winning k
   double noise_variance;  // sigma^2, in the units of c
   double free_energy;     // Omega there
-  double tolerance;       // every c_h may be off by this much, the sum of all kept, and `rank` still wins
+  double tolerance;  // if every c_h is off by no more than this and their sum is exact, `rank` still wins
 };
 
-// The largest error of a value, in units of sigma^2 times the threshold x_, that `tolerance` can vouch for.
+// The largest error of a value, in units of sigma^2 times the threshold x_, that `tolerance` can guarantee.
 constexpr double LARGEST_ERROR = 1e-3;
 
 // By how much Omega at one minimum (k values above the threshold, 1 / sigma^2 = s) can move against Omega at
 // another, per unit of error in every c_h while their sum is kept. To first order a minimum moves by
 // s (g(x_h) / x_h - 1) for each value above its threshold, g = 1 + alpha (1 + 1 / tau), and by nothing for
 // the others: two minima share all but |k - k'| terms, and the shared ones differ by at most 1.2 |s - s'|
-// each. One term more is for right ends, which move with c_{k+1}; the factor 2 covers the second order.
+// each. One more term is for right ends, which move with c_{k+1}, and the factor 2 covers the second order.
 RMSGD_FN double swing(int k, double s, int other_k, double other_s) {
   const int shared = k < other_k ? k : other_k;
   return 2.0 * ((shared + 1) * fabs(s - other_s) + (abs(k - other_k) + 1) * (s > other_s ? s : other_s));
@@ -102,26 +97,24 @@ struct FreeEnergyPiece {
   // The larger root of G_k in (left, s], given G_k(s) > 0; 0 where there is none.
   RMSGD_FN double root_left_of(double s, Slope at_s, double left) const {
     for (int iteration = 0; iteration < 100; ++iteration) {
-      if (at_s.derivative <= 0.0) return 0.0;  // convex: the minimum of G_k is passed, above zero
+      if (at_s.derivative <= 0.0) return 0.0;  // G_k is convex, and its minimum is passed above zero
       const double next = s - at_s.value / at_s.derivative;
       if (!(next > left)) return 0.0;
       if (!(s - next > 1e-15 * s)) return next;
       s = next;
       at_s = slope(s);
-      if (at_s.value <= 0.0) return s;  // rounding: Newton from the right stays right of the root
+      if (at_s.value <= 0.0) return s;  // this is rounding: Newton from the right stays right of the root
     }
     return s;
   }
 };
 
 // The global minimum over sigma^2.
-//
 //   c, count   the `count` largest of the L values, descending; values that count as zero are 0
 //   rest       the sum of the L - count values not given (0 when count == L)
 //   s_limit    no minimum has 1 / sigma^2 above this; infinity when count == L. With count < L every
 //              value not given must be at or below x_ / s_limit.
 //   tails      count + 1 doubles of scratch, shared by the team
-//
 // Where fewer than L / (1 + alpha) values are above zero, Omega has no lower bound: sigma^2 = 0 and
 // the rank is their number. Otherwise the rank returned is below L / (1 + alpha).
 template <class Team>
@@ -145,19 +138,19 @@ RMSGD_FN FreeEnergyMinimum minimise_free_energy(Team& team, const double* c, int
   // How far Omega steps up as s passes a breakpoint.
   const double step = log1p(threshold.tau) + alpha * log1p(threshold.tau / alpha) - threshold.tau;
   FreeEnergyMinimum best = {-1, 0.0, INFINITY, INFINITY};
-  // Going down in k, of the interval above: its right end, an upper bound of G there, and an upper
-  // bound of "the lowest right end from there up" minus Omega at its own right end; and where that lowest
-  // right end is.
+  // As k goes down, these describe the interval above: its right end, an upper bound of G there, an upper
+  // bound of "the lowest right end from there up" minus Omega at its own right end, and the place of
+  // that lowest right end.
   double right_above = INFINITY, slope_above = INFINITY, lead_above = INFINITY;
   int lowest_k = 0;
   double lowest_s = 0.0;
 
   for (int k = most; k >= 0; --k) {
-    if (k * (1.0 + alpha) >= L) continue;  // G_k > 0 everywhere: no minimum
+    if (k * (1.0 + alpha) >= L) continue;  // G_k > 0 everywhere, so there is no minimum
     const double left = k > 0 ? threshold.x / c[k - 1] : 0.0;
     double right = k < count ? threshold.x / c[k] : s_limit;
     if (right > s_limit) right = s_limit;
-    const bool empty = !(right > left);  // equal values: no sigma^2 puts the threshold between them
+    const bool empty = !(right > left);  // no sigma^2 puts the threshold between equal values
     const FreeEnergyPiece<Team> piece = {team, c, threshold, k, tails[k], double(L)};
 
     // 0 < 1 / tau < 1 / tau_ bounds G_k without a loop.
@@ -173,7 +166,8 @@ RMSGD_FN FreeEnergyMinimum minimise_free_energy(Team& team, const double* c, int
     }
 
     // A right end is a candidate unless one further right is surely lower, by more than the largest error
-    // can move it. G is convex on the interval above, so the larger of its end values bounds the way there.
+    // can move it. G is convex on the interval above, so the larger of its end values bounds G in
+    // between.
     double lead = INFINITY;
     if (right_above < INFINITY) {
       const double from = slope_here - threshold.tau;  // G just after the breakpoint
@@ -195,8 +189,8 @@ RMSGD_FN FreeEnergyMinimum minimise_free_energy(Team& team, const double* c, int
     if (position > 0.0) {
       const double value = piece.free_energy(position);
       const bool wins = best.rank < 0 || value <= best.free_energy + 1e-12 * (1.0 + fabs(best.free_energy));
-      // Where a new minimum wins, what the old one could bear against another is still a bound: gaps add up,
-      // and so, at most, do swings.
+      // When a new minimum wins, the old one's tolerance against another minimum is still a bound: gaps add
+      // up, and swings add up at most.
       double tolerance = best.tolerance;
       if (best.rank >= 0) {
         const double bearable =

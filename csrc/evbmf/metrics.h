@@ -1,12 +1,12 @@
-// From the minimum of the free energy to what is reported: shrinkage, the metrics of the low-rank
-// part, and whether the singular values were accurate enough for all of it.
+// From the minimum of the free energy to the report: shrinkage, the metrics of the low-rank part, and
+// whether the singular values were accurate enough for both.
 #pragma once
 
 #include "free_energy.h"
 
 namespace rmsgd {
 
-// One row of the metrics table: what is known of one matrix, all of it as doubles.
+// One row of the metrics table: the results for one matrix, all of them doubles.
 enum MetricsField : int {
   RANK,
   NOISE_VARIANCE,
@@ -20,8 +20,8 @@ enum MetricsField : int {
 
 enum MetricsStatus : int { MEASURED, NOT_FINITE, NEEDS_SVD, CHANGED };
 
-// What the singular values came from: a Gram matrix in fp32, one in fp64, an SVD. A GPU's matrices say by it
-// which of them they wait for, STAGE_DONE for none.
+// The source of the singular values: a Gram matrix in fp32, a Gram matrix in fp64, or an SVD. On a GPU it
+// also says which of them a matrix waits for, and STAGE_DONE that it waits for none.
 enum Stage : int { STAGE_FP32, STAGE_FP64, STAGE_SVD, STAGE_DONE };
 
 struct ModeMetrics {
@@ -30,7 +30,7 @@ struct ModeMetrics {
   double stable_rank;        // sum d_i^2 / (L d_1^2), Eq. 2; 0 when the rank is 0
   double condition_number;   // 1 - d_r / d_1, Eq. 3; 1 when the rank is 0
   double nuclear;            // sum d_i / d_1, which the released code divides by a channel count
-  double noise_slope = 0.0;  // by how much ln(stable_rank) falls as ln(sigma^2) grows, the d_i alone moving
+  double noise_slope = 0.0;  // -d ln(stable_rank) / d ln(sigma^2), with only the d_i moving
 };
 
 // The EVBMF shrinkage of one kept singular value, as the factor d / gamma:
@@ -75,16 +75,16 @@ RMSGD_FN ModeMetrics mode_metrics(Team& team, const double* c, const FreeEnergyM
 
 // Whether values lambda = M c, each known to within `error` (absolute) and their sum much better, are good
 // enough: no other rank can win, sigma^2 is within 1e-4 of itself, the condition within 1e-5 and the stable
-// rank within 1e-6 (sums of k errors are taken as sqrt(k) of them: rounding has no preferred sign). To first
-// order; the metrics are ratios, so that an error of sigma^2 reaches them only by the difference between the
-// slopes of the values that they compare.
+// rank within 1e-6 (a sum of k errors counts as sqrt(k) of them, since rounding has no preferred sign). This
+// holds to first order. The metrics are ratios, so an error of sigma^2 reaches them only by the difference
+// between the slopes of the values that they compare.
 // next: the largest value below the threshold, c[rank]. nonzero: how many values are other than zero, see
 // numerical_zero.h.
 RMSGD_FN bool trustworthy(const FreeEnergyMinimum& minimum, const ModeMetrics& metrics, const double* c,
                           double next, int nonzero, double L, double M, double error) {
   if (!(minimum.noise_variance > 0.0)) {
-    // Of a weight of low rank it is known how many values are zero; of others rounding may have left nothing
-    // of a value. The stable rank is within 2 error / lambda_1, or 1e-6.
+    // For a weight of low rank the number of zeros is known; in other weights rounding may have removed a
+    // value. The error of the stable rank is within 2 error / lambda_1, or 1e-6.
     if (minimum.rank < nonzero) return false;
     const double first = M * c[0], last = M * c[minimum.rank - 1];
     return last > 4.0 * error &&
@@ -96,7 +96,7 @@ RMSGD_FN bool trustworthy(const FreeEnergyMinimum& minimum, const ModeMetrics& m
 
   const int rank = minimum.rank;
   if (rank == 0) return true;
-  // sigma^2 is c_{k+1} / x_ at a right end; at a root of G it takes up the errors of the values kept.
+  // At a right end sigma^2 is c_{k+1} / x_; at a root of G the errors of the kept values move it.
   const bool right_end = next >= (1.0 - 1e-9) * threshold.x * minimum.noise_variance;
   const double noise_error = right_end
                                  ? relative / threshold.x
@@ -125,9 +125,9 @@ RMSGD_FN void write_metrics(double* row, const ModeMetrics& metrics, MetricsStat
   row[STAGE] = stage;
 }
 
-// The row of the metrics table for singular values gamma (L), descending, the numerically zero ones
-// set to 0. A single row (L = 1) has no spectrum: rank 0, sigma^2 = gamma^2 / M.
-// scratch: 2 L + 1 doubles, shared by the team.
+// The row of the metrics table for singular values gamma (L), descending, with the numerically zero ones
+// set to 0. A single row (L = 1) has no spectrum: its rank is 0 and sigma^2 = gamma^2 / M.
+// scratch has 2 L + 1 doubles, which the team shares.
 template <class Team>
 RMSGD_FN void measure_singular_values(Team& team, const double* gamma, int L, double M, double* scratch,
                                       double* row) {

@@ -1,5 +1,4 @@
-// The rules that move the learning rate of every layer at an epoch end: what rmsgd/rules.py has, compiled.
-//
+// The rules that move the learning rate of every layer at an epoch end, as in rmsgd/rules.py.
 // A layer is a probed parameter with its spectra; its measurement is a weighted sum of one column of
 // the metrics table over those spectra. All of it is float64.
 #pragma once
@@ -8,23 +7,23 @@
 
 namespace rmsgd {
 
-// The formulas of next_rate, as Rule.number of rmsgd/rules.py.
+// The formulas of next_rate, numbered like Rule.number of rmsgd/rules.py.
 enum class RateRule : int { algorithm_1, release, published };
 constexpr int RATE_RULES = 3;
 
 // Leaders of a parameter that is not probed, besides layers, as in rmsgd/layers.py.
 constexpr int MEAN_OF_ALL = -1, NO_LEADER = -2;
 
-// What one parameter group contributes to an epoch end.
+// The numbers of one parameter group at an epoch end.
 struct RateGroup {
   double initial_lr;  // lr0, the rate the group was created with
   double beta;
   double zeta;             // before this epoch end
   double decay;            // gamma when this epoch end decays, else 1
   double floor;            // smallest eta
-  double anchor;           // what eta decays to without gains: 0 but for Algorithm 1 around lr0
-  double lowest, highest;  // bounds of the rate that is applied; eta itself moves beyond them
-  int column;              // the MetricsField that its layers are measured by
+  double anchor;           // eta decays to this without gains; 0 except for Algorithm 1 around lr0
+  double lowest, highest;  // bounds of the rate that is applied; eta itself may move beyond them
+  int column;              // the MetricsField from which its layers' s is computed
   int holds;               // whether a layer that measures 0 is held at its first rate
   int rule;                // RateRule
   int first;               // whether this is the group's first epoch end
@@ -36,7 +35,7 @@ struct RateTables {
   const int* parameter;       // (layers) index into eta
   const int* group;           // (layers) index into groups
   const int* spectrum_begin;  // (layers + 1) a layer measures rows [begin[l], begin[l + 1]) of the table
-  const double* weight;       // (rows) what a row counts for in its layer
+  const double* weight;       // (rows) the weight of a row in its layer's s
   const RateGroup* groups;
   double* stable_rank;  // (layers) s(t), becomes s(t + 1)
   int* ready;           // (layers) whether the layer has left the release's not_ready list
@@ -49,8 +48,8 @@ struct RateTables {
   const int* follower_group;  // (followers) index into groups
 };
 
-// beta eta + zeta (s(t+1) - s(t)) and its relatives, for one layer; `held` is the release's way to
-// keep the rate of a layer whose low-rank part is still empty. NaN for a rule that there is none of.
+// beta eta + zeta (s(t+1) - s(t)) and its variants, for one layer. `held` says that the release keeps the
+// rate of the layer, since its low-rank part is still empty. The result is NaN for an unknown rule.
 RMSGD_FN double next_rate(const RateGroup& group, double eta, double gain, bool held) {
   double previous = NAN;
   switch (RateRule(group.rule)) {
@@ -78,8 +77,8 @@ RMSGD_FN double next_rate(const RateGroup& group, double eta, double gain, bool 
   return rate < group.floor ? group.floor : rate;
 }
 
-// The rate that is applied where a rule has come to `eta`. The rule goes on from eta itself: its gains add up
-// to the stable rank, so that a bound on them would forget the gains and keep the losses.
+// The rate that is applied when a rule has come to `eta`. The rule goes on from eta itself: its gains add up
+// to the stable rank, so a bound on eta would forget the gains and keep the losses.
 RMSGD_FN double applied_rate(const RateGroup& group, double eta) {
   return eta < group.lowest ? group.lowest : eta > group.highest ? group.highest : eta;
 }
@@ -103,8 +102,8 @@ RMSGD_FN void update_rates(Team& team, const RateTables& t, const double* metric
   }
   team.barrier();
 
-  // The release walks its list of layers that are not ready while it removes from it, so the entry
-  // after a removed one is skipped in that pass. A walk in order is what it takes to repeat that.
+  // The release walks its list of layers that are not ready while it removes from it, so the entry after a
+  // removed one is skipped in that pass. Only a walk in order repeats that.
   if (team.rank() == 0) {
     bool skip = false;
     for (int layer = 0; layer < t.layers; ++layer) {

@@ -1,4 +1,4 @@
-// The learning-rate rules on a GPU: what the kernel is given.
+// The learning-rate rules on a GPU: the argument of the kernel.
 #pragma once
 
 #include "rates.h"

@@ -11,18 +11,19 @@
 namespace rmsgd {
 namespace {
 
-// A thread takes one share at a time. Some hundreds of them, so that the last one finishes soon after the
-// others on any number of threads; at least ten microseconds of work, so that taking one costs nothing;
-// and in large networks longer, since memory is read faster in long runs (16384 elements: 3 % slower).
+// A thread takes one share at a time. There are some hundreds of shares, so that the last one finishes soon
+// after the others on any number of threads. A share has at least ten microseconds of work, so that taking
+// one costs almost nothing, and more in large networks, since memory is read faster in long runs (16384
+// elements: 3 % slower).
 constexpr int64_t SHARES = 256, SHORTEST = 16384, LONGEST = 262144;
 
 // A cut keeps the alignment of the parameter.
 constexpr int64_t ALIGN = 64;
 
-// What one more tensor costs, in elements: thousands of tiny ones are work too.
+// The cost of one more tensor, in elements, since thousands of tiny ones are work too.
 constexpr int64_t PIECE_COST = 64;
 
-// Elements in a share, which do not depend on the number of threads.
+// The number of elements in a share, which does not depend on the number of threads.
 int64_t share_size(const std::vector<StepTensor>& tensors) {
   int64_t elements = 0;
   for (const StepTensor& tensor : tensors) elements += tensor.numel;

@@ -1,4 +1,4 @@
-// The whole network's step on CPU threads: the parameters, cut once into equal work.
+// The whole network's step on CPU threads: its parameters are cut once into shares of equal work.
 #pragma once
 
 #include <cstddef>
@@ -11,20 +11,20 @@ namespace rmsgd {
 
 class StepPlan {
  public:
-  // Gradients are set before each step; the tensors' group is an index into step's `groups`. Throws
-  // std::invalid_argument if two weights or buffers share memory: threads would write it at once.
+  // Gradients are set before each step. A tensor's group is an index into step's `groups`. Throws
+  // std::invalid_argument if two weights or buffers share memory, which several threads would write.
   explicit StepPlan(std::vector<StepTensor> tensors);
 
   std::vector<StepTensor>& tensors() { return tensors_; }
 
-  // How many groups the tensors refer to: one more than the largest index.
+  // The number of groups that the tensors refer to, one more than the largest index.
   std::size_t groups() const { return groups_; }
 
   // Whether memory overlaps a weight or a buffer.
   bool writes(const void* memory, int64_t bytes) const;
 
   // Takes the step with the gradients that are set. Throws std::invalid_argument, before anything
-  // is written, if a gradient needs a buffer that is not there.
+  // is written, if a gradient needs a buffer that does not exist.
   void step(const std::vector<StepGroup>& groups, double grad_scale, int threads);
 
   bool busy = false;  // a caller is taking a step

@@ -5,7 +5,7 @@
 
 namespace rmsgd {
 
-// Of a Gram matrix whose elements are of this type.
+// The stage of a Gram matrix whose elements have this type.
 template <class T>
 RMSGD_FN Stage stage_of() {
   return sizeof(T) == 4 ? STAGE_FP32 : STAGE_FP64;
