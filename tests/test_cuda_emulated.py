@@ -900,7 +900,7 @@ STRUCTS = {
     "StepArguments<STEP_SMALL>": _arguments(_SIZES["rmsgd_step"]),
     "StepArguments<STEP_LARGE>": _arguments(_SIZES["rmsgd_step_large"]),
 }
-"""Of csrc, and the NumPy type that Python packs them with."""
+"""Structures of csrc, and the NumPy type that Python packs each with."""
 
 
 def test_every_field_that_python_packs_is_where_the_kernels_look_for_it(tmp_path):

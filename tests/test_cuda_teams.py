@@ -140,7 +140,7 @@ def test_a_large_matrix_is_on_chip_where_its_team_has_room_for_it(name):
 
 
 def test_a_plan_takes_no_longer_than_a_short_wait():
-    """Of the host, once for a network: hundreds of different sizes too."""
+    """The host plans once for a network, also for hundreds of different sizes."""
     card = CARDS[-1]
     calls = []
 

@@ -13,7 +13,7 @@ def test_the_exponent_of_six_values_is_the_one_computed_by_hand():
     gamma = np.exp(np.arange(1, 7) / 2)
     assert hill_alpha(gamma) == pytest.approx(1 + 3 / (0 + 1 + 2))
     assert hill_alpha(gamma[::-1]) == pytest.approx(2.0)
-    # Of an odd number the middle one is in it: 3, 4, 5.
+    # The upper half of an odd number of values has the middle one: 3, 4, 5.
     assert hill_alpha(gamma[:5]) == pytest.approx(1 + 3 / (0 + 1 + 2))
 
 

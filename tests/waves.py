@@ -8,7 +8,7 @@ import numpy as np
 from rmsgd.backends import cuda_devices
 
 ROWS_AT_ONCE = 16
-"""Of a team between two events."""
+"""How many rows a team reduces between two events."""
 
 
 def simulate(rows, itemsize, plan, per_multiprocessor, device):

@@ -24,7 +24,7 @@ class Spectrum:
     name: str
     """The key under which the weight is stored; of a list of matrices the index, "0", "1" and so on."""
     shape: tuple[int, ...]
-    """Of the weight."""
+    """The shape of the weight."""
     mode: str
     """"matrix"; "in" or "out", an unfolding of a kernel; "in and out" of one of 1 x 1, where they are
     transposes of each other. Empty where the weight was not measured."""

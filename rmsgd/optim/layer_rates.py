@@ -280,7 +280,10 @@ class LayerRates:
         return self._rates.by_name(groups)
 
     def report(self) -> Report | TailReport:
-        """What the last ``step`` measured, a ``TailReport`` under a rule of tail exponents; computes nothing.
+        """What the last ``step`` measured, a ``TailReport`` under a rule of tail exponents.
+
+        It computes nothing. Every number in it is without a unit, but the noise variance: the square of the
+        weights' unit.
 
         Raises:
             RuntimeError: there was no ``step`` yet.
