@@ -8,7 +8,7 @@ and logs follow.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -215,7 +215,8 @@ class LayerMetrics:
     ``rank`` (a number of singular values, 0 to L) and ``noise_variance`` (per entry, in squared units of the
     weight) have one entry per mode. ``stable_rank`` (Eq. 2, 0 to 1) and ``condition_number`` (Eq. 3, 0 to 1)
     are the means over the modes, and ``quality`` is ``arctan(stable_rank / condition_number)`` (Eq. 4, 0 to
-    pi/2, in rad). A skipped layer has no modes, NaN metrics and the reason in ``skipped``.
+    pi/2, in rad). A skipped layer has no modes, NaN metrics and the reason in ``skipped``. Two layers are
+    equal if all their fields are; a number that is undefined, NaN, is equal to another such number.
     """
 
     name: str
@@ -234,6 +235,16 @@ class LayerMetrics:
     log_spectral_norm: float = math.nan
     skipped: str | None = None
     """Why the weight was not measured; None where it was."""
+
+    def _comparable(self) -> tuple[object, ...]:
+        values = (getattr(self, field.name) for field in fields(self))
+        return tuple(None if isinstance(x, float) and math.isnan(x) else x for x in values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LayerMetrics) and self._comparable() == other._comparable()
+
+    def __hash__(self) -> int:
+        return hash(self._comparable())
 
     @classmethod
     def from_rows(

@@ -791,7 +791,7 @@ LAUNCH = {
     ("wrong", "error", "said"),
     [
         ({"name": "rmsgd_none"}, KeyError, "no kernel is called rmsgd_none"),
-        ({"arguments": np.zeros(3)}, ValueError, "arguments: rmsgd_values takes 40 bytes, got 24"),
+        ({"arguments": np.zeros(3)}, ValueError, "arguments: rmsgd_values takes 48 bytes, got 24"),
         ({"arguments": np.zeros(10)[::2]}, ValueError, "arguments: not contiguous"),
         ({"blocks": 0}, ValueError, "blocks: expected 1 to 2147483647, got 0"),
         ({"blocks": 2**31}, ValueError, "blocks: expected 1 to 2147483647, got 2147483648"),

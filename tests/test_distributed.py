@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rmsgd
 from bench.epoch_end import spectra
-from rmsgd.inspection import probing
+from rmsgd.inspection import measuring
 from rmsgd.layers import unfoldings
 from rmsgd.optim.distributed import Ranks, split
 
@@ -254,7 +254,10 @@ def probe_shards(mesh_shape, form):
         return tensor
 
     gather = DTensor.full_tensor
-    with mock.patch.object(DTensor, "full_tensor", full_tensor), mock.patch.object(probing, "BATCH_BYTES", 1):
+    with (
+        mock.patch.object(DTensor, "full_tensor", full_tensor),
+        mock.patch.object(measuring, "BATCH_BYTES", 1),
+    ):
         report = rmsgd.probe(source)
     return report.layers, len(gathered), max(at_once)
 

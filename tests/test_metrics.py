@@ -139,3 +139,14 @@ def test_a_log_has_no_quality_of_a_network_of_which_nothing_was_measured():
     logged = log_dict(optimizer)
     assert set(logged) == {"learning_rate/weight", "learning_rate/bias"}
     assert np.isfinite(list(logged.values())).all()
+
+
+def test_layers_are_equal_where_the_same_numbers_are_undefined():
+    skipped = rmsgd.LayerMetrics.skip("w", (3, 4), "no weight")
+    again = rmsgd.LayerMetrics.skip("w", (3, 4), "no weight")
+    again = dataclasses.replace(again, quality=float("nan"), tail_exponent=float("nan"))
+    assert skipped == again
+    assert hash(skipped) == hash(again)
+    assert skipped != dataclasses.replace(again, quality=0.5)
+    assert skipped != dataclasses.replace(again, name="v")
+    assert skipped != "w"
