@@ -47,6 +47,8 @@ def train(rank: int, world: int, folder: str) -> None:
         dist.all_gather(everyone, mine)
         if rank == 0:
             print(f"largest difference of {what}: {(everyone[0] - everyone[1]).abs().max().item()}")
+    del model, optimizer  # threads of the wrapped model may otherwise outlive the interpreter
+    dist.barrier()
     dist.destroy_process_group()
 
 
