@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 import rmsgd
-from bench import output, peers, readme
+from bench import output, peers, readme, terminal
 from bench.epoch_end import spectra
 from bench.measure import machine
 from bench.networks import network, networks
@@ -112,14 +112,11 @@ def compare(model: str, weights: str, description: str) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rows as a table."""
-    result = Table(
-        title="Spectra whose search ends above the lowest free energy (with another rank; worst sigma²)"
+    title = "Spectra whose search ends above the lowest free energy (with another rank; worst sigma²)"
+    cells = (
+        [f"{row['model']}, {row['weights']}", str(row["spectra"]), *readme.search_cells(row)] for row in rows
     )
-    for heading in ("weights", "spectra", "rmsgd", "rmsgd 1.0.2", "Python VBMF"):
-        result.add_column(heading, justify="left" if heading == "weights" else "right")
-    for row in rows:
-        result.add_row(f"{row['model']}, {row['weights']}", str(row["spectra"]), *readme.search_cells(row))
-    return result
+    return terminal.table(title, ("weights", "spectra", "rmsgd", "rmsgd 1.0.2", "Python VBMF"), cells)
 
 
 def main(arguments: Sequence[str]) -> int:

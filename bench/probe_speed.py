@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 import rmsgd
-from bench import measure, output, readme
+from bench import measure, output, readme, terminal
 from bench.arguments import positive
 from bench.networks import network, networks
 from bench.weights import make_trained_like
@@ -114,12 +114,9 @@ def _by_layer(frame: Any) -> dict[str, float]:
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A table of seconds, and of how many times faster `rmsgd.probe` is."""
-    result = Table(title="Probing a state dict: seconds (times rmsgd.probe's)")
-    for heading in ("model", "layers", *readme.PROBE_CASES):
-        result.add_column(heading, justify="left" if heading == "model" else "right")
-    for row in rows:
-        result.add_row(row["model"], str(row["layers"]), *readme.probe_cells(row))
-    return result
+    cells = ([row["model"], str(row["layers"]), *readme.probe_cells(row)] for row in rows)
+    headings = ("model", "layers", *readme.PROBE_CASES)
+    return terminal.table("Probing a state dict: seconds (times rmsgd.probe's)", headings, cells)
 
 
 def stable_rank_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -1,9 +1,21 @@
 """Tables on terminals of any width."""
 
+from collections.abc import Iterable, Sequence
+
 from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+
+
+def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table whose first column names the rows; the others are aligned as numbers are, to the right."""
+    result = Table(title=title)
+    for place, heading in enumerate(headings):
+        result.add_column(heading, justify="right" if place else "left")
+    for row in rows:
+        result.add_row(*row)
+    return result
 
 
 def show(table: Table, console: Console) -> None:

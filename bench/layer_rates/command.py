@@ -35,22 +35,16 @@ TABLES = {
 
 def speed_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """A table of every case's milliseconds, and of how many times as long as the first it takes."""
-    result = Table(title=title)
-    for heading in ("model", *rows[0]["seconds"]):
-        result.add_column(heading, justify="left" if heading == "model" else "right")
-    for row in rows:
-        result.add_row(row["model"], *(cell.replace("<br>", "\n") for cell in readme.timed_cells(row)))
-    return result
+    cells = (
+        [row["model"], *(cell.replace("<br>", "\n") for cell in readme.timed_cells(row))] for row in rows
+    )
+    return terminal.table(title, ["model", *rows[0]["seconds"]], cells)
 
 
 def language_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A table of every variant's losses, and of its differences from AdamW."""
-    result = Table(title="Means over seeds, and differences from AdamW [95 %]")
-    for heading in readme.GPT_HEADINGS:
-        result.add_column(heading, justify="left" if heading == readme.GPT_HEADINGS[0] else "right")
-    for row in rows:
-        result.add_row(*readme.gpt_cells(row))
-    return result
+    title = "Means over seeds, and differences from AdamW [95 %]"
+    return terminal.table(title, readme.GPT_HEADINGS, map(readme.gpt_cells, rows))
 
 
 def main(given: Sequence[str]) -> int:

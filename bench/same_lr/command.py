@@ -116,12 +116,8 @@ def compare(name: str, seeds: int, known: Outcomes) -> dict[str, Any]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows as a table for the terminal."""
-    result = Table(title="Held-out accuracy, %, and training loss, nats, at the same learning rate")
-    for heading in readme.SAME_LR_HEADINGS:
-        result.add_column(heading, justify="left" if heading == readme.SAME_LR_HEADINGS[0] else "right")
-    for row in rows:
-        result.add_row(*readme.same_lr_cells(row))
-    return result
+    title = "Held-out accuracy, %, and training loss, nats, at the same learning rate"
+    return terminal.table(title, readme.SAME_LR_HEADINGS, map(readme.same_lr_cells, rows))
 
 
 def main(given: Sequence[str]) -> int:

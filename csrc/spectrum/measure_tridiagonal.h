@@ -36,8 +36,8 @@ struct SpectrumBounds {
   int nonzero;   // values other than zero, -1 where that is open, see nonzero_values
 };
 
-// Of a Gram matrix that was scaled to the trace `trace` (about 1) and reduced. nonzero_rows: of the weight.
-// rounding: see rounding_of. counts: BoundGrid::SIZE ints of scratch, shared.
+// The bounds of a Gram matrix that was scaled to the trace `trace` (about 1) and reduced. nonzero_rows: see
+// largest_zero_row. rounding: see rounding_of. counts: BoundGrid::SIZE ints of scratch, shared.
 template <class T, class Team>
 RMSGD_FN SpectrumBounds spectrum_bounds(Team& team, const Tridiagonal<T>& tridiagonal, int L, double M,
                                         double trace, int nonzero_rows, double rounding, int* counts) {
