@@ -147,9 +147,8 @@ void rotate(double* X, ptrdiff_t stride, const double (&Q)[K][K]) {
   }
 }
 
-// Whether the squares of the eigenvalues say that some may be large: sum lambda^2 against what equal ones
-// have.
-bool may_have_large_values(const double* gram, int n, ptrdiff_t stride, double trace) {
+// n sum lambda^2 / trace^2.
+double inequality(const double* gram, int n, ptrdiff_t stride, double trace) {
   double squares = 0.0;
   for (ptrdiff_t i = 0; i < n; ++i) {
     const double* const row = gram + i * stride;
@@ -160,14 +159,14 @@ bool may_have_large_values(const double* gram, int n, ptrdiff_t stride, double t
     for (; j < n; j += W) sums += load(row + j) * load(row + j);
     squares += 2.0 * (sum + horizontal_sum<double>(sums));
   }
-  return squares * n > 6.0 * trace * trace;
+  return squares * n / (trace * trace);
 }
 
 }  // namespace
 
-Deflation deflate(double* gram, int n, ptrdiff_t stride, double trace, double* work) {
+Deflation deflate(double* gram, int n, ptrdiff_t stride, double trace, double least, double* work) {
   Deflation result = {0, {}, 0.0};
-  if (!may_have_large_values(gram, n, stride, trace)) return result;
+  if (!(inequality(gram, n, stride, trace) > least)) return result;
   double* const X = work;
   double* const Y = work + K * stride;
   uint32_t random = 12345;

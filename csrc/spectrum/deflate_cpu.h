@@ -18,9 +18,14 @@ namespace rmsgd {
 
 constexpr int MOST_DEFLATED = 8;
 
-// Below this a first reduction is tried without: it takes no longer than to look.
-constexpr int DEFLATE_FIRST = 256;
+// Fewer rows are reduced in double instead, which takes no longer than to look.
 constexpr int DEFLATE_LEAST = 64;
+
+// How unequal eigenvalues are, n sum lambda^2 / trace^2: 1 for equal ones, and at most the largest one over
+// their mean. Below SOME_LARGE none is worth taking off. A reduction in fp32 without taking any off is tried
+// first up to SURELY_LARGE: the weights that networks come to reach 50, and the guard passes nearly all.
+constexpr double SOME_LARGE = 6.0;
+constexpr double SURELY_LARGE = 64.0;
 
 struct Deflation {
   int count;
@@ -34,5 +39,6 @@ RMSGD_FN ptrdiff_t deflation_work_size(ptrdiff_t stride) { return 2 * MOST_DEFLA
 }  // namespace rmsgd
 
 // gram: (n, n) as gram_f32 leaves it, of this trace. What is taken off is in the result; where there is
-// nothing to gain, gram is as it was.
-RMSGD_EACH_ISA(Deflation deflate(double* gram, int n, ptrdiff_t stride, double trace, double* work);)
+// nothing to gain, or the eigenvalues are less unequal than `least`, gram is as it was.
+RMSGD_EACH_ISA(Deflation deflate(double* gram, int n, ptrdiff_t stride, double trace, double least,
+                                 double* work);)

@@ -158,10 +158,11 @@ void form_scaled_gram(const MatrixView& matrix, Stage stage, Workspace& space, c
   team.barrier();
 }
 
-// Takes large eigenvalues off a product in fp32; whether there were any.
-bool take_off_large(int rows, Workspace& space) {
+// Takes large eigenvalues off a product in fp32 whose eigenvalues are more unequal than `least`; whether there
+// were any.
+bool take_off_large(int rows, double least, Workspace& space) {
   if (rows < DEFLATE_LEAST) return false;
-  space.taken = RMSGD_DISPATCH(deflate)(space.gram, rows, tridiagonal_stride(rows), space.trace,
+  space.taken = RMSGD_DISPATCH(deflate)(space.gram, rows, tridiagonal_stride(rows), space.trace, least,
                                         static_cast<double*>(space.copy));
   return space.taken.count > 0;
 }
@@ -373,7 +374,7 @@ void measure_one(const MatrixView& matrix, Workspace& space, const ThreadTeam& t
     }
     if (team.rank() == 0) {
       space.precision = stage;
-      if (stage == STAGE_FP32 && rows >= DEFLATE_FIRST) take_off_large(rows, space);
+      if (stage == STAGE_FP32) take_off_large(rows, SURELY_LARGE, space);
     }
     team.barrier();
     for (;;) {
@@ -382,8 +383,8 @@ void measure_one(const MatrixView& matrix, Workspace& space, const ThreadTeam& t
         space.lap(REDUCTION);
         space.trust = measure_reduced(matrix, stage, space.precision, exponent, space, out);
         space.repeat = space.trust == TRUSTED_PRODUCT && space.precision == STAGE_FP32;
-        const bool tried = rows >= DEFLATE_FIRST || space.taken.count > 0;
-        if (space.repeat && (tried || !take_off_large(rows, space))) space.precision = STAGE_FP64;
+        const bool taken = space.taken.count > 0;
+        if (space.repeat && (taken || !take_off_large(rows, SOME_LARGE, space))) space.precision = STAGE_FP64;
       }
       team.barrier();
       if (!space.repeat) break;
