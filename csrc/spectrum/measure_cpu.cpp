@@ -158,8 +158,8 @@ void form_scaled_gram(const MatrixView& matrix, Stage stage, Workspace& space, c
   team.barrier();
 }
 
-// Takes large eigenvalues off a product in fp32 whose eigenvalues are more unequal than `least`; whether there
-// were any.
+// Takes large eigenvalues off a product in fp32 whose eigenvalues are more unequal than `least`; whether
+// there were any.
 bool take_off_large(int rows, double least, Workspace& space) {
   if (rows < DEFLATE_LEAST) return false;
   space.taken = RMSGD_DISPATCH(deflate)(space.gram, rows, tridiagonal_stride(rows), space.trace, least,

@@ -145,8 +145,9 @@ class Rates:
         """The rate now applied to every parameter, by its name, in the order of the groups."""
         rates = {p: rate for device in self.devices for p, rate in device.rates().items()}
         return {
-            name: rates[p] * multiplier(group)
+            name: rates[p] * factor
             for group, names in zip(groups, parameter_names(groups), strict=True)
+            for factor in (multiplier(group),)
             for p, name in zip(group["params"], names, strict=True)
         }
 
