@@ -25,8 +25,7 @@ def gram_products(model: nn.Module) -> Callable[[], None]:
     """`torch.mm` of every unfolding with its transpose: both modes, whole matrices, in fp32.
 
     This is a yardstick and not a lower bound: a Gram matrix is symmetric, so half of each product is enough,
-        and
-    the modes of a 1x1 convolution share one.
+    and the modes of a 1x1 convolution share one.
     """
     matrices = []
     for p, u in spectra(model):

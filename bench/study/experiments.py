@@ -193,7 +193,7 @@ _DIGITS = {"batch": 64, "epochs": 20, "width": 0.5}
 _NETWORK = ("resnet14-digits",)
 
 # One CPU core trains this in about half a minute: a fifth of CIFAR-10's images, half of its test set.
-_SHORT = {
+_SHORT: dict[str, Any] = {
     "batch": 128,
     "epochs": 6,
     "images": 10_000,
@@ -212,9 +212,12 @@ def _cifar10(
     return Grid(("resnet8-stride2",), ("cifar10",), optimizers, shared, **grid)
 
 
-def _counts(count: int, betas: tuple[float, ...], schedule: str = "constant") -> Grid:
-    """RMSGD measuring so many times in the run, with several momenta of its rates."""
-    common = {} if count == _SHORT["epochs"] else {"measurements": count}
+def _counts(
+    count: int, betas: tuple[float, ...], schedule: str = "constant", epochs: int = _SHORT["epochs"]
+) -> Grid:
+    """RMSGD measuring so many times in a run of so many epochs, with several momenta of its rates."""
+    common: dict[str, Any] = {} if count == epochs else {"measurements": count}
+    common |= {} if epochs == _SHORT["epochs"] else {"epochs": epochs}
     return _cifar10(("rmsgd",), schedule, common, sweep="beta", values=betas, part="measurements", seeds=2)
 
 
@@ -224,7 +227,8 @@ _CIFAR10_SMALL = Experiment(
         *(_cifar10(_RULES, schedule) for schedule in ("constant", "cosine")),
         *(_cifar10(("sgd",), schedule) for schedule in ("constant", "step", "cosine", "onecycle")),
         _cifar10(("adamw",), "cosine", {"settings": ()}),
-        _cifar10(("sgdp", "adamp"), "step"),
+        # Their projection views a weight as rows, which weights in channels_last are not.
+        _cifar10(("sgdp", "adamp"), "step", {"channels_last": False}),
         _cifar10(("sam",), "cosine"),
         # A step of SAM costs two of the others', so it computes as many gradients in half of the epochs.
         _cifar10(("sam",), "cosine", {"epochs": 3}),
@@ -233,6 +237,10 @@ _CIFAR10_SMALL = Experiment(
         _counts(120, (0.98, 0.9991, 0.9942)),
         _counts(30, (0.98,), "cosine"),
         _counts(6, (0.98, 0.89, 0.68)),
+        # The same powers in a run of twice the length.
+        _counts(12, (0.98,), epochs=12),
+        _counts(30, (0.98, 0.926), epochs=12),
+        _counts(120, (0.98, 0.9942), epochs=12),
         *(
             _cifar10((name,), schedule, sweep="lr", values=(0.1, 0.3, 1.0, 3.0, 10.0), part="rates", seeds=2)
             for name, schedule in (

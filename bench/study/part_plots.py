@@ -121,39 +121,54 @@ def _tuning(path: Path, search: Mapping[str, tuning.Found]) -> Path:
 
 
 def _measurements(path: Path, records: Sequence[Record]) -> Path:
-    """Accuracy by how often RMSGD measures, a line for what is left of a rate: beta to that power."""
+    """Accuracy by how often RMSGD measures, a line for what is left of a rate: beta to that power.
+
+    Runs of each length have axes of their own.
+    """
     entries = parts.rows(records)
-    figure = blank(7.2, 4.4)
-    axes = figure.subplots()
-    lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for entry in entries:
-        left = entry["beta"] ** entry["measurements"]
-        lines.setdefault((entry["schedule"], f"{left:.1f}"), []).append(entry)
-    remainders = sorted({left for _, left in lines})
+    remainders = sorted({_remainder(entry) for entry in entries})
     colours = dict(zip(remainders, _shades(len(remainders)), strict=True))
-    for (schedule, left), mine in sorted(lines.items()):
-        look = {"color": colours[left], "marker": "o", "linestyle": DASH_OF.get(schedule, "-")}
-        _swept(axes, records, mine, "measurements", label=f"{schedule}, βⁿ = {left}", **look)
-    counts = sorted({entry["measurements"] for entry in entries})
-    axes.set_xticks(counts, labels=map(str, counts))
-    axes.minorticks_off()
-    plain(axes, "measurements in the run, n", "test accuracy (%)")
-    axes.set_title("RMSGD by its number of measurements; bars: lowest and highest seed", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
+    lengths = sorted({entry["epochs"] for entry in entries})
+    figure = blank(1.6 + 4.6 * len(lengths), 4.4)
+    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
+    drawn: dict[str, Any] = {}
+    for axes, epochs in zip(panels, lengths, strict=True):
+        here = [entry for entry in entries if entry["epochs"] == epochs]
+        lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for entry in here:
+            lines.setdefault((entry["schedule"], _remainder(entry)), []).append(entry)
+        for (schedule, left), mine in sorted(lines.items()):
+            look = {"color": colours[left], "marker": "o", "linestyle": DASH_OF.get(schedule, "-")}
+            label = f"{schedule}, βⁿ = {left}"
+            drawn[label] = _swept(axes, records, mine, "measurements", label=label, **look)
+        counts = sorted({entry["measurements"] for entry in here})
+        axes.set_xticks(counts, labels=map(str, counts))
+        axes.minorticks_off()
+        plain(axes, "measurements in the run, n", "test accuracy (%)")
+        axes.set_title(f"runs of {epochs} epochs", fontsize=10)
+    figure.suptitle("RMSGD by its number of measurements; bars: lowest and highest seed", fontsize=10)
+    figure.legend(drawn.values(), drawn, frameon=False, loc="outside right upper", fontsize=8)
     return save(figure, path)
+
+
+def _remainder(entry: Mapping[str, Any]) -> str:
+    """What is left of a rate at the end of the run."""
+    return f"{entry['beta'] ** entry['measurements']:.1f}"
 
 
 def _swept(
     axes: Any, records: Sequence[Record], entries: Sequence[Mapping[str, Any]], quantity: str, **look: Any
-) -> None:
+) -> Any:
     """Draws accuracy by a quantity, on a logarithmic axis: means, and bars from lowest to highest seed."""
     groups = parts.grouped(records)
     entries = sorted(entries, key=lambda entry: entry[quantity])
     means = np.array([entry["test_accuracy"] for entry in entries])
     values = [[100 * run.final["test_accuracy"] for run in groups[entry["label"]]] for entry in entries]
     ends = np.array([(min(mine), max(mine)) for mine in values]).T
-    axes.errorbar([entry[quantity] for entry in entries], means, np.abs(ends - means), capsize=3, **look)
     axes.set_xscale("log")
+    return axes.errorbar(
+        [entry[quantity] for entry in entries], means, np.abs(ends - means), capsize=3, **look
+    )
 
 
 def _shades(count: int) -> list[Any]:
