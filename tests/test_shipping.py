@@ -260,6 +260,13 @@ def test_actions_are_pinned_by_hash_and_no_job_is_without_a_time_limit(workflow)
     assert "\nconcurrency:\n" in text
 
 
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_keep_no_credentials_and_run_nothing_that_a_branch_is_called(workflow):
+    text = workflow.read_text()
+    assert text.count("actions/checkout@") == text.count("persist-credentials: false")
+    assert [line for line in text.splitlines() if "run:" in line and "${{" in line] == []
+
+
 @pytest.mark.parametrize(
     "script", [*WORKFLOWS, ROOT / ".ci" / "run", ROOT / ".pre-commit-config.yaml"], ids=str
 )
