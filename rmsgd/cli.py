@@ -20,7 +20,6 @@ from rmsgd import doctor
 from rmsgd._version import __version__
 from rmsgd.backends.base import BackendUnavailable
 from rmsgd.extras import install_command
-from rmsgd.inspection.measuring import usable_device
 from rmsgd.inspection.probing import Probing
 from rmsgd.inspection.reading.checkpoints import CHECKPOINT_SUFFIXES, checkpoint_files
 from rmsgd.inspection.reading.printable import printable
@@ -33,6 +32,7 @@ from rmsgd.inspection.report.report import Report
 from rmsgd.inspection.report.series import Series, in_order_of_training
 from rmsgd.inspection.report.series_figure import plot_series
 from rmsgd.inspection.report.series_table import series_table
+from rmsgd.inspection.selection import Selection, usable_device
 
 OK, NOTHING, FAILED, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: 0 where a layer was measured, 1 where all was read and no layer could be measured, 2 where
@@ -236,15 +236,15 @@ def _measure_one(
     """The report of one path, empty where nothing could be read, and whether Ctrl-C cut it short."""
     report = Report(())
     try:
-        probing = Probing(
-            path,
-            filter=options.filter,
-            exclude=options.exclude,
-            key=options.key,
-            include_buffers=options.include_buffers,
-            merge_lora=options.merge_lora,
-            device=options.device,
+        selection = Selection(
+            options.filter,
+            options.exclude,
+            options.key,
+            options.include_buffers,
+            options.merge_lora,
+            options.device,
         )
+        probing = Probing(path, selection)
         try:
             probing.run(progress)
         finally:

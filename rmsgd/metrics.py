@@ -261,10 +261,8 @@ class LayerMetrics:
         An empty low rank has quality 0. A layer is skipped if its weight has a NaN or an Inf, or if the
         weight was changed while it was measured.
         """
-        if any(row[base.STATUS] == base.CHANGED for row in rows):
-            return cls.skip(name, shape, "changed before it was measured")
-        if any(row[base.STATUS] != base.MEASURED for row in rows):
-            return cls.skip(name, shape, "NaN or infinite entries")
+        if reason := base.why_not_measured(rows):
+            return cls.skip(name, shape, reason)
         # A 1 x 1 kernel's two modes share one spectrum.
         modes = [
             (mode, row, gamma)
@@ -315,13 +313,13 @@ def measured(layers: Sequence[LayerMetrics]) -> tuple[LayerMetrics, ...]:
 def network_quality(layers: Sequence[LayerMetrics]) -> float:
     """Q of a network, ``||q||_2^2 / sqrt(layers)`` over the layers that were measured (Eq. 5).
 
-    It is NaN if none was measured, since then nothing is known of the network; 0 means that it has learned
-    nothing.
+    It lies in 0 to pi^2/4 sqrt(layers), where 0 means that the network has learned nothing. It is NaN if no
+    layer was measured, since then nothing is known of the network.
     """
     return reference.network_quality([layer.quality for layer in measured(layers)])
 
 
 def mean(metric: Metric, layers: Sequence[LayerMetrics]) -> float:
-    """The mean of one of ``SCALARS`` over the layers of which it is known; NaN where there are none."""
+    """The mean of one of ``SCALARS``, in its unit, over the layers of which it is known; NaN without any."""
     values = [value for layer in measured(layers) if not math.isnan(value := getattr(layer, metric.name))]
     return float(sum(values) / len(values)) if values else math.nan

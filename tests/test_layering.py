@@ -25,7 +25,7 @@ LAYERS = [
     ["rmsgd.lowrank", "rmsgd.metrics", "rmsgd.plots", "rmsgd.tails", "rmsgd.tail_rules"],
     ["rmsgd.inspection.reading"],
     ["rmsgd.inspection.weights"],
-    ["rmsgd.inspection.measuring", "rmsgd.inspection.probing"],
+    ["rmsgd.inspection.measuring", "rmsgd.inspection.probing", "rmsgd.inspection.selection"],
     ["rmsgd.inspection", "rmsgd.inspection.report"],
     ["rmsgd.optim"],
     ["rmsgd.integrations", "rmsgd.doctor"],

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 import rmsgd
 from rmsgd import cli
 from rmsgd.inspection.probing import Probing
+from rmsgd.inspection.selection import Selection
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -175,7 +176,7 @@ def test_the_product_of_a_lora_pair_is_one_more_layer(kind):
 def test_a_convolutions_pair_has_the_product_of_its_channels():
     state = {"c.lora_A.weight": torch.randn(4, 6, 3, 3), "c.lora_B.weight": torch.randn(20, 4, 1, 1)}
     expected = torch.einsum("or,rihw->oihw", state["c.lora_B.weight"][:, :, 0, 0], state["c.lora_A.weight"])
-    merged = Probing(state, merge_lora=True).weight("c.lora_B@lora_A.weight")
+    merged = Probing(state, Selection(merge_lora=True)).weight("c.lora_B@lora_A.weight")
     assert torch.allclose(merged, expected, atol=1e-5)
 
 

@@ -12,10 +12,10 @@ from torch import nn
 import rmsgd
 from rmsgd import reference
 from rmsgd.element_types import rounding
-from rmsgd.inspection.measuring import matches
 from rmsgd.inspection.report.comparison import Comparison
 from rmsgd.inspection.report.series import Series, comparable_name, in_order_of_training
 from rmsgd.inspection.report.series_figure import checkpoint_labels, low_rank_and_noise
+from rmsgd.inspection.selection import Selection
 
 OF_ALL_VALUES = ["tail_exponent", "full_stable_rank", "log_spectral_norm"]
 FIELDS = [
@@ -298,7 +298,7 @@ def test_a_device_that_is_unknown_or_has_no_values_is_a_value_error():
     ],
 )
 def test_a_filter_is_a_part_of_the_name_or_a_shell_pattern(patterns, expected):
-    assert matches("layers.3.attn.q_proj.weight", patterns) is expected
+    assert Selection(filter=patterns).is_wanted("layers.3.attn.q_proj.weight") is expected
 
 
 def test_a_filter_that_matches_nothing_says_so():

@@ -18,6 +18,7 @@ from rmsgd.inspection.probing import Probing
 from rmsgd.inspection.reading.file_format import FileFormat, OpenFile
 from rmsgd.inspection.reading.formats import FORMATS
 from rmsgd.inspection.reading.stored import CheckpointError
+from rmsgd.inspection.selection import Selection
 
 WEIGHT = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
 
@@ -31,7 +32,7 @@ def reasons(report):
 
 
 def assert_is_read(path, name="w", weight=WEIGHT, **options):
-    assert torch.equal(Probing(path, **options).weight(name), weight)
+    assert torch.equal(Probing(path, Selection(**options)).weight(name), weight)
 
 
 # -- NumPy ---------------------------------------------------------------------------------------

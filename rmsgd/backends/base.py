@@ -26,6 +26,14 @@ SVD_STAGE = 2
 """The value of STAGE where it took an SVD: 0 and 1 are Gram matrices in fp32 and in fp64."""
 
 
+def why_not_measured(rows: Sequence[Sequence[float]]) -> str | None:
+    """Why a weight was not measured, from its rows (FIELDS,) of the metrics table; None where it was."""
+    statuses = {row[STATUS] for row in rows}
+    if CHANGED in statuses:
+        return "changed before it was measured"
+    return None if statuses <= {MEASURED} else "NaN or infinite entries"
+
+
 class BackendUnavailable(RuntimeError):  # noqa: N818 - it reads as the state it reports
     """A backend cannot run here; the message says why and what to do."""
 
@@ -66,8 +74,8 @@ class Stepper(Protocol):
     def scaling(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> float | None:
         """The ``grad_scale`` of the next step, or None where an overflow skips it.
 
-        Both arguments hold one float, as ``torch.amp.GradScaler`` sets them. A GPU reads them when the step
-        runs, and nothing waits for them here.
+        Both arguments are tensors of one element, as ``torch.amp.GradScaler`` sets them: the factor on the
+        loss, and 1 or 0. A GPU reads them when the step runs, and nothing waits for them here.
         """
 
     def step(
@@ -75,7 +83,8 @@ class Stepper(Protocol):
     ) -> None:
         """Take one momentum step, in place. Gradients are never written.
 
-        Gradients have the parameters' strides and dtypes; those of half-precision parameters may be float32.
+        Gradients have the parameters' shapes, strides and dtypes; those of half-precision parameters may be
+        float32. They are divided by ``grad_scale``, the factor that was on the loss.
         """
 
     def step_parameters(self, groups: Sequence[StepGroup], grad_scale: float = 1.0) -> list[int] | None:
@@ -193,7 +202,10 @@ class Backend(Protocol):
         """One row of the table from L singular values (float64, descending, numerical zeros set to 0)."""
 
     def update_rates(self, tables: RateTables, groups: Sequence[RateGroup], metrics: Tensor) -> None:
-        """Move the learning rates by one epoch end: update ``tables`` in place from the metrics table."""
+        """Move the learning rates by one epoch end: update ``tables`` in place from the metrics table.
+
+        ``metrics`` is (matrices, FIELDS) float64, where ``measure`` leaves it.
+        """
 
 
 Values = Literal["top", "half", "all"]
@@ -221,7 +233,7 @@ def buffer_dtype(p: Tensor) -> torch.dtype:
 
 
 def is_aligned(tensor: Tensor) -> bool:
-    """Whether a tensor's address is a multiple of the size of an element, as kernels require."""
+    """Whether the address of a tensor of any shape is a multiple of an element's size, as kernels require."""
     return tensor.data_ptr() % tensor.element_size() == 0
 
 

@@ -4,16 +4,15 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from rmsgd.backends import backend_for
 from rmsgd.element_types import ELEMENT_TYPES
 from rmsgd.inspection.reading.sources import open_source
 from rmsgd.inspection.reading.stored import CheckpointError, NotMeasurableError, StoredTensor, plain_numbers
+from rmsgd.inspection.selection import EVERYTHING, Selection, usable_device
 from rmsgd.inspection.weights.constants import constant_by_name, constant_by_value
 from rmsgd.inspection.weights.effective import effective_weights, lora_products
 from rmsgd.layers import unfoldings
@@ -28,7 +27,7 @@ Result = TypeVar("Result")
 
 
 class Measuring(ABC, Generic[Result]):
-    """A measurement of every layer under way; may be interrupted. See ``probe.probe`` for the arguments.
+    """A measurement of every layer under way; may be interrupted; see ``probe.probe`` for sources.
 
     ``results`` and ``errors`` tell at any time what has been measured so far, and what could not be read.
     """
@@ -41,35 +40,28 @@ class Measuring(ABC, Generic[Result]):
     def skipped(self, layer: StoredTensor, reason: str) -> Result:
         """What is known of a layer that is not measured."""
 
-    def __init__(
-        self,
-        source: ProbeSource,
-        *,
-        filter: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
-        key: str | None = None,
-        include_buffers: bool = False,
-        merge_lora: bool = False,
-        device: torch.device | str | None = None,
-    ) -> None:
-        self._device = None if device is None else usable_device(device)
-        self._include_buffers = include_buffers
-        opened = open_source(source, key)
+    def __init__(self, source: ProbeSource, selection: Selection = EVERYTHING) -> None:
+        self._device = None if selection.device is None else usable_device(selection.device)
+        self._include_buffers = selection.include_buffers
+        opened = open_source(source, selection.key)
         self._errors = list(opened.errors)
         self.notes = opened.notes
         tensors = effective_weights(opened)
         products = lora_products(tensors)
         self._stored = {stored.name: stored for stored in (*tensors, *products)}
-        listed = [*tensors, *products] if merge_lora else tensors
+        listed = [*tensors, *products] if selection.merge_lora else tensors
         layers = [stored for stored in listed if stored.skip or len(stored.shape) > 1]
-        wanted = [stored for stored in layers if matches(stored.name, filter)]
-        self._layers = [stored for stored in wanted if exclude is None or not matches(stored.name, exclude)]
+        wanted = [stored for stored in layers if selection.is_wanted(stored.name)]
+        self._layers = [stored for stored in wanted if not selection.is_excluded(stored.name)]
         self._results: dict[int, Result] = {}
         if not self._layers:
-            raise CheckpointError(_nothing(source, opened.tensors, layers, wanted, filter, exclude))
+            raise CheckpointError(_nothing(source, opened.tensors, layers, wanted, selection))
 
     def run(self, progress: Callable[[float], object] | None = None) -> None:
-        """Measure everything. After an exception has interrupted it, it must not be run again."""
+        """Measure everything. After an exception has interrupted it, it must not be run again.
+
+        ``progress`` is called with the share of the work that is done, in [0, 1].
+        """
         costs = [_cost(stored) for stored in self._layers]
         total, done, batch_cost = sum(costs) or 1, 0, 0
         batch: list[tuple[int, Tensor]] = []
@@ -142,47 +134,19 @@ class Measuring(ABC, Generic[Result]):
             self._results[index] = result
 
 
-def usable_device(device: torch.device | str) -> torch.device:
-    """The device, if tensors can be on it and a backend runs there.
-
-    Raises:
-        ValueError: it is unknown or not available here, or RMSGD_BACKEND names a backend for another device.
-        BackendUnavailable: RMSGD_BACKEND names a backend that cannot run here.
-    """
-    try:
-        zero = torch.zeros(1, device=device)
-        zero.item()  # the meta device has no values
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {str(device)!r} is not available: {reason}") from None
-    backend_for(zero.device)
-    return zero.device
-
-
-def matches(name: str, patterns: str | Sequence[str] | None) -> bool:
-    """Whether a name matches one of the shell patterns, or contains one without wildcards. None: all."""
-    if patterns is None:
-        return True
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    return any(
-        fnmatchcase(name, pattern) if re.search(r"[*?\[]", pattern) else pattern in name
-        for pattern in patterns
-    )
-
-
 def _nothing(
     source: object,
     tensors: Sequence[StoredTensor],
     layers: Sequence[StoredTensor],
     wanted: Sequence[StoredTensor],
-    patterns: str | Sequence[str] | None,
-    exclude: str | Sequence[str] | None,
+    selection: Selection,
 ) -> str:
     what = os.fspath(source) if isinstance(source, str | os.PathLike) else f"this {type(source).__name__}"
     if wanted:
-        return f"{what}: every layer's name matches {exclude!r}, which is excluded (of {len(wanted)} layers)"
+        excluded = f"{selection.exclude!r}, which is excluded"
+        return f"{what}: every layer's name matches {excluded} (of {len(wanted)} layers)"
     if layers:
-        return f"{what}: no layer's name matches {patterns!r} (of {len(layers)} layers)"
+        return f"{what}: no layer's name matches {selection.filter!r} (of {len(layers)} layers)"
     if tensors:
         return f"{what}: no weights in it (none of {len(tensors)} tensors has two or more dimensions)"
     return f"{what}: no weights in it (no named tensors of a model)"

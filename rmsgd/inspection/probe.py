@@ -7,6 +7,7 @@ import torch
 from rmsgd.inspection.measuring import ProbeSource
 from rmsgd.inspection.probing import Probing
 from rmsgd.inspection.report.report import Report
+from rmsgd.inspection.selection import Selection
 
 
 def probe(
@@ -64,14 +65,7 @@ def probe(
         ValueError: the device is not available, RMSGD_BACKEND does not run there, or a mapping contains
             itself.
     """
-    probing = Probing(
-        source,
-        filter=filter,
-        exclude=exclude,
-        key=key,
-        include_buffers=include_buffers,
-        merge_lora=merge_lora,
-        device=device,
-    )
+    selection = Selection(filter, exclude, key, include_buffers, merge_lora, device)
+    probing = Probing(source, selection)
     probing.run(progress)
     return Report(probing.layers, probing.errors, probing.notes)

@@ -4,15 +4,16 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rmsgd.backends.base import CHANGED, MEASURED, NOISE_VARIANCE, RANK, STATUS
+from rmsgd.backends.base import NOISE_VARIANCE, RANK, why_not_measured
 from rmsgd.backends.spectra import measure_spectra
-from rmsgd.inspection.measuring import Measuring, ProbeSource, usable_device
+from rmsgd.inspection.measuring import Measuring, ProbeSource
 from rmsgd.inspection.reading.stored import StoredTensor
+from rmsgd.inspection.selection import Selection, usable_device
 from rmsgd.layers import Unfolding, check_matrix, unfoldings, whole_matrix
 from rmsgd.reference import threshold
 
@@ -94,19 +95,12 @@ def spectra(
         raise ValueError(f'values must be "top" or "all", got {values!r}')
     if isinstance(source, Tensor):
         raise TypeError("source must be a module, a mapping, a path or a list of matrices: give [tensor]")
-    options: dict[str, Any] = {
-        "filter": filter,
-        "exclude": exclude,
-        "key": key,
-        "include_buffers": include_buffers,
-        "merge_lora": merge_lora,
-    }
+    selection = Selection(filter, exclude, key, include_buffers, merge_lora, device)
     if isinstance(source, Sequence) and not isinstance(source, str):
-        given = [name for name, value in options.items() if value]
-        if given:
+        if given := selection.given_for_networks():
             raise ValueError(f"{', '.join(given)} are for networks, and source is a list of matrices")
         return _of_matrices(source, values, exact, device)
-    measuring = _SpectraOfLayers(source, values, exact, device=device, **options)
+    measuring = _SpectraOfLayers(source, selection, values, exact)
     measuring.run()
     for error in measuring.errors:
         warnings.warn(error, stacklevel=2)
@@ -131,9 +125,9 @@ def _of_matrices(
 
 class _SpectraOfLayers(Measuring[tuple[Spectrum, ...]]):
     def __init__(
-        self, source: ProbeSource, values: Literal["top", "all"], exact: bool, **options: Any
+        self, source: ProbeSource, selection: Selection, values: Literal["top", "all"], exact: bool
     ) -> None:
-        super().__init__(source, **options)
+        super().__init__(source, selection)
         self._values, self._exact = values, exact
 
     def measured(
@@ -165,11 +159,8 @@ def _spectra(
     table, gammas = measure_spectra(matrices, values, exact)
     for name, (weight, u), row, gamma in zip(names, matrices, table.tolist(), gammas, strict=True):
         shape = tuple(weight.shape)
-        if row[STATUS] != MEASURED:
-            changed = row[STATUS] == CHANGED
-            yield _skipped(
-                name, shape, "changed before it was measured" if changed else "NaN or infinite entries"
-            )
+        if reason := why_not_measured([row]):
+            yield _skipped(name, shape, reason)
             continue
         variance = row[NOISE_VARIANCE]
         limit = math.sqrt(u.M * threshold(u.L, u.M)[2]) * math.sqrt(variance)

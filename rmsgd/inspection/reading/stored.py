@@ -70,7 +70,7 @@ def mark_tied(tensors: Iterable[StoredTensor]) -> Iterator[StoredTensor]:
 
 
 def in_memory(value: Tensor | NDArray[Any], name: str = "") -> StoredTensor:
-    """A tensor or an array of this process as a stored tensor."""
+    """A tensor or an array of this process, of any shape, as a stored tensor."""
     role: Literal["parameter", "buffer"] | None = "parameter" if isinstance(value, nn.Parameter) else None
     if isinstance(value, np.ndarray):
         return StoredTensor(name, value.shape, lambda: as_tensor(value), memory=_address(value))
@@ -89,7 +89,7 @@ def in_memory(value: Tensor | NDArray[Any], name: str = "") -> StoredTensor:
 
 
 def as_tensor(value: Tensor | NDArray[Any]) -> Tensor:
-    """A tensor of the same numbers, without a copy where torch can share the memory.
+    """A tensor of the same shape and numbers, without a copy where torch can share the memory.
 
     A quantised tensor is turned into the numbers that it stands for. The parts of a DTensor are gathered:
     every process of its mesh must take part.
@@ -118,12 +118,12 @@ def as_tensor(value: Tensor | NDArray[Any]) -> Tensor:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is of torch's own class. A subclass may keep something else in its memory."""
+    """Whether a tensor of any shape is of torch's own class. A subclass may keep anything in its memory."""
     return type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
 
 
 def plain_numbers(tensor: Tensor) -> Tensor:
-    """The tensor itself, if its memory holds real numbers, one for each entry.
+    """The tensor itself, of any shape, if its memory holds real numbers, one for each entry.
 
     Raises:
         NotMeasurableError: its memory does not.

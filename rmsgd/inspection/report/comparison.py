@@ -29,7 +29,7 @@ class LayerChange:
         return layer.shape
 
     def change(self, metric: Metric) -> float | None:
-        """After minus before; None where either is missing."""
+        """After minus before, in the metric's unit; None where either is missing."""
         if self.before is None or self.after is None:
             return None
         return float(getattr(self.after, metric.name)) - float(getattr(self.before, metric.name))

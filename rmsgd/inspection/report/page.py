@@ -18,6 +18,7 @@ from rmsgd.inspection.measuring import ProbeSource
 from rmsgd.inspection.probing import Probing
 from rmsgd.inspection.report.report import Report
 from rmsgd.inspection.report.text import metric_text, shape_text, summary
+from rmsgd.inspection.selection import Selection
 from rmsgd.layers import Unfolding, unfoldings
 from rmsgd.metrics import METRICS, NETWORK_QUALITY, LayerMetrics, Metric
 from rmsgd.plots import PALETTE
@@ -66,7 +67,7 @@ def write_page(
     except ImportError as error:
         message = f"the page needs jinja2: {install_command('plot')}"
         raise ModuleNotFoundError(message, name="jinja2") from error
-    probing = Probing(source, key=key)
+    probing = Probing(source, Selection(key=key))
     rows = []
     for index, layer in enumerate(report.measured):
         rows.append((layer, _sort_keys(index, layer), charts(layer, probing.weight(layer.name))))
@@ -118,7 +119,7 @@ def _sort_keys(index: int, layer: LayerMetrics) -> list[float]:
 
 
 def charts(layer: LayerMetrics, weight: Tensor) -> list[Chart]:
-    """A chart for every unfolding of a measured layer."""
+    """A chart for every unfolding of a measured layer, whose weight has two to five dimensions."""
     result = []
     first = 0  # index of the unfolding's first mode among the layer's
     found = unfoldings(weight.shape)

@@ -14,6 +14,7 @@ from torch import Tensor
 from rmsgd.inspection.probing import Probing
 from rmsgd.inspection.report.layer_bars import axis_label, name_rows, rows_height
 from rmsgd.inspection.report.series import Series, comparable_name
+from rmsgd.inspection.selection import Selection
 from rmsgd.layers import as_matrix, unfoldings
 from rmsgd.lowrank import evbmf
 from rmsgd.metrics import AVERAGED, NETWORK_QUALITY, QUALITY, LayerMetrics
@@ -127,7 +128,7 @@ def _draw_parts(
     for i in (known[c] for c in chosen):
         layer = row[i]
         assert layer is not None
-        weight = Probing(series.sources[i], key=key).weight(layer.name)
+        weight = Probing(series.sources[i], Selection(key=key)).weight(layer.name)
         pairs.append((labels[i], *low_rank_and_noise(weight)))
     rows, columns = (min(size, most) for size, most in zip(pairs[0][1].shape, _SHOWN, strict=True))
     shown = [part[:rows, :columns] for _, *parts in pairs for part in parts]

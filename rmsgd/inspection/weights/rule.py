@@ -42,7 +42,7 @@ Rule = Callable[[Stored], Iterator[Weight]]
 
 
 def numbers(stored: StoredTensor) -> Tensor:
-    """The numbers of a part, in double precision if it has that, else in single precision.
+    """The numbers of a part in its shape, in double precision if it has that, else in single precision.
 
     Raises:
         NotMeasurableError: they are not plain numbers.
