@@ -8,19 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmsgd import reference, rules
-from rmsgd.backends.base import (
-    FIELDS,
-    MEASURED,
-    NOT_FINITE,
-    STATUS,
-    OnHost,
-    RateGroup,
-    RateTables,
-    StepGroup,
-    StepTables,
-)
-from rmsgd.backends.per_tensor import OneByOneStepper, Update
+from rmsgd import reference
+from rmsgd.backends.base import FIELDS, NOT_FINITE, STATUS, StepGroup
+from rmsgd.backends.by_reference import ByReference
+from rmsgd.backends.per_tensor import Update
 from rmsgd.element_types import rounding
 from rmsgd.layers import Unfolding, as_matrix
 
@@ -46,7 +37,7 @@ def _flat(tensor: Tensor) -> Tensor:
     return torch.as_strided(tensor, (tensor.numel(),), (1,))
 
 
-class NumpyBackend(OnHost):
+class NumpyBackend(ByReference):
     """The reference's functions: ``measure`` for EVBMF with metrics, ``update`` for the step."""
 
     def __init__(
@@ -56,14 +47,9 @@ class NumpyBackend(OnHost):
         measure: Callable[..., tuple[float, ...]],
         update: Callable[..., Any],
     ) -> None:
+        super().__init__(measure, _on_arrays(update))
         self.name = name
         self.description = description
-        self._measure = measure
-        self._update = _on_arrays(update)
-
-    def stepper(self, tables: StepTables) -> OneByOneStepper:
-        """See ``base.Backend``."""
-        return OneByOneStepper(tables, self._update)
 
     def measure(self, matrices: Sequence[tuple[Tensor, Unfolding]]) -> Tensor:
         """See ``base.Backend``. Every matrix is measured by a float64 SVD."""
@@ -76,12 +62,3 @@ class NumpyBackend(OnHost):
             gamma = torch.from_numpy(reference.singular_values(matrix, rounding(weight.dtype)))
             row.copy_(self.measure_spectrum(gamma, unfolding.M))
         return table
-
-    def measure_spectrum(self, gamma: Tensor, M: int) -> Tensor:
-        """See ``base.Backend``."""
-        row = self._measure(gamma.numpy(), len(gamma), M)
-        return torch.tensor([*row, MEASURED, 2.0], dtype=torch.float64, device="cpu")
-
-    def update_rates(self, tables: RateTables, groups: Sequence[RateGroup], metrics: Tensor) -> None:
-        """See ``base.Backend``."""
-        rules.update_rates(tables, groups, metrics)

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from rmsgd.backends import backend_for
-from rmsgd.backends.base import FIELDS, MEASURED, NOT_FINITE, STATUS, Backend, MeasuresSpectra, Values
-from rmsgd.backends.svd import double_matrix, singular_values
-from rmsgd.element_types import rounding
+from rmsgd.backends.base import FIELDS, MEASURED, RANK, STATUS, MeasuresSpectra, Values
+from rmsgd.backends.svd import measure_by_svd
 from rmsgd.layers import Unfolding, whole_matrix
 
 Matrix = tuple[Tensor, Unfolding]
@@ -45,7 +44,7 @@ def measure_spectra(
         if isinstance(backend, MeasuresSpectra) and not exact:
             rows, gammas = backend.spectra(mine, values)
         else:
-            rows, gammas = _by_svd(backend, mine)
+            rows, gammas = measure_by_svd(mine, backend.measure_spectrum)
         table[here] = rows.to(table.device)
         for i, gamma in zip(here, gammas, strict=True):
             found[i] = gamma
@@ -53,7 +52,7 @@ def measure_spectra(
         if row[STATUS] != MEASURED:
             found[i] = torch.full_like(found[i], math.nan)
         elif values == "top":
-            found[i] = found[i][: int(row[0])]
+            found[i] = found[i][: int(row[RANK])]
     return table, found
 
 
@@ -71,18 +70,3 @@ def eigenvalues(weights: Sequence[Tensor]) -> list[Tensor]:
     """
     _, gammas = measure_spectra([(weight, whole_matrix(weight.shape)) for weight in weights], "half")
     return [gamma * gamma for gamma in gammas]
-
-
-def _by_svd(backend: Backend, matrices: Sequence[Matrix]) -> tuple[Tensor, list[Tensor]]:
-    table = torch.full((len(matrices), FIELDS), math.nan, dtype=torch.float64, device="cpu")
-    gammas = []
-    for row, (weight, unfolding) in zip(table, matrices, strict=True):
-        matrix, largest = double_matrix(weight, unfolding)
-        if not math.isfinite(largest):
-            row[STATUS] = NOT_FINITE
-            gammas.append(matrix.new_zeros(unfolding.L))
-            continue
-        gamma = singular_values(matrix, largest, rounding(weight.dtype))
-        row.copy_(backend.measure_spectrum(gamma, unfolding.M))
-        gammas.append(gamma)
-    return table, gammas

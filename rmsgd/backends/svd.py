@@ -5,10 +5,12 @@ decide.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from rmsgd.backends.base import FIELDS, NOT_FINITE, STATUS
 from rmsgd.element_types import rounding as rounding_of
 from rmsgd.layers import Unfolding, as_matrix
 from rmsgd.reference import numerical_zero
@@ -27,7 +29,10 @@ def singular_values(matrix: Tensor, largest: float, rounding: float) -> Tensor:
 
 
 def power_of_two(largest: float) -> float:
-    """The divisor for a matrix of this largest magnitude with which no square overflows or vanishes."""
+    """The divisor for a matrix of this largest magnitude with which no square overflows or vanishes.
+
+    It has the unit of the entries and lies in (largest / 2, largest].
+    """
     return math.ldexp(1.0, math.frexp(largest)[1] - 1)
 
 
@@ -48,9 +53,31 @@ def scaled_singular_values(matrix: Tensor, rounding: float) -> Tensor:
 
 
 def without_numerical_zeros(gamma: Tensor, M: int, rounding: float) -> Tensor:
-    """Singular values, descending, with those at or below ``reference.numerical_zero`` set to 0 in place."""
+    """Singular values (L,), descending, with those up to ``reference.numerical_zero`` set to 0 in place."""
     gamma[gamma <= numerical_zero(gamma.cpu().numpy(), len(gamma), M, rounding)] = 0.0
     return gamma
+
+
+def measure_by_svd(
+    matrices: Sequence[tuple[Tensor, Unfolding]], measure_spectrum: Callable[[Tensor, int], Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """The metrics table of these matrices, on the host, and their L singular values, on their devices.
+
+    ``measure_spectrum`` is that of a backend, and so is the form of the table: see ``base.Backend``. The
+    values of a matrix with a NaN or an Inf are 0.
+    """
+    table = torch.full((len(matrices), FIELDS), math.nan, dtype=torch.float64, device="cpu")
+    gammas = []
+    for row, (weight, unfolding) in zip(table, matrices, strict=True):
+        matrix, largest = double_matrix(weight, unfolding)
+        if not math.isfinite(largest):
+            row[STATUS] = NOT_FINITE
+            gammas.append(matrix.new_zeros(unfolding.L))
+            continue
+        gamma = singular_values(matrix, largest, rounding_of(weight.dtype))
+        row.copy_(measure_spectrum(gamma, unfolding.M))
+        gammas.append(gamma)
+    return table, gammas
 
 
 def double_matrix(weight: Tensor, unfolding: Unfolding) -> tuple[Tensor, float]:
