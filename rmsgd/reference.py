@@ -24,14 +24,17 @@ Array = NDArray[np.float64]
 
 
 def threshold(L: int, M: int) -> tuple[float, float, float]:
-    """``(alpha, tau_, x_)`` of an L x M matrix. Compiled by numba."""
+    """``(alpha, tau_, x_)`` of an L x M matrix, none of which has a unit. Compiled by numba."""
     alpha = L / M
     tau = 2.5129 * math.sqrt(alpha)
     return alpha, tau, (1.0 + tau) * (1.0 + alpha / tau)
 
 
 def tau_of(x: Array, alpha: float) -> Array:
-    """``tau(x)``, the larger root of ``tau + alpha / tau = x - (1 + alpha)``. Compiled by numba."""
+    """``tau(x)``, the larger root of ``tau + alpha / tau = x - (1 + alpha)``. Compiled by numba.
+
+    ``x`` is (n,), squared singular values over ``M sigma^2``, without a unit, and so is the result.
+    """
     t = x - (1.0 + alpha)
     return 0.5 * (t + np.sqrt(t * t - 4.0 * alpha))
 
@@ -48,7 +51,10 @@ def free_energy(noise_variance: float, c: Array, L: int, M: int) -> float:
 
 
 def slope(k: int, s: float, c: Array, tail: float, L: int, alpha: float) -> tuple[float, float]:
-    """``G_k(s) = s dOmega/ds`` with k values above the threshold, and ``dG_k/ds``. Compiled by numba."""
+    """``G_k(s) = s dOmega/ds`` with k values above the threshold, and ``dG_k/ds``. Compiled by numba.
+
+    ``c`` is (L,), descending, and ``tail`` the sum of ``c[k:]``, both in squared units of the weight.
+    """
     tau = tau_of(c[:k] * s, alpha)
     inverse = (1.0 / tau).sum()
     curvature = (c[:k] / (tau * tau - alpha)).sum()
@@ -58,7 +64,8 @@ def slope(k: int, s: float, c: Array, tail: float, L: int, alpha: float) -> tupl
 def free_energy_of_rank(k: int, s: float, c: Array, tail: float, L: int, alpha: float) -> float:
     """Omega(1 / s) with the k largest values above the threshold. Compiled by numba.
 
-    Written with ``x - tau = 1 + alpha + alpha / tau``, so that a large value does not cancel.
+    ``c`` (L,) and ``tail`` are as in ``slope``. Written with ``x - tau = 1 + alpha + alpha / tau``, so that a
+    large value does not cancel.
     """
     tau = tau_of(c[:k] * s, alpha)
     kept = 1.0 + alpha + alpha / tau + np.log1p(tau) + alpha * np.log1p(tau / alpha)
@@ -204,7 +211,9 @@ def quality(stable_rank: float, condition: float) -> float:
 
 
 def network_quality(qualities: Sequence[float]) -> float:
-    """Quality of a network, ``Q = ||q||_2^2 / sqrt(layers)`` (Eq. 5); NaN without layers."""
+    """Quality of a network, ``Q = ||q||_2^2 / sqrt(layers)`` (Eq. 5), from its layers' q in rad; NaN without
+    layers.
+    """
     q = np.asarray(qualities, dtype=np.float64)
     return float((q * q).sum() / math.sqrt(len(q))) if len(q) else math.nan
 
@@ -248,6 +257,9 @@ def momentum_update(
     velocity_form: bool,
 ) -> tuple[Array, Array]:
     """One SGD step with momentum: the new ``(w, v)``. Compiled by numba, where w is one element.
+
+    ``w``, ``grad`` and ``v`` have one shape, and ``eta`` is the rate that is applied: a step moves by rate
+    times gradient.
 
     ``velocity_form`` is Algorithm 1, ``v <- momentum v - (1 - dampening) eta g, w <- w + v``;
     otherwise it is torch's ``v <- momentum v + (1 - dampening) g, w <- w - eta v``. A ``fresh`` v counts

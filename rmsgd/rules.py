@@ -21,7 +21,8 @@ from rmsgd.layers import MEAN_OF_ALL, NO_LEADER, unfoldings
 NextRate: TypeAlias = Callable[[RateGroup, float, float, bool], float]
 """``(group, eta, gain, held)`` to the next eta, before its floor.
 
-``gain`` is ``s(t+1) - s(t)``, and ``held`` says that the release's not_ready list holds the layer.
+eta is a rate before the group's multiplier, ``gain`` is ``s(t+1) - s(t)``, and ``held`` says that the
+release's not_ready list holds the layer.
 ``group.decay`` is gamma at an epoch end that decays, else 1, and ``group.zeta`` is the value before it.
 """
 
@@ -75,7 +76,7 @@ ModeWeights: TypeAlias = Callable[[Sequence[int], float], list[float]]
 
 
 def mean_over_modes(shape: Sequence[int], lr0: float) -> list[float]:
-    """The mean over the modes."""
+    """The weights of the mean over the modes, which add up to 1."""
     parts = unfoldings(shape)
     modes = sum(len(part.modes) for part in parts)
     return [len(part.modes) / modes for part in parts]
@@ -216,7 +217,8 @@ def held_layers(
     """The layers that the release's ``not_ready`` list holds at their first rate; updates ``ready``.
 
     The release walks the list while it removes entries, so it skips the entry after a removed one in that
-    pass, which is then neither held nor made ready. ``watched`` leaves layers out of the walk.
+    pass, which is then neither held nor made ready. ``watched`` leaves layers out of the walk. All are
+    (layers,), and ``measured`` is s, a share of full rank.
     """
     held = np.zeros(len(measured), dtype=np.bool_)
     skip = False

@@ -3,7 +3,7 @@
 Random weights have a light tail (a large exponent), so a layer with a light tail has learned little so far.
 Both rules here map the tail exponents of the layers linearly to ratios of the learning rate, and differ in
 the bounds and in the layers that they leave out. The formulas are those of the authors' public code; see
-"Layer- wise rates" in the documentation for where a paper and its code differ, and where we differ from both.
+"Layer-wise rates" in the documentation for where a paper and its code differ, and where we differ from both.
 """
 
 import math

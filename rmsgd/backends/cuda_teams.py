@@ -63,7 +63,7 @@ class Teams(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """As counted."""
+        """The time of all waves in seconds, as counted and not measured."""
         return sum(wave.seconds for wave in self.waves)
 
 

@@ -26,7 +26,10 @@ class Kernels(Protocol):
         arguments: NDArray[Any],
         cooperative: bool = False,
     ) -> None:
-        """Launch a kernel; ``arguments`` are copied. Raises RuntimeError with CUDA's message."""
+        """Launch a kernel. Raises RuntimeError with CUDA's message.
+
+        ``arguments`` is its one struct, a structured array of one element, which is copied.
+        """
 
     def resident_blocks(self, name: str, device: int, threads: int, shared_bytes: int) -> int:
         """How many blocks of a kernel fit on the device at once."""
@@ -36,7 +39,7 @@ class Kernels(Protocol):
 
 
 def upload(table: NDArray[Any], device: torch.device) -> Tensor:
-    """A table's bytes on the device. The host does not wait for the copy."""
+    """The bytes of a table of any shape on the device, (bytes,) uint8. The host does not wait for it."""
     host = torch.from_numpy(np.ascontiguousarray(table).view(np.uint8).reshape(-1))
     if device.type != "cuda":
         return host.clone()

@@ -67,12 +67,12 @@ class Streams:
         torch.cuda.current_stream(self._device).wait_event(self._done)
 
     def record_stream(self, tensor: Tensor) -> None:
-        """Keep a tensor's memory until the current stream is done with it."""
+        """Keep the memory of a tensor of any shape until the current stream is done with it."""
         tensor.record_stream(torch.cuda.current_stream(self._device))
 
 
 def check_not_capturing(tensors: Iterable[Tensor], what: str) -> None:
-    """Raise RuntimeError if a CUDA graph is being captured on the device of one of the tensors."""
+    """Raise RuntimeError if a CUDA graph is being captured on the device of one of these parameters."""
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
         with torch.cuda.device(device):
             if torch.cuda.is_current_stream_capturing():

@@ -281,7 +281,7 @@ class DeviceRates:
         return dict(zip((m.parameter for m in self.records), self.eta.tolist(), strict=True))
 
     def large_rates(self, groups: Sequence[Mapping[str, Any]]) -> list[tuple[ParamRecord, float]]:
-        """The layers whose eta is more than ten times their first, and that eta."""
+        """The layers whose eta is more than ten times their first, and that eta, before the multiplier."""
         self._backend.wait_side_stream(self.device)
         eta = self.eta.tolist()
         layers = ((self.records[i], eta[i]) for i in self._probed)

@@ -91,7 +91,7 @@ class DeviceStep:
                 _check_gradient(p.grad, record.name)
 
     def step(self, groups: Sequence[StepGroup], grad_scale: float) -> None:
-        """Take one step along the parameters' gradients."""
+        """Take one step along the parameters' gradients over ``grad_scale``, the factor on the loss."""
         self._take(groups, grad_scale)
         # On the host there is nothing to wait for, and wrappers may save the state by themselves.
         on_host = self._backend.on_host and self._known_fresh

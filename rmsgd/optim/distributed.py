@@ -31,13 +31,13 @@ Measure: TypeAlias = Callable[[Sequence[Any]], Tensor]
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over a device mesh."""
+    """Whether a tensor of any shape is spread over a device mesh."""
     module = sys.modules.get("torch.distributed.tensor")  # without it there are no DTensors
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, which shares its memory."""
+    """This rank's part of a tensor of any shape, which shares its memory."""
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
 
 
@@ -82,7 +82,7 @@ class Ranks:
         return cls(tuple(mesh.get_group(d) for d in range(mesh.ndim)), mesh.size(), index)
 
     def reduce(self, tensor: Tensor, op: Any) -> Tensor:
-        """``tensor`` reduced over all ranks, in place."""
+        """A tensor of the same shape on all ranks, reduced over them in place."""
         for group in self.groups:
             dist.all_reduce(tensor, op=op, group=group)
         return tensor

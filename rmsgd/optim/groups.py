@@ -28,10 +28,9 @@ def layer_groups(params: Parameters, **defaults: Any) -> list[dict[str, Any]]:
     """Parameter groups for any optimizer, one for each layer and the parameters that follow it.
 
     A layer is a weight with a spectrum: a matrix (o, i) or a kernel (o, i, *k) with more than one row and
-    column. A bias, a
-    norm or another parameter without one is with the layer before it in its own group, else with the layer
-    whose name shares the longest module path with its own. Those that follow none are a group of their own. A
-    tensor that is given twice, as tied weights are, is in one group.
+    column. A bias, a norm or another parameter without one is with the layer before it in its own group, else
+    with the layer whose name shares the longest module path with its own. Those that follow none are a group
+    of their own. A tensor that is given twice, as tied weights are, is in one group.
 
     ```python
     groups = rmsgd.layer_groups(model.named_parameters(), weight_decay=0.1)

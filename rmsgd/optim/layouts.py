@@ -44,7 +44,7 @@ class Layouts:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor's elements lie at an address; a subclass may make them from other tensors."""
+    """Whether the elements of a tensor of any shape lie at an address; a subclass may compute them."""
     if tensor.numel() == 0 or tensor.is_meta or is_dtensor(tensor):
         return True
     fake = sys.modules.get("torch._subclasses.fake_tensor")
@@ -57,7 +57,7 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:
-    """The first address of a tensor with elements, and the address behind its last."""
+    """The first address of a tensor of any shape with elements, and the one behind its last, in bytes."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 

@@ -242,7 +242,7 @@ def step_group(group: Mapping[str, Any], device: torch.device) -> StepGroup:
 
 
 def floor(group: Mapping[str, Any]) -> float:
-    """The smallest eta of a group's rule."""
+    """The smallest eta of a group's rule, a rate before the group's multiplier."""
     of_rule = RULES[group["rule"]].floor
     return float(group["min_lr"]) if of_rule is None else of_rule
 
