@@ -5,6 +5,7 @@ import ast
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,6 +80,19 @@ def width(text: str) -> float:
     if value > WIDEST:
         raise argparse.ArgumentTypeError(f"expected at most {WIDEST}, got {text!r}")
     return value
+
+
+def add_output(parser: argparse.ArgumentParser, command: str, holds: str = "the JSON") -> None:
+    """Adds `--out`, a folder below .out that is called as the command, and `--readme`."""
+    parser.add_argument("--out", type=Path, default=Path(".out") / command, help=f"folder for {holds}")
+    parser.add_argument("--readme", type=Path, help="rewrite the measured tables of this file")
+
+
+def add_rounds(parser: argparse.ArgumentParser, default: int) -> None:
+    """Adds `--rounds`."""
+    parser.add_argument(
+        "--rounds", type=positive, default=default, help="interleaved rounds (default: %(default)s)"
+    )
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,6 @@ import argparse
 import math
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from rich.table import Table
 
 import rmsgd
 from bench import output, peers, readme, terminal
+from bench.arguments import add_output
 from bench.epoch_end import spectra
 from bench.measure import machine
 from bench.networks import network, networks
@@ -126,11 +126,10 @@ def main(arguments: Sequence[str]) -> int:
         description="Compare the searches of rmsgd, rmsgd 1.0.2 and the Python VBMF for EVBMF's noise "
         "variance, by the free energy at which they end.",
     )
-    parser.add_argument("--out", type=Path, default=Path(".out/noise-search"), help="folder for the JSON")
     parser.add_argument(
         "--models", type=networks, default=MODELS, help=f"comma-separated (default: {','.join(MODELS)})"
     )
-    parser.add_argument("--readme", type=Path, help="rewrite the table of this file")
+    add_output(parser, "noise-search")
     options = parser.parse_args(arguments)
     output.check(options.out, options.readme, ["noise-search"])
     peers.load_rmsgd_1_0_2()

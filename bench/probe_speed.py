@@ -16,7 +16,6 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from torch import Tensor
 
 import rmsgd
 from bench import measure, output, readme, terminal
-from bench.arguments import positive
+from bench.arguments import add_output, add_rounds
 from bench.networks import network, networks
 from bench.weights import make_trained_like
 
@@ -144,12 +143,11 @@ def main(arguments: Sequence[str]) -> int:
         prog="python -m bench probe-speed",
         description="Time rmsgd.probe against a full SVD and WeightWatcher on the same state dicts.",
     )
-    parser.add_argument("--out", type=Path, default=Path(".out/probe-speed"), help="folder for the JSON")
     parser.add_argument(
         "--models", type=networks, default=MODELS, help=f"comma-separated (default: {','.join(MODELS)})"
     )
-    parser.add_argument("--rounds", type=positive, default=6, help="interleaved rounds (default 6)")
-    parser.add_argument("--readme", type=Path, help="rewrite the table of this file")
+    add_rounds(parser, 6)
+    add_output(parser, "probe-speed")
     options = parser.parse_args(arguments)
     output.check(options.out, options.readme, ["probe-speed"])
     theirs = weightwatcher()

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench import output, plots
-from bench.arguments import integers, positive, some_of
+from bench.arguments import add_rounds, integers, some_of
 from bench.costs import gram_multiplications
 from bench.measure import Interleaved, machine, median, ratio
 from rmsgd import backends
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--dtypes", type=some_of("dtype", DTYPES), default=tuple(DTYPES), help=f"default: {','.join(DTYPES)}"
     )
-    parser.add_argument("--rounds", type=positive, default=7, help="interleaved rounds (default 7)")
+    add_rounds(parser, 7)
     options = parser.parse_args(arguments)
     if min(options.sizes) < 2:
         parser.error("--sizes: a spectrum needs at least 2 rows")

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench import output, peers, speed_epoch_end, speed_step
-from bench.arguments import positive
+from bench.arguments import add_output, add_rounds
 from bench.measure import machine
 from bench.networks import networks
 
@@ -39,12 +39,11 @@ def main(arguments: Sequence[str]) -> int:
         prog="python -m bench speed",
         description="Time the step and the epoch end against torch's SGD and rmsgd 1.0.2.",
     )
-    parser.add_argument("--out", type=Path, default=Path(".out/speed"), help="folder for JSON and plot")
     parser.add_argument("--section", choices=sorted(SECTIONS), action="append", help="only this one")
     parser.add_argument("--models", type=networks, help="comma-separated; default: all of the section")
-    parser.add_argument("--rounds", type=positive, default=15, help="interleaved rounds (default 15)")
+    add_rounds(parser, 15)
     parser.add_argument("--quick", action="store_true", help="leave out rmsgd 1.0.2, which takes minutes")
-    parser.add_argument("--readme", type=Path, help="rewrite the measured tables of this file")
+    add_output(parser, "speed", "JSON and plot")
     options = parser.parse_args(arguments)
 
     sections = options.section or SECTIONS

@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 
 from bench import output, readme
-from bench.arguments import positive
+from bench.arguments import add_output, add_rounds
 from bench.epoch_end import epoch_end, spectra
 from bench.measure import Interleaved, interleave, machine, median, ratio
 from bench.networks import network, networks
@@ -156,10 +155,9 @@ def main(arguments: Sequence[str]) -> int:
         description="Time the epoch end shared by two processes, and model it for "
         f"{', '.join(map(str, MODELLED_RANKS))}.",
     )
-    parser.add_argument("--out", type=Path, default=Path(".out/split"), help="folder for the JSON")
     parser.add_argument("--models", type=networks, default=MODELS, help=f"default: {','.join(MODELS)}")
-    parser.add_argument("--rounds", type=positive, default=15, help="interleaved rounds (default 15)")
-    parser.add_argument("--readme", type=Path, help="rewrite the measured table of this file")
+    add_rounds(parser, 15)
+    add_output(parser, "split")
     options = parser.parse_args(arguments)
     output.check(options.out, options.readme, ["split"])
     rows = []

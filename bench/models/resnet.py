@@ -27,12 +27,12 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     expansion = 4
 
-    def __init__(self, inputs: int, planes: int, stride: int) -> None:
+    def __init__(self, inputs: int, planes: int, stride: int, groups: int = 1) -> None:
         super().__init__()
         outputs = planes * self.expansion
         self.conv1 = conv(inputs, planes, 1)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = conv(planes, planes, 3, stride)
+        self.conv2 = conv(planes, planes, 3, stride, groups)
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = conv(planes, outputs, 1)
         self.bn3 = nn.BatchNorm2d(outputs)

@@ -5,27 +5,12 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.models.blocks import conv, projection, scaled, strides
+from bench.models.blocks import conv, scaled, strides
+from bench.models.resnet import Bottleneck
 
 
-class Block(nn.Module):
+class Block(Bottleneck):
     expansion = 2
-
-    def __init__(self, inputs: int, planes: int, groups: int, stride: int) -> None:
-        super().__init__()
-        outputs = planes * self.expansion
-        self.conv1 = conv(inputs, planes, 1)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = conv(planes, planes, 3, stride, groups)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3 = conv(planes, outputs, 1)
-        self.bn3 = nn.BatchNorm2d(outputs)
-        self.shortcut = projection(inputs, outputs, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
 
 
 class ResNeXt29(nn.Module):
@@ -44,7 +29,7 @@ class ResNeXt29(nn.Module):
             stage = []
             planes = groups * scaled(64 << index, width)
             for stride in strides(1 if index == 0 else 2, 3):
-                stage.append(Block(channels, planes, groups, stride))
+                stage.append(Block(channels, planes, stride, groups))
                 channels = planes * Block.expansion
             stages.append(nn.Sequential(*stage))
         self.layers = nn.Sequential(*stages)

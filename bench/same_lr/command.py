@@ -132,7 +132,6 @@ def main(given: Sequence[str]) -> int:
         description="Hold RMSGD's default rule, and the letter of Algorithm 1, against SGD with momentum at "
         "the same learning rate on small tasks. A run that has ended is kept in --out and not repeated.",
     )
-    parser.add_argument("--out", type=Path, default=Path(".out/same-lr"), help="folder for the JSON")
     parser.add_argument(
         "--seeds",
         type=arguments.positive,
@@ -146,7 +145,7 @@ def main(given: Sequence[str]) -> int:
         type=arguments.names,
         help=f"comma-separated: {', '.join([*TASKS, CIFAR10])} (default: all)",
     )
-    parser.add_argument("--readme", type=Path, help="rewrite the table of this file")
+    arguments.add_output(parser, "same-lr")
     options = parser.parse_args(given)
     tasks = dict(TASKS)
     if options.data is not None:
