@@ -55,6 +55,9 @@ class TailRule:
     is given ``highest`` and has no part in the map."""
     within: Callable[[str], object] | None = None
     """Gives the set in which a layer is balanced, by the layer's name; None makes all layers one set."""
+    gradual: bool = False
+    """Whether rates move to new ones over half of the steps between two measurements, unless ``transition``
+    of ``LayerRates`` says something else."""
 
     measures = "tails"
     """The kind of measurement that ``LayerRates`` takes for this rule."""
@@ -96,9 +99,11 @@ LLR = TailRule(
     highest=5.0,
     least_values=50,
     at_highest=("*emb*", "wte", "wpe", "*head"),
+    gradual=True,
 )
 """Layerwise Learning Rates: He et al., "One LR Doesn't Fit All: Heavy-Tail Guided Layerwise Learning Rates
-for LLMs" (ICML 2026), for AdamW and Muon on language models, every 40 to 100 steps."""
+for LLMs" (ICML 2026), for AdamW and Muon on language models, every 40 to 100 steps. Rates move to new ones
+linearly, over half of the steps between two measurements."""
 
 TAIL_RULES = {rule.name: rule for rule in (TEMPBALANCE, LLR)}
 """By name."""

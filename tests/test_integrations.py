@@ -1,9 +1,11 @@
-"""RMSGD's epochs end when those of a trainer do, once each, also under accumulation and after a resume."""
+"""Epochs of RMSGD and of LayerRates end when those of a trainer do, once each, also after a resume."""
 
 import copy
 import csv
+import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +23,10 @@ from trainers import (
 )
 
 import rmsgd
-from rmsgd.integrations import log_dict, unwrap
+from rmsgd.integrations import log_dict, rates_of, unwrap
+from rmsgd.tail_rules import LLR
+
+NEITHER = r"an rmsgd\.RMSGD optimizer or one with rmsgd\.LayerRates is needed, got "
 
 
 @pytest.fixture
@@ -43,9 +48,43 @@ def epoch_ends(monkeypatch):
     return ends
 
 
+@pytest.fixture
+def with_rates(monkeypatch):
+    """A function that makes AdamW with LayerRates; its ``ends`` are as ``epoch_ends``.
+
+    Rates move to new ones within three steps, so that a checkpoint may be on the way.
+    """
+    steps, ends = [0], []
+    measure = rmsgd.LayerRates.step
+
+    def noted(self):
+        ends.append(steps[0])
+        measure(self)
+
+    def counted(*_):
+        steps[0] += 1
+
+    def make(parameters, lr):
+        optimizer = torch.optim.AdamW(rmsgd.layer_groups(parameters), lr=lr)
+        optimizer.register_step_post_hook(counted)
+        rmsgd.LayerRates(optimizer, rule=replace(LLR, least_values=0), transition=3)
+        return optimizer
+
+    monkeypatch.setattr(rmsgd.LayerRates, "step", noted)
+    make.ends = ends
+    return make
+
+
 def state_of(optimizer):
     """Everything that a bit-for-bit resume has to bring back."""
     return copy.deepcopy(unwrap(optimizer).state_dict()["state"])
+
+
+def assert_same_runs(a, b):
+    """Two optimizers with LayerRates, of which one was resumed, have come to the same."""
+    assert rates_of(a).state_dict() == rates_of(b).state_dict()
+    assert len({state["rate"] for state in rates_of(a).state_dict()["state"]}) > 1
+    assert_same_states(a.state_dict()["state"], b.state_dict()["state"])
 
 
 def assert_same_states(a, b):
@@ -72,6 +111,22 @@ def test_wrappers_are_looked_through_and_other_optimizers_named():
         unwrap(Wrapper(torch.optim.SGD(model.parameters(), lr=0.1)))
     with pytest.raises(TypeError, match="got NoneType"):
         unwrap(None)
+
+
+def test_what_moves_the_rates_is_found_by_the_optimizer_its_wrappers_and_itself():
+    model = network()
+    ours = rmsgd.RMSGD(model.parameters())
+    other = torch.optim.SGD(rmsgd.layer_groups(model.named_parameters()), lr=0.1)
+    with pytest.raises(TypeError, match=f"{NEITHER}Wrapper around SGD"):
+        rates_of(Wrapper(other))
+    with pytest.raises(TypeError, match=f"{NEITHER}NoneType"):
+        log_dict(None)
+    rates = rmsgd.LayerRates(other)
+    assert rates_of(Wrapper(ours)) is ours
+    assert rates_of(Wrapper(other)) is rates_of(other) is rates_of(rates) is rates
+    later = rmsgd.LayerRates(other)
+    assert rates_of(other) is later
+    assert log_dict(Wrapper(other)) == log_dict(later)
 
 
 def test_a_log_is_flat_numbers_and_has_metrics_from_the_first_epoch_end_on():
@@ -223,8 +278,61 @@ def test_lightning_with_another_optimizer_is_an_error_when_training_starts(
     lightning, lit_epoch_step, tmp_path
 ):
     trainer = lit_trainer(lightning, tmp_path, [lit_epoch_step()])
-    with pytest.raises(TypeError, match=r"an rmsgd\.RMSGD optimizer is needed, got SGD"):
+    with pytest.raises(TypeError, match=f"{NEITHER}SGD"):
         trainer.fit(lit_model(lightning, torch.optim.SGD), loader())
+
+
+@pytest.mark.parametrize(("every", "expected"), [(None, [5, 10, 15]), (4, [4, 8, 12])])
+def test_lightning_finds_layer_rates_and_logs_them(
+    lightning, lit_epoch_step, with_rates, tmp_path, every, expected
+):
+    logger = lightning.loggers.CSVLogger(tmp_path, name="", version="")
+    trainer = lit_trainer(lightning, tmp_path, [lit_epoch_step(every)], logger=logger)
+    trainer.fit(lit_model(lightning, with_rates), loader())
+    assert with_rates.ends == expected
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == expected
+    assert float(rows[-1]["alpha/0.weight"]) > 1.0
+
+
+@pytest.mark.parametrize(("at", "every"), [(5, None), (6, 4)])
+def test_lightning_resumes_layer_rates_bit_for_bit(
+    lightning, lit_epoch_step, with_rates, tmp_path, at, every
+):
+    checkpoint = lightning.callbacks.ModelCheckpoint(
+        tmp_path, save_top_k=-1, filename="{step}", every_n_train_steps=at
+    )
+    callbacks = [checkpoint, lit_epoch_step(every)]
+    trainer = lit_trainer(lightning, tmp_path, callbacks, enable_checkpointing=True)
+    trainer.fit(lit_model(lightning, with_rates), loader())
+    ends = list(with_rates.ends)
+    resumed = lit_trainer(lightning, tmp_path, [lit_epoch_step(every)])
+    path = tmp_path / f"step={at}.ckpt"
+    saved = torch.load(path, weights_only=True)["callbacks"]["EpochStep"]["rates"][0]
+    assert saved["transition"] == {"steps": 3, "taken": 0 if at == 5 else 2}
+    resumed.fit(lit_model(lightning, with_rates), loader(), ckpt_path=str(path))
+    assert len(with_rates.ends) - len(ends) == len([end for end in ends if end > at])
+    assert_same_runs(resumed.optimizers[0], trainer.optimizers[0])
+
+
+def test_lightning_names_what_does_not_fit_in_the_state_of_layer_rates(
+    lightning, lit_epoch_step, with_rates, tmp_path
+):
+    checkpoint = lightning.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}")
+    trainer = lit_trainer(lightning, tmp_path, [checkpoint, lit_epoch_step()], enable_checkpointing=True)
+    trainer.fit(lit_model(lightning, with_rates), loader())
+
+    def another_rule(parameters, lr):
+        optimizer = with_rates(parameters, lr)
+        rmsgd.LayerRates(optimizer)
+        return optimizer
+
+    resumed = lit_trainer(lightning, tmp_path, [lit_epoch_step()], max_epochs=4)
+    with pytest.raises(ValueError, match="the checkpoint is of the rule 'llr'"):
+        resumed.fit(
+            lit_model(lightning, another_rule), loader(), ckpt_path=str(next(tmp_path.glob("*.ckpt")))
+        )
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, "2"])
@@ -323,10 +431,38 @@ def test_the_hugging_face_trainer_takes_the_log(hf_trainer):
 
 
 def test_the_hugging_face_trainer_with_another_optimizer_is_an_error_when_training_starts(hf_trainer):
-    with pytest.raises(
-        TypeError, match=r"an rmsgd\.RMSGD optimizer is needed, got AcceleratedOptimizer around SGD"
-    ):
+    with pytest.raises(TypeError, match=f"{NEITHER}AcceleratedOptimizer around SGD"):
         hf_trainer(optimizer=torch.optim.SGD).train()
+
+
+@pytest.mark.parametrize(
+    ("at", "every", "options"),
+    [(5, None, {}), (6, 4, {}), (6, 4, {"restore_callback_states_from_checkpoint": True})],
+)
+def test_the_hugging_face_trainer_resumes_layer_rates_bit_for_bit(
+    hf_trainer, with_rates, tmp_path, at, every, options
+):
+    options = {"save_strategy": "steps", "save_steps": at, "optimizer": with_rates} | options
+    trainer = hf_trainer(every, **options)
+    trainer.train()
+    ends = list(with_rates.ends)
+    assert ends == ([5, 10, 15] if every is None else [4, 8, 12])
+    resumed = hf_trainer(every, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+    assert len(with_rates.ends) - len(ends) == len([end for end in ends if end > at])
+    assert_same_runs(resumed.optimizer.optimizer, trainer.optimizer.optimizer)
+
+
+def test_the_hugging_face_trainer_saves_on_after_a_checkpoint_without_the_callback(hf_trainer, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 5}
+    hf_trainer(**options).train()
+    path = tmp_path / "checkpoint-5" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"]["EpochStep"]
+    path.write_text(json.dumps(state))
+    resumed = hf_trainer(**options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert resumed.state.global_step == EPOCHS * STEPS
 
 
 # -- Accelerate ----------------------------------------------------------------------------------
@@ -390,6 +526,30 @@ def test_accelerate_resumes_bit_for_bit(accelerator, tmp_path):
     assert_same_states(state_of(resumed), state_of(expected))
 
 
+def test_accelerate_resumes_layer_rates_bit_for_bit(accelerator, with_rates, tmp_path):
+    def train(epochs, before=None, after=None):
+        ours = accelerator()
+        model = network()
+        model, optimizer, batches = ours.prepare(model, with_rates(model.named_parameters(), 0.03), loader())
+        rates = rates_of(optimizer)
+        ours.register_for_checkpointing(rates)
+        if before is not None:
+            ours.load_state(before)
+        for _ in epochs:
+            for batch in batches:
+                ours.backward(nn.functional.cross_entropy(model(batch["x"]), batch["labels"]))
+                optimizer.step()
+                optimizer.zero_grad()
+            rates.step()
+        if after is not None:
+            ours.save_state(after)
+        ours.free_memory()
+        return optimizer.optimizer
+
+    train(range(2), after=str(tmp_path))
+    assert_same_runs(train(range(2, EPOCHS), before=str(tmp_path)), train(range(EPOCHS)))
+
+
 # -- timm ----------------------------------------------------------------------------------------
 
 
@@ -413,3 +573,13 @@ def test_timm_decays_rates_by_depth(timm):
     optimizer = timm.optim.create_optimizer_v2(model, "rmsgd", lr=0.04, layer_decay=0.5)
     timm.scheduler.CosineLRScheduler(optimizer, t_initial=4).step(0)
     assert set(optimizer.learning_rates().values()) == {0.04, 0.02, 0.01, 0.005}
+
+
+def test_an_optimizer_of_timms_factory_takes_layer_rates(timm):
+    model = timm.create_model("resnet10t", num_classes=3)
+    groups = rmsgd.layer_groups(timm.optim.param_groups_weight_decay(model, 0.05))
+    optimizer = timm.optim.create_optimizer_v2(groups, "adamw", lr=1e-3)
+    rates = rmsgd.LayerRates(optimizer, rule="tempbalance")
+    rates.step()
+    assert len(set(rates.learning_rates().values())) > 1
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}

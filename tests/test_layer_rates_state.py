@@ -60,12 +60,26 @@ def test_a_checkpoint_is_plain_and_its_options_count():
     *_, rates = make(beta=0.5, zeta=2.0)
     saved = rates.state_dict()
     assert saved["rule"] == "bounded"
-    assert saved["options"] == {"beta": 0.5, "zeta": 2.0, "linear": True, "initial_rank": "measure"}
+    own = {"beta": 0.5, "zeta": 2.0, "linear": True, "initial_rank": "measure", "transition": None}
+    assert saved["options"] == own
     assert saved["names"][:2] == ["0.weight", "0.bias"]
     assert all(type(value) in (int, float, bool) for state in saved["state"] for value in state.values())
     *_, other = make()
     other.load_state_dict(saved)
     assert other.state_dict()["options"] == saved["options"]
+
+
+def test_a_checkpoint_from_before_there_were_transitions_loads():
+    job = make()
+    run(job, 0, 6)
+    saved = job[-1].state_dict()
+    older = {key: value for key, value in saved.items() if key != "transition"}
+    older["options"] = {key: value for key, value in saved["options"].items() if key != "transition"}
+    older["state"] = [{k: v for k, v in state.items() if k != "begin"} for state in saved["state"]]
+    *_, other = make(transition=7)
+    other.load_state_dict(older)
+    assert other.state_dict()["options"] == saved["options"] | {"transition": 7}
+    assert other.state_dict()["state"] == saved["state"]
 
 
 def test_rates_find_their_parameters_by_name_in_other_groups():
@@ -109,6 +123,19 @@ def test_other_names_are_matched_by_order():
         (
             lambda s: s | {"state": [s["state"][0] | {"rate": float("inf")}, *s["state"][1:]]},
             r"0\.weight in the checkpoint: rate must be finite, got inf",
+        ),
+        (
+            lambda s: s | {"state": [s["state"][0] | {"begin": -1.0}, *s["state"][1:]]},
+            r"0\.weight in the checkpoint: begin must be 0 or more, got -1\.0",
+        ),
+        (
+            lambda s: s | {"transition": {"steps": 3, "taken": -1}},
+            "transition of the checkpoint: taken must be a number of steps, got -1",
+        ),
+        (lambda s: s | {"transition": 3}, "transition of the checkpoint must be steps and taken, got 3"),
+        (
+            lambda s: s | {"options": s["options"] | {"transition": 1.5}},
+            "options of the checkpoint: transition must be a whole number of steps .* got 1.5",
         ),
     ],
 )

@@ -62,3 +62,31 @@ def test_a_captured_step_follows_rates_that_change_between_replays(gpu_folder):
             assert moved.min().item() == pytest.approx(LR * ratio, rel=1e-3)
             assert moved.max().item() == pytest.approx(LR * ratio, rel=1e-3)
             assert lr.item() == pytest.approx(LR)
+
+
+def test_replays_of_a_graph_take_new_rates_at_once_and_a_capture_on_the_way_is_refused(gpu_folder):
+    with rehearsal.rehearsed(gpu_folder):
+        weight = Parameter(torch.randn(16, 20).cuda())
+        lr = torch.tensor(LR, device="cuda")
+        optimizer = torch.optim.Adam([{"params": [weight], "lr": lr}], capturable=True, eps=0.0)
+        ratios = iter([3.0, 2.0])
+        rates = rmsgd.LayerRates(optimizer, lambda report: {"0.0": next(ratios)}, transition=2)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        rates.step()
+        with (
+            pytest.raises(RuntimeError, match="rates are on their way to new ones"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            optimizer.step()
+        for _ in range(2):
+            optimizer.step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        for ratio in (3.0, 2.0):
+            before = weight.detach().clone()
+            graph.replay()
+            assert (before - weight.detach()).max().item() == pytest.approx(LR * ratio, rel=1e-3)
+            if ratio == 3.0:
+                rates.step()

@@ -90,7 +90,10 @@ def assert_ended(optimizer, epochs=EPOCHS):
 
 # -- Python --------------------------------------------------------------------------------------
 
-TRAINERS = {"Lightning", "Hugging Face Trainer", "Accelerate", "timm", "TensorBoard", "Without epochs"}
+TRAINERS = {
+    *("Lightning", "Hugging Face Trainer", "LayerRates", "Accelerate", "timm", "TensorBoard"),
+    "Without epochs",
+}
 """Headings of docs/trainers.md whose blocks have a test of their own."""
 
 RUN_WHOLE = [page for page in PAGES if python(page) and page != "docs/trainers.md"]
@@ -190,7 +193,8 @@ def test_a_closure(reader):
     assert names["loss"].item() > 0
 
 
-def test_lightning(tmp_path, monkeypatch):
+@pytest.fixture
+def lightning_model(tmp_path, monkeypatch):
     lightning = pytest.importorskip("lightning")
     monkeypatch.chdir(tmp_path)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -203,8 +207,20 @@ def test_lightning(tmp_path, monkeypatch):
         def training_step(self, batch, _):
             return cross_entropy(self.net(batch[0]), batch[1])
 
-    names = run("Lightning", model=Lit(), batches=batches())
+    return Lit()
+
+
+def test_lightning(lightning_model):
+    names = run("Lightning", model=lightning_model, batches=batches())
     assert_ended(names["trainer"].optimizers[0])
+
+
+def test_layer_rates_under_lightning(lightning_model):
+    names = run("LayerRates", model=lightning_model, batches=batches())
+    (callback,) = (c for c in names["trainer"].callbacks if isinstance(c, names["EpochStep"]))
+    (saved,) = callback.state_dict()["rates"].values()
+    assert saved["rule"] == "llr"
+    assert saved["transition"]["taken"] == names["trainer"].global_step > 0
 
 
 def test_hugging_face_trainer(tmp_path):

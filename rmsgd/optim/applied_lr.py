@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import wraps
 from numbers import Real
 from types import MethodType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,17 +26,27 @@ _OURS = "_rmsgd_applied_lr"
 """The attribute of an optimizer that holds its ``AppliedLr``."""
 
 
+class Owner(Protocol):
+    """What knows the factors, one number for each group: a ``LayerRates``."""
+
+    def _begin_step(self, captured: bool) -> Sequence[float]:
+        """The factors of a step that begins now, which a CUDA graph may be capturing."""
+
+    def _next_ratios(self) -> Sequence[float]:
+        """The factors that a step would have if it began now."""
+
+
 class AppliedLr:
     """Multiplies ``group["lr"]`` of an optimizer's groups while it steps; a new one replaces an earlier one.
 
     Args:
         optimizer: any object with ``param_groups`` and ``step``.
-        multipliers: called at the beginning of every step for one number per group.
+        owner: gives the factors. ``owner_of(optimizer)`` finds it.
     """
 
-    def __init__(self, optimizer: Any, multipliers: Callable[[], Sequence[float]]) -> None:
+    def __init__(self, optimizer: Any, owner: Owner) -> None:
+        self.owner = owner
         self._optimizer = optimizer
-        self._multipliers = multipliers
         self._active = False
         self._during: list[_Applied] = []
         self._factors: dict[int, _Factor] = {}
@@ -52,12 +62,14 @@ class AppliedLr:
 
         Raises:
             ValueError: a group has no lr, or one that is not a number. Nothing has changed then.
+            RuntimeError: a CUDA graph is being captured, and could not hold the rates.
         """
         if self._active:
             return
         groups = self._optimizer.param_groups
         check_lr(groups)
-        factors = self._multipliers()
+        on_gpu = any(isinstance(group["lr"], Tensor) and group["lr"].is_cuda for group in groups)
+        factors = self.owner._begin_step(on_gpu and torch.cuda.is_current_stream_capturing())
         self._active = True
         for g, (group, factor) in enumerate(zip(groups, factors, strict=True)):
             lr = group["lr"]
@@ -81,7 +93,7 @@ class AppliedLr:
     def refresh(self) -> None:
         """Bring new multipliers to where graphs read them; waits for a GPU only if an lr is a tensor."""
         if self._factors:
-            for g, factor in enumerate(self._multipliers()):
+            for g, factor in enumerate(self.owner._next_ratios()):
                 if g in self._factors:
                     self._factors[g].set(factor)
 
@@ -153,6 +165,12 @@ def _multiplied(lr: Tensor, factor: Tensor) -> _Multiplied:
     before = lr.detach().clone()
     lr.mul_(factor)
     return _Multiplied(lr, before, lr._version)
+
+
+def owner_of(optimizer: Any) -> Any:
+    """The owner of the ``AppliedLr`` of an optimizer, None where it has none."""
+    applied: AppliedLr | None = getattr(optimizer, _OURS, None)
+    return None if applied is None else applied.owner
 
 
 def check_lr(groups: Sequence[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from rmsgd.backends.streams import check_not_capturing
 from rmsgd.inspection.report.report import Report
 from rmsgd.optim.applied_lr import AppliedLr, check_lr
 from rmsgd.optim.device_rates import is_probed
-from rmsgd.optim.load_rates import checked
+from rmsgd.optim.load_rates import TRANSITION, checked
 from rmsgd.optim.optimizer import RMSGD
 from rmsgd.optim.options import OPTIONS, check_ranges, device_of, fault, in_short, is_trained, listed
 from rmsgd.optim.rates import Rates
@@ -27,6 +27,7 @@ from rmsgd.optim.records import (
     records_of,
 )
 from rmsgd.optim.state import State, complete_rates
+from rmsgd.optim.transition import Transition, between
 from rmsgd.rules import DEFAULT, REFERENCE_LR, RULES
 from rmsgd.tail_rules import TAIL_RULES
 from rmsgd.tails import TailReport
@@ -70,6 +71,9 @@ class LayerRates:
     heaviest tail to the lightest: see ``rmsgd.tail_rules``. They forget what was before, and have no ratios
     before the first ``step``: call it once before the training, as their authors do.
 
+    With r the ratio before a measurement and r' the one that it has set, the k-th step of the optimizer after
+    it takes r + (r' - r) min(k / n, 1), where n is ``transition``.
+
     Args:
         optimizer: any optimizer whose groups have an "lr". A group may hold one layer that is measured, and
             parameters that follow it, as ``layer_groups`` makes them. ``probe=False`` in a group leaves its
@@ -84,6 +88,9 @@ class LayerRates:
         linear: whether 2-D weights are measured, besides convolutions.
         initial_rank: "measure" takes s(0) from the weights before the first step, "zero" takes 0. None leaves
             the choice to the rule: see ``RMSGD``.
+        transition: the optimizer's steps in which the rates move linearly to new ones; 0 makes new rates hold
+            at once. None leaves it to the rule: under "llr" it is half of the steps that lay between the last
+            two measurements, and under all others 0.
         process_group: the ranks that hold copies of the parameters. They share the work, and all of them must
             call ``step``.
 
@@ -103,6 +110,7 @@ class LayerRates:
         zeta: float = 1.0,
         linear: bool = True,
         initial_rank: str | None = None,
+        transition: int | None = None,
         process_group: Any = None,
     ) -> None:
         if isinstance(optimizer, RMSGD):
@@ -113,6 +121,7 @@ class LayerRates:
             )
         options = {"beta": beta, "zeta": zeta, "linear": linear, "initial_rank": initial_rank}
         check_ranges(options, {name: OPTIONS[name] for name in options})
+        check_ranges({"transition": transition}, TRANSITION)
         check_lr(optimizer.param_groups)
         self.optimizer = optimizer
         self.rule = rule
@@ -134,7 +143,7 @@ class LayerRates:
             self._rule = name_of(self._ratio_rule)
         if initial_rank is None:
             options["initial_rank"] = base.initial_rank
-        self._options = options
+        self._options: dict[str, Any] = options | {"transition": transition}
         self._fixed = {
             "rule": base.name,
             "lr0": REFERENCE_LR,
@@ -145,9 +154,11 @@ class LayerRates:
         self._rates = Rates()
         self._order: list[Tensor] = []
         self._kinds: list[object] = []
-        self._ratios: list[float] | None = None
+        self._transition = Transition()
+        self._captured = False
+        self._ratios: list[tuple[float, float]] | None = None
         self._build()
-        self._applied = AppliedLr(optimizer, self._group_ratios)
+        self._applied = AppliedLr(optimizer, self)
 
     # -- parameters and state --------------------------------------------------------------------
 
@@ -189,8 +200,8 @@ class LayerRates:
         if not current or not self._rates.probe_the_same(groups):
             self._rebuild()
 
-    def _group_ratios(self) -> list[float]:
-        """The factor on the lr of every group in a step."""
+    def _group_ratios(self) -> list[tuple[float, float]]:
+        """For every group the factor on its lr before the last measurement, and the one that that has set."""
         if not hold_the_same(self.optimizer.param_groups, self._order):
             self._rebuild()
         if self._ratios is None:
@@ -198,24 +209,53 @@ class LayerRates:
             with torch.inference_mode(False), torch.no_grad():
                 for device in self._rates.devices:
                     device.measure_first()
-            rates = {p: rate for device in self._rates.devices for p, rate in device.rates().items()}
-            of_groups = [group["params"] for group in self.optimizer.param_groups]
-            self._ratios = [rates[params[0]] / REFERENCE_LR if params else 1.0 for params in of_groups]
+            rates, begin = self._rates.rates(), self._transition.begin
+            leaders = [group["params"][:1] for group in self.optimizer.param_groups]
+            self._ratios = [
+                (begin.get(p[0], rates[p[0]]) / REFERENCE_LR, rates[p[0]] / REFERENCE_LR) if p else (1.0, 1.0)
+                for p in leaders
+            ]
         return self._ratios
+
+    def _next_ratios(self) -> list[float]:
+        ratios, share = self._group_ratios(), self._transition.share(self._transition.taken + 1)
+        return [between(before, after, share) for before, after in ratios]
+
+    def _begin_step(self, captured: bool) -> list[float]:
+        ratios = self._next_ratios()
+        if captured and self._transition.moves:
+            raise RuntimeError(
+                "rates are on their way to new ones, which a CUDA graph cannot follow: use transition=0, or "
+                "capture the step before a measurement. Nothing has changed"
+            )
+        self._captured |= captured
+        self._transition.taken += 1
+        return ratios
+
+    def _steps_of_transition(self) -> int:
+        """The n of a measurement now. Replays of a graph do not count, so that rates would never get on."""
+        given = self._options["transition"]
+        if self._captured:
+            return 0
+        if given is not None:
+            return int(given)
+        return self._transition.taken // 2 if getattr(self._ratio_rule, "gradual", False) else 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the rates need to go on, beside the optimizer's own: plain numbers and strings.
 
-        It is ``{"rule", "options", "names", "state"}``, where "names" and "state" have an entry for every
-        parameter.
+        It is ``{"rule", "options", "names", "state", "transition"}``, where "names" and "state" have an entry
+        for every parameter.
         """
         self._refresh()
         self._rates.write_back()
+        begin = {**self._rates.rates(), **self._transition.begin}
         return {
             "rule": self._rule,
             "options": dict(self._options),
             "names": [name for names in parameter_names(self._groups()) for name in names],
-            "state": [dict(self.state[p]) for p in self._order],
+            "state": [self.state[p] | {"begin": begin[p]} for p in self._order],
+            "transition": {"steps": self._transition.steps, "taken": self._transition.taken},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -230,15 +270,18 @@ class LayerRates:
         """
         self._refresh()
         names = [name for own in parameter_names(self._groups()) for name in own]
-        options, states = checked(state_dict, self._rule, names)
+        saved = checked(state_dict, self._rule, names)
         kept = self._options, self.state
-        self._options = options
-        self.state = dict(zip(self._order, states, strict=True))
+        self._options = self._options | saved.options
+        self.state = dict(zip(self._order, saved.states, strict=True))
         try:
             self._build()
         except Exception:
             self._options, self.state = kept
             raise
+        steps = 0 if self._captured else saved.steps
+        begin = dict(zip(self._order, saved.begin, strict=True)) if steps else {}
+        self._transition = Transition(steps, saved.taken, begin)
         self._applied.refresh()
 
     # -- what to call ----------------------------------------------------------------------------
@@ -261,7 +304,10 @@ class LayerRates:
             filter(is_trained, all_parameters(self.optimizer.param_groups)), "LayerRates.step()"
         )
         self._refresh()
+        now, steps = self._transition, self._steps_of_transition()
+        begin = now.at(now.taken, self._rates.rates()) if steps else {}
         messages = self._rates.epoch_step(self._groups(), self.state, self._ratio_rule)
+        self._transition = Transition(steps, begin=begin)
         self._ratios = None
         self._applied.refresh()
         for message in messages:
@@ -277,7 +323,8 @@ class LayerRates:
         for message in self._rates.large(groups) if self._ratio_rule is None else ():
             warnings.warn(message, stacklevel=2)
         self._rates.write_back()
-        return self._rates.by_name(groups)
+        now = self._transition
+        return self._rates.by_name(groups, now.at(now.taken + 1, self._rates.rates()) if now.moves else None)
 
     def report(self) -> Report | TailReport:
         """What the last ``step`` measured, a ``TailReport`` under a rule of tail exponents.

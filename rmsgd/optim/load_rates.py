@@ -1,19 +1,48 @@
 """The checkpoint of LayerRates, and the checks of one that is loaded."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rmsgd.optim.load_state_dict import STATE_NUMBERS
-from rmsgd.optim.options import INITIAL_RANK, OPTIONS, check_ranges, in_short, listed, number
+from rmsgd.optim.options import (
+    AT_LEAST_0,
+    INITIAL_RANK,
+    OPTIONS,
+    Range,
+    check_ranges,
+    in_short,
+    listed,
+    number,
+)
 from rmsgd.optim.state import State
 
 _OPTIONS = {name: OPTIONS[name] for name in ("beta", "zeta", "linear")} | {"initial_rank": INITIAL_RANK}
 _NUMBERS = ("rate", "stable_rank", "epoch", "decay", "ready")
 """The entries of a parameter's state that move its rate."""
 
+_COUNT: Range = (lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 0, "a number of steps")
+TRANSITION: Mapping[str, Range] = {
+    "transition": (lambda x: x is None or _COUNT[0](x), "a whole number of steps from 0 on, or None")
+}
+"""The range of the option ``transition``."""
 
-def checked(saved: object, rule: str, names: Sequence[str]) -> tuple[dict[str, Any], list[State]]:
-    """The options in a ``LayerRates.state_dict``, and the state of every parameter of these names.
+
+class Saved(NamedTuple):
+    """What a ``LayerRates.state_dict`` holds."""
+
+    options: dict[str, Any]
+    states: list[State]
+    """The state of every parameter, in the order of those that are there now."""
+    steps: int
+    taken: int
+    begin: list[float]
+    """These three are those of its ``Transition``."""
+
+
+def checked(saved: object, rule: str, names: Sequence[str]) -> Saved:
+    """What is in a ``LayerRates.state_dict`` for the parameters of these names.
+
+    One that was saved before there were transitions has none under way.
 
     Raises:
         ValueError: see ``LayerRates.load_state_dict``.
@@ -34,12 +63,17 @@ def checked(saved: object, rule: str, names: Sequence[str]) -> tuple[dict[str, A
             f"options of the checkpoint must be a dict of {', '.join(_OPTIONS)}, got {in_short(options)}"
         )
     check_ranges(options, _OPTIONS, "options of the checkpoint: ")
+    check_ranges({"transition": None} | dict(options), TRANSITION, "options of the checkpoint: ")
     if (
         not isinstance(theirs, list | tuple)
         or not isinstance(states, list | tuple)
         or len(theirs) != len(states)
     ):
         raise ValueError("names and state of the checkpoint must be lists with an entry for every parameter")
+    way = saved.get("transition", {"steps": 0, "taken": 0})
+    if not isinstance(way, Mapping) or not way.keys() >= {"steps", "taken"}:
+        raise ValueError(f"transition of the checkpoint must be steps and taken, got {in_short(way)}")
+    check_ranges(way, {"steps": _COUNT, "taken": _COUNT}, "transition of the checkpoint: ")
     by_name = dict(zip(theirs, states, strict=True))
     if by_name.keys() != set(names):
         missing, unexpected = sorted(set(names) - by_name.keys()), sorted(by_name.keys() - set(names))
@@ -49,7 +83,9 @@ def checked(saved: object, rule: str, names: Sequence[str]) -> tuple[dict[str, A
                 f"missing in the checkpoint: {listed(missing)}; unexpected: {listed(unexpected)}"
             )
         by_name = dict(zip(names, states, strict=True))
-    return dict(options), [_state(by_name[name], name) for name in names]
+    found = [_state(by_name[name], name) for name in names]
+    begin = [_begin(by_name[name], name) for name in names]
+    return Saved(dict(options), found, way["steps"], way["taken"], begin)
 
 
 def _state(state: object, name: str) -> State:
@@ -58,3 +94,10 @@ def _state(state: object, name: str) -> State:
         raise ValueError(f"{where}its state must be a dict of {', '.join(_NUMBERS)}, got {in_short(state)}")
     check_ranges(state, {kind: STATE_NUMBERS[kind][1] for kind in _NUMBERS}, where)
     return {kind: STATE_NUMBERS[kind][0](number(state[kind])) for kind in _NUMBERS}
+
+
+def _begin(state: Mapping[str, Any], name: str) -> float:
+    """The rate of a parameter before the last measurement."""
+    begin = state.get("begin", state["rate"])
+    check_ranges({"begin": begin}, {"begin": AT_LEAST_0}, f"{name} in the checkpoint: ")
+    return number(begin)

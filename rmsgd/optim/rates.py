@@ -141,9 +141,16 @@ class Rates:
         )
         return [_LARGE_RATES.format(rates)]
 
-    def by_name(self, groups: Groups) -> dict[str, float]:
-        """The rate now applied to every parameter, by its name, in the order of the groups."""
-        rates = {p: rate for device in self.devices for p, rate in device.rates().items()}
+    def rates(self) -> dict[Tensor, float]:
+        """The rate of every parameter before its group's multiplier."""
+        return {p: rate for device in self.devices for p, rate in device.rates().items()}
+
+    def by_name(self, groups: Groups, rates: Mapping[Tensor, float] | None = None) -> dict[str, float]:
+        """The rate applied to every parameter, by its name, in the order of the groups.
+
+        ``rates`` takes the place of ``self.rates()``.
+        """
+        rates = self.rates() if rates is None else rates
         return {
             name: rates[p] * factor
             for group, names in zip(groups, parameter_names(groups), strict=True)
