@@ -149,7 +149,25 @@ def test_the_number_of_threads_changes_no_bit_of_a_spectrum():
 @pytest.mark.parametrize("shape", [(20, 30), (30, 20), (1, 8)])
 def test_the_gram_matrix_of_torch_gives_the_same_values(shape, dtype):
     weight = torch.randn(shape).to(dtype)
-    assert_within(gram_singular_values(weight, whole_matrix(shape)), expected_values(weight), 16 * U64)
+    (found,) = gram_singular_values([(weight, whole_matrix(shape))])
+    assert_within(found, expected_values(weight), 16 * U64)
+
+
+def test_gram_matrices_with_equally_many_rows_are_one_call_as_far_as_there_is_room(monkeypatch):
+    calls, eigvalsh = [], torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda a: calls.append(tuple(a.shape)) or eigvalsh(a))
+    scaled = [(1e20, (6, 9)), (1.0, (4, 8)), (1e-20, (30, 6)), (1.0, (6, 6)), (1.0, (5, 4))]
+    weights = [scale * torch.randn(shape) for scale, shape in scaled]
+    weights[3] = torch.ones(6, 6)  # rank 1: its zeros are its own
+    matrices = [(weight, whole_matrix(weight.shape)) for weight in weights]
+    for room, expected in ((100, [(2, 6, 6), (1, 6, 6), (2, 4, 4)]), (1, [(1, 6, 6)] * 3 + [(1, 4, 4)] * 2)):
+        calls.clear()
+        monkeypatch.setattr("rmsgd.backends.svd._STACK", room)
+        for found, weight in zip(gram_singular_values(matrices), weights, strict=True):
+            assert_within(found, expected_values(weight), 16 * U64)
+        assert calls == expected
+    assert (gram_singular_values(matrices)[3][1:] == 0.0).all()
+    assert gram_singular_values([]) == []
 
 
 def test_a_backend_without_spectra_has_those_of_an_svd(monkeypatch):

@@ -240,19 +240,25 @@ class CudaBackend:
         return row
 
     def spectra(self, matrices: Sequence[Matrix], values: Values) -> tuple[Tensor, list[Tensor]]:
-        """See ``base.MeasuresSpectra``: torch's eigenvalue routine in fp64, which waits for the host.
+        """See ``base.MeasuresSpectra``: torch's eigenvalue routine in fp64, for matrices of as many rows at
+        once. The host waits for it.
 
         Where the rank took an SVD, so do the values.
         """
         table = self.measure(matrices)
+        rows = table.tolist()
+        by_gram = [row[STATUS] == MEASURED and row[STAGE] != SVD_STAGE for row in rows]
+        of_gram = iter(
+            gram_singular_values([matrix for matrix, so in zip(matrices, by_gram, strict=True) if so])
+        )
         gammas = []
-        for (weight, unfolding), row in zip(matrices, table.tolist(), strict=True):
-            if row[STATUS] != MEASURED:
+        for (weight, unfolding), row, so in zip(matrices, rows, by_gram, strict=True):
+            if so:
+                gammas.append(next(of_gram))
+            elif row[STATUS] != MEASURED:
                 gammas.append(torch.zeros(unfolding.L, dtype=torch.float64, device=weight.device))
-            elif row[STAGE] == SVD_STAGE:
-                gammas.append(singular_values(*double_matrix(weight, unfolding), rounding(weight.dtype)))
             else:
-                gammas.append(gram_singular_values(weight, unfolding))
+                gammas.append(singular_values(*double_matrix(weight, unfolding), rounding(weight.dtype)))
         return table, gammas
 
     def measure_spectrum(self, gamma: Tensor, M: int) -> Tensor:

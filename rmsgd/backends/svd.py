@@ -16,6 +16,7 @@ from rmsgd.layers import Unfolding, as_matrix
 from rmsgd.reference import numerical_zero
 
 _CHUNK = 1 << 22  # entries turned to float64 at a time
+_STACK = 1 << 24  # entries of the Gram matrices whose eigenvalues are found at a time
 
 
 def singular_values(matrix: Tensor, largest: float, rounding: float) -> Tensor:
@@ -89,18 +90,41 @@ def double_matrix(weight: Tensor, unfolding: Unfolding) -> tuple[Tensor, float]:
     return matrix, float(matrix.abs().max())
 
 
-def gram_singular_values(weight: Tensor, unfolding: Unfolding) -> Tensor:
-    """Singular values of one unfolding, (L,) descending, from its Gram matrix in float64.
+def gram_singular_values(matrices: Sequence[tuple[Tensor, Unfolding]]) -> list[Tensor]:
+    """Singular values of unfoldings on one device, (L,) each, descending, from Gram matrices in float64.
 
-    Their squares are right to 16 2^-53 of the largest, and those that are numerically zero are 0. The whole
-    matrix is never in float64. All entries are finite.
+    Their squares are right to 16 2^-53 of the largest, and those that are numerically zero are 0. No whole
+    matrix is ever in float64. Matrices with equally many rows L are one call of torch's eigenvalue routine,
+    as many of them at once as ``_STACK`` entries hold, and the host waits once for each call. All entries are
+    finite.
     """
+    if not matrices:
+        return []
+    largest = torch.stack([weight.detach().abs().max().double() for weight, _ in matrices]).tolist()
+    scales = [power_of_two(value) for value in largest]
+    found: list[Tensor] = [Tensor()] * len(matrices)
+    by_rows: dict[int, list[int]] = {}
+    for i, (_, unfolding) in enumerate(matrices):
+        by_rows.setdefault(unfolding.L, []).append(i)
+    for L, alike in by_rows.items():
+        at_once = max(1, _STACK // L**2)
+        for start in range(0, len(alike), at_once):
+            chosen = alike[start : start + at_once]
+            stack = torch.stack([_gram(*matrices[i], scales[i]) for i in chosen])
+            values = torch.linalg.eigvalsh(stack).clamp_(min=0.0).sqrt_().flip(-1)
+            for i, row, on_host in zip(chosen, values, values.cpu().numpy(), strict=True):
+                weight, unfolding = matrices[i]
+                row[row <= numerical_zero(on_host, L, unfolding.M, rounding_of(weight.dtype))] = 0.0
+                found[i] = row * scales[i]
+    return found
+
+
+def _gram(weight: Tensor, unfolding: Unfolding, scale: float) -> Tensor:
+    """The Gram matrix (L, L) in float64 of a matrix that is divided by ``scale``."""
     matrix = as_matrix(weight.detach(), unfolding)
-    scale = power_of_two(float(matrix.abs().max()))
-    columns = max(1, _CHUNK // unfolding.L)
     gram = torch.zeros(unfolding.L, unfolding.L, dtype=torch.float64, device=matrix.device)
-    for start in range(0, unfolding.M, columns):
-        part = matrix[:, start : start + columns].double() / scale
+    columns = max(1, _CHUNK // unfolding.L)
+    for begin in range(0, unfolding.M, columns):
+        part = matrix[:, begin : begin + columns].double() / scale
         gram.addmm_(part, part.T)
-    values: Tensor = torch.linalg.eigvalsh(gram).clamp_(min=0.0).sqrt_().flip(0)
-    return without_numerical_zeros(values, unfolding.M, rounding_of(weight.dtype)) * scale
+    return gram
