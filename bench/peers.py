@@ -110,6 +110,43 @@ def _rmsgd(named: Named, **settings: Any) -> Optimizer:
     return rmsgd.RMSGD(named, **settings)
 
 
+class LayerwiseSGD(torch.optim.SGD):
+    """Torch's SGD with `rmsgd.LayerRates`: a checkpoint and an epoch end serve both.
+
+    Rules that go by the weights as they are measure them before the training, as their authors do.
+    """
+
+    def __init__(self, named: Named, rule: str, **settings: Any) -> None:
+        import rmsgd
+        from rmsgd.tail_rules import TAIL_RULES
+
+        super().__init__(rmsgd.layer_groups(named), **settings)
+        self.rates = rmsgd.LayerRates(self, rule=rule)
+        if rule in TAIL_RULES:
+            self.rates.step()
+
+    def epoch_step(self) -> None:
+        """Measures every layer and moves its rate."""
+        self.rates.step()
+
+    def learning_rates(self) -> dict[str, float]:
+        """Every parameter's rate by its name."""
+        return self.rates.learning_rates()
+
+    def state_dict(self) -> dict[str, Any]:
+        """SGD's, and that of the rates."""
+        return super().state_dict() | {"rates": self.rates.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "rates"})
+        self.rates.load_state_dict(state_dict["rates"])
+
+
+def _layerwise(rule: str) -> Create:
+    return lambda named, **settings: LayerwiseSGD(named, rule, **settings)
+
+
 def _release(named: Named, **settings: Any) -> Optimizer:
     return load_rmsgd_1_0_2().RMSGD(_tensors(named), **settings)
 
@@ -153,6 +190,10 @@ PEERS: dict[str, Peer] = {
     "sgd-foreach": Peer(_torch("SGD"), SGD | {"foreach": True}, "torch's SGD, lists of tensors at once"),
     "sgd-fused": Peer(_torch("SGD"), SGD | {"fused": True}, "torch's SGD, one kernel"),
     "sgd-per-layer": Peer(_sgd_per_layer, SGD, "torch's SGD with one parameter group per tensor"),
+    **{
+        f"sgd-{rule}": Peer(_layerwise(rule), SGD, f"torch's SGD with the rates of rmsgd.LayerRates, {rule}")
+        for rule in ("rank-momentum", "tempbalance", "llr")
+    },
     "sam": Peer(
         _sam,
         SGD | {"rho": 0.05},

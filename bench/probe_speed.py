@@ -7,6 +7,9 @@ is that of the low-rank part only, as a share of full rank between 0 and 1, and 
 of a convolution. Both are printed side by side. A third case is the least work of any probe by full SVD,
 without a power law: SciPy's singular values of every weight, one unfolding each.
 
+`--large` probes a made checkpoint of a billion parameters instead (see `bench.large_checkpoint`), and a tenth
+of it beside WeightWatcher.
+
 WeightWatcher is optional (the extra `weightwatcher`); without it its column is absent.
 """
 
@@ -14,8 +17,10 @@ import argparse
 import contextlib
 import io
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,13 +31,14 @@ from rich.table import Table
 from torch import Tensor
 
 import rmsgd
-from bench import measure, output, readme, terminal
+from bench import large_checkpoint, measure, output, readme, terminal
 from bench.arguments import add_output, add_rounds
 from bench.networks import network, networks
 from bench.weights import make_trained_like
 
 MODELS = ("resnet50", "vit-b16")
 SHOWN = 4  # layers of each network whose stable ranks are printed
+SIZE = large_checkpoint.Size()
 
 StateDict = Mapping[str, Tensor]
 
@@ -103,6 +109,25 @@ def compare(name: str, rounds: int, theirs: Callable[[StateDict], Any] | None) -
     }
 
 
+def compare_large(folder: Path, theirs: Callable[[StateDict], Any] | None) -> list[dict[str, Any]]:
+    """A row on the whole checkpoint, which is written into this folder for a while, and one on a tenth."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        large_checkpoint.write(Path(place), SIZE)
+        whole = large_checkpoint.probe(Path(place), torch.get_num_threads())
+    state = large_checkpoint.tenth(SIZE)
+    tenth = {key: value for key, value in large_checkpoint.measured(state).items() if "_mib" not in key}
+    if theirs is not None:
+        tenth["weightwatcher"] = measure.seconds_per_call(lambda: theirs(state), 1, lambda: None)
+        tenth["faster"] = measure.ratio([tenth["weightwatcher"]], [tenth["seconds"]])._asdict()
+    return [{"what": "whole, bfloat16, from disk", **whole}, {"what": "a tenth, float32", **tenth}]
+
+
+def large_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A table of what the probes of the large checkpoint took."""
+    cells = ([cell.replace("<br>", "\n") for cell in readme.large_cells(row)] for row in rows)
+    return terminal.table("Probing a language model of a billion parameters", readme.LARGE_HEADINGS, cells)
+
+
 def _by_layer(frame: Any) -> dict[str, float]:
     column = "longname" if "longname" in frame else "name"
     return {
@@ -138,7 +163,7 @@ def stable_rank_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compares, prints both tables, writes `probe-speed.json`; returns 0."""
+    """Compares, prints the tables, writes `probe-speed.json` or `probe-large.json`; returns 0."""
     parser = argparse.ArgumentParser(
         prog="python -m bench probe-speed",
         description="Time rmsgd.probe against a full SVD and WeightWatcher on the same state dicts.",
@@ -146,15 +171,25 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--models", type=networks, default=MODELS, help=f"comma-separated (default: {','.join(MODELS)})"
     )
+    parser.add_argument(
+        "--large",
+        action="store_true",
+        help="probe a made checkpoint of a billion parameters instead, and a tenth of it, once each",
+    )
     add_rounds(parser, 6)
     add_output(parser, "probe-speed")
     options = parser.parse_args(arguments)
-    output.check(options.out, options.readme, ["probe-speed"])
+    name = "probe-large" if options.large else "probe-speed"
+    output.check(options.out, options.readme, [name])
     theirs = weightwatcher()
-    rows = [compare(name, options.rounds, theirs) for name in options.models]
-    result = {"schema": 1, "machine": measure.machine(), "probe-speed": rows}
     console = Console()
-    console.print(speed_table(rows))
-    console.print(stable_rank_table(rows))
-    output.finish(options.out / "probe-speed.json", result, console, page=options.readme)
+    if options.large:
+        rows = compare_large(options.out, theirs)
+        console.print(large_table(rows))
+    else:
+        rows = [compare(model, options.rounds, theirs) for model in options.models]
+        console.print(speed_table(rows))
+        console.print(stable_rank_table(rows))
+    result = {"schema": 1, "machine": measure.machine(), name: rows}
+    output.finish(options.out / f"{name}.json", result, console, page=options.readme)
     return 0

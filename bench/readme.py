@@ -52,6 +52,7 @@ HOW = {
     "cost": "medians of interleaved rounds, ratios within rounds",
     "noise-search": "every free energy in float64",
     "study": "means over seeds",
+    "cifar10-rules": "means over seeds",
     "same-lr": "means over seeds",
     "layer-rates-gpt": "means over seeds",
     "split": "processes over gloo; medians of interleaved rounds",
@@ -179,6 +180,30 @@ def _probe_speed(rows: list[dict[str, Any]]) -> str:
     return _markdown(headings, lines)
 
 
+LARGE_HEADINGS = (
+    "probe of a language model",
+    "parameters",
+    "matrices",
+    "s",
+    "most memory, GiB",
+    "fp32 Gram / fp64 Gram / SVD",
+    "WeightWatcher, s; times rmsgd's [95 %]",
+)
+
+
+def large_cells(row: Mapping[str, Any]) -> list[str]:
+    """What the probe of a large checkpoint took; memory is that of a process which does nothing else."""
+    memory = f"{row['peak_mib'] / 1024:.2f}" if "peak_mib" in row else "-"
+    theirs = f"{row['weightwatcher']:.1f}<br>{_interval(row['faster'], '.1f')}" if "faster" in row else "-"
+    stages = " / ".join(str(count) for count in row["stages"].values())
+    size = f"{row['parameters'] / 1e6:,.0f} M"
+    return [row["what"], size, str(row["layers"]), f"{row['seconds']:.1f}", memory, stages, theirs]
+
+
+def _probe_large(rows: list[dict[str, Any]]) -> str:
+    return _markdown(list(LARGE_HEADINGS), [large_cells(row) for row in rows])
+
+
 def study_cells(row: dict[str, Any]) -> list[str]:
     """Test accuracy with its deviation, the difference of RMSGD with its interval, and p."""
     measured, difference = row["measured"], row["difference"]
@@ -272,6 +297,28 @@ def gpt_cells(row: Mapping[str, Any]) -> list[str]:
 
 def _layer_rates_gpt(rows: list[dict[str, Any]]) -> str:
     return _markdown(list(GPT_HEADINGS), [gpt_cells(row) for row in rows])
+
+
+def _cifar10_rules(rows: list[dict[str, Any]]) -> str:
+    headings = ["SGD on CIFAR-10, test accuracy (%)", "mean [95 %]", "minus SGD [95 %]", "p (Holm)"]
+    lines = []
+    for row in rows:
+        difference = row["difference"]
+        mean = Interval(row["test_accuracy"], *_bounds(row["interval"])).text(".2f")
+        cells = ["-", "-"]
+        if difference is not None:
+            # It is SGD minus the rule.
+            low, high = _bounds((difference["low"], difference["high"]))
+            turned = (None, None) if low is None or high is None else (-high, -low)
+            cells = [Interval(-difference["mean"], *turned).text("+.2f"), f"{difference['p_corrected']:.2g}"]
+        lines.append([row["optimizer"], mean, *cells])
+    return _markdown(headings, lines)
+
+
+def _bounds(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """The bounds of an interval, None where there is none."""
+    low, high = (None if value is None or math.isnan(value) else value for value in values)
+    return low, high
 
 
 def _study(rows: list[dict[str, Any]]) -> str:
@@ -396,7 +443,9 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "epoch-end": _epoch_end,
     "noise-search": _noise_search,
     "probe-speed": _probe_speed,
+    "probe-large": _probe_large,
     "study": _study,
+    "cifar10-rules": _cifar10_rules,
     "same-lr": _same_lr,
     "layer-rates-step": _layer_rates_step,
     "layer-rates-end": _layer_rates_end,

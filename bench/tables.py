@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import readme
 from bench.errors import UsageError
-from bench.study import report
+from bench.study import parts, report
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
@@ -43,8 +43,12 @@ def recorded(folder: Path) -> list[dict[str, Any]]:
     digits["study"] = report.readme_rows(digits["experiments"]["digits"])
     cost = {"machine": speed["machine"], "cost": readme.cost_rows({**speed, **probe, **epoch}, "resnet18")}
     others = [read(f"{name}.json") for name in ("split-cpu", "noise-search", "gate")]
-    others += [read(path.name) for path in folder.glob("same-lr.json")]
-    others += [read(path.name) for path in sorted(folder.glob("layer-rates*.json"))]
+    for some in ("same-lr.json", "probe-large.json", "layer-rates*.json"):
+        others += [read(path.name) for path in sorted(folder.glob(some))]
+    for path in folder.glob("study-cifar10-rules.json"):
+        rules = read(path.name)
+        rules["cifar10-rules"] = parts.rules_rows(rules["experiments"]["cifar10-rules"])
+        others.append(rules)
     return [speed, probe, epoch, digits, cost, *others]
 
 

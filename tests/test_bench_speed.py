@@ -8,7 +8,16 @@ import sys
 import pytest
 import torch
 
-from bench import noise_search, probe_speed, readme, spectrum, speed, speed_epoch_end, split
+from bench import (
+    large_checkpoint,
+    noise_search,
+    probe_speed,
+    readme,
+    spectrum,
+    speed,
+    speed_epoch_end,
+    split,
+)
 from bench.epoch_end import gram_products, spectra
 from bench.networks import OneLinear, network
 from bench.weights import make_trained_like
@@ -144,6 +153,39 @@ def test_probing_is_compared_with_weightwatcher_by_layer():
 
     row = probe_speed.compare("resnet14-digits", 1, theirs)
     assert [layer["weightwatcher"] for layer in row["stable_rank"]] == list(range(row["layers"]))
+
+
+def test_a_large_checkpoint_is_probed_in_a_process_of_its_own_and_a_tenth_beside_a_peer(
+    tmp_path, monkeypatch, capsys
+):
+    size = large_checkpoint.Size(blocks=2, dim=32, tokens=100)
+    calls = []
+    monkeypatch.setattr(probe_speed, "SIZE", size)
+    monkeypatch.setattr(probe_speed, "weightwatcher", lambda: calls.append)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- measured: probe-large -->\n<!-- /measured -->\n")
+    arguments = ["--large", "--out", str(tmp_path), "--readme", str(page)]
+    assert probe_speed.main(arguments) == 0
+    whole, tenth = json.loads((tmp_path / "probe-large.json").read_text())["probe-large"]
+    assert whole["parameters"] == 100 * 32 + 2 * (4 + 8) * 32**2
+    assert (whole["layers"], tenth["layers"]) == (13, 6)
+    assert sum(whole["stages"].values()) == 13
+    assert whole["peak_mib"] >= whole["before_mib"] > 0
+    assert "peak_mib" not in tenth
+    assert len(calls) == 1
+    assert tenth["faster"]["median"] > 0
+    assert "| whole, bfloat16, from disk | 0 M | 13 |" in page.read_text()
+    assert "billion" in capsys.readouterr().out
+    assert not list(tmp_path.glob("tmp*"))
+
+
+def test_a_weight_of_the_large_checkpoint_has_a_strong_mean_and_outlier_columns():
+    weight = large_checkpoint.weight(300, 200, torch.Generator().manual_seed(0))
+    norms = weight.norm(dim=0).sort(descending=True).values
+    assert norms[5] > 10 * norms[6]
+    plain = weight[:, weight.norm(dim=0) < norms[5]]
+    assert plain.mean() > large_checkpoint.STD
+    assert large_checkpoint.Size().shapes["reduce"] == (2048, 8192)
 
 
 def test_the_readme_is_rewritten_between_its_marks_only(tmp_path):

@@ -27,6 +27,7 @@ PUBLISHED = {
     "vit-b16": 86_567_656,
     # nanoGPT's 10,646,784 for six layers of 384, 65 characters and no biases leave out positions.
     "gpt": 10_646_784 + 256 * 384,
+    "gpt2": 124_439_808,
 }
 # He et al. report 0.27 M for n = 3 (20 layers) with three input channels.
 UNPUBLISHED = {"resnet14-digits": 174_970, "resnet8-stride2": 78_042}

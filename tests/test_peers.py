@@ -60,6 +60,27 @@ def test_one_group_per_layer_is_one_group_per_tensor():
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("rule", ["rank-momentum", "tempbalance", "llr"])
+def test_sgd_with_layer_rates_goes_on_from_a_checkpoint(rule):
+    def run(optimizer, closure, epochs):
+        for _ in range(epochs):
+            closure()
+            optimizer.step()
+            optimizer.epoch_step()
+
+    wide = {"weight_decay": 0.0, "lr": 0.01}
+    (whole, closure), (part, closure_of_part), (rest, closure_of_rest) = (problem() for _ in range(3))
+    made = [peers.make(f"sgd-{rule}", n.named_parameters(), **wide) for n in (whole, part, rest)]
+    run(made[0], closure, 5)
+    run(made[1], closure_of_part, 2)
+    rest.load_state_dict(part.state_dict())
+    made[2].load_state_dict(made[1].state_dict())
+    run(made[2], closure_of_rest, 3)
+    assert made[2].learning_rates() == made[0].learning_rates()
+    for expected, found in zip(whole.parameters(), rest.parameters(), strict=True):
+        assert torch.equal(expected, found)
+
+
 def test_settings_are_the_authors_unless_overridden():
     network, _ = problem()
     assert peers.make("sgd", network.named_parameters()).defaults["lr"] == 0.1

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
-from bench import measure, models
+from bench import measure, models, readme
 from bench.__main__ import main
 from bench.locks import locked
 from bench.study import command, fit, part_plots, parts, report, table, tuning
@@ -734,6 +735,42 @@ def test_the_report_is_the_same_from_the_table_of_records_alone(tmp_path, capsys
         assert first_part.final["test_accuracy"] == pytest.approx(again.final["test_accuracy"])
     best = [parts.best(parts_drawn["main"], "rmsgd") for parts_drawn, _, _ in drawn]
     assert best[0].layers.keys() == best[1].layers.keys() != set()
+
+
+def test_the_rules_of_layer_rates_are_held_against_sgd_in_a_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(part_plots, "draw", lambda *arguments: [])
+    runs = experiment("cifar10-rules").runs(range(9))
+    assert len(runs) == 12
+    plus = {"sgd": 0.0, "sgd-rank-momentum": 0.01, "sgd-tempbalance": 0.02, "sgd-llr": -0.1}
+    for run in runs:
+        write_run(tmp_path, run, 0.5 + 0.01 * run.seed + plus[run.optimizer] * (1 + 0.1 * run.seed))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- measured: cifar10-rules -->\n<!-- /measured -->\n")
+    kept = tmp_path / "study-cifar10-rules.json"
+    arguments = [
+        "report",
+        "cifar10-rules",
+        "--out",
+        str(tmp_path),
+        "--readme",
+        str(page),
+        "--json",
+        str(kept),
+    ]
+    assert main(["study", *arguments]) == 0
+    lines = page.read_text().splitlines()
+    assert re.search(r"^\| sgd \| 51\.00 \[.*\] \| - \| - \|$", page.read_text(), re.MULTILINE)
+    (tempbalance,) = (line for line in lines if line.startswith("| sgd-tempbalance |"))
+    assert "| +2.20 [+1.70, +2.70] |" in tempbalance
+    (llr,) = (line for line in lines if line.startswith("| sgd-llr |"))
+    assert "| -11.00 [-13.48, -8.52] |" in llr
+    # The same table comes from the JSON alone.
+    content = json.loads(kept.read_text())
+    rows = parts.rules_rows(content["experiments"]["cifar10-rules"])
+    again = tmp_path / "again.md"
+    again.write_text("<!-- measured: cifar10-rules -->\n<!-- /measured -->\n")
+    readme.rewrite(again, {"machine": content["machine"], "cifar10-rules": rows})
+    assert again.read_text() == page.read_text()
 
 
 def test_every_part_is_drawn_and_has_a_table(tmp_path):

@@ -22,7 +22,7 @@ from bench.names import look_up
 from bench.networks import networks
 
 PARTS = {"groups": speed.step, "epoch-end": speed.epoch_end, "language": language.runs}
-MODELS = ("resnet18", "resnet50", "vit-b16")
+MODELS = ("resnet18", "resnet50", "vit-b16", "gpt2")
 
 
 TABLES = {

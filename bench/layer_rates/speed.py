@@ -71,12 +71,15 @@ def epoch_end(name: str, rounds: int) -> dict[str, Any]:
     make_trained_like(model)
     optimizer = torch.optim.SGD(rmsgd.layer_groups(model.named_parameters()), lr=0.1)
     rates = {rule: rmsgd.LayerRates(optimizer, rule=rule) for rule in RULES}
-    cases = {"SVD loop": lambda: svd_loop(model)} | {rule: rates[rule].step for rule in RULES}
+    exponents: dict[str, float] = {}
+    cases = {"SVD loop": lambda: exponents.update(svd_loop(model))} | {
+        rule: rates[rule].step for rule in RULES
+    }
     seconds = measure.interleave(cases, rounds)
     report = rates["tempbalance"].report()
     assert isinstance(report, TailReport)
     ours = {layer.name: layer.alpha for layer in report.measured}
-    theirs = {f"{layer}.weight": alpha for layer, alpha in svd_loop(model).items()}
+    theirs = {f"{layer}.weight": alpha for layer, alpha in exponents.items()}
     apart = [abs(ours[layer] / alpha - 1) for layer, alpha in theirs.items() if layer in ours]
     return {
         "model": name,

@@ -60,6 +60,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mobilenetv2-imagenet": Architecture(mobilenet.MobileNetV2ImageNet, (3, 224, 224), 1000),
     "vit-b16": Architecture(vit.VisionTransformer, (3, vit.IMAGE, vit.IMAGE), 1000, any_size=False),
     "gpt": Architecture(gpt.GPT, sample=(gpt.CONTEXT,), classes=65),
+    "gpt2": Architecture(gpt.gpt2, sample=(gpt.CONTEXT,), classes=50_257),
 }
 
 

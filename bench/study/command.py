@@ -152,7 +152,12 @@ def _parser() -> argparse.ArgumentParser:
         help="of an experiment that has parts: write a table with a row for every run and epoch",
     )
     tell.add_argument("--json", type=Path, metavar="FILE", help="also write what is printed, as JSON")
-    tell.add_argument("--readme", type=Path, metavar="FILE", help="rewrite the table of digits in this file")
+    tell.add_argument(
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help="rewrite the table of digits or cifar10-rules in this file",
+    )
     tell.set_defaults(act=_report)
     return parser
 
@@ -430,10 +435,14 @@ def _report(options: argparse.Namespace, console: Console) -> int:
         measure.write_json(options.json, whole)
         written.append(options.json)
     if options.readme:
-        if "digits" not in content:
-            raise UsageError("--readme is for the table of digits: report digits")
-        rows = {"machine": machine, "study": report.readme_rows(content["digits"])}
-        readme.rewrite(options.readme, rows)
+        rows: dict[str, Any] = {}
+        if "digits" in content:
+            rows["study"] = report.readme_rows(content["digits"])
+        if "cifar10-rules" in content:
+            rows["cifar10-rules"] = parts.rules_rows(content["cifar10-rules"])
+        if not rows:
+            raise UsageError("--readme is for the tables of digits and cifar10-rules: report one of them")
+        readme.rewrite(options.readme, {"machine": machine, **rows})
         written.append(options.readme)
     if written:
         output.say(written, console)

@@ -266,6 +266,11 @@ _CIFAR10_SMALL = Experiment(
     search=True,
 )
 
+_CIFAR10_RULES = Experiment(
+    "Not in the paper: SGD on CIFAR-10 with each rule of LayerRates, on one CPU core",
+    (_cifar10(("sgd", "sgd-rank-momentum", "sgd-tempbalance", "sgd-llr"), "cosine", seeds=3),),
+)
+
 _CIFAR10_GPU = Experiment(
     "Not in the paper: ResNet18 at full width on CIFAR-10, as long as a GPU is lent (--minutes)",
     tuple(
@@ -285,6 +290,7 @@ _CIFAR10_GPU = Experiment(
 
 OWN: dict[str, Experiment] = {
     "cifar10-gpu": _CIFAR10_GPU,
+    "cifar10-rules": _CIFAR10_RULES,
     "cifar10-small": _CIFAR10_SMALL,
     "digits": Experiment(
         "Not in the paper: every optimizer on digits; what beta, gamma and the rules of RMSGD do",

@@ -123,6 +123,13 @@ def comparisons(records: Sequence[Record]) -> list[dict[str, Any]]:
     return [entry for name in REFERENCES if name in groups for entry in report.against(name, groups)]
 
 
+def rules_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the table "cifar10-rules" from what `tables` gives: SGD, and each rule minus SGD."""
+    main = content["main"]
+    minus = {entry["other"]: entry for entry in main["comparisons"] if entry["reference"] == "sgd cosine"}
+    return [{**cell, "difference": minus.get(cell["label"])} for cell in main["cells"]]
+
+
 def relations(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Q, stable rank and condition against test accuracy and gap, with 95 % bootstrap intervals.
 
