@@ -372,6 +372,50 @@ def test_a_group_that_joins_and_mixes_layers_is_refused_before_the_step():
     rates.step()
 
 
+def test_a_tied_weight_is_one_layer_with_one_rate_under_every_rule():
+    for rule in ("rank-momentum", "tempbalance", "llr"):
+        model = nn.ModuleDict({"embed": nn.Embedding(70, 60), "head": nn.Linear(60, 70, bias=False)})
+        model["head"].weight = model["embed"].weight
+        optimizer = torch.optim.AdamW(
+            rmsgd.layer_groups(model.named_parameters(remove_duplicate=False)), lr=LR
+        )
+        rates = rmsgd.LayerRates(optimizer, rule=rule)
+        rates.step()
+        gradients(model, 0)
+        optimizer.step()
+        assert [layer.name for layer in rates.report().layers] == ["embed.weight"]
+        assert list(rates.learning_rates()) == ["embed.weight"]
+        assert rates.learning_rates()["embed.weight"] == pytest.approx(5 * LR if rule == "llr" else LR)
+
+
+def test_a_parameter_in_two_groups_is_refused():
+    class Simple:
+        def __init__(self, groups):
+            self.param_groups = groups
+
+        def step(self): ...
+
+    weight = nn.Parameter(torch.randn(4, 4))
+    with pytest.raises(ValueError, match=r"1\.0 is in the groups 0 and 1: a parameter has one rate"):
+        rmsgd.LayerRates(Simple([{"params": [weight], "lr": LR}, {"params": [weight], "lr": LR}]))
+
+
+def test_a_group_that_is_emptied_or_leaves_on_the_way_to_new_rates_takes_nothing_along():
+    model, optimizer, _ = ready()
+    rates = rmsgd.LayerRates(optimizer, lambda report: {x.name: 3.0 for x in report.layers}, transition=4)
+    rates.step()
+    optimizer.param_groups[0]["params"].clear()
+    assert rates.learning_rates() == pytest.approx(dict.fromkeys(("3.weight", "3.bias"), 1.5 * LR))
+    optimizer.step()
+    del optimizer.param_groups[0]
+    assert rates.learning_rates() == pytest.approx(dict.fromkeys(("3.weight", "3.bias"), 2.0 * LR))
+    optimizer.step()
+    rates.step()
+    assert [layer.name for layer in rates.report().layers] == ["3.weight"]
+    assert {group["lr"] for group in optimizer.param_groups} == {LR}
+    assert model[3].weight in rates.state
+
+
 def test_a_frozen_layer_keeps_its_rate_and_is_measured_once_it_is_trained():
     model = network()
     model[3].requires_grad_(False)
