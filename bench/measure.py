@@ -67,12 +67,12 @@ class Interleaved:
     Args:
         cases: from a name to a function without arguments, whose result is ignored.
         min_seconds: shortest time a case may run in one round, in seconds.
-        warmup: calls of every case before anything is timed; at least one.
+        warmup: calls of every case before anything is timed; at least one with `min_seconds`.
         synchronise: called before the clock is read, for devices that work asynchronously
             (`torch.cuda.synchronize`).
 
     Raises:
-        ValueError: there is no case, `warmup` is below 1, or `min_seconds` is negative.
+        ValueError: there is no case, there are too few calls to warm up, or `min_seconds` is negative.
 
     """
 
@@ -86,8 +86,9 @@ class Interleaved:
     ) -> None:
         if not cases:
             raise ValueError("cases is empty: there is nothing to time")
-        if warmup < 1:
-            raise ValueError(f"warmup must be at least 1, got {warmup}")
+        least = 1 if min_seconds > 0 else 0
+        if warmup < least:
+            raise ValueError(f"warmup must be at least {least}, got {warmup}")
         if not min_seconds >= 0:
             raise ValueError(f"min_seconds must not be negative, got {min_seconds}")
         self._cases = dict(cases)
@@ -98,6 +99,7 @@ class Interleaved:
         with collector_paused():
             for name in cases:
                 # The last warm-up call says how many calls make a round long enough.
+                single = math.inf
                 for _ in range(warmup):
                     single = self._time(name)
                 self._calls[name] = max(1, math.ceil(min_seconds / max(single, 1e-9)))

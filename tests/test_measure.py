@@ -64,7 +64,8 @@ def test_the_garbage_collector_rests_while_the_clock_runs():
     ("arguments", "message"),
     [
         ({"cases": {}}, "cases is empty"),
-        ({"cases": {"a": int}, "warmup": 0}, "warmup must be at least 1"),
+        ({"cases": {"a": int}, "warmup": 0, "min_seconds": 0.1}, "warmup must be at least 1"),
+        ({"cases": {"a": int}, "warmup": -1}, "warmup must be at least 0"),
         ({"cases": {"a": int}, "min_seconds": float("nan")}, "min_seconds must not be negative"),
     ],
 )
