@@ -202,6 +202,7 @@ _SHORT: dict[str, Any] = {
     "settings": (("weight_decay", 5e-4),),
 }
 _RULES = ("rmsgd", "rmsgd-paper", "rmsgd-published")
+_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 def _cifar10(
@@ -242,25 +243,24 @@ _CIFAR10_SMALL = Experiment(
         _counts(30, (0.98, 0.926), epochs=12),
         _counts(120, (0.98, 0.9942), epochs=12),
         *(
-            _cifar10((name,), schedule, sweep="lr", values=(0.1, 0.3, 1.0, 3.0, 10.0), part="rates", seeds=2)
-            for name, schedule in (
-                ("rmsgd", "constant"),
-                ("sgd", "constant"),
-                ("sgd", "step"),
+            _cifar10((name,), schedule, common, sweep="lr", values=_FACTORS, part="rates", seeds=2)
+            for name, schedule, common in (
+                ("rmsgd", "constant", {}),
+                ("sgd", "constant", {}),
+                ("sgd", "step", {}),
+                ("adamw", "cosine", {"settings": ()}),
+                ("rmsgd", "cosine", {}),
+                ("sgd", "cosine", {}),
             )
-        ),
-        _cifar10(
-            ("adamw",),
-            "cosine",
-            {"settings": ()},
-            sweep="lr",
-            values=(0.1, 0.3, 1.0, 3.0, 10.0),
-            part="rates",
-            seeds=2,
         ),
         *(
             _cifar10((name,), schedule, sweep="batch", values=(32, 512), part="batches", seeds=2)
-            for name, schedule in (("rmsgd", "constant"), ("sgd", "step"))
+            for name, schedule in (
+                ("rmsgd", "constant"),
+                ("sgd", "step"),
+                ("rmsgd", "cosine"),
+                ("sgd", "cosine"),
+            )
         ),
     ),
     search=True,
