@@ -46,7 +46,7 @@ def test_a_gpt_is_measured_as_often_as_is_asked(monkeypatch):
         return made[-1]
 
     model = nn.Sequential(nn.Embedding(128, 8), nn.Linear(8, 128))
-    found = language._fit(model, "library", make, 0, steps=20, measurements=5)
+    found = language._fit(model, "library", make, 0.1, 0, steps=20, measurements=5)
     assert made[0].state_dict()["state"][0]["epoch"] == 5
     assert found.loss > 0
     assert 0 <= found.accuracy <= 1
