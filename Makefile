@@ -80,6 +80,7 @@ bench: $(STAMP)
 	$(BIN)/python -m bench epoch-time --optimizers rmsgd,sgd,sam --rounds 10 --out bench/results --readme docs/benchmarks.md
 	$(BIN)/python -m bench split --out bench/results --readme docs/benchmarks.md
 	$(BIN)/python -m bench probe-speed --out bench/results --readme docs/benchmarks.md
+	$(BIN)/python -m bench probe-speed --large --out bench/results --readme docs/benchmarks.md
 	$(BIN)/python -m bench noise-search --out bench/results --readme docs/benchmarks.md
 	$(BIN)/python -m bench gate --update
 	$(BIN)/python -m bench gate --self-test 10 --out bench/results --readme docs/benchmarks.md
