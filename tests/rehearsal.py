@@ -48,8 +48,9 @@ class QueuedKernels(EmulatedKernels):
 def build_guard(folder: Path) -> None:
     """A device guard for a torch that has none, beside the emulated kernels."""
     flags = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
-    # torch's headers need their own C++ standard, and give warnings.
-    compiled = ["-std=c++20", "-w", "-shared", "-fPIC"]
+    # torch's headers need their own C++ standard, and give warnings. Older wheels of torch have the old ABI.
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    compiled = ["-std=c++20", "-w", "-shared", "-fPIC", abi]
     compile_cpp(EMULATOR / "guard.cpp", folder / "guard.so", *compiled, *flags, "-Wl,--no-as-needed", "-lc10")
 
 

@@ -323,6 +323,12 @@ def test_step_tensors_refuses_what_it_was_not_planned_for(data):
         assert not any(p.any() for p in parameters)
 
 
+EXCHANGES = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="torch before 2.10 has no exchange table"
+)
+
+
+@EXCHANGES
 def test_a_list_that_shrinks_while_it_is_read_is_no_harm():
     class Treacherous(torch.Tensor):
         @property
@@ -361,6 +367,7 @@ def test_a_step_taken_by_two_threads_at_once_is_refused_or_taken_twice():
     assert torch.equal(parameter, torch.full_like(parameter, float(len(refused) - 11)))
 
 
+@EXCHANGES
 @many
 @given(anything, st.one_of(anything, st.lists(st.one_of(anything, st.just(torch.zeros(2))), max_size=4)))
 def test_layouts_refuses_what_is_no_tensor(kind, tensors):
@@ -377,6 +384,7 @@ def test_layouts_refuses_what_is_no_tensor(kind, tensors):
             layouts.hold(tensors)
 
 
+@EXCHANGES
 def test_layouts_that_a_tensor_leaves_hold_no_more():
     tensors = [torch.zeros(3, 4), torch.zeros(())]
     layouts = _cpu.Layouts(torch.Tensor, tensors)
