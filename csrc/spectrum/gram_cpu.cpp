@@ -74,7 +74,7 @@ struct Block {
 template <class T, class Source>
 RMSGD_FN typename Block<T>::vector load_block(const Source* from, T scale) {
   typename Block<T>::vector x;
-  if constexpr (sizeof(Source) == 2) {
+  if constexpr (is_narrow<Source>()) {
 #pragma GCC unroll 8
     for (int i = 0; i < B<T>; ++i) x[i] = T(widen(from[i]));
   } else {
