@@ -9,7 +9,6 @@
 #define RMSGD_KERNELS(kernel)                                       \
   kernel(rmsgd_step, rmsgd::StepArguments<rmsgd::STEP_SMALL>)       \
   kernel(rmsgd_step_large, rmsgd::StepArguments<rmsgd::STEP_LARGE>) \
-  kernel(rmsgd_fingerprint, rmsgd::SpectrumArguments)               \
   kernel(rmsgd_gram, rmsgd::SpectrumArguments)                      \
   kernel(rmsgd_gram_sum, rmsgd::SpectrumArguments)                  \
   kernel(rmsgd_gram_double, rmsgd::SpectrumArguments)               \

@@ -1,4 +1,8 @@
 // Teams of CUDA threads: a warp, a block, and several blocks that meet through global memory.
+//
+// Blocks of a cluster (sm_90 and newer) could meet through distributed shared memory instead. They do not:
+// sm_75 to sm_89 have no clusters, so that it would be a second kind of team with a launch of its own, and
+// at most 8 blocks of a portable cluster could work on a matrix, where teams of up to 32 pay.
 #pragma once
 
 #include "team.h"
@@ -15,8 +19,8 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 
 constexpr int TEAM_SHARED = 2 * WARP * 8;
 
-// Rounded by itself. Fused with the product that `a` was on this lane, and on no other, it would leave the
-// lanes with different bits.
+// The sum is rounded by itself. If it were fused with the product that `a` is on one lane alone, the lanes
+// would have different bits.
 template <class T>
 __device__ __forceinline__ T sum_of(T a, T b) {
   return a + b;
@@ -24,7 +28,7 @@ __device__ __forceinline__ T sum_of(T a, T b) {
 __device__ __forceinline__ float sum_of(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ double sum_of(double a, double b) { return __dadd_rn(a, b); }
 
-// What a collective does with two values, and a value that changes nothing beside `x`.
+// The operation of a collective on two values, and a value that changes nothing beside `x`.
 template <class T>
 struct Sum {
   __device__ __forceinline__ T operator()(T a, T b) const { return sum_of(a, b); }
@@ -37,7 +41,7 @@ struct Max {
   __device__ __forceinline__ T neutral(T x) const { return x; }
 };
 
-// Combines the warp's values; a butterfly, so that every lane ends with the same bits.
+// Combines the warp's values in a butterfly, so that every lane ends with the same bits.
 template <class Operation, class T>
 __device__ __forceinline__ T combine_warp(Operation operation, T x) {
   for (int lanes = WARP / 2; lanes > 0; lanes /= 2) {
@@ -128,16 +132,17 @@ class BlockTeam {
   int turn_ = 0;
 };
 
-// Where the blocks of one team wait for each other, in global memory: zero at first, and of one launch only.
-// A block comes to each of its barriers in turn with a value, in two halves. Above the lower one stands the
-// barrier's number.
+// The place in global memory where the blocks of one team wait for each other. It is zero at first and serves
+// one launch. A block comes to each of its barriers with a value, which is stored in two halves. The
+// barrier's number stands above the lower half.
 struct GridBarrier {
   unsigned long long halves[2][2][WARP];
 };
 static_assert(sizeof(GridBarrier) == 1024, "_GRID_BARRIER_BYTES of rmsgd/backends/cuda_spectra.py");
 
-// Who finds with load_relaxed a word that store_release left, and then passes fence_acquire, sees all that
-// the other thread had written or seen before. Waiting takes many loads and one fence: a load that acquires
+// A thread that finds with load_relaxed the word of another's store_release, and then passes fence_acquire,
+// sees all that the other had written or seen before. These are PTX's, since NVRTC has no cuda::atomic_ref
+// without the headers of the toolkit. Waiting takes many loads and one fence, because a load that acquires
 // would empty the multiprocessor's first-level cache each time.
 __device__ __forceinline__ void store_release(unsigned long long* to, unsigned long long word) {
 #ifdef __CUDA_ARCH__
@@ -165,7 +170,7 @@ __device__ __forceinline__ void fence_acquire() {
 #endif
 }
 
-// Up to 32 blocks. All of them must be resident at once: launch cooperatively.
+// A team of up to 32 blocks. All of them must be resident at once, so that the launch must be cooperative.
 class GridTeam {
  public:
   __device__ __forceinline__ GridTeam(int block, int blocks, GridBarrier* grid_barrier)
@@ -208,8 +213,8 @@ class GridTeam {
     return blocks_ == 1 ? x : block_.first(exchange(operation, x));
   }
 
-  // The barrier of the blocks, when each block's own threads have met. Its first warp goes there, with one
-  // lane to look out for each block, and comes back with all values combined.
+  // The barrier of the blocks, for blocks whose own threads have met. The first warp of each goes there, with
+  // one lane to look out for each block, and comes back with all values combined.
   template <class Operation, class T>
   __device__ __forceinline__ T exchange(Operation operation, T x) {
     ++passed_;

@@ -25,6 +25,8 @@ from rmsgd.backends.cuda_devices import Attributes
 ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / "tests" / "emulator"
 ORDERS = ("forward", "reverse", "shuffled")
+SM_75 = 64 * 1024
+"""The most shared memory of a block there, in bytes."""
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
@@ -60,20 +62,29 @@ def build_emulated_module(folder: Path) -> Path:
 
 
 class EmulatedKernels:
-    """See ``rmsgd.backends.kernels.Kernels``; threads run in the order that ``order`` names."""
+    """See ``rmsgd.backends.kernels.Kernels``; threads run in the order that ``order`` names.
 
-    def __init__(self, library: Path, order: str = "forward", resident: int = 6) -> None:
+    ``resident`` blocks are there at once, each with ``shared`` bytes of shared memory, of which ``lent`` are
+    really to be had.
+    """
+
+    def __init__(
+        self, library: Path, order: str = "forward", resident: int = 6, shared: int = SM_75, lent: int = SM_75
+    ) -> None:
         spec = importlib.util.spec_from_file_location("_cuda", library)
         self.module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.module)
         self._library = ctypes.CDLL(str(library))
         self.order = order
         self.resident = resident
+        self.shared, self.lent = shared, lent
         self.launched: list[str] = []
 
     def _choose(self) -> None:
         ctypes.c_int.in_dll(self._library, "emulated_order").value = ORDERS.index(self.order)
         ctypes.c_int.in_dll(self._library, "emulated_resident").value = self.resident
+        ctypes.c_int.in_dll(self._library, "emulated_shared").value = self.shared
+        ctypes.c_int.in_dll(self._library, "emulated_lent").value = self.lent
 
     def launch(self, name, device, blocks, threads, shared_bytes, stream, arguments, cooperative=False):
         self._choose()
@@ -85,6 +96,7 @@ class EmulatedKernels:
         return self.module.resident_blocks(name, device, threads, shared_bytes)
 
     def attributes(self, device):
+        self._choose()
         return Attributes(*self.module.attributes(device))
 
 
@@ -120,6 +132,8 @@ class OneStream:
         pass
 
 
-def emulated_backend(library: Path, order: str = "forward", resident: int = 6) -> CudaBackend:
-    kernels = EmulatedKernels(library, order, resident)
+def emulated_backend(
+    library: Path, order: str = "forward", resident: int = 6, shared: int = SM_75, lent: int = SM_75
+) -> CudaBackend:
+    kernels = EmulatedKernels(library, order, resident, shared, lent)
     return CudaBackend("emulated", kernels, "CUDA kernels on the CPU", OneStream)

@@ -9,8 +9,9 @@ lacks a wait, or a tensor that is freed too early, gives wrong numbers here too.
 ``pretended_gpu()`` switches all of this on.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -34,15 +35,20 @@ class Memory:
     """
 
     allocated = peak = 0
+    live: ClassVar[dict[int, "Memory"]] = {}
+    """The allocations by address, but for those without elements."""
 
     def __init__(self, base: Tensor, stream: Stream) -> None:
         self.base, self.stream, self.streams = base, stream, {stream}
         stream.reused.append(base)
+        if base.nbytes:
+            Memory.live[base.data_ptr()] = weakref.proxy(self)
         Memory.allocated += base.nbytes
         Memory.peak = max(Memory.peak, Memory.allocated)
 
     def __del__(self) -> None:
         Memory.allocated -= self.base.nbytes
+        Memory.live.pop(self.base.data_ptr(), None)
         base, streams = self.base, list(self.streams)
         if base.nbytes == 0 or any(stream in QUEUES.captured for stream in streams):
             _OF_GRAPHS.append(base)  # a graph's memory stays its own
@@ -235,6 +241,11 @@ class Ranges:
     def range(name: str) -> Iterator[None]:
         Ranges.names.append(name)
         yield
+
+
+def in_this_thread() -> AbstractContextManager[Any]:
+    """A context in which a new thread has the pretended GPUs too, within ``pretended_gpu``."""
+    return _Mode()
 
 
 class _Properties:

@@ -3,7 +3,9 @@
 ``Queues.order`` chooses which queue runs first. Only events restrain it, as on a GPU.
 """
 
+import itertools
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -41,13 +43,12 @@ class Stream:
 
     def __init__(self, device: Any = None, **_: Any) -> None:
         self.device = torch.device("cuda", device_index(device))
-        self.cuda_stream = QUEUES.made
+        self.cuda_stream = next(QUEUES.numbers)
         self.queue: deque[Work] = deque()
         self.last_work: list[Tensor] = []
         self.reused: list[Tensor] = []
         """A place to note memory that may be what the stream freed last."""
-        QUEUES.streams[QUEUES.made] = self
-        QUEUES.made += 1
+        QUEUES.streams[self.cuda_stream] = self
 
     def add(self, run: Callable[[], object]) -> None:
         """Queue work that touches memory."""
@@ -145,10 +146,19 @@ def device_index(device: Any) -> int:
     return torch.device("cuda" if device is None else device).index or 0
 
 
+class _Thread(threading.local):
+    """The device and the streams that are current in a thread; without one, a device's default stream is."""
+
+    def __init__(self) -> None:
+        self.device = 0
+        self.streams: dict[int, Stream] = {}
+
+
 class Queues:
     """All streams, and the choice of the one that runs next."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self.reset()
 
     def reset(self, order: str = "launched", seed: int = 0) -> None:
@@ -156,26 +166,34 @@ class Queues:
         self.sync_debug_mode: Any = "default"
         self.streams: dict[int, Stream] = {}
         """The streams by the number that stands for their address."""
-        self.made = 0
+        self.numbers = itertools.count()
         self.busy: dict[Stream, None] = {}
         """Streams whose queues are not empty, in the order in which they got work."""
         self.captured: dict[Stream, list[Work]] = {}
-        self.current_device = 0
-        self._current: dict[int, Stream] = {}
+        self._here = _Thread()
+        self._defaults: dict[int, Stream] = {}
         self._random = random.Random(seed)
+
+    @property
+    def current_device(self) -> int:
+        """The device of the current thread."""
+        return self._here.device
 
     def exchange_device(self, index: int) -> int:
         """Make it the current device unless it is -1, and return the device that was current."""
-        before = self.current_device
-        self.current_device = before if index < 0 else index
+        before = self._here.device
+        self._here.device = before if index < 0 else index
         return before
 
     def current_stream(self, device: Any = None) -> Stream:
         """See ``torch.cuda.current_stream``."""
         index = device_index(device)
-        if index not in self._current:
-            self._current[index] = Stream(index)
-        return self._current[index]
+        if index in self._here.streams:
+            return self._here.streams[index]
+        with self._lock:
+            if index not in self._defaults:
+                self._defaults[index] = Stream(index)
+        return self._defaults[index]
 
     @contextmanager
     def use(self, stream: Stream | None) -> Iterator[None]:
@@ -184,11 +202,11 @@ class Queues:
             yield
             return
         before = self.current_stream(stream.device)
-        self._current[stream.device.index] = stream
+        self._here.streams[stream.device.index] = stream
         try:
             yield
         finally:
-            self._current[stream.device.index] = before
+            self._here.streams[stream.device.index] = before
 
     @contextmanager
     def capture(self, graph: Graph, **_: Any) -> Iterator[None]:

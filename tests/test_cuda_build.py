@@ -12,7 +12,7 @@ from emulated import ROOT
 from setuptools import Distribution
 
 import setup
-from bench.gpu.counting import REGISTERS
+from bench.gpu.counting import FFMA_SHARE, REGISTERS
 from rmsgd.backends import cupy_
 from setup import CUDA_ARCHS, NVCC_FLAGS, find_nvcc
 
@@ -39,7 +39,6 @@ MOST_REGISTERS = {
     "rmsgd_step_large": 64,
     "rmsgd_sturm": 64,
     "rmsgd_sturm_double": 128,
-    "rmsgd_fingerprint": 64,
     "rmsgd_gram_sum": 64,
 }
 """With which so many threads are resident as the launches and the planner count on; other kernels: 128."""
@@ -65,6 +64,52 @@ def test_nvcc_compiles_every_kernel_without_a_warning_a_spill_or_a_stack_frame(s
         assert [report[what] for what in ("frame", "stores", "loads")] == ["0"] * 3, report[0]
         assert int(report["registers"]) <= MOST_REGISTERS.get(report["kernel"], 128), report[0]
         assert report["shared"] is None, "shared memory is what the launch asks for"
+
+
+def disassembler():
+    """NVIDIA's disassembler of its wheel."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations if spec is not None else ():
+        for path in sorted(Path(folder).glob("**/bin/nvdisasm")):
+            path.chmod(0o755)
+            return path
+    pytest.skip("no disassembler: pip install nvidia-cuda-nvdisasm")
+
+
+def loops_of(kernel, text):
+    """The instructions of every innermost loop of a kernel."""
+    body = re.split(r"\n\.text\.\w+:\n", text.partition(f"\n.text.{kernel}:\n")[2])[0]
+    instructions, labels = [], {}
+    for line in body.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(found[1])
+    spans = [
+        (labels[jump[1]], i + 1)
+        for i, instruction in enumerate(instructions)
+        if (jump := re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction)) and labels.get(jump[1], i + 1) <= i
+    ]
+    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return [instructions[begin:end] for begin, end in inner]
+
+
+@pytest.mark.parametrize("arch", [75, pytest.param(90, marks=slow), pytest.param(120, marks=slow)])
+def test_the_gram_kernel_has_the_share_of_multiply_adds_that_times_are_counted_with(arch, tmp_path):
+    nvcc, show = find_nvcc(), disassembler()
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    cubin = tmp_path / "kernels.cubin"
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    source = ROOT / "csrc" / "spectrum" / "spectrum_cuda.cu"
+    subprocess.run([nvcc, *NVCC_FLAGS, target, "-cubin", source, "-o", cubin], check=True)
+    text = subprocess.run([show, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    shares = {}
+    for loop in loops_of("rmsgd_gram", text):
+        multiply_adds = sum("FFMA" in instruction for instruction in loop)
+        shares.setdefault(multiply_adds, []).append(multiply_adds / len(loop))
+    for tiles, share in FFMA_SHARE.items():
+        assert max(shares[128 * tiles]) >= share, "weights in fp32, columns contiguous"
 
 
 def test_without_nvcc_the_cuda_kernels_are_left_out_or_an_error_where_they_are_asked_for(monkeypatch):

@@ -302,13 +302,80 @@ def test_a_network_of_equal_matrices_has_a_workspace_of_fp32(library):
 
 
 @pytest.mark.parametrize(
-    ("shape", "parts"), [((512, 4608), 3), ((64, 100_000), 49), ((512, 1000), 1), ((2048, 9000), 1)], ids=str
+    ("shape", "parts"), [((512, 4608), 4), ((64, 100_000), 80), ((512, 1000), 1), ((2048, 9000), 1)], ids=str
 )
 def test_a_matrix_of_few_tiles_is_split_along_its_columns(library, shape, parts):
     plan = cuda_spectra.SpectraPlan(EmulatedKernels(library), spectra(torch.empty(shape, device="meta")))
-    rows = -(-shape[0] // 64)
-    tiles = rows * (rows + 1) // 2
-    assert plan.tile_columns() == [-(-shape[1] // parts)] * tiles * parts
+    tiles = -(-shape[0] // 64)
+    blocks = plan.gram_blocks()
+    assert {block.columns for block in blocks} == {-(-shape[1] // parts)}
+    assert sum(block.tiles for block in blocks) == parts * tiles * (tiles + 1) // 2
+    assert sum(block.takes_fingerprint for block in blocks) == parts * tiles
+
+
+@pytest.mark.parametrize("rows", [2, 64, 65, 128, 129, 300, 1000])
+def test_every_tile_of_a_gram_matrix_is_computed_once_and_every_row_is_in_one_fingerprint(rows):
+    blocks = cuda_spectra._gram_blocks(rows).tolist()
+    computed = [(row + lower, column) for row, column in blocks for lower in range(1 + (column > row))]
+    assert sorted(computed) == sorted(map(tuple, cuda_spectra._tiles(rows).tolist()))
+    taken = sorted(column for row, column in blocks if row // 2 == column // 2)
+    assert taken == list(range(-(-rows // 64)))
+
+
+GRAM_SHAPES = {
+    "one tile": lambda: torch.randn(5, 40),
+    "two a side": lambda: torch.randn(100, 300),
+    "three a side": lambda: torch.randn(130, 141),
+    "four a side, rows contiguous": lambda: torch.randn(270, 250).t(),
+    "parts": lambda: torch.randn(70, 2100),
+    "convolution": lambda: torch.randn(72, 30, 3, 3),
+    "float16": lambda: torch.randn(66, 90).half(),
+    "bfloat16, rows contiguous": lambda: torch.randn(90, 66).bfloat16().t(),
+    "float64": lambda: torch.randn(130, 140).double(),
+    "gaps": lambda: torch.randn(150, 600)[::2, ::3],
+}
+
+
+@pytest.mark.parametrize("shape", GRAM_SHAPES)
+def test_gram_matrices_are_those_of_float64_to_the_rounding_of_their_precision(library, monkeypatch, shape):
+    """Sums of 256 columns are formed in one go, in the precision of the matrix."""
+    matrices = spectra(GRAM_SHAPES[shape]())
+    found, plain = [], EmulatedKernels.launch
+
+    def launch(kernels, name, device, blocks, threads, shared, stream, arguments, cooperative=False):
+        if name.startswith("rmsgd_tridiagonal") and len(found) < len(matrices):
+            found.extend(grams(arguments[0], len(matrices), name.endswith("double")))
+        plain(kernels, name, device, blocks, threads, shared, stream, arguments, cooperative)
+
+    monkeypatch.setattr(cuda_spectra, "choose_teams", teams_of(1, True, False))
+    monkeypatch.setattr(EmulatedKernels, "launch", launch)
+    emulated_backend(library).measure(matrices)
+    order = sorted(range(len(matrices)), key=lambda i: -matrices[i][1].L)
+    for i, gram in zip(order, found, strict=True):
+        A = as_matrix(*matrices[i]).double().numpy()
+        size = np.abs(A) @ np.abs(A).T
+        unit = 2.0**-53 if gram.dtype == np.float64 else 2.0**-24
+        n = len(A)
+        assert (np.abs(gram[:, :n] - A @ A.T) <= 24 * unit * size).all()
+        assert (gram[:, n:] == 0.0).all()
+
+
+def grams(head, count, double):
+    """The Gram matrices in the workspace, each of a team of one block: (rows, padded columns)."""
+    table = np.frombuffer(
+        ctypes.string_at(int(head["matrix"]), count * cuda_spectra._MATRIX.itemsize), cuda_spectra._MATRIX
+    )
+    state = np.frombuffer(
+        ctypes.string_at(int(head["state"]), count * cuda_spectra._STATE.itemsize), cuda_spectra._STATE
+    )
+    dtype = np.dtype(np.float64 if double else np.float32)
+    for row, waits in zip(table, state["stage"] == double, strict=True):
+        if waits:
+            L, stride = int(row["L"]), int(row["stride"])
+            place = int(head["workspace"]) + int(row["reduction"][int(double)]["matrix"])
+            yield np.frombuffer(ctypes.string_at(place, L * stride * dtype.itemsize), dtype).reshape(
+                L, stride
+            )
 
 
 def deficient(rows, columns, dtype):
@@ -387,10 +454,19 @@ def test_no_more_blocks_find_singular_values_than_a_grid_barrier_has_room_for(li
     assert svd_launches[0][0] == 32
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_row_says_so_whichever_element_changed_before_it_was_read_again(library, monkeypatch, dtype):
-    # A deficient matrix is looked at again. Its 72 rows lie in two runs, which no tile of 64 rows ends with.
-    weight = torch.randn(2, 30, 6, 6).repeat(1, 3, 1, 1).to(dtype)
+LOOKED_AT_AGAIN = {
+    # 72 rows in two runs, which no tile of 64 rows ends with.
+    "convolution": lambda: torch.randn(2, 30, 6, 6).repeat(1, 3, 1, 1),
+    "float16": lambda: torch.randn(2, 30, 6, 6).repeat(1, 3, 1, 1).half(),
+    "three tiles a side": lambda: low_rank(130, 131, 4, 1e-3),
+    "rows contiguous, parts, float64": lambda: low_rank(66, 2100, 4, 1e-3).double().t().contiguous().t(),
+}
+"""Matrices that take a Gram matrix in fp64, or an SVD."""
+
+
+@pytest.mark.parametrize("name", LOOKED_AT_AGAIN)
+def test_a_row_says_so_whichever_element_changed_before_it_was_read_again(library, monkeypatch, name):
+    weight = LOOKED_AT_AGAIN[name]()
     matrices = [(weight, unfoldings(weight.shape)[0])]
     plain = EmulatedKernels.launch
 
@@ -404,8 +480,9 @@ def test_a_row_says_so_whichever_element_changed_before_it_was_read_again(librar
         return emulated_backend(library).measure(matrices)[0, STATUS]
 
     assert status_after(lambda: None) == MEASURED
-    for element in (0, *torch.randint(weight.numel(), (2,)).tolist(), weight.numel() - 1):
-        assert status_after(weight.view(-1)[element].neg_) == CHANGED
+    for element in (0, weight.numel() - 1):
+        place = np.unravel_index(element, weight.shape)
+        assert status_after(weight[place].neg_) == CHANGED
 
 
 def test_a_small_workspace_means_more_batches_and_the_same_bits(backend, library):
@@ -443,6 +520,106 @@ def test_a_matrix_that_torch_has_no_room_for_is_named(backend, monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigvalsh", no_room)
     with pytest.raises(torch.cuda.OutOfMemoryError, match=r"shape \(21, 30\) takes .* no room: free some"):
         backend.measure(spectra(torch.randn(20, 30), torch.randn(21, 30)))
+
+
+@pytest.mark.parametrize("shared", [48 * 1024, 64 * 1024])
+def test_a_card_with_less_shared_memory_keeps_less_on_chip_and_measures_the_same(library, shared):
+    matrices = spectra(low_rank(120, 130, 4, 0.2), low_rank(90, 99, 4, 1e-3))
+    backend = emulated_backend(library, shared=shared, lent=shared)
+    table = backend.measure(matrices)
+    assert_measured(table, matrices)
+    (plan,) = next(iter(backend._plans.values()))
+    waves = [wave for round_ in plan.rounds for wave in round_.waves]
+    taken = max(wave.shared for wave in waves)
+    assert taken <= shared
+    assert (taken > 48 * 1024) == (shared == 64 * 1024)
+
+
+def allocations_fail_from(monkeypatch, number):
+    """Let the allocations of an epoch end fail from this one on; returns how many there were."""
+    seen = [0]
+
+    def counted(function):
+        def allocate(*arguments, **options):
+            seen[0] += 1
+            if seen[0] > number:
+                raise torch.cuda.OutOfMemoryError("no room")
+            return function(*arguments, **options)
+
+        return allocate
+
+    for name in ("empty", "zeros"):
+        monkeypatch.setattr(torch, name, counted(getattr(torch, name)))
+    for module in (cuda, cuda_spectra):
+        monkeypatch.setattr(module, "upload", counted(module.upload))
+    return seen
+
+
+@pytest.fixture
+def trained(library, monkeypatch):
+    """An optimizer on the emulated kernels after a step and an epoch end, and its weights."""
+    backend = emulated_backend(library)
+    for part in (device_rates, device_step):
+        monkeypatch.setattr(part, "backend_for", lambda device: backend)
+    weights = [Parameter(low_rank(20, 30, 3, 0.5)), Parameter(torch.randn(8, 4, 3, 3))]
+    optimizer = rmsgd.RMSGD(weights, lr=0.03, rule="paper")
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.epoch_step()
+    return optimizer, weights, backend
+
+
+def everything(optimizer, weights):
+    """Weights, momentum, rates and measurements."""
+    state = optimizer.state_dict()["state"].values()
+    numbers = [v.tolist() if isinstance(v, torch.Tensor) else v for one in state for v in one.values()]
+    return [p.tolist() for p in weights], numbers, optimizer.learning_rates()
+
+
+def test_out_of_memory_at_any_stage_of_an_epoch_end_changes_nothing_and_the_next_one_works(
+    trained, monkeypatch
+):
+    optimizer, weights, backend = trained
+    before = everything(optimizer, weights)
+    failed, number = 0, 0
+    while True:
+        backend._plans.clear()
+        with monkeypatch.context() as short_of_memory:
+            seen = allocations_fail_from(short_of_memory, number)
+            try:
+                optimizer.epoch_step()
+            except torch.cuda.OutOfMemoryError:
+                failed += 1
+            if seen[0] <= number:
+                break
+        assert everything(optimizer, weights) == before
+        number += 1
+    assert failed == number > 5
+    assert everything(optimizer, weights) != before
+
+
+def test_a_card_that_lends_less_shared_memory_than_it_says_is_an_error_and_nothing_changes(trained):
+    optimizer, weights, backend = trained
+    before = everything(optimizer, weights)
+    backend._plans.clear()
+    backend._kernels.shared = 96 * 1024
+    with pytest.raises(RuntimeError, match="rmsgd_tridiagonal: asking for 98304 bytes of shared memory"):
+        optimizer.epoch_step()
+    assert everything(optimizer, weights) == before
+
+
+def test_a_weight_that_has_moved_is_measured_and_stepped_where_it_is(trained):
+    optimizer, weights, _ = trained
+    optimizer.epoch_step()
+    old = weights[0].data
+    weights[0].data = low_rank(20, 30, 9, 0.2)
+    old.fill_(torch.nan)
+    matrices = spectra(weights[0].data.clone())
+    optimizer.step()
+    optimizer.epoch_step()
+    assert weights[0].isfinite().all()
+    assert 3 < optimizer.report().layers[0].rank[0] == ORACLE.measure(matrices)[0, RANK]
 
 
 @pytest.mark.slow
@@ -518,6 +695,50 @@ def assert_same_step(backend, tables, gradients, groups, grad_scale=1.0, steps=2
             torch.testing.assert_close(ours, theirs, rtol=TOLERANCE[ours.dtype], atol=TOLERANCE[ours.dtype])
     filled = [p.numel() > 0 for p in tables.parameters]
     assert tables.fresh[filled].tolist() == expected.fresh[filled].tolist()
+
+
+@pytest.mark.parametrize("numels", [(), (0, 3), (2048,), (5000, 0, 1, 9000), (100_000, 1, 2049)], ids=str)
+@pytest.mark.parametrize("resident", [1, 4, 1000])
+def test_items_cover_every_element_once_and_the_last_turn_has_small_ones(numels, resident):
+    items, first = cuda_step.step_items(numels, resident)
+    seen = [[] for _ in numels]
+    for begin, count, tensor in items.tolist():
+        assert 0 < count <= 2048
+        assert begin % 512 == 0
+        seen[tensor] += range(begin, begin + count)
+    assert seen == [list(range(n)) for n in numels]
+    assert first.tolist() == [int((items["tensor"] < i).sum()) for i in range(len(numels) + 1)]
+    whole = sum(-(-n // 2048) for n in numels)
+    if whole > resident:
+        assert items["count"][max(0, whole - resident) :].max() <= 512
+    else:
+        assert len(items) == whole
+
+
+def seconds_of(counts, warps, alone, together):
+    """Simulated time of items of so many elements: a warp moves ``alone`` in a second, all ``together``."""
+    waiting, running, now = list(counts)[::-1], [], 0.0
+    while waiting or running:
+        while waiting and len(running) < warps:
+            running.append(float(waiting.pop()))
+        rate = min(alone, together / len(running))
+        step = min(running) / rate
+        now += step
+        running = [left - step * rate for left in running]
+        running = [left for left in running if left > 1e-9]
+    return now
+
+
+@pytest.mark.parametrize("turns", [1.1, 1.5, 2.3, 3.02])
+def test_the_last_turn_keeps_the_memory_busy_but_for_the_time_of_a_small_item(turns):
+    """96 KB in flight on a multiprocessor are 3.7 times what memory needs, in the count for an H200."""
+    warps, items = 64, round(64 * turns)
+    alone, together = 1.0, 64 / 3.7
+    cut = cuda_step.step_items([2048 * items], warps)[0]["count"].tolist()
+    best = 2048 * items / together
+    assert seconds_of(cut, warps, alone, together) - best <= 512 / alone
+    if turns in (1.1, 3.02):
+        assert seconds_of([2048] * items, warps, alone, together) - best > 1024 / alone
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -623,8 +844,8 @@ def test_float32_gradients_of_half_precision_are_unscaled_before_they_are_rounde
 
 
 def stepper_items(stepper, tables):
-    counts = [-(-p.numel() // 2048) for p in tables.parameters]
-    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    items, _ = cuda_step.step_items([p.numel() for p in tables.parameters], resident=6 * 8)
+    return torch.from_numpy(items["tensor"].astype(np.int64))
 
 
 def test_a_fresh_buffer_counts_as_zero_whatever_it_holds(backend):

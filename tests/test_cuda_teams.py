@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from waves import simulate
 
 from bench import models
-from bench.gpu.cards import CARDS
+from bench.gpu.cards import CARDS, Card
 from rmsgd.backends import cuda_teams
 from rmsgd.backends.cuda_devices import Attributes, device_of
 from rmsgd.backends.cuda_teams import Teams, Wave, choose_teams, shared_bytes
@@ -19,6 +19,7 @@ from rmsgd.layers import unfoldings
 ITEMSIZES = (4, 8)
 REGISTERS = {4: 64, 8: 128}
 NETWORKS = ("resnet18", "resnet50", "mobilenetv2", "vit-b16")
+SMALL = Card("a card of 48 KB", 75, Attributes(20, 48 * 1024, 48 * 1024, 2**20, 0, 0, 0), 64, 1024)
 by_card = pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
 
 
@@ -78,7 +79,7 @@ descending = st.lists(st.integers(2, 8192), min_size=1, max_size=60).map(lambda 
 
 
 @settings(deadline=None, max_examples=25)
-@given(descending, st.sampled_from(ITEMSIZES), st.sampled_from(CARDS))
+@given(descending, st.sampled_from(ITEMSIZES), st.sampled_from([*CARDS, SMALL]))
 def test_every_team_is_in_one_wave_and_every_wave_fits(rows, itemsize, card):
     capacity = capacity_of(card, itemsize)
     plan = choose_teams(rows, itemsize, capacity, card.device)
@@ -150,6 +151,13 @@ def test_a_plan_takes_no_longer_than_a_short_wait():
 
     choose_teams(list(range(600, 20, -10)), 4, capacity, card.device)
     assert len(calls) < 20_000
+
+
+def test_a_card_with_too_little_shared_memory_for_a_matrix_is_refused_with_the_bytes_it_takes():
+    """One block of 48 KB, in fp64: 4 partial sums of every fourth column are 8 bytes for each of the rows."""
+    assert choose_teams([6000], 8, lambda shared: 1, SMALL.device).waves[0].shared <= 48 * 1024
+    with pytest.raises(RuntimeError, match=r"8192 rows takes 66048 bytes .* a block may have 49152"):
+        choose_teams([8192], 8, lambda shared: 1, SMALL.device)
 
 
 def test_what_a_device_does_not_tell_counts_as_little():

@@ -1,18 +1,22 @@
 """Results on a GPU are the same, whichever of its streams runs first."""
 
+import bisect
 import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
+import numpy as np
 import pytest
 import rehearsal
 import streams
 import torch
-from emulated import ROOT
+from clock import PATIENCE
+from emulated import ROOT, EmulatedKernels
 from matrices import low_rank
-from pretended_cuda import Ranges
+from pretended_cuda import Memory, Ranges, in_this_thread
 from pretended_streams import ORDERS
 from torch.nn import Parameter
 
@@ -209,8 +213,83 @@ def test_profilers_see_every_stage_by_its_name(gpu_folder):
         assert Ranges.names == ["rmsgd: step"]
         optimizer.epoch_step()
         stages = [name.removeprefix("rmsgd: ") for name in Ranges.names[1:]]
-    assert stages[:5] == ["fingerprint", "Gram matrices", "tridiagonal forms", "eigenvalues", "EVBMF"]
+    assert stages[:4] == ["Gram matrices", "tridiagonal forms", "eigenvalues", "EVBMF"]
     assert stages[-2:] == ["SVD", "learning rates"]
+
+
+def touched_by(arguments):
+    """The devices whose memory a launch's arguments point to, and the tables there that they point to."""
+    begins = sorted(Memory.live)
+    devices, pending, seen = set(), [arguments.view(np.uint64)], set()
+    while pending:
+        for word in map(int, pending.pop()):
+            at = bisect.bisect_right(begins, word) - 1
+            memory = Memory.live.get(begins[at]) if at >= 0 else None
+            if memory is None or word >= begins[at] + memory.base.nbytes:
+                continue
+            devices.add(memory.stream.device.index)
+            if begins[at] not in seen and memory.base.dtype == torch.uint8 and memory.base.nbytes % 8 == 0:
+                seen.add(begins[at])
+                pending.append(memory.base.numpy().view(np.uint64))
+    return devices
+
+
+@pytest.mark.parametrize("order", ["launched", "random"])
+def test_two_threads_train_on_streams_of_their_own_of_two_gpus_and_no_host_waits(
+    gpu_folder, monkeypatch, order
+):
+    launched, plain = [], EmulatedKernels.launch
+
+    def launch(kernels, name, device, blocks, threads, shared, stream, arguments, cooperative=False):
+        launched.append((device, touched_by(arguments)))
+        plain(kernels, name, device, blocks, threads, shared, stream, arguments, cooperative)
+
+    def network(seed, device):
+        """An optimizer after its first epoch, when its tables are there, and its weights."""
+        generator = torch.Generator().manual_seed(seed)
+        shapes = ((20, 30), (12, 5, 3, 3), (20,))
+        weights = [Parameter(torch.randn(shape, generator=generator).to(device)) for shape in shapes]
+        for p in weights:
+            p.grad = torch.randn(p.shape, generator=generator).to(device)
+        optimizer = rmsgd.RMSGD(weights, lr=0.03, rule="paper")
+        optimizer.step()
+        optimizer.epoch_step()
+        return optimizer, weights
+
+    def train(networks, met):
+        """Take turns between networks on both devices, each on a stream of its own."""
+        with in_this_thread():
+            streams_ = [torch.cuda.Stream(device) for device in range(len(networks))]
+            met.wait()
+            for _ in range(2):
+                for device, (optimizer, _) in enumerate(networks):
+                    with torch.cuda.stream(streams_[device]):
+                        optimizer.step()
+                        optimizer.epoch_step()
+                        optimizer.step()
+
+    def results(together, order):
+        with rehearsal.rehearsed(gpu_folder, order):
+            networks = [[network(10 * thread + d, f"cuda:{d}") for d in range(2)] for thread in range(2)]
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error" if together else "default")
+            at_once = 2 if together else 1
+            met = threading.Barrier(at_once, timeout=PATIENCE)
+            with ThreadPoolExecutor(at_once) as pool:
+                for done in [pool.submit(train, mine, met) for mine in networks]:
+                    done.result()
+            torch.cuda.set_sync_debug_mode("default")
+            return [
+                (optimizer.learning_rates(), [p.tolist() for p in weights])
+                for mine in networks
+                for optimizer, weights in mine
+            ]
+
+    expected = results(together=False, order="at once")
+    monkeypatch.setattr(EmulatedKernels, "launch", launch)
+    assert results(together=True, order=order) == expected
+    assert {device for device, _ in launched} == {0, 1}
+    assert all(touched == {device} for device, touched in launched)
 
 
 @pytest.fixture(scope="module")

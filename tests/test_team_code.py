@@ -161,3 +161,10 @@ def test_a_missing_barrier_of_a_block_or_of_blocks_is_found(threads, fault):
     found, said = races(threads, 5, **fault)
     assert found
     assert "data race" in said
+
+
+def test_the_barriers_of_a_gram_block_suffice_and_none_is_there_in_vain(threads):
+    found, said = races(threads, 0)
+    assert not found, said
+    for barrier in (1, 5):
+        assert races(threads, 0, skip=barrier)[0]

@@ -2,8 +2,10 @@
 
 Blocks waited for each other twice per row, every block counted as if it had the device to itself, one block
 of 256 threads found all eigenvalues of a matrix, and matrices of more than 1024 rows were left to the host.
+A block computed one tile of a Gram matrix, and the fingerprint of the weights was a launch of its own.
 """
 
+import heapq
 from collections.abc import Sequence
 
 from rmsgd.backends.cuda_devices import GRID_BARRIER, LAUNCH, ROW, Device
@@ -12,9 +14,35 @@ LARGEST = 1024
 MOST_BLOCKS = 16
 ROWS_PER_BLOCK = 64
 IDLE_LAUNCHES = 4
+TILE, COLUMNS_PER_SPLIT, SPLIT_TILES = 64, 2048, 128
+FFMA_SHARE = 0.66
+"""The share of multiply-adds among the instructions of a Gram tile."""
 DIVISION_STEP = 80
 """Cycles from one pivot to the next, with a division that is rounded correctly."""
 _BLOCK_RATE = 100e9
+
+
+def last_end(blocks: Sequence[float], multiprocessors: int) -> float:
+    """When the last of some blocks ends, each of which goes to the multiprocessor that is free first."""
+    ends = [0.0] * multiprocessors
+    for block in blocks:
+        heapq.heapreplace(ends, ends[0] + block)
+    return max(ends)
+
+
+def gram(shapes: Sequence[tuple[int, int]], lanes: int, device: Device) -> tuple[float, str]:
+    """Seconds of the Gram matrices of weights (rows, columns), and the limit."""
+    columns = []
+    for L, M in shapes:
+        side = -(-L // TILE)
+        tiles = side * (side + 1) // 2
+        splits = max(1, min(-(-M // COLUMNS_PER_SPLIT), SPLIT_TILES // tiles))
+        columns += [-(-M // splits)] * tiles * splits
+    cycles = [TILE * TILE * count / (lanes * FFMA_SHARE) for count in columns] or [0.0]
+    seconds = last_end(cycles, device.multiprocessors) / device.clock
+    return max(
+        (seconds, "arithmetic"), (sum(2 * TILE * count * 4 for count in columns) / device.l2_rate, "L2")
+    )
 
 
 def _waiting(rows: int, blocks: int, device: Device) -> float:

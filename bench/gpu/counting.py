@@ -26,8 +26,15 @@ REGISTERS = {
 """The most registers of a thread. A test compares the compiled kernels with it."""
 
 TILE = 64
-FFMA_SHARE = 0.66
-"""The share of multiply-adds among the instructions of a Gram tile."""
+FFMA_SHARE = {1: 0.66, 2: 0.75}
+"""The share of multiply-adds among the instructions of the Gram kernel's loop, by the tiles of a block.
+
+A test compares the compiled kernels with it.
+"""
+FINGERPRINT = 10
+"""The instructions of an element's part in the fingerprint."""
+INSTRUCTIONS = 128
+"""Per cycle and multiprocessor, of all its threads."""
 STURM_STEP = 45
 """Cycles from one pivot of a Sturm sequence to the next: a reciprocal, a product, two sums, a comparison."""
 BEFORE_LOOKING = 3
@@ -97,14 +104,28 @@ def plans_of(matrices: Sequence[tuple[Tensor, Unfolding]], card: Card) -> list[S
 
 
 def _gram(plan: SpectraPlan, card: Card) -> Stage:
-    """The time of the tiles on the multiprocessors, or of reading the weights, if that is longer."""
-    cycles = [columns * TILE * TILE / (card.lanes * FFMA_SHARE) for columns in plan.tile_columns()]
-    even = sum(cycles) / card.attributes.multiprocessors
-    bytes_read = sum(2 * TILE * columns * 4 for columns in plan.tile_columns())
-    return max(
-        Stage((even + max(cycles)) / card.device.clock, "arithmetic"),
-        Stage(bytes_read / card.device.l2_rate, "L2"),
+    """The time of the tiles on the multiprocessors, or of reading the weights, if that is longer.
+
+    The parts of tiles are written and read again.
+    """
+    blocks = plan.gram_blocks()
+    cycles = [
+        block.columns
+        * TILE
+        * (
+            block.tiles * TILE / (card.lanes * FFMA_SHARE[block.tiles])
+            + block.takes_fingerprint * FINGERPRINT / INSTRUCTIONS
+        )
+        for block in blocks
+    ]
+    from_l2 = sum((block.tiles + 1 + block.takes_fingerprint) * TILE * block.columns * 4 for block in blocks)
+    products = max(
+        Stage(before.last_end(cycles, card.attributes.multiprocessors) / card.device.clock, "arithmetic"),
+        Stage(from_l2 / card.device.l2_rate, "L2"),
     )
+    partial = plan.partial_bytes()
+    rate = card.device.l2_rate if partial <= card.device.l2_bytes else card.device.dram_rate
+    return Stage(products.seconds + 2 * partial / rate, products.limit)
 
 
 def _reduction(plan: SpectraPlan) -> Stage:
@@ -135,8 +156,7 @@ def count(network: str, card: Card) -> dict[str, Any]:
     """The row of a network on a card, in milliseconds."""
     matrices = weights_of(network)
     plans = plans_of(matrices, card)
-    read = sum(u.L * u.M * weight.element_size() for weight, u in matrices)
-    stages = {"fingerprint": [Stage(read / card.device.dram_rate, "DRAM")]}
+    stages = {"fingerprint": [Stage(0.0, "counted with gram")]}
     stages["gram"] = [_gram(plan, card) for plan in plans]
     stages["reduction"] = [_reduction(plan) for plan in plans]
     stages["sturm_evbmf"] = [_sturm(plan, card) for plan in plans]
@@ -153,7 +173,6 @@ def count_before(network: str, card: Card) -> dict[str, Any]:
     """The row of a network on a card in the design before this one, with the same constants."""
     matrices = weights_of(network)
     small = [(w, u) for w, u in matrices if u.L <= before.LARGEST]
-    plans = plans_of(small, card)
     read = sum(u.L * u.M * weight.element_size() for weight, u in small)
     rows = sorted((u.L for _, u in small), reverse=True)
     capacity = card.resident(512, 64, card.attributes.shared_multiprocessor // 2 - 1024)
@@ -162,7 +181,7 @@ def count_before(network: str, card: Card) -> dict[str, Any]:
     search = EVBMF_VALUE * NEEDED * max(rows, default=0) / card.device.clock
     stages = {
         "fingerprint": [Stage(read / card.device.dram_rate, "DRAM")],
-        "gram": [_gram(plan, card) for plan in plans],
+        "gram": [Stage(*before.gram([(u.L, u.M) for _, u in small], card.lanes, card.device))],
         "reduction": [Stage(*reduction)],
         "sturm_evbmf": [Stage(sturm + search, "chain")],
         "idle": [Stage(before.IDLE_LAUNCHES * LAUNCH, "launches")],

@@ -5,7 +5,7 @@
 namespace rmsgd {
 namespace {
 
-// A warp per item.
+// Every warp takes one item.
 template <int words>
 __device__ __forceinline__ void step_block(const StepArguments<words>& arguments) {
   const int warps = int(blockDim.x) / WARP;
@@ -18,7 +18,7 @@ __device__ __forceinline__ void step_block(const StepArguments<words>& arguments
 }  // namespace
 }  // namespace rmsgd
 
-// 256 threads, four blocks of them on a multiprocessor: enough loads in flight to fill the memory bus.
+// Four blocks of 256 threads on a multiprocessor have enough loads in flight to fill the memory bus.
 extern "C" __global__ void __launch_bounds__(256, 4)
     rmsgd_step(const __grid_constant__ rmsgd::StepArguments<rmsgd::STEP_SMALL> arguments) {
   rmsgd::step_block(arguments);

@@ -1,16 +1,15 @@
-// The fused momentum step on a GPU: what the kernel is given, and one warp's share of it.
+// The fused momentum step on a GPU: the kernel's arguments, and one warp's share of the work.
 //
-// The whole network is cut into items of at most STEP_ITEM elements of one parameter; a warp takes an
-// item, so a thousand tiny tensors cost a thousand warps and not a thousand blocks. Everything about
-// parameters and buffers lies on the device and changes only when a pointer does. What changes from
-// step to step comes in the kernel's arguments: the gradients' addresses and the hyper-parameters.
-// A graph that captures the launch keeps them, while learning rates (`eta`), tensor learning rates,
-// the gradient scale and the overflow flag are read from device memory at every replay.
+// The whole network is cut into items, each of some elements of one parameter (rmsgd/backends/cuda_step.py).
+// A warp takes an item, so that a thousand tiny tensors cost a thousand warps and not a thousand blocks. The
+// tables of parameters and buffers lie on the device and change only when a pointer does. What changes from
+// step to step comes in the kernel's arguments: the gradients' addresses and the hyper-parameters. A graph
+// that captures the launch keeps these. Learning rates (`eta`), tensor learning rates, the gradient scale and
+// the overflow flag are read from device memory at every replay.
 //
 // Traffic is the floor: 20 bytes for an fp32 parameter with momentum (ResNet50: 25.6 M parameters,
-// 511 MB). Metadata is 16 bytes per item and 40 per parameter, less than .2 % of that. Items are small, so
-// that the last ones leave the memory busy: of ResNet50's 1446 blocks an H200 holds 528 at once, and the last
-// turn has 390.
+// 511 MB). Metadata is 16 bytes per item and 40 per parameter, less than .2 % of that. The last items are
+// smaller than the others, so that the memory is busy until the end.
 #pragma once
 
 #include "../dtype.h"
@@ -18,8 +17,6 @@
 #include "update.h"
 
 namespace rmsgd {
-
-constexpr int STEP_ITEM = 2048;  // a multiple of every pack of 16 bytes
 
 enum StepFlags : int { STEP_NESTEROV = 1, STEP_MAXIMIZE = 2, STEP_VELOCITY = 4 };
 
@@ -47,8 +44,9 @@ struct CudaStepItem {
 };
 
 // A launch covers items [first_item, first_item + items) of tensors from first_tensor on. `payload`
-// holds the address of each of these tensors' gradient (0: none), then the groups from first_group on.
-// An odd address is that of a float32 gradient, a byte further on, of a weight of half precision.
+// holds the address of each of these tensors' gradients (0 if there is none), and then the groups from
+// first_group on. An odd address means that a weight of half precision has a float32 gradient, which begins a
+// byte before.
 template <int words>
 struct StepArguments {
   const CudaStepItem* item;
@@ -64,7 +62,7 @@ struct StepArguments {
   unsigned long long payload[words];
 };
 
-// 4 KB of arguments on any driver; 32 KB need CUDA 12.1.
+// Any driver takes 4 KB of arguments; 32 KB need CUDA 12.1.
 constexpr int STEP_SMALL = 500;
 constexpr int STEP_LARGE = 4000;
 
@@ -97,7 +95,7 @@ RMSGD_FN void step_packs(const Coefficients<A>& c, T* w, A* m, const G* g, int a
   }
 }
 
-// A warp's item: elements of type T, arithmetic type A, gradients of type G.
+// Takes the step on a warp's item. Its elements have type T, the arithmetic type A, and gradients type G.
 template <Memory memory, bool nesterov, class Team, class T, class A, class G>
 RMSGD_FN void step_elements(Team& team, const Coefficients<A>& c, T* w, A* m, const G* g, int count,
                             bool fresh) {
@@ -145,6 +143,12 @@ RMSGD_FN void step_typed(Team& team, const CudaStepGroup& group, double eta, dou
   T* const w = static_cast<T*>(tensor.weight) + item.begin;
   A* const m = static_cast<A*>(tensor.buffer) + item.begin;
   const G* const g = static_cast<const G*>(gradient) + item.begin;
+#ifdef __CUDA_ARCH__
+  // Loads and stores need not find out then what kind of memory it is.
+  __builtin_assume(__isGlobal(w));
+  __builtin_assume(__isGlobal(m));
+  __builtin_assume(__isGlobal(g));
+#endif
   if (group.momentum == 0.0) {
     step_elements<Memory::none, false>(team, c, w, m, g, item.count, fresh);
   } else if (velocity) {

@@ -1,45 +1,55 @@
 // Gram matrices G = A A^T of many weights of different shapes at once.
 //
-// The upper triangle of every G is cut into tiles of GRAM_TILE rows and columns, the columns of A (M of
-// them, up to 50 L) into `splits` parts where there are few tiles. A block of GRAM_THREADS threads
-// computes one tile over one part: plain fp32 (or fp64) multiply-adds, so no setting of the user's can
-// make it TF32. Partial tiles are added in a fixed order: the same weights give the same bits.
+// The upper triangle of every G is cut into tiles of GRAM_TILE rows and columns, and the columns of A (M of
+// them, up to 50 L) are cut into `splits` parts where there are few tiles. In fp32 a block of GRAM_THREADS
+// threads computes two tiles, one below the other, over one part: its threads then load three packs for 32
+// multiply-adds. A block whose upper tile is on the diagonal computes that tile alone, since the one below it
+// is a mirror image. In fp64 every block computes one tile. The multiply-adds are plain ones, so no setting
+// of the user's can make them TF32. Parts of a tile are added in a fixed order: the same weights give the
+// same bits.
 //
-// Counted: a step of 16 columns costs a thread 256 multiply-adds and 32 shared loads of 16 bytes. ResNet18 is
-// 4.8 G multiply-adds in all (the symmetric half, whole tiles counted), ResNet50 8.8 G, heads of 1000 classes
-// included. No tensor cores: three products of TF32 keep 2^-22 of a product, four times fp32's rounding, and
-// the accuracy guard would send as many more matrices to fp64.
+// The next columns are loaded while the present ones are multiplied, into the other half of shared memory, so
+// that threads wait for each other once per GRAM_DEPTH columns.
+//
+// The columns of every tile on the diagonal are rows of A that exactly one block has there. That block also
+// takes their fingerprint in the fp32 kernel.
+//
+// A step of GRAM_DEPTH columns costs a thread 256 multiply-adds, 24 loads of 16 bytes from shared memory and
+// 6 elements from global memory. ResNet18 takes 4.8 G multiply-adds in all, and ResNet50 takes 8.8 G (the
+// upper triangle in whole tiles, with heads of 1000 classes). There are no tensor cores: three products of
+// TF32 keep 2^-22 of a product, four times fp32's rounding, and the accuracy guard would send as many more
+// matrices to fp64.
 #pragma once
 
 #include "../element.h"
 #include "../matrix.h"
 #include "slabs.h"
+#include "stage.h"
 
 namespace rmsgd {
 
 constexpr int GRAM_TILE = 64;
-constexpr int GRAM_DEPTH = 16;     // columns of A in shared memory at a time
-constexpr int GRAM_CHAIN = 256;    // longest sum formed in fp32 before it is added to the rest
-constexpr int GRAM_THREADS = 256;  // 16 x 16, each with 4 x 4 sums
-constexpr int GRAM_STRIDE = GRAM_TILE + 4;
+constexpr int GRAM_DEPTH = 8;      // columns of A in one half of shared memory
+constexpr int GRAM_CHAIN = 256;    // the longest sum in fp32 that is formed before it is added to the rest
+constexpr int GRAM_THREADS = 256;  // 16 x 16, each with 4 x 4 sums of a tile
 
 // The reduction of one Gram matrix to tridiagonal form, in one precision.
 struct CudaReduction {
   long long matrix;   // place in the workspace, in bytes: the Gram matrix, in slabs
-  long long vectors;  // what the reduction needs besides and what comes of it, see ReductionVectors
+  long long vectors;  // the place of its vectors and of its result, see ReductionVectors
   int blocks;         // of the team
   int near_rows;      // whether a block keeps its rows in shared memory
   int near_slab;      // and its slab
   int unused;
 };
 
-// What is known of one L x M weight. The innermost dimension of a side is its last of four.
+// One L x M weight. The innermost dimension of a side is the last of its four.
 struct CudaMatrix {
   const void* weight;
   Side small;  // L, the rows
   Side large;  // M, the columns
   long long M;
-  long long partial;  // place in the workspace: tiles x splits partial tiles of floats, unless splits is 1
+  long long partial;  // the place of tiles x splits parts of tiles in the workspace, unless splits is 1
   CudaReduction reduction[2];  // in fp32 and in fp64
   int L;
   Dtype dtype;
@@ -68,7 +78,7 @@ RMSGD_FN long long offset_of(const Side& side, unsigned index) {
   return offset + index * side.stride[0];
 }
 
-// Index of a tile among those of the upper triangle.
+// The index of a tile among those of the upper triangle.
 RMSGD_FN int tile_number(int row_tile, int column_tile, int tiles) {
   return row_tile * tiles - row_tile * (row_tile - 1) / 2 + column_tile - row_tile;
 }
@@ -87,107 +97,203 @@ RMSGD_FN ColumnPart column_part(const CudaMatrix& matrix, int splits, int split)
   return {begin, begin + width < matrix.M ? begin + width : matrix.M};
 }
 
-// What a block keeps in shared memory.
+// The tiles that a block computes, one below the other, at most.
+template <class T>
+RMSGD_FN constexpr int gram_tiles() {
+  return sizeof(T) == 4 ? 2 : 1;
+}
+
+// The contents of a block's shared memory.
 template <class T>
 struct GramShared {
-  T left[GRAM_DEPTH][GRAM_STRIDE];
-  T right[GRAM_DEPTH][GRAM_STRIDE];
-  long long left_row[GRAM_TILE];
+  static constexpr int ROWS = gram_tiles<T>() * GRAM_TILE;
+  // Threads that store neighbouring columns of A do not wait for one bank.
+  T left[2][GRAM_DEPTH][ROWS + 4];
+  T right[2][GRAM_DEPTH][GRAM_TILE + 4];
+  // Offsets in the weight, in bytes, of the tiles' rows and of the columns of two chains.
+  long long left_row[ROWS];
   long long right_row[GRAM_TILE];
-  long long column[GRAM_CHAIN];
+  long long column[2 * GRAM_CHAIN];
 };
 
-// One tile over one part of the columns. Team: GRAM_THREADS members.
-template <class Element, class T, class Team>
-RMSGD_FN void gram_tile(Team& team, const CudaMatrix& matrix, const Element* weight, const GramItem& item,
-                        int splits, const Slabs& slabs, T* gram, T* partial, GramShared<T>& shared) {
-  const int rank = team.rank();
-  const int top = item.row_tile * GRAM_TILE, left = item.column_tile * GRAM_TILE;
-  const int rows = matrix.L - top < GRAM_TILE ? matrix.L - top : GRAM_TILE;
-  const int columns = matrix.L - left < GRAM_TILE ? matrix.L - left : GRAM_TILE;
-  for (int i = rank; i < GRAM_TILE; i += team.size()) {
-    shared.left_row[i] = offset_of(matrix.small, unsigned(top + (i < rows ? i : 0)));
-    shared.right_row[i] = offset_of(matrix.small, unsigned(left + (i < columns ? i : 0)));
+// Whether a block of the fp32 kernel takes the fingerprint of the rows of A that are its tiles' columns.
+RMSGD_FN bool takes_fingerprint(const GramItem& item) { return item.column_tile / 2 == item.row_tile / 2; }
+
+// How the threads share the elements of GRAM_DEPTH columns of ROWS rows, to load them. Neighbouring threads
+// take neighbouring elements of memory: along columns, or along rows where those are contiguous.
+template <int ROWS, bool along_rows>
+struct GramLoads {
+  static constexpr int COUNT = ROWS * GRAM_DEPTH / GRAM_THREADS;  // per thread
+  int first_row, first_column;
+
+  RMSGD_FN explicit GramLoads(int rank)
+      : first_row(along_rows ? rank % ROWS : rank / GRAM_DEPTH),
+        first_column(along_rows ? rank / ROWS : rank % GRAM_DEPTH) {}
+
+  RMSGD_FN int row(int load) const {
+    return first_row + (along_rows ? 0 : load * (GRAM_THREADS / GRAM_DEPTH));
   }
+  RMSGD_FN int column(int load) const {
+    return first_column + (along_rows ? load * (GRAM_THREADS / ROWS) : 0);
+  }
+};
 
-  // Neighbouring threads read neighbouring elements of memory: along columns, or along rows where
-  // those are contiguous.
-  const bool along_rows = matrix.small.stride[3] == 1;
-  const int load_row = along_rows ? rank % GRAM_TILE : rank / GRAM_DEPTH;
-  const int load_column = along_rows ? rank / GRAM_TILE : rank % GRAM_DEPTH;
-  constexpr int LOADS = GRAM_TILE * GRAM_DEPTH / GRAM_THREADS;
-  const int row_step = along_rows ? 0 : GRAM_THREADS / GRAM_DEPTH;
-  const int column_step = along_rows ? GRAM_THREADS / GRAM_TILE : 0;
+// Loads a thread's share of the first `columns` columns; those beyond are zero. row and column: offsets in
+// bytes. The part of them that its elements have in common is read once.
+template <int ROWS, bool along_rows, class Element, class T>
+RMSGD_FN void load_elements(const GramLoads<ROWS, along_rows>& mine, const Element* weight,
+                            const long long* row, const long long* column, int columns, T* to) {
+  const char* const common =
+      reinterpret_cast<const char*>(weight) + (along_rows ? row[mine.row(0)] : column[mine.column(0)]);
+#pragma unroll
+  for (int load = 0; load < mine.COUNT; ++load) {
+    to[load] = T(0);
+    if (mine.column(load) >= columns) continue;
+    const long long offset = along_rows ? column[mine.column(load)] : row[mine.row(load)];
+    to[load] = T(widen(*reinterpret_cast<const Element*>(common + offset)));
+  }
+}
 
-  const int y = rank / 16 * 4, x = rank % 16 * 4;
-  T total[4][4] = {};
-  const ColumnPart part = column_part(matrix, splits, item.split);
-  for (long long chain = part.begin; chain < part.end; chain += GRAM_CHAIN) {
-    const int depth = part.end - chain < GRAM_CHAIN ? int(part.end - chain) : GRAM_CHAIN;
-    team.barrier();  // the last chain's offsets are read
-    for (int k = rank; k < depth; k += team.size()) {
-      shared.column[k] = offset_of(matrix.large, unsigned(chain + k));
+// The parts of the columns of A in one precision.
+template <class T>
+RMSGD_FN int splits_of(const CudaMatrix& matrix) {
+  return sizeof(T) == 4 ? matrix.splits : 1;
+}
+
+// Stores one tile: 4 x 4 sums of each thread, from row y and column x of the tile on.
+template <class T>
+RMSGD_FN void store_tile(const CudaMatrix& matrix, int row_tile, int column_tile, int split,
+                         unsigned char* workspace, int y, int x, const T (&sum)[4][4]) {
+  const int splits = splits_of<T>(matrix);
+  if (splits > 1) {
+    const int tile = tile_number(row_tile, column_tile, tiles_of(matrix.L));
+    T* const to = reinterpret_cast<T*>(workspace + matrix.partial) +
+                  ((long long)tile * splits + split) * GRAM_TILE * GRAM_TILE;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      Pack<T, 4> pack;
+      for (int j = 0; j < 4; ++j) pack.value[j] = sum[i][j];
+      pack.store(to + (y + i) * GRAM_TILE + x, true);
     }
-    T sum[4][4] = {};
-    for (int step = 0; step < depth; step += GRAM_DEPTH) {
-      team.barrier();  // the offsets are written, the last step's columns are read
-      // All loads before the first store: a store between them would wait for the one before it.
-      T to_left[LOADS], to_right[LOADS];
+    return;
+  }
+  T* const gram = reinterpret_cast<T*>(workspace + matrix.reduction[stage_of<T>()].matrix);
+  const Slabs slabs = slabs_of(matrix, stage_of<T>());
+  // Columns that only fill up a row are zero.
+  const int row = row_tile * GRAM_TILE + y, column = column_tile * GRAM_TILE + x;
+  const int stride = slabs.packs * SLAB_PACK;
 #pragma unroll
-      for (int load = 0; load < LOADS; ++load) {
-        const int r = load_row + load * row_step, k = load_column + load * column_step;
-        const bool inside = step + k < depth;
-        const long long column = inside ? shared.column[step + k] : 0;
-        to_left[load] = inside && r < rows ? T(widen(weight[shared.left_row[r] + column])) : T(0);
-        to_right[load] = inside && r < columns ? T(widen(weight[shared.right_row[r] + column])) : T(0);
+  for (int i = 0; i < 4; ++i) {
+    if (column >= stride || row + i >= slabs.n) break;
+    Pack<T, 4> pack;
+    for (int j = 0; j < 4; ++j) pack.value[j] = column + j < slabs.n ? sum[i][j] : T(0);
+    pack.store(gram + slabs.place(row + i, column), true);
+  }
+  if (row_tile == column_tile) return;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if (column + j >= slabs.n) break;
+    Pack<T, 4> pack;
+    for (int i = 0; i < 4; ++i) pack.value[i] = sum[i][j];
+    pack.store(gram + slabs.place(column + j, row), true);
+  }
+}
+
+// `tiles` tiles over one part of the columns, the first one that of the item. along_rows: whether the rows
+// are neighbours in memory. The team has GRAM_THREADS members. The matrix and the item lie in global memory
+// and are read where they are needed, for want of registers.
+template <int tiles, bool along_rows, class Element, class T, class Team>
+RMSGD_FN void multiply_tiles(Team& team, const CudaMatrix& matrix, const Element* weight,
+                             const GramItem& item, unsigned char* workspace, GramShared<T>& shared) {
+  constexpr int ROWS = tiles * GRAM_TILE;
+  typedef GramLoads<ROWS, along_rows> Left;
+  typedef GramLoads<GRAM_TILE, along_rows> Right;
+  const int rank = team.rank();
+  const ColumnPart part = column_part(matrix, splits_of<T>(matrix), item.split);
+  const int width = int(part.end - part.begin);
+
+  // Rows that the matrix does not have are another row's, and their sums are not stored.
+  const int top = item.row_tile * GRAM_TILE, left = item.column_tile * GRAM_TILE;
+  for (int i = rank; i < ROWS; i += GRAM_THREADS) {
+    const int row = top + i < matrix.L ? top + i : top;
+    shared.left_row[i] = offset_of(matrix.small, unsigned(row)) * int(sizeof(Element));
+  }
+  for (int i = rank; i < GRAM_TILE; i += GRAM_THREADS) {
+    const int row = left + i < matrix.L ? left + i : left;
+    shared.right_row[i] = offset_of(matrix.small, unsigned(row)) * int(sizeof(Element));
+  }
+  const auto list_columns = [&](int chain) {
+    const int k = chain + rank;
+    if (k >= width) return;
+    shared.column[k % (2 * GRAM_CHAIN)] =
+        offset_of(matrix.large, unsigned(part.begin + k)) * int(sizeof(Element));
+  };
+  list_columns(0);
+  team.barrier();
+
+  const Left to_left(rank);
+  const Right to_right(rank);
+  T left_ahead[Left::COUNT], right_ahead[Right::COUNT];
+  const auto load_columns = [&](int step) {
+    const long long* const column = shared.column + step % (2 * GRAM_CHAIN);
+    load_elements(to_left, weight, shared.left_row, column, width - step, left_ahead);
+    load_elements(to_right, weight, shared.right_row, column, width - step, right_ahead);
+  };
+
+  // The threads of a warp are neighbours in both directions, so that its loads of shared memory share words.
+  const int warp = rank / 32, lane = rank % 32;
+  const int y = (warp / 2 * 4 + lane / 8) * 4, x = (warp % 2 * 8 + lane % 8) * 4;
+  T total[tiles][4][4] = {};
+  load_columns(0);
+  for (int chain = 0; chain < width; chain += GRAM_CHAIN) {
+    // Nobody reads the offsets of the chain before this one any more.
+    list_columns(chain + GRAM_CHAIN);
+    const int end = chain + GRAM_CHAIN < width ? chain + GRAM_CHAIN : width;
+    T sum[tiles][4][4] = {};
+#pragma unroll 1
+    for (int step = chain; step < end; step += GRAM_DEPTH) {
+      const int half = step / GRAM_DEPTH % 2;
+#pragma unroll
+      for (int load = 0; load < Left::COUNT; ++load) {
+        shared.left[half][to_left.column(load)][to_left.row(load)] = left_ahead[load];
       }
 #pragma unroll
-      for (int load = 0; load < LOADS; ++load) {
-        const int r = load_row + load * row_step, k = load_column + load * column_step;
-        shared.left[k][r] = to_left[load];
-        shared.right[k][r] = to_right[load];
+      for (int load = 0; load < Right::COUNT; ++load) {
+        shared.right[half][to_right.column(load)][to_right.row(load)] = right_ahead[load];
       }
+      // The columns are there, and all have multiplied those that the next step overwrites.
       team.barrier();
+      load_columns(step + GRAM_DEPTH);
 #pragma unroll
       for (int k = 0; k < GRAM_DEPTH; ++k) {
-        Pack<T, 4> a, b;
-        a.load(&shared.left[k][y], true);
-        b.load(&shared.right[k][x], true);
+        Pack<T, 4> a[tiles], b;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int tile = 0; tile < tiles; ++tile) {
+          a[tile].load(&shared.left[half][k][tile * GRAM_TILE + y], true);
+        }
+        b.load(&shared.right[half][k][x], true);
 #pragma unroll
-          for (int j = 0; j < 4; ++j) sum[i][j] += a.value[i] * b.value[j];
+        for (int tile = 0; tile < tiles; ++tile) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sum[tile][i][j] += a[tile].value[i] * b.value[j];
+          }
         }
       }
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int tile = 0; tile < tiles; ++tile) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) total[i][j] += sum[i][j];
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) total[tile][i][j] += sum[tile][i][j];
+      }
     }
   }
-
-  if (splits > 1) {
-    const int tile = tile_number(item.row_tile, item.column_tile, tiles_of(matrix.L));
-    T* const to = partial + ((long long)tile * splits + item.split) * GRAM_TILE * GRAM_TILE;
-    for (int i = 0; i < 4; ++i) {
-      for (int j = 0; j < 4; ++j) to[(y + i) * GRAM_TILE + x + j] = total[i][j];
-    }
-    return;
-  }
-  // Columns that only fill up a row are zero.
-  const int row = top + y, column = left + x, stride = slabs.packs * SLAB_PACK;
-  for (int i = 0; i < 4 && column < stride; ++i) {
-    if (row + i >= slabs.n) break;
-    Pack<T, 4> pack;
-    for (int j = 0; j < 4; ++j) pack.value[j] = total[i][j];
-    pack.store(gram + slabs.place(row + i, column), true);
-  }
-  for (int j = 0; j < 4 && top != left; ++j) {
-    if (column + j >= slabs.n) break;
-    Pack<T, 4> pack;
-    for (int i = 0; i < 4; ++i) pack.value[i] = total[i][j];
-    pack.store(gram + slabs.place(column + j, row), true);
+#pragma unroll
+  for (int tile = 0; tile < tiles; ++tile) {
+    store_tile(matrix, item.row_tile + tile, item.column_tile, item.split, workspace, y, x, total[tile]);
   }
 }
 
@@ -204,7 +310,7 @@ RMSGD_FN void add_partial_tiles(Team& team, const CudaMatrix& matrix, const Gram
     double sum = 0.0;
     for (int split = 0; split < matrix.splits; ++split)
       sum += double(from[split * GRAM_TILE * GRAM_TILE + i]);
-    gram[slabs.place(row, column)] = float(sum);
+    gram[slabs.place(row, column)] = column < matrix.L ? float(sum) : 0.0f;  // those fill up a row
     if (item.row_tile != item.column_tile && column < matrix.L) gram[slabs.place(column, row)] = float(sum);
   }
 }

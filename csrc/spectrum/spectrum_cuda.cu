@@ -8,10 +8,22 @@
 namespace rmsgd {
 namespace {
 
-// Where a matrix goes that a Gram matrix of this type does not decide.
+// The next stage of a matrix that a Gram matrix of this type does not decide.
 template <class T>
 __device__ __forceinline__ Stage next_stage() {
   return sizeof(T) == 4 ? STAGE_FP64 : STAGE_SVD;
+}
+
+// What an element adds to the fingerprint of its matrix, which changes with any element.
+__device__ __forceinline__ unsigned long long fingerprint_of(unsigned long long word) {
+  const unsigned long long mixed = word * 0x9e3779b97f4a7c15ull;
+  return mixed ^ mixed >> 32;
+}
+__device__ __forceinline__ unsigned long long fingerprint_of(float element) {
+  return fingerprint_of(0ull + word_of_float(element));
+}
+__device__ __forceinline__ unsigned long long fingerprint_of(double element) {
+  return fingerprint_of(word_of_double(element));
 }
 
 // One member's part of a sum that changes with any element of rows [top, bottom) and columns [begin, end).
@@ -34,11 +46,7 @@ struct Fingerprint {
         if (run > bottom - row) run = bottom - row;
         const Element* const from = at + offset_of(matrix.small, unsigned(row));
 #pragma unroll 4
-        for (int k = 0; k < run; ++k) {
-          const unsigned long long mixed =
-              word_of_double(double(widen(from[k * step]))) * 0x9e3779b97f4a7c15ull;
-          sum += mixed ^ mixed >> 32;
-        }
+        for (int k = 0; k < run; ++k) sum += fingerprint_of(widen(from[k * step]));
       }
     }
     return sum;
@@ -52,11 +60,12 @@ __device__ __forceinline__ unsigned long long fingerprint(Team& team, const Cuda
                                 Fingerprint{matrix, top, bottom, begin, end, team.rank(), team.size()}));
 }
 
-// Adds that of a tile's rows, over one part of the columns, to the matrix's.
+// Adds to the matrix's fingerprint that of the rows of A that are an item's columns, over its part of A's
+// columns.
 __device__ __forceinline__ void take_fingerprint(const SpectrumArguments& arguments, const GramItem& item) {
   const CudaMatrix& matrix = arguments.matrix[item.matrix];
   BlockTeam team;
-  const int top = item.row_tile * GRAM_TILE;
+  const int top = item.column_tile * GRAM_TILE;
   const int bottom = top + GRAM_TILE < matrix.L ? top + GRAM_TILE : matrix.L;
   const ColumnPart part = column_part(matrix, matrix.splits, item.split);
   const unsigned long long sum = fingerprint(team, matrix, top, bottom, part.begin, part.end);
@@ -73,7 +82,7 @@ __device__ __forceinline__ void write_unmeasured(double* row, MetricsStatus stat
   row[RANK] = NAN;
 }
 
-// Whether the weights are what they were on the caller's stream. If not, the row says so.
+// Says whether the weights are what they were on the caller's stream. If not, the row says so too.
 template <class Team>
 __device__ __forceinline__ bool are_unchanged(Team& team, const SpectrumArguments& arguments, int number,
                                               Stage stage) {
@@ -84,38 +93,53 @@ __device__ __forceinline__ bool are_unchanged(Team& team, const SpectrumArgument
   return false;
 }
 
+// The tiles of a block of the Gram matrices.
 template <class T>
-struct GramTile {
+struct GramTiles {
   const CudaMatrix& matrix;
-  T* gram;
-  T* partial;
+  unsigned char* workspace;
   GramShared<T>& shared;
-  GramItem item;
+  const GramItem& item;
 
   template <class Element>
   __device__ __forceinline__ void operator()(const Element* weight) const {
     // Weights in fp64 begin in the stage of that precision.
     if constexpr (sizeof(Element) <= sizeof(T)) {
-      BlockTeam team;
-      gram_tile(team, matrix, weight, item, sizeof(T) == 4 ? matrix.splits : 1,
-                slabs_of(matrix, stage_of<T>()), gram, partial, shared);
+      if constexpr (gram_tiles<T>() == 2) {
+        if (item.column_tile > item.row_tile) return multiply<2>(weight);
+      }
+      multiply<1>(weight);
     }
+  }
+
+  template <int tiles, class Element>
+  __device__ __forceinline__ void multiply(const Element* weight) const {
+    if (matrix.small.stride[3] == 1) {
+      multiply<tiles, true>(weight);
+    } else {
+      multiply<tiles, false>(weight);
+    }
+  }
+
+  template <int tiles, bool along_rows, class Element>
+  __device__ __forceinline__ void multiply(const Element* weight) const {
+    BlockTeam team;
+    multiply_tiles<tiles, along_rows>(team, matrix, weight, item, workspace, shared);
   }
 };
 
 template <class T>
 __device__ __forceinline__ void gram_block(const SpectrumArguments& arguments) {
-  const GramItem item = arguments.item[blockIdx.x];
-  if (arguments.state[item.matrix].stage != stage_of<T>()) return;
+  const GramItem& item = arguments.item[blockIdx.x];
+  if (sizeof(T) == 8 && arguments.state[item.matrix].stage != STAGE_FP64) return;
   const CudaMatrix& matrix = arguments.matrix[item.matrix];
-  with_elements(
-      matrix.dtype, matrix.weight,
-      GramTile<T>{matrix, reinterpret_cast<T*>(arguments.workspace + matrix.reduction[stage_of<T>()].matrix),
-                  reinterpret_cast<T*>(arguments.workspace + matrix.partial),
-                  *reinterpret_cast<GramShared<T>*>(shared_memory() + TEAM_SHARED), item});
+  with_elements(matrix.dtype, matrix.weight,
+                GramTiles<T>{matrix, arguments.workspace,
+                             *reinterpret_cast<GramShared<T>*>(shared_memory() + TEAM_SHARED), item});
+  if (sizeof(T) == 4 && takes_fingerprint(item)) take_fingerprint(arguments, item);
 }
 
-// Places of one reduction in the workspace.
+// The places of one reduction in the workspace.
 template <class T>
 struct ReductionPlaces {
   const CudaReduction& reduction;
@@ -169,8 +193,8 @@ __device__ __forceinline__ void tridiagonal_block(const SpectrumArguments& argum
   for (int c = block.rank(); c < width; c += block.size()) nonzero_rows += diagonal(c) > zero;
   nonzero_rows = team.sum(nonzero_rows);
 
-  // What of this is in shared memory: rmsgd/backends/cuda_teams.py. There a row is an odd number of packs, so
-  // that threads that work on different rows do not wait for one bank.
+  // rmsgd/backends/cuda_teams.py decides what of this is in shared memory. There a row is an odd number of
+  // packs, so that threads that work on different rows do not wait for one bank.
   T* const parts = reinterpret_cast<T*>(shared_memory() + TEAM_SHARED);
   T* near = parts + part_elements(width, block.size());
   T* rows = at.vector(at.places.rows) + mine.block * reflected_elements(at.stride);
@@ -201,7 +225,7 @@ __device__ __forceinline__ void tridiagonal_block(const SpectrumArguments& argum
   }
 }
 
-// Which values are needed every block of a matrix finds out for itself; the first one notes it.
+// Every block of a matrix finds out for itself which values are needed. The first block notes it.
 template <class T>
 __device__ __forceinline__ void sturm_block(const SpectrumArguments& arguments) {
   const TeamBlock mine = arguments.block[blockIdx.x];
@@ -313,18 +337,12 @@ __device__ __forceinline__ void svd_matrix(GridTeam& team, const SpectrumArgumen
 }  // namespace
 }  // namespace rmsgd
 
-extern "C" __global__ void __launch_bounds__(rmsgd::GRAM_THREADS)
-    rmsgd_fingerprint(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
-  const rmsgd::GramItem item = arguments.item[blockIdx.x];
-  if (item.row_tile == item.column_tile) rmsgd::take_fingerprint(arguments, item);
-}
-
-extern "C" __global__ void __launch_bounds__(rmsgd::GRAM_THREADS)
+extern "C" __global__ void __launch_bounds__(rmsgd::GRAM_THREADS, 2)
     rmsgd_gram(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
   rmsgd::gram_block<float>(arguments);
 }
 
-extern "C" __global__ void __launch_bounds__(rmsgd::GRAM_THREADS)
+extern "C" __global__ void __launch_bounds__(rmsgd::GRAM_THREADS, 2)
     rmsgd_gram_double(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
   rmsgd::gram_block<double>(arguments);
 }
@@ -371,8 +389,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   rmsgd::measure_block<double>(arguments);
 }
 
-// The whole grid, up to 32 blocks, takes the matrices that wait for it one after the other: there is scratch
-// for one. Which those are nobody changes meanwhile, so that all blocks go through the same ones.
+// The whole grid, of up to 32 blocks, takes the matrices that wait for it one after the other, since there is
+// scratch for one. Nobody changes meanwhile which matrices wait, so that all blocks go through the same ones.
 extern "C" __global__ void __launch_bounds__(512, 1)
     rmsgd_svd(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
   rmsgd::GridTeam team(int(blockIdx.x), arguments.svd_blocks,
@@ -381,7 +399,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
   for (int number = team.block().rank(); number < arguments.matrices; number += team.block().size()) {
     waiting += arguments.state[number].stage == rmsgd::STAGE_SVD;
   }
-  if (team.block().sum(waiting) == 0) return;  // as a rule; blocks need not meet to know it
+  if (team.block().sum(waiting) == 0) return;  // the usual case, and blocks need not meet to know it
   for (int number = 0; number < arguments.matrices; ++number) {
     if (arguments.state[number].stage != rmsgd::STAGE_SVD) continue;
     rmsgd::svd_matrix(team, arguments, number);
@@ -389,7 +407,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
   }
 }
 
-// One warp: EVBMF of values that are known.
+// One warp computes EVBMF of values that are known.
 extern "C" __global__ void __launch_bounds__(rmsgd::WARP, 1)
     rmsgd_values(const __grid_constant__ rmsgd::ValuesArguments arguments) {
   rmsgd::WarpTeam team;

@@ -2,22 +2,21 @@
 //
 // Each stage is a kernel over all matrices, and none needs the host:
 //
-//   fingerprint        caller's stream   a sum that tells weights from others
-//   gram, gram_sum     caller's stream   fp32 Gram matrices
+//   gram, gram_sum     caller's stream   Gram matrices in fp32, and the weights' fingerprints
 //   tridiagonal        side stream       teams of blocks, launched cooperatively
-//   sturm              side stream       eigenvalues, STURM_PART of them to a block
-//   measure            side stream       EVBMF, row of the table: a block per matrix
+//   sturm              side stream       eigenvalues; a block finds STURM_PART of them
+//   measure            side stream       EVBMF and the row of the table; a block per matrix
 //
-// then gram, tridiagonal, sturm and measure once more in fp64, and svd, one team of blocks launched
-// cooperatively: the singular values of what even that does not decide. A matrix says in its state which
-// stage it waits for; blocks that find it waiting for another leave at once.
+// Then gram, tridiagonal, sturm and measure follow once more in fp64. The last stage is svd, one team of
+// blocks that is launched cooperatively: it finds the singular values of what even fp64 does not decide. The
+// state of a matrix says which stage it waits for, and blocks that find it waiting for another leave at once.
 //
-// The workspace has room for all matrices in fp32. What comes after that uses it anew: in fp64 as many
-// matrices at a time as there is room for, in two or three rounds, and then the SVD.
+// The workspace has room for all matrices in fp32. The later stages use it anew: first in fp64 for as many
+// matrices at a time as there is room for, in two or three rounds, and then for the SVD.
 //
-// The later stages read the weights again, beside what the caller does meanwhile. The fingerprint tells them
-// whether these are still the same; otherwise the row says CHANGED. It costs one more look at the weights of
-// every matrix.
+// The later stages read the weights again, while the caller's work goes on. The fingerprint, a sum over the
+// bits of all elements, tells them whether the weights are still the same. If not, the row says CHANGED. The
+// fp32 kernel takes it from the elements that it loads in any case.
 #pragma once
 
 #include "../evbmf/metrics.h"
@@ -38,11 +37,11 @@ struct SpectrumState {
   int unused;
 };
 
-// Where a reduction has what, in elements of its type from `vectors` on.
+// The places of a reduction's vectors, in elements of its type from `vectors` on.
 struct ReductionVectors {
   int exchanged, tridiagonal, values;
-  int rows;     // of all blocks, unless they are in shared memory
-  int scratch;  // of measure
+  int rows;     // those of all blocks, unless they are in shared memory
+  int scratch;  // that of the kernel `measure`
 
   RMSGD_FN ReductionVectors(int stride, int blocks, bool near_rows)
       : exchanged(0),
@@ -52,13 +51,13 @@ struct ReductionVectors {
         scratch(8 * stride + (near_rows ? 0 : 4 * stride * blocks)) {}
 };
 
-// A block of the tridiagonal reduction, or the number of a part of the values.
+// One block of a reduction, or one part of the eigenvalues of a matrix.
 struct TeamBlock {
   int matrix;
   int block;
 };
 
-// Arguments of all stages.
+// The arguments of all stages.
 struct SpectrumArguments {
   const CudaMatrix* matrix;
   const GramItem* item;    // of this launch, one per block (gram, gram_sum)
@@ -74,9 +73,9 @@ struct SpectrumArguments {
   int unused;
 };
 
-// One matrix whose values are known. values: (L), descending: eigenvalues of the Gram matrix, or
-// singular values, those that are zero set to 0. rounding: of the weight, see rounding_of, for eigenvalues.
-// scratch: 2 L + 2 doubles.
+// One matrix whose values are known. `values` (L) are in descending order: the eigenvalues of the Gram
+// matrix, or the singular values, of which those that count as zero are 0. `rounding` is the weight's, see
+// rounding_of, and is used for eigenvalues alone. `scratch` has 2 L + 2 doubles.
 struct ValuesArguments {
   const double* values;
   double* scratch;

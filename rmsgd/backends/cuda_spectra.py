@@ -5,6 +5,7 @@ The structs are those of ``csrc/spectrum/gram_cuda.h`` and ``spectrum_cuda.h``.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -27,10 +28,10 @@ Matrix = tuple[Tensor, Unfolding]
 LARGEST = 8192
 """The most rows of a matrix that these kernels measure."""
 
-_TILE = 64
-_COLUMNS_PER_SPLIT = 2048
-_SPLIT_TILES = 128
-"""A matrix whose tiles are few is split along its columns too, into no more parts of tiles than this."""
+_TILE, _GRAM_DEPTH, _GRAM_CHAIN = 64, 8, 256
+_COLUMNS_PER_SPLIT = 1024
+_SPLIT_BLOCKS = 80
+"""A matrix of few blocks is split along its columns too, into no more blocks in all than this."""
 _GRAM_THREADS, _STURM_THREADS, _MEASURE_THREADS, _SVD_THREADS = 256, 256, 256, 512
 _STURM_PART = 32
 """How many eigenvalues a block looks for."""
@@ -106,19 +107,26 @@ _ARGUMENTS = np.dtype(
 
 
 def _splits(L: int, M: int) -> int:
+    return max(1, min(-(-M // _COLUMNS_PER_SPLIT), _SPLIT_BLOCKS // len(_gram_blocks(L))))
+
+
+@cache
+def _tiles(L: int) -> NDArray[np.int32]:
+    """The tiles of the upper triangle, each with its row and column: (tiles, 2)."""
+    return np.stack(np.triu_indices(-(-L // _TILE)), axis=1).astype(np.int32)
+
+
+@cache
+def _gram_blocks(L: int) -> NDArray[np.int32]:
+    """The upper tile of each block of an fp32 product: (blocks, 2). On the diagonal it is the only one."""
     tiles = _tiles(L)
-    return max(1, min(-(-M // _COLUMNS_PER_SPLIT), _SPLIT_TILES // tiles))
-
-
-def _tiles(L: int) -> int:
-    rows = -(-L // _TILE)
-    return rows * (rows + 1) // 2
+    return tiles[tiles[:, 0] % 2 == 0]
 
 
 def _partial_bytes(L: int, M: int) -> int:
     """Bytes of the partial tiles of a Gram matrix in fp32."""
     splits = _splits(L, M)
-    return _tiles(L) * splits * _TILE * _TILE * 4 if splits > 1 else 0
+    return len(_tiles(L)) * splits * _TILE * _TILE * 4 if splits > 1 else 0
 
 
 def _vector_bytes(L: int, itemsize: int, team: Team) -> int:
@@ -150,7 +158,10 @@ def _sturm_shared(itemsize: int) -> int:
 
 
 def _gram_shared(itemsize: int) -> int:
-    return TEAM_SHARED + 2 * 16 * (_TILE + 4) * itemsize + (2 * _TILE + 256) * 8
+    """Bytes of shared memory of a block of the products: ``GramShared``."""
+    left = 2 * _TILE if itemsize == 4 else _TILE
+    columns = 2 * _GRAM_DEPTH * (left + 4 + _TILE + 4)
+    return TEAM_SHARED + columns * itemsize + (left + _TILE + 2 * _GRAM_CHAIN) * 8
 
 
 def _side(weight: Tensor, dims: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -169,6 +180,17 @@ def _side(weight: Tensor, dims: Sequence[int]) -> tuple[list[int], list[int]]:
             strides.append(stride)
     empty = 4 - len(sizes)
     return [1] * empty + sizes, [0] * empty + strides
+
+
+class GramBlock(NamedTuple):
+    """A block of the fp32 products."""
+
+    tiles: int
+    """How many tiles it computes."""
+    columns: int
+    """The columns of the weight that it sums over."""
+    takes_fingerprint: bool
+    """Whether it takes the fingerprint of a tile's rows, over these columns."""
 
 
 class _Round(NamedTuple):
@@ -219,7 +241,7 @@ class SpectraPlan:
         table = self._matrix_table(chosen)
         for row, place, size in zip(table, single.places, partial, strict=True):
             row["partial"] = place - size
-        items, self._item_counts = _items(self.rows, table["splits"])
+        items, self._item_counts = _items(self.rows, self._columns, table["splits"])
         state = np.zeros(self.count, _STATE)
         state["stage"] = table["dtype"] == NUMBERS[torch.float64]
         blocks = np.concatenate([_team_blocks(round_) for round_ in self.rounds])
@@ -232,13 +254,19 @@ class SpectraPlan:
 
     STURM_THREADS, STURM_PART = _STURM_THREADS, _STURM_PART
 
-    def tile_columns(self) -> list[int]:
-        """Columns that each block of the fp32 products sums over."""
-        return [
-            -(-M // splits)
+    def gram_blocks(self) -> list[GramBlock]:
+        """The blocks of the fp32 products, in the order of their launch."""
+        blocks = [
+            GramBlock(1 if row == column else 2, -(-M // splits), row // 2 == column // 2)
             for L, M, splits in zip(self.rows, self._columns, self._splits, strict=True)
-            for _ in range(_tiles(L) * splits)
+            for row, column in _gram_blocks(L).tolist()
+            for _ in range(splits)
         ]
+        return sorted(blocks, key=lambda block: -block.tiles * block.columns)
+
+    def partial_bytes(self) -> int:
+        """Bytes of the parts of tiles that are written, and then read to be added."""
+        return sum(_partial_bytes(L, M) for L, M in zip(self.rows, self._columns, strict=True))
 
     def _round(self, suffix: str, first: int, count: int, before: Sequence[int]) -> _Round:
         """A round of neighbouring matrices, each with ``before`` bytes in front of it."""
@@ -314,8 +342,6 @@ class SpectraPlan:
 
         gram, sums, gram_double = self._item_counts
         head["item"] = items.data_ptr()
-        with named_range("rmsgd: fingerprint"):
-            launch("rmsgd_fingerprint", gram, _GRAM_THREADS, TEAM_SHARED, streams.caller())
         with named_range("rmsgd: Gram matrices"):
             launch("rmsgd_gram", gram, _GRAM_THREADS, _gram_shared(4), streams.caller())
             head["item"] += np.uint64(gram * _ITEM.itemsize)
@@ -377,27 +403,43 @@ def _team_blocks(round_: _Round) -> NDArray[np.void]:
     return blocks
 
 
-def _items(
-    rows: Sequence[int], splits: NDArray[np.int32]
-) -> tuple[NDArray[np.void], tuple[int, int, NDArray[np.int64]]]:
-    """The blocks of the fp32 products, of the sums of their parts, and of each matrix's fp64 products."""
-    tiles = [np.stack(np.triu_indices(-(-L // _TILE)), axis=1).astype(np.int32) for L in rows]
+_Items = NDArray[np.void]
 
-    def items(chosen: Sequence[int], parts: Sequence[int]) -> NDArray[np.void]:
+
+def _items(
+    rows: Sequence[int], widths: Sequence[int], splits: NDArray[np.int32]
+) -> tuple[_Items, tuple[int, int, NDArray[np.int64]]]:
+    """The blocks of the fp32 products, of the sums of their parts, and of each matrix's fp64 products.
+
+    Args:
+        rows: of the matrices.
+        widths: their columns.
+        splits: the parts into which their columns are cut.
+    """
+    tiles = [_tiles(L) for L in rows]
+    products = [_gram_blocks(L) for L in rows]
+
+    def items(chosen: Sequence[int], places: Sequence[NDArray[np.int32]], parts: Sequence[int]) -> _Items:
         blocks = []
         for i, count in zip(chosen, parts, strict=True):
-            part = np.zeros((count, len(tiles[i])), _ITEM)
+            part = np.zeros((count, len(places[i])), _ITEM)
             part["matrix"] = i
-            part["row_tile"], part["column_tile"] = tiles[i].T
+            part["row_tile"], part["column_tile"] = places[i].T
             part["split"] = np.arange(count)[:, None]
             blocks.append(part.reshape(-1))
         return np.concatenate(blocks) if blocks else np.zeros(0, _ITEM)
 
+    def longest_first(blocks: _Items) -> _Items:
+        """The order in which the multiprocessors end soon after each other."""
+        columns = np.asarray(widths)[blocks["matrix"]] / splits[blocks["matrix"]]
+        tiles = np.where(blocks["row_tile"] == blocks["column_tile"], 1, 2)
+        return blocks[np.argsort(-columns * tiles, kind="stable")]
+
     everything = range(len(rows))
     split = [i for i in everything if splits[i] > 1]
     kinds = (
-        items(everything, splits.tolist()),
-        items(split, [1] * len(split)),
-        items(everything, [1] * len(rows)),
+        longest_first(items(everything, products, splits.tolist())),
+        items(split, tiles, [1] * len(split)),
+        items(everything, tiles, [1] * len(rows)),
     )
     return np.concatenate(kinds), (len(kinds[0]), len(kinds[1]), np.array([len(part) for part in tiles]))

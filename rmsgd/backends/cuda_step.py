@@ -19,6 +19,9 @@ from rmsgd.element_types import NUMBERS
 THREADS = 256
 WARP = 32
 ITEM = 2048
+"""The elements of a warp's item: enough for the reading of its tables to cost next to nothing."""
+SMALL_ITEM = 512
+"""The elements of the last items, so that the warps of the last turn end soon after each other."""
 NESTEROV, MAXIMIZE, VELOCITY = 1, 2, 4
 
 _GROUP = np.dtype(
@@ -86,7 +89,9 @@ class CudaStepper:
         ):
             address = 0 if buffer is None else buffer.data_ptr()
             tensors[i] = (p.data_ptr(), address, NUMBERS[p.dtype], group, i)
-        items, first_items = _items([p.numel() for p in self._parameters])
+        index = self._device.index or 0
+        resident = kernels.resident_blocks("rmsgd_step_large", index, THREADS, 0) * (THREADS // WARP)
+        items, first_items = step_items([p.numel() for p in self._parameters], resident)
         self._on_device = [upload(tensors, self._device), upload(items, self._device)]
         of_item = torch.from_numpy(items["tensor"].astype(np.int64)).to(self._device)
         self._fresh_items = tables.fresh.to(torch.uint8)[of_item]
@@ -182,15 +187,27 @@ def _hyper(group: StepGroup) -> tuple[int, float, float, float, float, int]:
     return 0, group.multiplier, group.momentum, group.dampening, group.weight_decay, flags
 
 
-def _items(numels: Sequence[int]) -> tuple[NDArray[np.void], NDArray[np.int64]]:
-    """All tensors cut into items, and where each tensor's begin among them (one more than tensors)."""
-    counts = [-(-numel // ITEM) for numel in numels]
-    first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    items = np.zeros(int(first[-1]), _ITEM)
-    items["tensor"] = np.repeat(np.arange(len(numels)), counts)
-    items["begin"] = (np.arange(len(items)) - first[items["tensor"]]) * ITEM
-    items["count"] = np.minimum(np.asarray(numels, np.int64)[items["tensor"]] - items["begin"], ITEM)
-    return items, first
+def step_items(numels: Sequence[int], resident: int) -> tuple[NDArray[np.void], NDArray[np.int64]]:
+    """All tensors cut into items, and where each tensor's begin among them (one more than tensors).
+
+    Where there are more items than the ``resident`` warps that run at once, as many of the last ones are cut
+    into smaller ones.
+    """
+    sizes = np.asarray(numels, np.int64)
+    counts = -(-sizes // ITEM)
+    tensor = np.repeat(np.arange(len(sizes)), counts)
+    begin = (np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)) * ITEM
+    whole = len(tensor) - resident if len(tensor) > resident else len(tensor)
+    parts = np.where(np.arange(len(tensor)) < whole, 1, ITEM // SMALL_ITEM)
+    length = ITEM // parts
+    part = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
+    tensor, length = np.repeat(tensor, parts), np.repeat(length, parts)
+    begin = np.repeat(begin, parts) + part * length
+    kept = begin < sizes[tensor]
+    items = np.zeros(int(kept.sum()), _ITEM)
+    items["tensor"], items["begin"] = tensor[kept], begin[kept]
+    items["count"] = np.minimum(sizes[items["tensor"]] - items["begin"], length[kept])
+    return items, np.searchsorted(items["tensor"], np.arange(len(sizes) + 1)).astype(np.int64)
 
 
 def _spans(groups: Sequence[int]) -> Iterator[tuple[str, slice]]:

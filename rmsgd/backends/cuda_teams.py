@@ -152,6 +152,9 @@ def choose_teams(rows: Sequence[int], itemsize: int, capacity: Capacity, device:
         itemsize: bytes of an element.
         capacity: at least 1 for no more shared memory than a block may ask for.
         device: the device for which to count.
+
+    Raises:
+        RuntimeError: a block of the device has too little shared memory for one of the matrices.
     """
     runs = [(n, len(list(same))) for n, same in groupby(rows)]
     budgets = sorted({_half(device), device.shared_block})
@@ -168,7 +171,12 @@ def choose_teams(rows: Sequence[int], itemsize: int, capacity: Capacity, device:
         room, far, aim = max(1, capacity(budget)), 0, 0.0
         members: list[tuple[int, Team]] = []
         for n, count in _after(runs, skipped):
-            sizes = [size for size in _SIZES if size <= min(most, room, padded(n) // PACK)]
+            sizes = [
+                size
+                for size in _SIZES
+                if size <= min(most, room, padded(n) // PACK)
+                and shared_bytes(n, itemsize, option(n, size, budget)[0]) <= budget
+            ]
             if not sizes:
                 break
             if not members:
@@ -200,7 +208,7 @@ def choose_teams(rows: Sequence[int], itemsize: int, capacity: Capacity, device:
             for most in _LARGEST:
                 for in_l2 in (False, True):
                     members = tuple(wave(skipped, budget, most, in_l2))
-                    if (members, each) in tried:
+                    if not members or (members, each) in tried:
                         continue
                     tried.add((members, each))
                     lone = [n for n, _ in members], itemsize, [team for _, team in members], each, device
@@ -209,7 +217,14 @@ def choose_teams(rows: Sequence[int], itemsize: int, capacity: Capacity, device:
                     seconds += best(after)[0] if after < len(rows) else 0.0
                     if found is None or seconds < found[0]:
                         found = seconds, members, limit
-        assert found is not None
+        if found is None:
+            n, most = rows[skipped], max(1, capacity(device.shared_block))
+            needed = shared_bytes(n, itemsize, Team(min(most, MOST_BLOCKS), False, False))
+            raise RuntimeError(
+                f"a matrix of {n} rows takes {needed} bytes of a block's shared memory on a GPU that holds "
+                f"{most} blocks, and a block may have {device.shared_block}: probe=False in the group of a "
+                "weight leaves it out"
+            )
         return found
 
     teams: list[Team] = []

@@ -16,18 +16,20 @@
 RMSGD_KERNELS(RMSGD_DECLARE)
 #undef RMSGD_DECLARE
 
-// What a test chooses: the order of threads, how many blocks a GPU holds, and whether its queue is full, so
-// that launches wait.
+// What a test chooses: the order of threads, how many blocks a GPU holds, the shared memory of a block that asks
+// for it (and of a multiprocessor), how much of that a GPU really lends, and whether its queue is full, so that
+// launches wait.
 extern "C" {
 int emulated_order = emulator::FORWARD;
 int emulated_resident = 6;
+int emulated_shared = 64 * 1024;  // sm_75
+int emulated_lent = 64 * 1024;
 std::atomic<int> emulated_queue_full = 0;
 }
 
 namespace {
 
 constexpr int kDevices = 2;
-constexpr int kSharedBytes = 64 * 1024;  // of a block that asks for it, and of a multiprocessor: sm_75
 constexpr int kSharedUnasked = 48 * 1024;
 
 struct Kernel {
@@ -148,10 +150,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
   static const std::map<cudaDeviceAttr, int> known = {
       {cudaDevAttrMultiProcessorCount, 1},
-      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, kSharedBytes},
-      {cudaDevAttrMaxSharedMemoryPerBlockOptin, kSharedBytes},
       {cudaDevAttrClockRate, 1'500'000},
   };
+  if (attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor ||
+      attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) {
+    *value = emulated_shared;
+    return cudaSuccess;
+  }
   const auto found = known.find(attribute);
   *value = found == known.end() ? 0 : found->second;
   return cudaSuccess;
@@ -160,7 +165,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int value) {
   Kernel* const kernel = find(function);
   if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
-  if (value > kSharedBytes) return cudaErrorInvalidValue;
+  if (value > emulated_lent) return cudaErrorInvalidValue;
   kernel->shared_bytes = value;
   return cudaSuccess;
 }
@@ -168,7 +173,7 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int va
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int,
                                                           std::size_t shared_bytes) {
   if (find(function) == nullptr) return cudaErrorInvalidDeviceFunction;
-  *blocks = shared_bytes > std::size_t(kSharedBytes) ? 0 : emulated_resident;
+  *blocks = shared_bytes > std::size_t(emulated_shared) ? 0 : emulated_resident;
   return cudaSuccess;
 }
 

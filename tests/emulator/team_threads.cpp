@@ -1,6 +1,6 @@
 // The same team code on real threads, for ThreadSanitizer: `team_threads MEMBERS SKIP SKIP_SUM` leaves out
 // barrier SKIP of every member (-1: none) and sum SKIP_SUM of every team of blocks, so that the test can see the
-// sanitizer find it.
+// sanitizer find it. With 0 members it runs a block of a Gram matrix, which has a number of its own.
 #include <pthread.h>
 
 #include <cstdlib>
@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "evbmf/rates.h"
+#include "spectrum/gram_cuda.h"
 #include "team_code.h"
 
 namespace {
@@ -107,6 +108,23 @@ void singular_values(int members, int L, int M) {
   });
 }
 
+// Two tiles, one below the other, of a weight (L, M).
+void gram_tiles(int L, int M) {
+  std::vector<float> A(std::size_t(L) * M, 1.0f), workspace(std::size_t(L) * L);
+  rmsgd::CudaMatrix matrix = {};
+  matrix.small = {{1, 1, 1, L}, {0, 0, 0, M}};
+  matrix.large = {{1, 1, 1, M}, {0, 0, 0, 1}};
+  matrix.M = M;
+  matrix.L = matrix.stride = L;
+  matrix.splits = matrix.reduction[0].blocks = 1;
+  const rmsgd::GramItem item = {0, 0, 1, 0};
+  std::vector<rmsgd::GramShared<float>> shared(1);
+  run(rmsgd::GRAM_THREADS, [&](Member& team) {
+    rmsgd::multiply_tiles<2, false>(team, matrix, A.data(), item,
+                                    reinterpret_cast<unsigned char*>(workspace.data()), shared[0]);
+  });
+}
+
 void update_rates(int members, int layers) {
   std::vector<int> parameter(layers), group(layers), begin(layers + 1), ready(layers), held(layers);
   std::vector<double> weight(layers, 1.0), rank(layers), measured(layers);
@@ -132,6 +150,10 @@ int main(int, char** arguments) {
   const int members = std::atoi(arguments[1]);
   Member::skip = std::atoi(arguments[2]);
   BlocksMember::skip = std::atoi(arguments[3]);
+  if (members == 0) {
+    gram_tiles(128, 300);
+    return 0;
+  }
   reduce_by_blocks<float>(3, 2, 26);
   reduce_by_blocks<double>(2, 3, 13);
   measure<float>(members, 19, 40);
