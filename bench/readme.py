@@ -6,6 +6,7 @@ A table stands between `<!-- measured: NAME -->` and `<!-- /measured -->`.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ HOW = {
 
 
 def _where(machine: dict[str, Any], name: str) -> str:
+    if name == "counted":
+        return "Milliseconds by count, of the first design and the present one. Nothing was measured."
     how = HOW.get(name, "medians of interleaved rounds")
     threads = count(machine["threads"], "thread")
     return f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {threads}; {how}."
@@ -438,6 +441,21 @@ def _cost(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def counted_row(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A network's cells: for each card the milliseconds in the first design, and in the present one."""
+    cells = []
+    for before, after in zip(rows[::2], rows[1::2], strict=True):
+        first = "host" if before["host"] else f"{before['total_ms']:.1f}"
+        cells.append(f"{first} → {after['total_ms']:.1f}")
+    return [rows[0]["network"], *cells]
+
+
+def _counted(rows: list[dict[str, Any]]) -> str:
+    networks = [list(group) for _, group in groupby(rows, key=lambda row: row["network"])]
+    cards = [row["device"] for row in networks[0][::2]]
+    return _markdown(["epoch end", *cards], [counted_row(group) for group in networks])
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "step": _step,
     "epoch-end": _epoch_end,
@@ -454,4 +472,5 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "gate": _gate,
     "split": _split,
     "cost": _cost,
+    "counted": _counted,
 }

@@ -12,6 +12,7 @@ import pytest
 import rehearsal
 import torch
 from clock import PATIENCE, Clock
+from emulated import ROOT
 from rich.console import Console
 
 from bench import models, peers
@@ -515,6 +516,20 @@ def test_counted_times_come_from_the_tables_that_kernels_are_launched_by(monkeyp
     (plan,) = counting.plans_of(counting.weights_of("resnet18"), H200)
     assert before["waves"] == len(plan.rounds[0].waves)
     assert before["reduction_ms"] == pytest.approx(1e3 * sum(w.seconds for w in plan.rounds[0].waves))
+
+
+def test_the_counted_table_of_the_docs_is_what_its_command_writes(monkeypatch, tmp_path):
+    few = {name: counting.NETWORKS[name] for name in ("resnet50", "mobilenetv2")}
+    monkeypatch.setattr(counting, "NETWORKS", few)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- measured: counted -->\n<!-- /measured -->\n")
+    assert main(["gpu", "--model", "--json", "--readme", str(page)]) == 0
+    rows = [
+        line for line in page.read_text().splitlines() if line.startswith(("| resnet50", "| mobilenetv2"))
+    ]
+    assert len(rows) == len(few)
+    docs = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert all(row in docs for row in rows), "python -m bench gpu --model --readme docs/gpu.md"
 
 
 def test_matrices_that_were_left_to_the_host_are_counted_now():

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from bench import arguments, measure, output, peers
+from bench import arguments, measure, output, peers, readme
 from bench.gpu import checks, measurements, processes, tables, targets
 from bench.gpu.budget import Need, share
 
@@ -153,7 +153,7 @@ def main(given: Sequence[str]) -> int:
     """
     options = _parser().parse_args(given)
     if options.model:
-        return model(options.json, options.out)
+        return model(options.json, options.out, options.readme)
     names = options.only or sections_of(options.stages)
     seconds = options.seconds or budget_of(names)
     if not torch.cuda.is_available():
@@ -197,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model", action="store_true", help="print counted times of networks on cards, and run nothing"
     )
     parser.add_argument("--json", action="store_true", help="with --model: only JSON")
+    parser.add_argument("--readme", type=Path, help="with --model: rewrite the counted table of this file")
     parser.add_argument("--out", type=Path, default=Path(".out/gpu"), help="folder (default: %(default)s)")
     parser.add_argument(
         "--only",
@@ -230,11 +231,18 @@ def budget_of(names: Sequence[str]) -> float:
     return BUDGET_S * bool(set(names) - last) + SANITIZE_S * bool(set(names) & last)
 
 
-def model(as_json: bool, out: Path) -> int:
-    """Prints the counted times of an epoch end, and beside them the times that were measured here, if any."""
+def model(as_json: bool, out: Path, page: Path | None = None) -> int:
+    """Prints the counted times of an epoch end, and beside them the times that were measured here, if any.
+
+    With a page it rewrites the page's table of them too.
+    """
     from bench.gpu import counting  # it builds networks
 
+    if page is not None:
+        readme.marked(page, ["counted"])
     rows = list(counting.counted())
+    if page is not None:
+        readme.rewrite(page, {"machine": {}, "counted": rows})
     if as_json:
         sys.stdout.write(json.dumps({"counted": rows}) + "\n")
         return DONE

@@ -138,17 +138,17 @@ struct GramLoads {
   }
 };
 
-// Loads a thread's share of the first `columns` columns; those beyond are zero. row and column: offsets in
-// bytes. The part of them that its elements have in common is read once.
+// Loads a thread's share of the columns from `step` on; those from `width` on are zero. `row` and `column`
+// are offsets in bytes. The part of them that all elements of the thread have in common is read once.
 template <int ROWS, bool along_rows, class Element, class T>
 RMSGD_FN void load_elements(const GramLoads<ROWS, along_rows>& mine, const Element* weight,
-                            const long long* row, const long long* column, int columns, T* to) {
+                            const long long* row, const long long* column, int step, int width, T* to) {
   const char* const common =
       reinterpret_cast<const char*>(weight) + (along_rows ? row[mine.row(0)] : column[mine.column(0)]);
 #pragma unroll
   for (int load = 0; load < mine.COUNT; ++load) {
     to[load] = T(0);
-    if (mine.column(load) >= columns) continue;
+    if (step + mine.column(load) >= width) continue;
     const long long offset = along_rows ? column[mine.column(load)] : row[mine.row(load)];
     to[load] = T(widen(*reinterpret_cast<const Element*>(common + offset)));
   }
@@ -236,8 +236,8 @@ RMSGD_FN void multiply_tiles(Team& team, const CudaMatrix& matrix, const Element
   T left_ahead[Left::COUNT], right_ahead[Right::COUNT];
   const auto load_columns = [&](int step) {
     const long long* const column = shared.column + step % (2 * GRAM_CHAIN);
-    load_elements(to_left, weight, shared.left_row, column, width - step, left_ahead);
-    load_elements(to_right, weight, shared.right_row, column, width - step, right_ahead);
+    load_elements(to_left, weight, shared.left_row, column, step, width, left_ahead);
+    load_elements(to_right, weight, shared.right_row, column, step, width, right_ahead);
   };
 
   // The threads of a warp are neighbours in both directions, so that its loads of shared memory share words.

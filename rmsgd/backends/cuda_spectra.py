@@ -120,7 +120,8 @@ def _tiles(L: int) -> NDArray[np.int32]:
 def _gram_blocks(L: int) -> NDArray[np.int32]:
     """The upper tile of each block of an fp32 product: (blocks, 2). On the diagonal it is the only one."""
     tiles = _tiles(L)
-    return tiles[tiles[:, 0] % 2 == 0]
+    blocks: NDArray[np.int32] = tiles[tiles[:, 0] % 2 == 0]
+    return blocks
 
 
 def _partial_bytes(L: int, M: int) -> int:
