@@ -34,6 +34,8 @@ ISA_SOURCES = [
     "csrc/sgd/step_cpu.cpp",
     "csrc/spectrum/gram_cpu.cpp",
     "csrc/spectrum/deflate_cpu.cpp",
+    "csrc/spectrum/band_cpu.cpp",
+    "csrc/spectrum/bulges_cpu.cpp",
     "csrc/spectrum/tridiagonal_cpu.cpp",
     "csrc/spectrum/eigenvalues_cpu.cpp",
 ]

@@ -17,7 +17,9 @@ namespace rmsgd {
 enum MeasurePart : int { GRAM, REDUCTION, EIGENVALUES, EVBMF, MEASURE_PARTS };
 
 // Singular values that are wanted beside the metrics. They come from a Gram matrix: lambda = gamma^2 is
-// within 16 u lambda_1 of itself (half of it the search's), and 0 where it is below 8 u lambda_1.
+// within 16 u lambda_1 of itself (half of it the search's), and 0 where it is below 8 u lambda_1. Where a
+// large matrix is reduced by way of a band, band_error in stage.h takes the place of 8 u lambda_1 if it is
+// more.
 enum WantedValues : int {
   NO_VALUES,
   KEPT_VALUES,  // those above the noise threshold, as many as the rank

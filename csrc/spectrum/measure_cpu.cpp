@@ -190,18 +190,22 @@ struct Interval {
   double upper;      // no eigenvalue is above
   double remaining;  // none of those that were not taken off
   double tolerance;
+  double mean_square;  // of those that were not taken off
 };
 
 // Squares the off-diagonal and bounds the eigenvalues (Gershgorin): of the reduced matrix, which has `rows`
 // rows, and of what was taken off.
 Interval prepare(int rows, Stage precision, Workspace& space) {
-  double upper = 0.0, remaining = 0.0;
+  double upper = 0.0, remaining = 0.0, squares = 0.0;
   const int size = rows + space.taken.count;
   for (int i = 0; i < size; ++i) {
     const double left = i > 0 ? std::fabs(space.tails[i - 1]) : 0.0;
     const double right = i + 1 < size ? std::fabs(space.squares[i]) : 0.0;
     upper = std::max(upper, space.diagonal[i] + left + right);
-    if (i < rows) remaining = upper;
+    if (i < rows) {
+      remaining = upper;
+      squares += space.diagonal[i] * space.diagonal[i] + 2.0 * right * right;
+    }
     space.tails[i] = right;
   }
   for (int i = 0; i + 1 < size; ++i) {
@@ -209,7 +213,7 @@ Interval prepare(int rows, Stage precision, Workspace& space) {
   }
   // Beside an eigenvalue that was taken off, others may be too small to ask for so many digits of it.
   const double tolerance = remaining * (precision == STAGE_FP32 ? 0x1p-31 : 0x1p-51);
-  return {upper, remaining, std::max(tolerance, upper * 0x1p-51)};
+  return {upper, remaining, std::max(tolerance, upper * 0x1p-51), squares / rows};
 }
 
 // Eigenvalues of a positive semidefinite matrix: what rounding put below zero is zero.
@@ -256,11 +260,13 @@ struct Errors {
   double all, product;
 };
 
-// largest: the largest eigenvalue, remaining: the largest of what was not taken off, both scaled by
-// 2^exponent.
-Errors errors_of(Stage stage, Stage precision, int exponent, double largest, double remaining,
-                 const Workspace& space) {
-  const double whole = gram_error(stage, largest);
+// largest: the largest eigenvalue, remaining: the largest of what was not taken off, mean_square: of what was
+// not taken off. They are of the matrix of `rows` rows that was scaled by 2^exponent and reduced.
+Errors errors_of(int rows, Stage stage, Stage precision, int exponent, double largest, double remaining,
+                 double mean_square, const Workspace& space) {
+  const bool banded = is_banded(rows, precision == STAGE_FP32 ? sizeof(float) : sizeof(double));
+  const double band = banded ? band_error(precision, mean_square) : 0.0;
+  const double whole = std::max(gram_error(stage, largest), band);
   if (stage == STAGE_FP64) return {whole, whole};
   const double scale = std::ldexp(1.0, exponent);
   double product = scale * space.product_error;
@@ -271,8 +277,15 @@ Errors errors_of(Stage stage, Stage precision, int exponent, double largest, dou
     product += gap > 0.0 ? std::min(coupling / gap, std::sqrt(coupling)) : std::sqrt(coupling);
   }
   const bool plain = count == 0 && precision == STAGE_FP32;
-  const double parts = product + gram_error(precision, remaining);
+  const double parts = product + std::max(gram_error(precision, remaining), band);
   return {plain || whole < parts ? whole : parts, product};
+}
+
+// Whether the larger half of the eigenvalues is known to three digits.
+Trust trust_in_half(const double* values, int nonzero, int rows, Stage stage, const Errors& errors) {
+  if (stage == STAGE_FP64 || nonzero <= rows / 2) return TRUSTED;
+  const double most = HALF_ERROR * values[(rows - 1) / 2];
+  return errors.all <= most ? TRUSTED : errors.product <= most ? TRUSTED_PRODUCT : NOT_TRUSTED;
 }
 
 // The metrics of a Gram matrix, formed in the precision of `stage` and reduced in that of `precision`, of
@@ -290,9 +303,11 @@ Trust measure_reduced(const MatrixView& matrix, Stage stage, Stage precision, in
     RMSGD_DISPATCH(count_above)(space.diagonal, space.squares, size, &shift, 1, &count);
     return count;
   };
-  const int nonzero = nonzero_values(
-      above, zero, errors_of(stage, precision, exponent, interval.upper, interval.remaining, space).all,
-      space.nonzero_rows, rows, columns);
+  const auto errors_up_to = [&](double largest, double remaining) {
+    return errors_of(rows, stage, precision, exponent, largest, remaining, interval.mean_square, space);
+  };
+  const int nonzero = nonzero_values(above, zero, errors_up_to(interval.upper, interval.remaining).all,
+                                     space.nonzero_rows, rows, columns);
   if (nonzero < 0) {  // this Gram matrix cannot tell
     write_metrics(out.row, {0, 0.0, 0.0, 1.0, 0.0}, NEEDS_SVD, stage);
     space.lap(EIGENVALUES);
@@ -321,7 +336,7 @@ Trust measure_reduced(const MatrixView& matrix, Stage stage, Stage precision, in
                                                          columns, needed.s_limit, space.tails);
   ModeMetrics metrics = mode_metrics(solo, values, minimum, rows, columns);
   const double next = minimum.rank < needed.count ? values[minimum.rank] : needed.lower / columns;
-  const Errors errors = errors_of(stage, precision, exponent, largest, remaining, space);
+  const Errors errors = errors_up_to(largest, remaining);
   const auto trusted_within = [&](double error) {
     return trustworthy(minimum, metrics, values, next, nonzero, rows, columns, error);
   };
@@ -341,11 +356,8 @@ Trust measure_reduced(const MatrixView& matrix, Stage stage, Stage precision, in
     // The metrics are those of an epoch end, which looks for no more values than it needs.
     find_largest(size, nonzero, 0.0, interval, space);
     write_values(values, nonzero, errors.all, total_exponent, out.gamma);
-    if (out.wanted == HALF_VALUES && stage == STAGE_FP32 && nonzero > rows / 2) {
-      const double most = HALF_ERROR * values[(rows - 1) / 2];
-      if (errors.all > most && trust != NOT_TRUSTED)
-        trust = errors.product <= most ? TRUSTED_PRODUCT : NOT_TRUSTED;
-    }
+    if (out.wanted == HALF_VALUES && trust != NOT_TRUSTED)
+      trust = std::min(trust, trust_in_half(values, nonzero, rows, stage, errors));
   }
   space.lap(EVBMF);
   return trust;

@@ -129,7 +129,7 @@ RMSGD_FN ptrdiff_t vectors_down(ptrdiff_t n) {
 }
 
 // The heart of both matrix products: a tile of ROWS x (VECTORS * LANES) sums over k of a[k] b[k].
-// Row r of the left operand at step k is a[k * a_step + r]; lane l of vector v of the right one is
+// Row r of the left operand at step k is a[k * a_step + r * a_row]; lane l of vector v of the right one is
 // b[k * b_step + v * b_group + l].
 // 4 x 3 vectors are 12 accumulators: enough to hide the latency of a fused multiply-add on every CPU
 // we know, and with the operands they fill AVX2's 16 registers.
@@ -138,25 +138,25 @@ constexpr int TILE_ROWS = 4, TILE_VECTORS = 3;
 // Terms that are summed one after another. Where they are equal, as in a matrix of signs, rounding errors
 // have one sign and grow with the length of the chain; sums of the sums of 64 keep them small for 3 % more
 // time.
-constexpr ptrdiff_t CHAIN = 64;
+constexpr int CHAIN = 64;
 
-template <class T, int VECTORS>
+template <class T, int VECTORS, int LENGTH = CHAIN>
 struct Tile {
   Vector<T> sum[TILE_ROWS][VECTORS];
 
   RMSGD_FN Tile(const T* a, ptrdiff_t a_step, const T* b, ptrdiff_t b_step, ptrdiff_t b_group,
-                ptrdiff_t depth) {
-    add_chain<true>(a, a_step, b, b_step, b_group, depth < CHAIN ? depth : CHAIN);
-    for (ptrdiff_t k = CHAIN; k < depth; k += CHAIN) {
-      add_chain<false>(a + k * a_step, a_step, b + k * b_step, b_step, b_group,
-                       depth - k < CHAIN ? depth - k : CHAIN);
+                ptrdiff_t depth, ptrdiff_t a_row = 1) {
+    add_chain<true>(a, a_step, a_row, b, b_step, b_group, depth < LENGTH ? depth : LENGTH);
+    for (ptrdiff_t k = LENGTH; k < depth; k += LENGTH) {
+      add_chain<false>(a + k * a_step, a_step, a_row, b + k * b_step, b_step, b_group,
+                       depth - k < LENGTH ? depth - k : LENGTH);
     }
   }
 
  private:
   template <bool FIRST>
-  RMSGD_FN void add_chain(const T* a, ptrdiff_t a_step, const T* b, ptrdiff_t b_step, ptrdiff_t b_group,
-                          ptrdiff_t depth) {
+  RMSGD_FN void add_chain(const T* a, ptrdiff_t a_step, ptrdiff_t a_row, const T* b, ptrdiff_t b_step,
+                          ptrdiff_t b_group, ptrdiff_t depth) {
     Vector<T> chain[TILE_ROWS][VECTORS];
 #pragma GCC unroll 4
     for (int r = 0; r < TILE_ROWS; ++r) {
@@ -170,7 +170,7 @@ struct Tile {
 #pragma GCC unroll 4
       for (int r = 0; r < TILE_ROWS; ++r) {
 #pragma GCC unroll 3
-        for (int v = 0; v < VECTORS; ++v) chain[r][v] += a[r] * right[v];
+        for (int v = 0; v < VECTORS; ++v) chain[r][v] += a[r * a_row] * right[v];
       }
     }
 #pragma GCC unroll 4

@@ -1,17 +1,11 @@
 #include "tridiagonal_cpu.h"
 
-#include <math.h>
-
+#include "reflector_cpu.h"
 #include "simd.h"
 
 namespace rmsgd {
 namespace RMSGD_ISA {
 namespace {
-
-// A vector whose remaining part has a sum of squares below this is zero: the matrix has norm 1, and the
-// squares would not be accurate any more.
-template <class T>
-constexpr double NEGLIGIBLE = sizeof(T) == 4 ? 1e-30 : 1e-290;
 
 // dots[k] = rows[k] . x over columns [first, end), for `count` rows one stride apart. Whole vectors.
 template <class T>
@@ -132,31 +126,6 @@ void subtract_products(const FourRows<T>& matrix, ptrdiff_t first, ptrdiff_t end
   }
 }
 
-// Householder reflection H = 1 - tau v v^T that turns (x_1, x_2, ...) into (beta, 0, ...); x becomes v,
-// v_1 = 1. The sums are formed in T by vectors, the scalars in double.
-template <class T>
-RMSGD_FN double reflect(T* x, ptrdiff_t at, ptrdiff_t end, double* beta) {
-  constexpr int W = LANES<T>;
-  const double alpha = double(x[at]);
-  for (ptrdiff_t j = vectors_down<T>(at); j <= at; ++j) x[j] = T(0);
-  Wide<T> squares = {};
-  for (ptrdiff_t j = vectors_down<T>(at); j < end; j += W) squares += load_wide(x + j) * load_wide(x + j);
-  const double rest = horizontal_sum_wide<T>(squares);
-  if (rest < NEGLIGIBLE<T>) {
-    *beta = alpha;
-    return 0.0;
-  }
-  *beta = alpha > 0.0 ? -sqrt(alpha * alpha + rest) : sqrt(alpha * alpha + rest);
-  const double factor = 1.0 / (alpha - *beta);
-  squares = Wide<T>{};
-  for (ptrdiff_t j = vectors_down<T>(at); j < end; j += W) {
-    store_narrow(x + j, load_wide(x + j) * factor);
-    squares += load_wide(x + j) * load_wide(x + j);
-  }
-  x[at] = T(1);
-  return 2.0 / (1.0 + horizontal_sum_wide<T>(squares));
-}
-
 // A reflection reads the whole rest of the matrix once (the product A v), so PANEL of them are gathered
 // before the rest is updated: A <- A - V W^T - W V^T. Until then row j of the present matrix is the stored
 // one less its part of the pending products, and A v likewise.
@@ -266,11 +235,21 @@ void tridiagonalise(const double* gram, double scale, int n, T* memory, double* 
 
 void tridiagonalise_f32(const double* gram, double scale, int n, float* matrix, double* diagonal,
                         double* off_diagonal, float* work, const ThreadTeam& team) {
+  if (is_banded(n, sizeof(float))) {
+    reduce_to_band_f32(gram, scale, n, tridiagonal_stride(n), matrix, work, team);
+    chase_bulges(reinterpret_cast<double*>(work), n, diagonal, off_diagonal, team);
+    return;
+  }
   tridiagonalise(gram, scale, n, matrix, diagonal, off_diagonal, work, team);
 }
 
 void tridiagonalise_f64(const double* gram, double scale, int n, double* matrix, double* diagonal,
                         double* off_diagonal, double* work, const ThreadTeam& team) {
+  if (is_banded(n, sizeof(double))) {
+    reduce_to_band_f64(gram, scale, n, tridiagonal_stride(n), matrix, work, team);
+    chase_bulges(reinterpret_cast<double*>(work), n, diagonal, off_diagonal, team);
+    return;
+  }
   tridiagonalise(gram, scale, n, matrix, diagonal, off_diagonal, work, team);
 }
 

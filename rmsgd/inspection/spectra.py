@@ -59,9 +59,10 @@ def spectra(
 
     They come from the Gram matrix of the smaller side, for all matrices in one call of the compiled core. A
     value g that stands for gamma is exact to ``|g^2 - gamma^2| <= 16 u gamma_1^2``, gamma_1 being the
-    largest. With "all", u is 2^-53: what is below some 4e-8 gamma_1 is rounding, or 0. With "top", u is 2^-53
-    or, where that settles how many values there are, 2^-24: g is within 5e-7 gamma_1^2 / gamma. Where a Gram
-    matrix cannot settle the rank, as in a weight of low rank, the values are those of an SVD in float64.
+    largest (of 1024 values and more, to 64 u times the root mean square of all gamma^2 if that is more). With
+    "all", u is 2^-53: what is below some 4e-8 gamma_1 is rounding, or 0. With "top", u is 2^-53 or, where
+    that settles how many values there are, 2^-24: g is within 5e-7 gamma_1^2 / gamma. Where a Gram matrix
+    cannot settle the rank, as in a weight of low rank, the values are those of an SVD in float64.
 
     Args:
         source: a list of matrices (m, n), either side the larger, of any real floating dtype, any strides, on
