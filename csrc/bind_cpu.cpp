@@ -126,8 +126,9 @@ py::array_t<double> measure(const std::vector<MatrixTuple>& matrices, std::int64
 rmsgd::WantedValues wanted_values(const std::string& name) {
   if (name == "top") return rmsgd::KEPT_VALUES;
   if (name == "half") return rmsgd::HALF_VALUES;
+  if (name == "bulk") return rmsgd::BULK_VALUES;
   if (name == "all") return rmsgd::ALL_VALUES;
-  throw py::value_error("values: expected top, half or all, got " + name);
+  throw py::value_error("values: expected top, half, bulk or all, got " + name);
 }
 
 std::pair<py::array_t<double>, py::array_t<double>> spectra(const std::vector<MatrixTuple>& matrices,

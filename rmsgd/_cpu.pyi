@@ -180,7 +180,8 @@ def spectra(
         matrices: as for ``measure``.
         values: which are wanted. "top": those above the noise threshold, from what decided their number.
             "all": all, from a Gram matrix in fp64 (u = 2^-53). "half": all, in fp32 (u = 2^-24) where that
-            gives the larger half to three digits, else in fp64.
+            gives the larger half to three digits, else in fp64. "bulk": the same without metrics, whose
+            fields mean nothing then.
         threads: as for ``measure``.
 
     Returns:

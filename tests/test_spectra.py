@@ -6,14 +6,22 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_spectrum import FLOATS, HOSTILE, LAYOUTS, noise_and_low_rank, with_singular_values
+from test_spectrum import (
+    FLOATS,
+    FP32_GRAM,
+    FP64_GRAM,
+    HOSTILE,
+    LAYOUTS,
+    noise_and_low_rank,
+    with_singular_values,
+)
 from torch import nn
 from torch.nn.utils import prune
 
 import rmsgd
 from rmsgd import backends, reference
-from rmsgd.backends.base import BackendUnavailable, MeasuresSpectra
-from rmsgd.backends.spectra import eigenvalues
+from rmsgd.backends.base import STAGE, BackendUnavailable, MeasuresSpectra
+from rmsgd.backends.spectra import eigenvalues, measure_spectra
 from rmsgd.backends.svd import gram_singular_values
 from rmsgd.element_types import rounding
 from rmsgd.layers import as_matrix, unfoldings, whole_matrix
@@ -114,6 +122,20 @@ def test_the_larger_half_of_the_eigenvalues_is_known_to_three_digits(largest, se
     assert (found.diff() <= 0).all()
     np.testing.assert_allclose(found[:30], expected[:30], rtol=1e-3)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * expected[0])
+
+
+def test_eigenvalues_alone_take_no_product_in_fp64_for_a_rank_that_is_hard_to_tell():
+    # The largest value is at the threshold of EVBMF, within the errors of single precision.
+    gamma, low, high = np.linspace(1.0, 0.5, 96), 0.9, 3.0
+    for _ in range(60):
+        gamma[0] = 0.5 * (low + high)
+        found = reference.measure_singular_values(gamma, 96, 200)[0]
+        low, high = (gamma[0], high) if found == 0 else (low, gamma[0])
+    matrix = [(with_singular_values(gamma, 200).float(), whole_matrix((96, 200)))]
+    assert measure_spectra(matrix, "half")[0][0, STAGE] == FP64_GRAM
+    table, (values,) = measure_spectra(matrix, "bulk")
+    assert table[0, STAGE] == FP32_GRAM
+    np.testing.assert_allclose(values, gamma, rtol=1e-5)
 
 
 def test_eigenvalues_of_the_slices_of_a_kernel_are_those_of_their_copies():
@@ -305,5 +327,5 @@ def test_the_core_refuses_another_choice_of_values():
         native = next(entry for entry in backends.ENTRIES if entry.name == "native").load()
     except BackendUnavailable as reason:
         pytest.skip(f"no compiled core: {reason}")
-    with pytest.raises(ValueError, match="expected top, half or all, got most"):
+    with pytest.raises(ValueError, match="expected top, half, bulk or all, got most"):
         native._core.spectra([], "most", 1)

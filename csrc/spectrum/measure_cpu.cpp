@@ -313,6 +313,22 @@ Trust measure_reduced(const MatrixView& matrix, Stage stage, Stage precision, in
     space.lap(EIGENVALUES);
     return NOT_TRUSTED;
   }
+  if (out.wanted == BULK_VALUES) {
+    write_metrics(out.row, {0, 0.0, 0.0, 1.0, 0.0}, MEASURED, stage);
+    // The search is as exact as the matrix, and no more.
+    Interval coarse = interval;
+    if (precision == STAGE_FP32)
+      coarse.tolerance = std::max(interval.tolerance, interval.remaining * 0x1p-23);
+    find_largest(size, nonzero, 0.0, coarse, space);
+    const double largest = nonzero > 0 ? space.values[0] : interval.upper;
+    const double remaining = nonzero > taken ? space.values[taken] : interval.remaining;
+    Errors errors = errors_up_to(largest, remaining);
+    errors.all += 0.5 * coarse.tolerance;
+    errors.product += 0.5 * coarse.tolerance;
+    write_values(space.values, nonzero, errors.all, exponent + 2 * space.scale_exponent, out.gamma);
+    space.lap(EIGENVALUES);
+    return trust_in_half(space.values, nonzero, rows, stage, errors);
+  }
   NeededValues needed =
       nonzero < rows ? all_values(nonzero) : needed_values(rows, size, columns, trace, interval, space);
   double* const values = space.values;

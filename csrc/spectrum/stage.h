@@ -17,14 +17,15 @@ RMSGD_FN double roundoff(Stage stage) { return stage == STAGE_FP32 ? 0x1p-24 : 0
 // How far an eigenvalue of a Gram matrix may be off, if `largest` is the largest.
 RMSGD_FN double gram_error(Stage stage, double largest) { return 8.0 * roundoff(stage) * largest; }
 
-// How far a reduction by way of a band (band_cpu.h) may have moved an eigenvalue, if this is the mean of their
-// squares. It is more than gram_error only where many of them are nearly as large as the largest.
+// How far a reduction by way of a band (band_cpu.h) may have moved an eigenvalue, if this is the mean of
+// their squares. It is more than gram_error only where many of them are nearly as large as the largest.
 //
 // The symmetric matrix of what rounding adds in one panel has a norm of a few u, times the size of the rows
-// that it meets, and rounding errors are taken as independent: those of n / BAND panels add up by squares, and
-// one that falls into the direction of a small eigenvalue counts for little with a large one. So the bound is
-// a multiple of the root mean square. The factor is a measured one: with half of the eigenvalues equal to the
-// largest, the worst case that was found, errors were 30 u times it at n = 300 and 43 u at 1024 and 1500.
+// that it meets, and rounding errors are taken as independent: those of n / BAND panels add up by squares,
+// and one that falls into the direction of a small eigenvalue counts for little with a large one. So the
+// bound is a multiple of the root mean square. The factor is a measured one: with half of the eigenvalues
+// equal to the largest, the worst case that was found, errors were 30 u times it at n = 300 and 43 u at 1024
+// and 1500.
 RMSGD_FN double band_error(Stage precision, double mean_square) {
   return 64.0 * roundoff(precision) * sqrt(mean_square);
 }

@@ -208,9 +208,10 @@ class Backend(Protocol):
         """
 
 
-Values = Literal["top", "half", "all"]
+Values = Literal["top", "half", "bulk", "all"]
 """Which singular values are wanted beside the metrics: those above the noise threshold; all, of which the
-larger half is to be known to three digits; or all, as exactly as a Gram matrix in float64 gives them."""
+larger half is to be known to three digits; the same, and no metrics; or all, as exactly as a Gram matrix in
+float64 gives them."""
 
 
 @runtime_checkable
@@ -223,6 +224,7 @@ class MeasuresSpectra(Protocol):
         """The metrics table as ``measure`` gives it, and the L singular values of every matrix.
 
         They are float64 on the matrix's device, descending; those that are not wanted are 0 or as they are.
+        With "bulk" the columns of the table before STATUS need not hold the metrics.
         They mean nothing where STATUS is not ``MEASURED``.
         """
 

@@ -68,5 +68,5 @@ def eigenvalues(weights: Sequence[Tensor]) -> list[Tensor]:
         or an Inf. The larger half is known to three digits, and all to 1e-6 of the largest. Those that are
         numerically zero are 0.
     """
-    _, gammas = measure_spectra([(weight, whole_matrix(weight.shape)) for weight in weights], "half")
+    _, gammas = measure_spectra([(weight, whole_matrix(weight.shape)) for weight in weights], "bulk")
     return [gamma * gamma for gamma in gammas]
