@@ -24,8 +24,9 @@ TESTS = {
         "test_learning_rate_rules.py",
         "test_parameters.py",
         "test_threads.py",
+        "test_banded_reduction.py",
     ],
-    "thread": ["test_threads.py", "test_step_kernel.py"],
+    "thread": ["test_threads.py", "test_step_kernel.py", "test_banded_reduction.py"],
 }
 LEFT_OUT = "not every_instruction_set"  # this test would run the tests again, in processes of its own
 

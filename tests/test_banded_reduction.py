@@ -15,7 +15,7 @@ from rmsgd.backends.spectra import measure_spectra
 from rmsgd.layers import whole_matrix
 
 ROWS = {torch.float32: 1449, torch.float64: 1027}
-"""Sizes that are banded in either precision, whole numbers of nothing that a kernel works in."""
+"""Sizes that are banded in either precision, and no multiples of the vectors and tiles of a kernel."""
 
 
 def noise(rng, L, M):

@@ -18,7 +18,7 @@ RMSGD_FN ptrdiff_t greater(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 RMSGD_FN ptrdiff_t rounded_up(ptrdiff_t n, ptrdiff_t to) { return (n + to - 1) / to * to; }
 
 // Shorter chains than in a Gram matrix: a panel's errors do not average out over as many sums, and where many
-// eigenvalues are equal to the largest they add up. Chains of 64 doubled the errors, these cost no time.
+// eigenvalues are equal to the largest they add up. Chains of 64 make the errors up to half as large again.
 template <class T, int VECTORS>
 using BandTile = Tile<T, VECTORS, 16>;
 

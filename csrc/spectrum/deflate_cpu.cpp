@@ -9,7 +9,8 @@ namespace {
 constexpr int K = MOST_DEFLATED;
 constexpr int W = LANES<double>;
 
-// A value is large from so many times the mean of the others on: below, the guard passes as a rule.
+// A value is large if it is so many times the mean of the others. With smaller ones the guard passes as a
+// rule.
 constexpr double LARGE = 32.0;
 constexpr int MOST_ROUNDS = 8;
 
@@ -66,7 +67,8 @@ double dot(const double* x, const double* y, ptrdiff_t length) {
   return horizontal_sum<double>(sum);
 }
 
-// Gram-Schmidt, twice; false where a vector is no number or depends on those before it.
+// Makes the vectors orthonormal by Gram-Schmidt, twice. Returns false if one of them is not a number or
+// depends on those before it.
 bool orthonormalise(double* X, ptrdiff_t stride) {
   for (int c = 0; c < K; ++c) {
     double* const x = X + c * stride;

@@ -1,4 +1,4 @@
-// A few large eigenvalues taken off a Gram matrix in double, before the rest of it is reduced in fp32.
+// A few large eigenvalues are taken off a Gram matrix in double, before the rest of it is reduced in fp32.
 //
 // A strong mean or outlier columns give a weight a few eigenvalues a thousand times as large as those that
 // EVBMF has to tell from noise. The errors of a reduction are in proportion to the largest one, those of the

@@ -13,7 +13,7 @@ constexpr int RESCALE = 8;
 
 typedef uint64_t Bits __attribute__((vector_size(W * 8), may_alias));
 
-// The exact power of two that brings the larger of |p| and |q| near 1. Both zero cannot be.
+// The exact power of two that brings the larger of |p| and |q| near 1. They are never both zero.
 RMSGD_FN Vector<double> rescaling(Vector<double> p, Vector<double> q) {
   const Bits exponent_mask = Bits{} + 0x7ff0000000000000u;
   const Bits p_exponent = (Bits)p & exponent_mask, q_exponent = (Bits)q & exponent_mask;
@@ -22,8 +22,8 @@ RMSGD_FN Vector<double> rescaling(Vector<double> p, Vector<double> q) {
 }
 
 // Signs of the leading principal minors of T - s, which satisfy p_i = (d_i - s) p_{i-1} - e_{i-1}^2 p_{i-2}:
-// as many changes of sign as eigenvalues below s. No division: the classical quotients p_i / p_{i-1} cost
-// three times as much as these products with a rescaling by a power of two every few steps. Several
+// as many changes of sign as eigenvalues below s. The classical quotients p_i / p_{i-1} need divisions and
+// cost three times as much as these products with a rescaling by a power of two every few steps. Several
 // vectors of shifts at once hide the latency of the recurrence.
 void count_batch(const double* diagonal, const double* squares, int n, const double* shifts, int* above) {
   Vector<double> p[VECTORS], q[VECTORS];

@@ -269,7 +269,7 @@ void gram(const MatrixView& matrix, T scale, double* out, ptrdiff_t stride, T* p
       int64_t turn = 0;
       int64_t column = top / TILE_COLUMNS * TILE_COLUMNS;
       for (int vectors; column < padded; column += vectors * W, ++turn) {
-        // Not three and one: a single vector's sums are too few to hide the latency of their additions.
+        // Four vectors are halved: a single vector's sums are too few to hide the latency of their additions.
         const int64_t left = (padded - column) / W;
         vectors = left == TILE_VECTORS + 1 ? 2 : left < TILE_VECTORS ? int(left) : TILE_VECTORS;
         if (turn % team.size() != team.rank()) continue;

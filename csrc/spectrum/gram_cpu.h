@@ -9,9 +9,9 @@
 
 namespace rmsgd {
 
-// Columns that are packed and multiplied at a time. Sums of so many products are formed in the
-// precision of the product, and added up in double: the rounding error of a long row (M up to 50 L)
-// then grows with its square root only, from that of 256 terms.
+// So many columns are packed and multiplied at a time. Sums of so many products are formed in the precision
+// of the product, and added up in double. The rounding error of a long row (M up to 50 L) then grows with its
+// square root only, from that of 256 terms.
 constexpr int GRAM_DEPTH = 256;
 
 // Elements of the buffer for packed columns.

@@ -225,7 +225,8 @@ void find_largest(int rows, int count, double lower, const Interval& interval, W
 
 // ---- EVBMF ----
 
-// What was taken off has left as many zeros behind, which are nobody's eigenvalues: `size` is with them.
+// For every value that was taken off there is a zero that is no eigenvalue of the Gram matrix; `size` counts
+// these too.
 NeededValues needed_values(int rows, int size, double columns, double trace, const Interval& interval,
                            Workspace& space) {
   const BoundGrid grid = {double(rows), columns, trace};
@@ -379,7 +380,7 @@ Trust measure_reduced(const MatrixView& matrix, Stage stage, Stage precision, in
   return trust;
 }
 
-// One row by the team; every member takes the same way through it.
+// Measures one matrix by the team. Every member takes the same way through it.
 void measure_one(const MatrixView& matrix, Workspace& space, const ThreadTeam& team, Output out) {
   const int rows = int(rows_of(matrix));
   const bool in_fp64 = matrix.dtype == Dtype::float64 || rows == 1 || out.wanted == ALL_VALUES;

@@ -18,8 +18,8 @@ constexpr int VECTOR_BYTES = 32;
 constexpr int VECTOR_BYTES = 16;
 #endif
 
-// Never below four lanes (the kernels work on four rows at a time): without AVX a vector of doubles
-// is a pair of registers.
+// There are never fewer than four lanes, since the kernels work on four rows at a time. Without AVX a vector
+// of doubles is a pair of registers.
 template <class T>
 constexpr int LANES = VECTOR_BYTES / int(sizeof(T)) < 4 ? 4 : VECTOR_BYTES / int(sizeof(T));
 
@@ -128,7 +128,7 @@ RMSGD_FN ptrdiff_t vectors_down(ptrdiff_t n) {
   return n / LANES<T> * LANES<T>;
 }
 
-// The heart of both matrix products: a tile of ROWS x (VECTORS * LANES) sums over k of a[k] b[k].
+// All matrix products are made of this: a tile of ROWS x (VECTORS * LANES) sums over k of a[k] b[k].
 // Row r of the left operand at step k is a[k * a_step + r * a_row]; lane l of vector v of the right one is
 // b[k * b_step + v * b_group + l].
 // 4 x 3 vectors are 12 accumulators: enough to hide the latency of a fused multiply-add on every CPU

@@ -9,10 +9,10 @@
 
 namespace rmsgd {
 
-// Householder reflections gathered into one update of the rest of the matrix.
+// So many Householder reflections are gathered into one update of the rest of the matrix.
 constexpr int PANEL = 16;
 
-// Parts of a matrix-vector product that are summed in a fixed order, so that the result does not
+// A matrix-vector product has so many parts, which are summed in a fixed order, so that the result does not
 // depend on the number of threads. A matrix that one thread reduces alone needs one part.
 constexpr int PRODUCT_PARTS = 16;
 RMSGD_FN int product_parts(ptrdiff_t n) { return n < 1024 ? 1 : PRODUCT_PARTS; }
