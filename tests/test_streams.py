@@ -279,6 +279,7 @@ def test_two_threads_train_on_streams_of_their_own_of_two_gpus_and_no_host_waits
                 for done in [pool.submit(train, mine, met) for mine in networks]:
                     done.result()
             torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize()
             return [
                 (optimizer.learning_rates(), [p.tolist() for p in weights])
                 for mine in networks

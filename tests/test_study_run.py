@@ -133,11 +133,14 @@ def files_below(folder):
 
 
 def killed_at_random(config, folder, moments, most):
-    """Trains in processes that are killed at random moments, until one ends; returns the kills."""
+    """Trains in processes that are killed at random moments, until one ends; returns the kills.
+
+    The first is killed at once, so that one is on any machine.
+    """
     kills = 0
     while status(folder) != "complete":
         process = start(config, folder)
-        process.join(moments.uniform(0, 0.3) if kills < most else 60)
+        process.join(moments.uniform(0, 0.3) * (kills > 0) if kills < most else 60)
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             process.join(60)
