@@ -9,12 +9,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from clock import PATIENCE
 
 from rmsgd.backends import backend_for
+
+SHARDS_ON_CPU = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard of this torch runs on GPUs only"
+)
 
 
 def _work(rank: int, size: int, store: str, pipe: Connection) -> None:

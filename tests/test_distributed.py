@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from jobs import Counting, Job
+from jobs import SHARDS_ON_CPU, Counting, Job
 from matrices import planted
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -262,6 +262,7 @@ def probe_shards(mesh_shape, form):
     return report.layers, len(gathered), max(at_once)
 
 
+@SHARDS_ON_CPU
 @pytest.mark.parametrize("form", ["module", "state", "checkpoint"])
 def test_a_probe_gathers_sharded_weights_one_by_one_and_reproduces_one_process(job, form):
     shapes = [(2,), (1, 2)] if job.size == 2 else [(4,), (2, 2)]
@@ -287,10 +288,12 @@ def leave_sharded_parameters():
     return gone() is None
 
 
+@SHARDS_ON_CPU
 def test_an_optimizer_of_sharded_parameters_that_refer_to_it_is_collected(job):
     assert all(job.run(leave_sharded_parameters))
 
 
+@SHARDS_ON_CPU
 @pytest.mark.parametrize("options", [{"rule": "paper"}, {"rule": "release", "nesterov": True}, {}], ids=str)
 def test_sharded_weights_are_measured_whole_and_reproduce_one_process(job, options):
     expected, weights = job.run(alone, options)[0]
@@ -304,6 +307,7 @@ def test_sharded_weights_are_measured_whole_and_reproduce_one_process(job, optio
             torch.testing.assert_close(a, b)
 
 
+@SHARDS_ON_CPU
 def test_a_mesh_of_replicas_and_shards_shares_the_epoch_end(job):
     if job.size != 4:
         pytest.skip("needs 2 x 2 ranks")
@@ -319,6 +323,7 @@ def mesh_as_told():
     return Ranks.of_mesh(init_device_mesh("cpu", (2, 2))).gather(dist.get_rank())
 
 
+@SHARDS_ON_CPU
 def test_the_ranks_of_a_mesh_are_told_apart_in_its_order(job):
     if job.size != 4:
         pytest.skip("needs 2 x 2 ranks")
@@ -361,6 +366,7 @@ def checkpointed(folder, flat):
     return same, optimizer.learning_rates(), fresh.learning_rates()
 
 
+@SHARDS_ON_CPU
 @pytest.mark.parametrize("flat", [False, True])
 def test_a_distributed_checkpoint_resumes_in_a_fresh_optimizer_bit_for_bit(job, flat, tmp_path):
     for same, expected, rates in job.run(checkpointed, str(tmp_path / "checkpoint"), flat):
@@ -393,6 +399,7 @@ def loaded_by_fewer(folder):
     return optimizer.learning_rates(), whole(model)
 
 
+@SHARDS_ON_CPU
 def test_a_checkpoint_of_some_ranks_loads_on_another_number(job, tmp_path):
     expected, weights = job.run(saved_by_all, str(tmp_path))[0]
     other = Job(6 - job.size)
@@ -416,6 +423,7 @@ def whole_state_into_shards():
     return dist.get_rank() != 0 or full["state"]["0.weight"]["velocity"].shape == (7, 2, 3, 3)
 
 
+@SHARDS_ON_CPU
 def test_a_whole_state_is_not_loaded_into_shards_by_mistake(job):
     assert all(job.run(whole_state_into_shards))
 
@@ -428,6 +436,7 @@ def flattened():
     return True
 
 
+@SHARDS_ON_CPU
 def test_shards_of_the_first_fsdp_are_flat_and_a_warning_says_what_to_use(job):
     assert all(job.run(flattened))
 

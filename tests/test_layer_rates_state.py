@@ -7,7 +7,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import Counting, Job
+from jobs import SHARDS_ON_CPU, Counting, Job
 from test_layer_rates import LR, gradients, moved, network, shift
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -273,11 +273,6 @@ def train(kind):
                 rates.step()
     weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in plain.parameters()]
     return rates.learning_rates(), [p.detach().clone() for p in weights], counting.count
-
-
-SHARDS_ON_CPU = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard of this torch runs on GPUs only"
-)
 
 
 @NEEDS_JOBS
