@@ -210,17 +210,10 @@ template <class T>
 void reflect_rows(T* rows, ptrdiff_t stride, int count, const T* v, double tau, ptrdiff_t first,
                   ptrdiff_t end) {
   constexpr int W = LANES<T>;
+  T dots[4], factor[4];
+  dot_rows(rows, stride, count, v, first, end, dots);
+  for (int r = 0; r < count; ++r) factor[r] = T(tau * double(dots[r]));
   if (count == 4) {
-    Vector<T> sum[4] = {};
-    for (ptrdiff_t j = first; j < end; j += W) {
-      const Vector<T> right = load(v + j);
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) sum[r] += load(rows + r * stride + j) * right;
-    }
-    typedef typename Simd<T>::four Four;
-    const Four sums = horizontal_sums<T>(sum);
-    T factor[4];
-    for (int r = 0; r < 4; ++r) factor[r] = T(tau * double(sums[r]));
     for (ptrdiff_t j = first; j < end; j += W) {
       const Vector<T> right = load(v + j);
 #pragma GCC unroll 4
@@ -232,10 +225,7 @@ void reflect_rows(T* rows, ptrdiff_t stride, int count, const T* v, double tau, 
   }
   for (int r = 0; r < count; ++r) {
     T* const x = rows + r * stride;
-    Vector<T> sum = {};
-    for (ptrdiff_t j = first; j < end; j += W) sum += load(x + j) * load(v + j);
-    const T factor = T(tau * double(horizontal_sum<T>(sum)));
-    for (ptrdiff_t j = first; j < end; j += W) store(x + j, load(x + j) - factor * load(v + j));
+    for (ptrdiff_t j = first; j < end; j += W) store(x + j, load(x + j) - factor[r] * load(v + j));
   }
 }
 

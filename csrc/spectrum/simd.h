@@ -117,6 +117,30 @@ RMSGD_FN typename Simd<T>::four horizontal_sums(const Vector<T> (&x)[4]) {
   return pick<0, 1, 4, 5>(left, right) + pick<2, 3, 6, 7>(left, right);
 }
 
+// dots[k] = rows[k] . x over columns [first, end), for `count` rows one stride apart. Whole vectors.
+template <class T>
+RMSGD_FN void dot_rows(const T* rows, ptrdiff_t stride, int count, const T* x, ptrdiff_t first, ptrdiff_t end,
+                       T* dots) {
+  constexpr int W = LANES<T>;
+  int k = 0;
+  for (; k + 4 <= count; k += 4) {
+    const T* row = rows + k * stride;
+    Vector<T> sum[4] = {};
+    for (ptrdiff_t j = first; j < end; j += W) {
+      const Vector<T> right = load(x + j);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) sum[r] += load(row + r * stride + j) * right;
+    }
+    typedef typename Simd<T>::four Four;
+    *reinterpret_cast<Four*>(dots + k) = horizontal_sums<T>(sum);
+  }
+  for (; k < count; ++k) {
+    Vector<T> sum = {};
+    for (ptrdiff_t j = first; j < end; j += W) sum += load(rows + k * stride + j) * load(x + j);
+    dots[k] = horizontal_sum<T>(sum);
+  }
+}
+
 // `n` rounded up or down to whole vectors.
 template <class T>
 RMSGD_FN ptrdiff_t vectors_up(ptrdiff_t n) {

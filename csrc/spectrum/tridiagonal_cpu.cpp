@@ -7,30 +7,6 @@ namespace rmsgd {
 namespace RMSGD_ISA {
 namespace {
 
-// dots[k] = rows[k] . x over columns [first, end), for `count` rows one stride apart. Whole vectors.
-template <class T>
-void dot_rows(const T* rows, ptrdiff_t stride, int count, const T* x, ptrdiff_t first, ptrdiff_t end,
-              T* dots) {
-  constexpr int W = LANES<T>;
-  int k = 0;
-  for (; k + 4 <= count; k += 4) {
-    const T* row = rows + k * stride;
-    Vector<T> sum[4] = {};
-    for (ptrdiff_t j = first; j < end; j += W) {
-      const Vector<T> right = load(x + j);
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) sum[r] += load(row + r * stride + j) * right;
-    }
-    typedef typename Simd<T>::four Four;
-    *reinterpret_cast<Four*>(dots + k) = horizontal_sums<T>(sum);
-  }
-  for (; k < count; ++k) {
-    Vector<T> sum = {};
-    for (ptrdiff_t j = first; j < end; j += W) sum += load(rows + k * stride + j) * load(x + j);
-    dots[k] = horizontal_sum<T>(sum);
-  }
-}
-
 // x -= sum over k of factors[k] rows[k].
 template <class T>
 void subtract_rows(T* x, const T* rows, ptrdiff_t stride, int count, const T* factors, ptrdiff_t first,
