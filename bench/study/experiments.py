@@ -221,8 +221,9 @@ def _counts(
     seeds: int | None = 2,
 ) -> Grid:
     """RMSGD measuring so many times in a run of so many epochs, with several momenta of its rates."""
-    common: dict[str, Any] = {} if count == epochs else {"measurements": count}
-    common |= {} if epochs == _SHORT["epochs"] else {"epochs": epochs}
+    common: dict[str, Any] = {"epochs": epochs}
+    if count != epochs:  # one an epoch is what a run does by itself
+        common["measurements"] = count
     return _cifar10(
         ("rmsgd",), schedule, common, sweep="beta", values=betas, part="measurements", seeds=seeds
     )

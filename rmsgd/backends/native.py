@@ -23,9 +23,9 @@ from rmsgd.backends.base import (
     Values,
     is_aligned,
 )
-from rmsgd.backends.svd import singular_values
+from rmsgd.backends.svd import double_matrix, singular_values
 from rmsgd.element_types import ELEMENT_TYPES, rounding
-from rmsgd.layers import Unfolding, as_matrix
+from rmsgd.layers import Unfolding
 
 PARTS = ("gram", "tridiagonal", "eigenvalues", "evbmf")
 """The parts of the core's time for spectra."""
@@ -114,8 +114,7 @@ class NativeBackend(OnHost):
         # Rarely any: a look at each row would cost a tenth of a small network's epoch end.
         for i in np.flatnonzero(rows[:, STATUS] == NEEDS_SVD).tolist():
             weight, unfolding = matrices[i]
-            matrix = as_matrix(weight.detach(), unfolding).double()
-            exact[i] = singular_values(matrix, float(matrix.abs().max()), rounding(weight.dtype))
+            exact[i] = singular_values(*double_matrix(weight, unfolding), rounding(weight.dtype))
             rows[i] = self.measure_spectrum(exact[i], unfolding.M).numpy()
         rows[rows[:, STATUS] == NOT_FINITE, :STATUS] = math.nan
         return exact

@@ -217,9 +217,8 @@ def _wrap(optimizer: Any) -> None:
 
 
 def _hook(optimizer: Any) -> None:
-    if hasattr(
-        optimizer, "_optimizer_step_pre_hooks"
-    ):  # a wrapper may have the method and no place for hooks
+    # A wrapper may have the method and no place for hooks.
+    if hasattr(optimizer, "_optimizer_step_pre_hooks"):
         optimizer.register_step_pre_hook(_untraced(lambda it, args, kwargs: _of(it).apply()))
         optimizer.register_step_post_hook(_untraced(lambda it, args, kwargs: _of(it).restore()))
 
