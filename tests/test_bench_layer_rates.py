@@ -54,7 +54,7 @@ def test_the_first_losses_of_all_variants_are_the_same_and_runs_are_not_repeated
     assert found["adamw"][0]["highest"] == 1.0
     monkeypatch.setattr(language, "run", None)
     assert language.runs(tmp_path, 2, 4, lambda: None) == json.loads(
-        (tmp_path / "language-4.json").read_text()
+        next(tmp_path.glob("language-*.json")).read_text()
     )
     rows = {row["variant"]: row for row in language.summary(found)}
     expected = sum(

@@ -61,7 +61,7 @@ def main(given: Sequence[str]) -> int:
     parser.add_argument("--threads", type=arguments.positive, default=1, help="threads of torch (default 1)")
     parser.add_argument("--seeds", type=arguments.positive, default=3, help="seeds of the GPT (default 3)")
     parser.add_argument(
-        "--steps", type=arguments.positive, default=400, help="steps of a run of the GPT (default 400)"
+        "--steps", type=arguments.positive, default=800, help="steps of a run of the GPT (default 800)"
     )
     parser.add_argument("--readme", type=Path, help="rewrite the tables of this file")
     options = parser.parse_args(given)

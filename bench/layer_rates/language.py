@@ -1,8 +1,8 @@
 """A small GPT on the sources of Python's standard library: AdamW alone, and with each rule of LayerRates.
 
 Every run of a seed starts from the same weights and sees the same batches. All runs have the same warm-up and
-cosine. LLR multiplies rates by up to 5, so AdamW alone also runs at three times the rate: a rule must gain
-more than a higher rate does.
+cosine. LLR multiplies rates by up to 5, so AdamW alone also runs at three times the rate, and LLR at a third
+of it: a rule must gain more than another rate does.
 """
 
 import json
@@ -27,7 +27,8 @@ from bench.study.statistics import paired
 from rmsgd.tail_rules import LLR
 
 LR, LENGTH, BATCH = 1e-3, 128, 8
-WIDTH = 1 / 3
+WIDTH = 2 / 3
+"""The fraction of the full width of 384 channels: 256 channels and 4.9 million parameters."""
 EVERY = 25
 """Steps between two measurements, and between two losses that are kept."""
 HELD_OUT = 24
@@ -51,6 +52,7 @@ VARIANTS = {
     "rank-momentum": Variant("rank-momentum"),
     "tempbalance": Variant("tempbalance"),
     "llr": Variant(_LLR),
+    "llr at lr / 3": Variant(_LLR, factor=1 / 3),
 }
 
 
@@ -142,7 +144,7 @@ def runs(
     folder: Path, seeds: int, steps: int, advance: Callable[[], object]
 ) -> dict[str, list[dict[str, Any]]]:
     """All runs. Those that the folder lacks are made and kept there."""
-    path = folder / f"language-{steps}.json"
+    path = folder / f"language-{round(1000 * WIDTH)}-{steps}.json"
     known: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path.exists() else {}
     for seed in range(seeds):
         for name, variant in VARIANTS.items():
