@@ -301,6 +301,7 @@ def test_what_else_goes_wrong_with_a_file_is_said_as_it_is(error, message, tmp_p
         ({("sgd", 0): "diverged", ("sgd", 1): "diverged"}, 1, "diverged in every run: sgd"),
         ({("adam", 1): "busy"}, 1, "another process is at 1 of these runs"),
         ({("sgd", 0): "diverged", ("sgd", 1): "busy"}, 1, "another process is at 1 of these runs"),
+        ({("adam", 0): "failed"}, 1, "1 failed: the same command tries them again"),
     ],
 )
 def test_the_status_is_0_when_all_ended_and_every_optimizer_has_a_good_run(
@@ -351,6 +352,35 @@ def test_a_run_that_diverges_stops_is_recorded_and_the_others_go_on(tmp_path):
     assert result["status"] == "diverged"
     assert result["epochs"] == 1
     assert result["final"]["test_loss"] is None
+
+
+def test_a_run_that_raises_an_error_keeps_it_in_its_folder_and_the_others_go_on(tmp_path, monkeypatch):
+    def broken(run, inputs, targets):
+        raise RuntimeError("the step of this optimizer is broken")
+
+    config, other = tiny(epochs=1, batch=512), tiny(epochs=1, batch=512, optimizer="sgd")
+    step = Run._take_step
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Run,
+            "_take_step",
+            lambda run, *batch: (broken if run.config == config else step)(run, *batch),
+        )
+        ends = train_all(Runner(Place(tmp_path)), [config, other])
+    assert ends == {config: "failed", other: "complete"}
+    error = config.folder(tmp_path) / "error.txt"
+    assert "the step of this optimizer is broken" in error.read_text()
+    assert Runner(Place(tmp_path)).train(config) == "complete"
+    assert not error.exists()
+
+
+def test_a_search_whose_runs_fail_ends_in_place_of_trying_for_ever(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Runner, "train", lambda self, config, tell: "failed")
+    monkeypatch.setattr(Runner, "prepare", lambda self, config: None)
+    given = ["study", "run", "cifar10-small", "--preset", "small", "--optimizers", "sgd", "--seeds", "1"]
+    given += ["--part", "tuning", "--out", str(tmp_path)]
+    assert main(given) == 1
+    assert "so no rates can be chosen" in capsys.readouterr().err
 
 
 def test_done_runs_are_skipped(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ from bench.study.config import RunConfig
 from bench.study.experiments import EXPERIMENTS, OWN, SEARCH, SEARCHED, experiment
 from bench.study.plots import draw
 from bench.study.records import Record, read
-from bench.study.runner import Place, Runner, train_all
+from bench.study.runner import ERROR, Place, Runner, train_all
 from bench.study.schedules import OWN as OWN_SCHEDULE
 from bench.study.schedules import SCHEDULES
 from bench.study.selection import Parts, Search, by_experiment, each_once, named
@@ -47,7 +47,15 @@ FIT = "fit.json"
 
 WAIT_SECONDS = 5.0
 """Before asking again for runs that another process is at, where others depend on them."""
-ENDS = {"diverged": "its loss stopped being a number; the others go on", "busy": "another process is at it"}
+ENDS = {
+    "diverged": "its loss stopped being a number; the others go on",
+    "busy": "another process is at it",
+    "failed": f"it raised an error, which {ERROR} in its folder shows; the others go on",
+}
+
+
+class FailedRunsError(RuntimeError):
+    """Runs failed that others depend on."""
 
 
 def main(given: Sequence[str]) -> int:
@@ -55,15 +63,15 @@ def main(given: Sequence[str]) -> int:
 
     Returns:
         0 when all runs have ended, of every optimizer at least one that did not diverge; 1 when an optimizer
-        diverged in all of its runs, another process is at one, or a file could not be read or written; 130
-        when interrupted. Bad arguments exit with 2.
+        diverged in all of its runs, a run failed, another process is at one, or a file could not be read or
+        written; 130 when interrupted. Bad arguments exit with 2.
 
     """
     options = _parser().parse_args(given, argparse.Namespace(given=list(given)))
     console = Console(stderr=True)
     try:
         return options.act(options, console)
-    except BusyError as error:
+    except (BusyError, FailedRunsError) as error:
         console.print(str(error), soft_wrap=True, markup=False)
         return 1
     except OSError as error:
@@ -277,6 +285,8 @@ def _train_search(runner: Runner, console: Console, configs: Sequence[RunConfig]
                 Console().print(tuning.search_table(found))
             return tuning.rates(found)
         ends = train_with_progress(runner, missing, console)
+        if failed := sum(how == "failed" for how in ends.values()):
+            raise FailedRunsError(f"{failed} runs of the search failed, so no rates can be chosen")
         if set(ends.values()) == {"busy"}:
             time.sleep(WAIT_SECONDS)
 
@@ -294,10 +304,12 @@ def _status(ends: Mapping[RunConfig, str], console: Console) -> int:
     """The exit status after runs that ended so, and a word about what is missing."""
     if busy := sum(how == "busy" for how in ends.values()):
         console.print(f"another process is at {busy} of these runs: the same command takes what it leaves")
+    if failed := sum(how == "failed" for how in ends.values()):
+        console.print(f"{failed} failed: the same command tries them again")
     good = {config.optimizer for config, how in ends.items() if how != "diverged"}
     if lost := [name for name in dict.fromkeys(config.optimizer for config in ends) if name not in good]:
         console.print(f"diverged in every run: {', '.join(lost)}", soft_wrap=True)
-    return 1 if busy or lost else 0
+    return 1 if busy or failed or lost else 0
 
 
 def _tune(options: argparse.Namespace, console: Console) -> int:
@@ -318,7 +330,7 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     with arguments.torch_threads(_threads(options)):
         ends = train_with_progress(Runner(place), configs, console)
     status = _status(ends, console)
-    if "busy" in ends.values():
+    if {"busy", "failed"} & set(ends.values()):
         console.print("no rate is chosen before they have ended")
         return status
     records = read(options.out, configs)

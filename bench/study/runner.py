@@ -1,7 +1,8 @@
-"""Many runs, one after the other. Finished ones are skipped, and one that diverges does not stop others."""
+"""Many runs, one after the other. Finished ones are skipped; one that diverges or fails stops no other."""
 
 import json
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import measure
+from bench import atomic, measure
 from bench.data import registry
 from bench.data.source import Source
 from bench.errors import UsageError
@@ -22,6 +23,9 @@ from bench.study.run import Run, Told, make_optimizer
 from bench.study.run_folder import status
 
 ENDED = ("complete", "diverged")
+ERROR = "error.txt"
+"""In the folder of a run that failed: the traceback."""
+
 CPU = torch.device("cpu")
 BUDGET_EPOCHS = 4
 """Epochs of SGD that are timed for a budget; the first, which pays for warming up, is not counted."""
@@ -56,7 +60,9 @@ class Runner:
         """Trains one run to its end.
 
         Returns:
-            "complete", "diverged", or "busy" when another process is at it.
+            "complete", "diverged", "busy" when another process is at it, or "failed" when an optimizer or a
+            network raised an error. `error.txt` in the run's folder then shows it, and the same command
+            goes on from the last checkpoint.
 
         Raises:
             DatasetError: the data is not there, or not what it should be.
@@ -69,19 +75,26 @@ class Runner:
         if done in ENDED:
             return done
         source = self.source(config)
-        budget = self.budget(config, tell) if config.budget else None
-        run = Run(
-            config,
-            source,
-            folder,
-            self._place.device,
-            budget=budget,
-            checkpoint_seconds=self._place.checkpoint_seconds,
-        )
         try:
-            return run.train(tell)
+            budget = self.budget(config, tell) if config.budget else None
+            how = Run(
+                config,
+                source,
+                folder,
+                self._place.device,
+                budget=budget,
+                checkpoint_seconds=self._place.checkpoint_seconds,
+            ).train(tell)
         except BusyError:
             return "busy"
+        except (UsageError, OSError):
+            raise
+        except Exception:  # of an optimizer, a network or torch
+            folder.mkdir(parents=True, exist_ok=True)
+            atomic.write(folder / ERROR, traceback.format_exc().encode())
+            return "failed"
+        (folder / ERROR).unlink(missing_ok=True)
+        return how
 
     def records(self, configs: Sequence[RunConfig]) -> list[Record]:
         """The records of those runs that have ended."""
