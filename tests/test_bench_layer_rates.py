@@ -86,6 +86,7 @@ def test_the_command_writes_what_it_measured(tmp_path, capsys, one_thread):
     assert {"layer-rates-step", "layer-rates-end", "layer-rates-gpt", "runs", "machine"} <= set(written)
     assert re.search(r"\| resnet18 \| 6 \| 3 \| \d", page.read_text())
     assert re.search(r"\| llr \| \d\.\d{3} \|", page.read_text())
+    assert (tmp_path / "layer-rates-gpt.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     assert "A measurement of all layers" in said
     assert "tempbalance" in said

@@ -2,12 +2,13 @@
 
 `groups` times a step of fused AdamW with one group, with a group per layer, and with LayerRates. `epoch-end`
 times `LayerRates.step` against a loop of full SVDs over the layers, as the authors of TempBalance measure.
-`language` trains a small GPT. Its runs are kept in the folder of the results, and none is repeated that is
-there.
+`language` trains a small GPT and draws its losses. Its runs are kept in the folder of the results, and none
+is repeated that is there.
 """
 
 import argparse
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench import arguments, measure, output, readme, terminal
-from bench.layer_rates import language, speed
+from bench.layer_rates import language, plots, speed
 from bench.names import look_up
 from bench.networks import networks
 
@@ -47,8 +48,12 @@ def language_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return terminal.table(title, readme.GPT_HEADINGS, map(readme.gpt_cells, rows))
 
 
+def _draw(folder: Path, result: Mapping[str, Any]) -> list[Path]:
+    return [plots.losses(folder / "layer-rates-gpt.png", result["runs"])] if "runs" in result else []
+
+
 def main(given: Sequence[str]) -> int:
-    """Measures, prints the tables, writes `layer-rates.json`; returns 0."""
+    """Measures, prints the tables, writes `layer-rates.json` and the figure; returns 0."""
     parser = argparse.ArgumentParser(prog="python -m bench layer-rates", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(".out/layer-rates"), help="folder of the results")
     parser.add_argument(
@@ -86,5 +91,6 @@ def main(given: Sequence[str]) -> int:
         result[TABLES["language"]] = rows = language.summary(found)
         result["runs"] = found
         terminal.show(language_table(rows), console)
-    output.finish(options.out / "layer-rates.json", result, console, page=options.readme)
+    path = options.out / "layer-rates.json"
+    output.finish(path, result, console, page=options.readme, draw=partial(_draw, options.out, result))
     return 0
