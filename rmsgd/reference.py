@@ -195,6 +195,24 @@ def singular_values(matrix: Array, rounding: float = 0.0) -> Array:
     return np.asarray(np.ldexp(gamma, exponent))
 
 
+def product_error(matrix: Array, vectors: Array, depth: int = 256) -> float:
+    """How far rounding in fp32 may move the eigenvalues of what is left of a Gram matrix A A^T.
+
+    ``matrix``: A (L, M); ``vectors``: V (L, k) with orthonormal columns, whose part was taken off. With
+    P = 1 - V V^T and the squares e_bi of the rows i within the blocks b of ``depth`` columns, the bound is
+    10 u sqrt(|P diag(s) P|_2), s_i = sum_b e_bi sum_j P_jj e_bj, u = 2^-24. The norm is taken as no more than
+    the largest s_i of rows with P_ii >= 1/2 and the sum of P_ii s_i of the others.
+    """
+    left = np.maximum(1.0 - (vectors**2).sum(axis=1), 0.0)
+    spread = np.zeros(len(matrix))
+    for first in range(0, matrix.shape[1], depth):
+        energies = (matrix[:, first : first + depth] ** 2).sum(axis=1)
+        spread += energies * (left @ energies)
+    taken = left < 0.5
+    norm = spread[~taken].max(initial=0.0) + (left * spread)[taken].sum()
+    return 10.0 * 2.0**-24 * math.sqrt(norm)
+
+
 def full_stable_rank(gamma: Array) -> float:
     """``||W||_F^2 / ||W||_2^2``, of all singular values gamma (L,), descending; NaN for a weight of zeros."""
     return float(((gamma / gamma[0]) ** 2).sum()) if gamma[0] > 0.0 else math.nan

@@ -63,6 +63,48 @@ def signs(rng, L, M):
     return 3.0 + 0.7 * np.sign(noise(rng, L, M))
 
 
+def orthonormal(rng, rows, columns):
+    return np.linalg.qr(rng.standard_normal((rows, columns)))[0]
+
+
+def low_rank(rng, L, M, gamma):
+    return (orthonormal(rng, L, len(gamma)) * gamma) @ orthonormal(rng, M, len(gamma)).T
+
+
+def of_a_language_model(rng, L, M, strong_rows=False):
+    """Noise, a low-rank part of a power law, a mean, and six columns that are far stronger."""
+    edge = np.sqrt(L) + np.sqrt(M)
+    w = 2.0 + noise(rng, L, M) + low_rank(rng, L, M, 4.0 * edge * np.arange(1, min(64, L // 2) + 1) ** -0.7)
+    strong = w.T if strong_rows else w
+    strong[:, rng.choice(strong.shape[1], 6, replace=False)] *= 30.0
+    return w
+
+
+def with_strong_rows(rng, L, M):
+    """The same in a layer with more outputs than inputs, whose inputs are rows of the unfolding."""
+    return of_a_language_model(rng, L, M, strong_rows=True)
+
+
+def at_the_threshold(rng, L, M):
+    """A cluster of values where EVBMF begins to keep them, and a mean."""
+    limit = M * reference.threshold(L, M)[2] - L - M
+    signal = np.sqrt((limit + np.sqrt(max(limit**2 - 4.0 * L * M, 0.0))) / 2.0)
+    return 3.0 + noise(rng, L, M) + low_rank(rng, L, M, signal * (1.0 + 0.003 * rng.standard_normal(8)))
+
+
+def graded(rng, L, M):
+    return low_rank(rng, L, M, np.geomspace(1.0, 1e-3, L))
+
+
+def rows_of_many_sizes(rng, L, M):
+    return np.exp(1.5 * rng.standard_normal((L, 1))) * noise(rng, L, M)
+
+
+def with_strong_neighbours(rng, L, M):
+    """Strong columns in one block of a product."""
+    return np.where(np.arange(M) < 20, 50.0, 1.0) * noise(rng, L, M)
+
+
 HOSTILE = {
     "mean 1": lambda rng, L, M: 1.0 + noise(rng, L, M),
     "mean 5": lambda rng, L, M: 5.0 + noise(rng, L, M),
@@ -81,6 +123,12 @@ HOSTILE = {
     "near copies": near_copies,
     "16 levels": levels,
     "signs": signs,
+    "language model": of_a_language_model,
+    "strong rows": with_strong_rows,
+    "threshold": at_the_threshold,
+    "graded": graded,
+    "rows of many sizes": rows_of_many_sizes,
+    "strong neighbours": with_strong_neighbours,
 }
 
 
@@ -108,6 +156,15 @@ def test_a_product_in_fp32_decides(name, size):
     assert measure(weight)[STAGE] == FP32_GRAM
 
 
+@pytest.mark.parametrize("size", [(300, 1200), (520, 2000)], ids=str)
+@pytest.mark.parametrize(
+    "name", ["language model", "strong rows", "threshold", "strong neighbours", "20 columns, 100"]
+)
+def test_strong_rows_and_columns_cost_a_product_in_fp32_no_digits(name, size):
+    weight = torch.from_numpy(HOSTILE[name](np.random.default_rng(1), *size)).float()
+    assert measure(weight)[STAGE] == FP32_GRAM
+
+
 def test_a_mean_beyond_the_errors_of_the_product_takes_one_in_fp64():
     weight = torch.from_numpy(HOSTILE["mean 300"](np.random.default_rng(1), 256, 300)).float()
     assert measure(weight)[STAGE] == FP64_GRAM
@@ -129,6 +186,22 @@ def test_values_are_within_the_error_of_a_product_in_fp32(name):
     # Rounding errors of one sign, as with signs, move the largest value alone.
     assert error[8 : L - L // 2].max() <= min(whole, part + 32.0 * 2.0**-53 * gamma[0] ** 2)
     assert int(table[0, RANK]) == reference.measure_singular_values(gamma, L, M)[0]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_values_are_within_the_error_of_what_is_left_of_a_product(name):
+    L, M = 250, 1500
+    weight = torch.from_numpy(HOSTILE[name](np.random.default_rng(4), L, M)).float()
+    table, (found,) = measure_spectra([(weight, whole_matrix((L, M)))], "half")
+    if table[0, STAGE] != FP32_GRAM:
+        pytest.skip("a product in fp32 does not decide")
+    matrix = weight.double().numpy()
+    values, vectors = (x[..., ::-1] for x in np.linalg.eigh(matrix @ matrix.T))
+    rest = np.cumsum(values[::-1])[::-1]
+    large = int(np.argmin(values[:9] * (L - np.arange(9)) > 32.0 * rest[:9]))  # what is taken off
+    bound = reference.product_error(matrix, vectors[:, :large]) + 8.0 * 2.0**-24 * values[large]
+    error = np.abs(found.numpy() ** 2 - values)[large : L - L // 2]
+    assert error.max() <= bound + 128.0 * 2.0**-53 * values[0]
 
 
 @pytest.mark.parametrize("size", [(64, 90), (257, 300), (300, 700)], ids=str)

@@ -73,7 +73,30 @@ RMSGD_FN ModeMetrics mode_metrics(Team& team, const double* c, const FreeEnergyM
   return {rank, variance, energy / L, 1.0 - last / first, team.sum(nuclear), 2.0 * team.sum(slope) / energy};
 }
 
-// Whether values lambda = M c, each known to within `error` (absolute) and their sum much better, are good
+// How far values lambda = M c may be off (absolute): `count` of them, the largest ones and far above the
+// others, by `largest`, and the others by `others`. The error of the former is in the sum of all as well.
+struct ValueErrors {
+  double others, largest;
+  int count;
+
+  RMSGD_FN ValueErrors(double all) : others(all), largest(all), count(0) {}
+  RMSGD_FN ValueErrors(double others, double largest, int count)
+      : others(others), largest(largest), count(count) {}
+
+  RMSGD_FN double of(int h) const { return h < count ? largest : others; }
+
+  // What all values and an exact sum could be off by to move Omega as much at one minimum against another. At
+  // each, an error of a value far above the threshold, x sigma^2, moves it by nearly the same: they differ by
+  // 1 / x^2 of what one at the threshold would do.
+  RMSGD_FN double at_threshold(const double* c, const FreeEnergyMinimum& minimum) const {
+    if (count == 0) return others;
+    if (minimum.rank < count) return others + largest;
+    const double x = c[count - 1] / minimum.noise_variance;
+    return others + largest / (x * x);
+  }
+};
+
+// Whether values lambda = M c, each known to within its error and their sum much better, are good
 // enough: no other rank can win, sigma^2 is within 1e-4 of itself, the condition within 1e-5 and the stable
 // rank within 1e-6 (a sum of k errors counts as sqrt(k) of them, since rounding has no preferred sign). This
 // holds to first order. The metrics are ratios, so an error of sigma^2 reaches them only by the difference
@@ -81,16 +104,18 @@ RMSGD_FN ModeMetrics mode_metrics(Team& team, const double* c, const FreeEnergyM
 // next: the largest value below the threshold, c[rank]. nonzero: how many values are other than zero, see
 // numerical_zero.h.
 RMSGD_FN bool trustworthy(const FreeEnergyMinimum& minimum, const ModeMetrics& metrics, const double* c,
-                          double next, int nonzero, double L, double M, double error) {
+                          double next, int nonzero, double L, double M, const ValueErrors& errors) {
   if (!(minimum.noise_variance > 0.0)) {
     // For a weight of low rank the number of zeros is known; in other weights rounding may have removed a
     // value. The error of the stable rank is within 2 error / lambda_1, or 1e-6.
     if (minimum.rank < nonzero) return false;
     const double first = M * c[0], last = M * c[minimum.rank - 1];
-    return last > 4.0 * error &&
-           0.5 * (1.0 - metrics.condition_number) * (error / first + error / last) < 1e-5;
+    const double last_error = errors.of(minimum.rank - 1);
+    return last > 4.0 * last_error &&
+           0.5 * (1.0 - metrics.condition_number) * (errors.of(0) / first + last_error / last) < 1e-5;
   }
   const Threshold threshold(L, M);
+  const double error = errors.at_threshold(c, minimum);
   const double relative = error / (M * minimum.noise_variance);
   if (!(relative < LARGEST_ERROR * threshold.x && error < M * minimum.tolerance)) return false;
 
@@ -105,11 +130,12 @@ RMSGD_FN bool trustworthy(const FreeEnergyMinimum& minimum, const ModeMetrics& m
   if (rank == 1) return true;
   const double first_slope = shrinkage_slope(c[0], minimum.noise_variance, threshold.alpha);
   const double last_slope = shrinkage_slope(c[rank - 1], minimum.noise_variance, threshold.alpha);
-  const double first_error = first_slope * error / (M * c[0]);
-  const double last_error = last_slope * error / (M * c[rank - 1]);
+  const double first_error = first_slope * errors.of(0) / (M * c[0]);
+  const double last_error = last_slope * errors.of(rank - 1) / (M * c[rank - 1]);
   const double condition_error = (1.0 - metrics.condition_number) *
                                  (first_error + last_error + (last_slope - first_slope) * noise_error);
-  const double sum_error = last_slope * sqrt(double(rank)) / L * error / (M * c[0]);
+  const double sum = sqrt(double(rank)) * errors.others + sqrt(double(errors.count)) * errors.largest;
+  const double sum_error = last_slope / L * sum / (M * c[0]);
   const double stable_rank_error =
       2.0 * sum_error + metrics.stable_rank * (2.0 * first_error + metrics.noise_slope * noise_error);
   return condition_error < 1e-5 && stable_rank_error < 1e-6;

@@ -166,9 +166,12 @@ double inequality(const double* gram, int n, ptrdiff_t stride, double trace) {
 
 }  // namespace
 
-Deflation deflate(double* gram, int n, ptrdiff_t stride, double trace, double least, double* work) {
-  Deflation result = {0, {}, 0.0};
+Deflation deflate(double* gram, int n, ptrdiff_t stride, double trace, double least, double* left,
+                  double* work) {
+  Deflation result = {false, 0, {}, 0.0};
   if (!(inequality(gram, n, stride, trace) > least)) return result;
+  result.looked = true;
+  for (ptrdiff_t i = 0; i < n; ++i) left[i] = 1.0;
   double* const X = work;
   double* const Y = work + K * stride;
   uint32_t random = 12345;
@@ -217,8 +220,10 @@ Deflation deflate(double* gram, int n, ptrdiff_t stride, double trace, double le
   for (int c = 0; c < result.count; ++c) {
     result.values[c] = theta[c];
     result.coupling += residual[c];
+    const double* const x = X + c * stride;
+    for (ptrdiff_t i = 0; i < n; ++i) left[i] = x[i] * x[i] < left[i] ? left[i] - x[i] * x[i] : 0.0;
     double* const y = Y + c * stride;
-    for (ptrdiff_t j = 0; j < stride; ++j) y[j] -= 0.5 * theta[c] * X[c * stride + j];
+    for (ptrdiff_t j = 0; j < stride; ++j) y[j] -= 0.5 * theta[c] * x[j];
   }
   // G -= V Z^T + Z V^T with Z = G V - V diag(theta) / 2; blocks on the diagonal are whole.
   const ptrdiff_t end = vectors_up<float>(n);

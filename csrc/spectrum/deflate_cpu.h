@@ -28,6 +28,7 @@ constexpr double SOME_LARGE = 6.0;
 constexpr double SURELY_LARGE = 64.0;
 
 struct Deflation {
+  bool looked;  // whether the eigenvalues were unequal enough to look for large ones
   int count;
   double values[MOST_DEFLATED];  // descending
   double coupling;               // |R|_F^2
@@ -40,5 +41,6 @@ RMSGD_FN ptrdiff_t deflation_work_size(ptrdiff_t stride) { return 2 * MOST_DEFLA
 
 // gram: (n, n) as gram_f32 leaves it, of this trace. What is taken off is in the result; where there is
 // nothing to gain, or the eigenvalues are less unequal than `least`, gram is as it was.
+// left: (n) where it was looked, the diagonal of 1 - V V^T.
 RMSGD_EACH_ISA(Deflation deflate(double* gram, int n, ptrdiff_t stride, double trace, double least,
-                                 double* work);)
+                                 double* left, double* work);)

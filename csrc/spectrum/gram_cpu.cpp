@@ -311,6 +311,30 @@ void gram_f64(const MatrixView& matrix, double scale, double* out, ptrdiff_t str
   gram(matrix, scale, out, stride, packed, team);
 }
 
+void product_spread(const MatrixView& matrix, float scale, const double* left, double* spread,
+                    double* energies, float* packed, const ThreadTeam& team) {
+  constexpr int W = LANES<float>;
+  const Side small = tidied(matrix.small), large = tidied(matrix.large);
+  const int64_t rows = small.length(), columns = large.length();
+  for (int64_t first = 0; first < columns; first += GRAM_DEPTH) {
+    const int64_t depth = columns - first < GRAM_DEPTH ? columns - first : GRAM_DEPTH;
+    for (int64_t row = team.rank() * W; row < rows; row += team.size() * W) {
+      float* const block = packed + row * GRAM_DEPTH;
+      pack(block, matrix, small, large, row, first, depth, scale);
+      Vector<float> squares = {};
+      for (int64_t k = 0; k < depth; ++k) squares += load(block + k * W) * load(block + k * W);
+      for (int r = 0; r < W; ++r) energies[row + r] = double(squares[r]);
+    }
+    team.barrier();
+    double sum = 0.0;
+    for (int64_t i = 0; i < rows; ++i) sum += left[i] * energies[i];
+    for (int64_t row = team.rank() * W; row < rows; row += team.size() * W) {
+      for (int64_t i = row; i < row + W; ++i) spread[i] = energies[i] * sum + (first > 0 ? spread[i] : 0.0);
+    }
+    team.barrier();
+  }
+}
+
 Magnitude magnitude(const MatrixView& matrix) {
   const Side small = tidied(matrix.small), large = tidied(matrix.large);
   return with_elements(matrix.dtype, matrix.data,

@@ -96,10 +96,12 @@ class Workspace {
   // What rank 0 decides for its team.
   double trace = 0.0;
   double product_error = 0.0;  // of a product in fp32
-  Deflation taken = {0, {}, 0.0};
+  double rest_error = 0.0;     // of what is left of it
+  Deflation taken = {false, 0, {}, 0.0};
   int nonzero_rows = 0;
   int scale_exponent = 0;
   bool repeat = false;
+  bool look = false;  // for large eigenvalues, before that
   Stage precision = STAGE_FP32;
   Trust trust = NOT_TRUSTED;
   MetricsStatus status = MEASURED;
@@ -128,8 +130,8 @@ void form_gram(const MatrixView& matrix, Stage stage, Workspace& space, const Th
       space.trace += space.gram[i * stride + i];
       largest = std::max(largest, space.gram[i * stride + i]);
     }
-    space.product_error = product_error(space.trace, largest);
-    space.taken.count = 0;
+    space.product_error = space.rest_error = product_error(space.trace, largest);
+    space.taken = {false, 0, {}, 0.0};
     const double zero = largest_zero_row(double(rows), double(columns_of(matrix)), space.trace, stage);
     space.nonzero_rows = 0;
     for (std::int64_t i = 0; i < rows; ++i) space.nonzero_rows += space.gram[i * stride + i] > zero;
@@ -158,13 +160,25 @@ void form_scaled_gram(const MatrixView& matrix, Stage stage, Workspace& space, c
   team.barrier();
 }
 
-// Takes large eigenvalues off a product in fp32 whose eigenvalues are more unequal than `least`; whether
-// there were any.
-bool take_off_large(int rows, double least, Workspace& space) {
-  if (rows < DEFLATE_LEAST) return false;
-  space.taken = RMSGD_DISPATCH(deflate)(space.gram, rows, tridiagonal_stride(rows), space.trace, least,
-                                        static_cast<double*>(space.copy));
-  return space.taken.count > 0;
+// Takes large eigenvalues off a product in fp32 if its eigenvalues are more unequal than `least`, and bounds
+// the errors of the rest.
+void take_off_large(const MatrixView& matrix, double least, Workspace& space, const ThreadTeam& team) {
+  const int rows = int(rows_of(matrix));
+  if (rows < DEFLATE_LEAST) return;
+  double* const left = space.values;
+  double* const spread = space.tails;
+  if (team.rank() == 0) {
+    space.taken = RMSGD_DISPATCH(deflate)(space.gram, rows, tridiagonal_stride(rows), space.trace, least,
+                                          left, static_cast<double*>(space.copy));
+  }
+  team.barrier();
+  if (!space.taken.looked) return;
+  const float scale = float(std::ldexp(1.0, space.scale_exponent));
+  RMSGD_DISPATCH(product_spread)(matrix, scale, left, spread, space.diagonal, static_cast<float*>(space.copy),
+                                 team);
+  if (team.rank() == 0)
+    space.rest_error = std::min(space.product_error, product_error_of_rest(spread, left, rows));
+  team.barrier();
 }
 
 // Scales the Gram matrix to a trace in [1, 2) and reduces it: `diagonal` and `squares` on rank 0, with what
@@ -256,9 +270,10 @@ void write_values(const double* lambda, int count, double zero, int exponent, do
   }
 }
 
-// How far an eigenvalue may be off: because of everything, and because of the product alone.
+// How far an eigenvalue may be off: because of everything, and because of the product alone. Those that were
+// taken off have their own bound.
 struct Errors {
-  double all, product;
+  double all, product, taken;
 };
 
 // largest: the largest eigenvalue, remaining: the largest of what was not taken off, mean_square: of what was
@@ -268,23 +283,28 @@ Errors errors_of(int rows, Stage stage, Stage precision, int exponent, double la
   const bool banded = is_banded(rows, precision == STAGE_FP32 ? sizeof(float) : sizeof(double));
   const double band = banded ? band_error(precision, mean_square) : 0.0;
   const double whole = std::max(gram_error(stage, largest), band);
-  if (stage == STAGE_FP64) return {whole, whole};
+  if (stage == STAGE_FP64) return {whole, whole, whole};
   const double scale = std::ldexp(1.0, exponent);
-  double product = scale * space.product_error;
+  double product = scale * space.rest_error, taken = scale * space.product_error;
   const int count = space.taken.count;
   if (count > 0) {
+    // What couples the parts is known but for errors of the product.
     const double gap = scale * space.taken.values[count - 1] - remaining;
-    const double coupling = scale * scale * space.taken.coupling;
-    product += gap > 0.0 ? std::min(coupling / gap, std::sqrt(coupling)) : std::sqrt(coupling);
+    const double coupling = scale * (std::sqrt(space.taken.coupling) + space.product_error);
+    const double moved = gap > coupling ? coupling * coupling / gap : coupling;
+    product += moved;
+    taken += moved;
   }
   const bool plain = count == 0 && precision == STAGE_FP32;
   const double parts = product + std::max(gram_error(precision, remaining), band);
-  return {plain || whole < parts ? whole : parts, product};
+  return {plain || whole < parts ? whole : parts, product, std::min(whole, taken)};
 }
 
-// Whether the larger half of the eigenvalues is known to three digits.
-Trust trust_in_half(const double* values, int nonzero, int rows, Stage stage, const Errors& errors) {
+// Whether the larger half of the eigenvalues, of which `taken` were taken off, is known to three digits.
+Trust trust_in_half(const double* values, int nonzero, int rows, int taken, Stage stage,
+                    const Errors& errors) {
   if (stage == STAGE_FP64 || nonzero <= rows / 2) return TRUSTED;
+  if (taken > 0 && !(errors.taken <= HALF_ERROR * values[taken - 1])) return NOT_TRUSTED;
   const double most = HALF_ERROR * values[(rows - 1) / 2];
   return errors.all <= most ? TRUSTED : errors.product <= most ? TRUSTED_PRODUCT : NOT_TRUSTED;
 }
@@ -328,7 +348,7 @@ Trust measure_reduced(const MatrixView& matrix, Stage stage, Stage precision, in
     errors.product += 0.5 * coarse.tolerance;
     write_values(space.values, nonzero, errors.all, exponent + 2 * space.scale_exponent, out.gamma);
     space.lap(EIGENVALUES);
-    return trust_in_half(space.values, nonzero, rows, stage, errors);
+    return trust_in_half(space.values, nonzero, rows, taken, stage, errors);
   }
   NeededValues needed =
       nonzero < rows ? all_values(nonzero) : needed_values(rows, size, columns, trace, interval, space);
@@ -355,7 +375,8 @@ Trust measure_reduced(const MatrixView& matrix, Stage stage, Stage precision, in
   const double next = minimum.rank < needed.count ? values[minimum.rank] : needed.lower / columns;
   const Errors errors = errors_up_to(largest, remaining);
   const auto trusted_within = [&](double error) {
-    return trustworthy(minimum, metrics, values, next, nonzero, rows, columns, error);
+    return trustworthy(minimum, metrics, values, next, nonzero, rows, columns,
+                       taken > 0 ? ValueErrors(error, errors.taken, taken) : ValueErrors(error));
   };
   Trust trust = NOT_TRUSTED;
   if (trusted_within(errors.all)) {
@@ -374,7 +395,7 @@ Trust measure_reduced(const MatrixView& matrix, Stage stage, Stage precision, in
     find_largest(size, nonzero, 0.0, interval, space);
     write_values(values, nonzero, errors.all, total_exponent, out.gamma);
     if (out.wanted == HALF_VALUES && trust != NOT_TRUSTED)
-      trust = std::min(trust, trust_in_half(values, nonzero, rows, stage, errors));
+      trust = std::min(trust, trust_in_half(values, nonzero, rows, taken, stage, errors));
   }
   space.lap(EVBMF);
   return trust;
@@ -401,10 +422,8 @@ void measure_one(const MatrixView& matrix, Workspace& space, const ThreadTeam& t
       }
       break;
     }
-    if (team.rank() == 0) {
-      space.precision = stage;
-      if (stage == STAGE_FP32) take_off_large(rows, SURELY_LARGE, space);
-    }
+    if (team.rank() == 0) space.precision = stage;
+    if (stage == STAGE_FP32) take_off_large(matrix, SURELY_LARGE, space, team);
     team.barrier();
     for (;;) {
       const int exponent = reduce(rows, space.precision, space, team);
@@ -412,11 +431,13 @@ void measure_one(const MatrixView& matrix, Workspace& space, const ThreadTeam& t
         space.lap(REDUCTION);
         space.trust = measure_reduced(matrix, stage, space.precision, exponent, space, out);
         space.repeat = space.trust == TRUSTED_PRODUCT && space.precision == STAGE_FP32;
-        const bool taken = space.taken.count > 0;
-        if (space.repeat && (taken || !take_off_large(rows, SOME_LARGE, space))) space.precision = STAGE_FP64;
+        space.look = space.repeat && !space.taken.looked;
       }
       team.barrier();
       if (!space.repeat) break;
+      if (space.look) take_off_large(matrix, SOME_LARGE, space, team);
+      if (team.rank() == 0 && (!space.look || space.taken.count == 0)) space.precision = STAGE_FP64;
+      team.barrier();
     }
     if (space.trust == TRUSTED || stage == STAGE_FP64) break;
   }

@@ -51,6 +51,27 @@ RMSGD_FN double product_error(double trace, double largest_diagonal) {
   return 10.0 * roundoff(STAGE_FP32) * sqrt(trace * largest_diagonal);
 }
 
+// The same for P E P, where P = 1 - V V^T leaves out what was taken off (deflate_cpu.h), and without the last
+// step of that bound. |P E P|_2 is about twice the root of |Mean((P E P)^2)|_2 (A. Bandeira, M. Boedihardjo,
+// R. van Handel, Inventiones mathematicae 234, 2023), and, but for terms without a sum over rows,
+//
+//   Mean((P E P)^2) = 22.7 u^2 P diag(s) P,  s_i = sum_b |a_i|_b^2 sum_j P_jj |a_j|_b^2
+//
+// A row that is mostly taken off, P_ii < 1/2, adds P_ii s_i to the norm of P diag(s) P at most, and the
+// others together the largest s_i among them. So strong rows and columns, which are what is taken off, cost
+// nothing. spread: s; left: P_ii.
+RMSGD_FN double product_error_of_rest(const double* spread, const double* left, int rows) {
+  double largest = 0.0, sum = 0.0;
+  for (int i = 0; i < rows; ++i) {
+    if (left[i] < 0.5) {
+      sum += left[i] * spread[i];
+    } else if (spread[i] > largest) {
+      largest = spread[i];
+    }
+  }
+  return 10.0 * roundoff(STAGE_FP32) * sqrt(largest + sum);
+}
+
 // Whether a trace leaves room on both sides: nothing overflowed, and what underflowed does not matter. Zero
 // and NaN leave none.
 RMSGD_FN bool in_range(double trace, Stage stage) {
