@@ -214,8 +214,11 @@ def product_error(matrix: Array, vectors: Array, depth: int = 256) -> float:
 
 
 def full_stable_rank(gamma: Array) -> float:
-    """``||W||_F^2 / ||W||_2^2``, of all singular values gamma (L,), descending; NaN for a weight of zeros."""
-    return float(((gamma / gamma[0]) ** 2).sum()) if gamma[0] > 0.0 else math.nan
+    """``||W||_F^2 / ||W||_2^2``, of all singular values gamma (L,), descending.
+
+    NaN for a weight of zeros, and for one whose norm is beyond float64.
+    """
+    return float(((gamma / gamma[0]) ** 2).sum()) if 0.0 < gamma[0] < math.inf else math.nan
 
 
 def log_spectral_norm(gamma: Array) -> float:

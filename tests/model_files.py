@@ -60,9 +60,22 @@ def initialiser(name, kind, shape, *fields):
     return message(5, dims + integer(2, kind) + message(8, name.encode()) + b"".join(fields))
 
 
-def onnx(*initialisers):
+def constant(output, kind, shape, *fields):
+    """A node that returns a tensor."""
+    dims = message(1, b"".join(map(varint, shape)))
+    value = message(1, b"value") + message(5, dims + integer(2, kind) + b"".join(fields))
+    return message(1, message(2, output.encode()) + message(4, b"Constant") + message(5, value))
+
+
+def branches(*graphs):
+    """A node with a graph for each of its branches."""
+    attributes = (message(5, message(1, b"branch") + message(6, graph)) for graph in graphs)
+    return message(1, message(2, b"out") + message(4, b"If") + b"".join(attributes))
+
+
+def onnx(*parts):
     node = message(1, message(4, b"MatMul"))
-    graph = node + message(2, b"graph") + b"".join(initialisers)
+    graph = node + message(2, b"graph") + b"".join(parts)
     return integer(1, 8) + message(2, b"pytorch") + message(7, graph) + message(8, integer(2, 17))
 
 

@@ -95,6 +95,14 @@ def test_a_figure_and_a_page_are_written(capsys, checkpoint, tmp_path):
     assert page.count("<svg") == 3  # two modes and a matrix
 
 
+@pytest.mark.parametrize("size", [1e300, 1e308, 5e-324, 1e-310])
+def test_weights_at_the_ends_of_float64_have_a_page_too(capsys, tmp_path, size):
+    torch.save({"w": torch.full((4, 4), size, dtype=torch.float64).triu()}, tmp_path / "w.pt")
+    code, *_ = run(capsys, tmp_path / "w.pt", "--html", tmp_path / "out.html", "--plot", tmp_path / "out.png")
+    assert code == 0
+    assert "<svg" not in (tmp_path / "out.html").read_text()
+
+
 def test_a_page_is_complete_in_itself(capsys, checkpoint, tmp_path):
     run(capsys, checkpoint, "--html", tmp_path / "out.html")
     page = (tmp_path / "out.html").read_text()

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from model_files import entry, gguf, initialiser, message, onnx, q8_0, raw, varint
+from model_files import branches, constant, entry, gguf, initialiser, message, onnx, q8_0, raw, varint
 from safetensors.torch import save_file
 from torch import nn
 
@@ -107,6 +107,32 @@ def test_a_scale_in_a_gguf_file_that_is_no_number_is_a_reason_and_no_warning(tmp
     assert reasons(rmsgd.probe(tmp_path / "m.gguf")) == {"w": "NaN or infinite entries", "sound": None}
 
 
+# -- bad arrays in NumPy's files -------------------------------------------------------------------
+
+
+def test_an_array_whose_type_torch_lacks_is_a_reason(tmp_path):
+    odd = [name for name in ("g", "datetime64[s]") if np.dtype(name) not in map(np.dtype, "fd")]
+    np.savez(
+        tmp_path / "m.npz", w=WEIGHT.numpy(), **{f"x{i}": np.zeros((3, 3), t) for i, t in enumerate(odd)}
+    )
+    found = reasons(rmsgd.probe(tmp_path / "m.npz"))
+    assert found.pop("w") is None
+    assert len(found) == len(odd)
+    assert all("which torch does not know" in reason for reason in found.values())
+
+
+def test_an_array_that_is_cut_short_could_not_be_read(tmp_path):
+    np.save(tmp_path / "w.npy", WEIGHT.numpy())
+    content = (tmp_path / "w.npy").read_bytes()
+    (tmp_path / "w.npy").write_bytes(content[:-8])
+    report = rmsgd.probe(tmp_path / "w.npy")
+    assert reasons(report) == {"array": "could not be read"}
+    assert "cut short" in report.errors[0]
+    (tmp_path / "w.npy").write_bytes(content.replace(b"(6, 8)", b"(-6,8)"))
+    with pytest.raises(CheckpointError, match=r"impossible shape \(-6, 8\)"):
+        rmsgd.probe(tmp_path / "w.npy")
+
+
 # -- ONNX ----------------------------------------------------------------------------------------
 
 
@@ -130,6 +156,33 @@ def test_the_initialisers_of_an_onnx_file_are_read(tmp_path):
     assert "not stored as plain bytes" in skipped["short"]
     assert "not stored as plain bytes" in skipped["one by one"]
     assert "ONNX type 22" in skipped["packed"]
+
+
+def test_the_weights_of_an_onnx_file_may_lie_in_nodes_and_in_branches(tmp_path):
+    weight = message(9, raw(WEIGHT))
+    path = tmp_path / "m.onnx"
+    inner = constant("deep", 1, (6, 8), weight)
+    path.write_bytes(
+        onnx(
+            constant("axes", 7, (2,), message(7, bytes(2))),
+            constant("node", 1, (6, 8), weight),
+            branches(
+                initialiser("w", 1, (6, 8), weight), initialiser("w", 1, (6, 8), weight) + branches(inner)
+            ),
+        )
+    )
+    assert reasons(rmsgd.probe(path)) == {"node": None, "w": None, "w#2": None, "deep": None}
+    for name in ("node", "w", "w#2", "deep"):
+        assert_is_read(path, name)
+
+
+def test_an_onnx_file_of_graphs_within_graphs_is_refused(tmp_path):
+    graph = constant("w", 1, (6, 8), message(9, raw(WEIGHT)))
+    for _ in range(100):
+        graph = branches(graph)
+    (tmp_path / "m.onnx").write_bytes(onnx(graph))
+    with pytest.raises(CheckpointError, match="graphs within graphs"):
+        rmsgd.probe(tmp_path / "m.onnx")
 
 
 def test_numbers_in_a_file_beside_an_onnx_file_are_read(tmp_path):

@@ -25,6 +25,7 @@ from rmsgd.plots import PALETTE
 from rmsgd.reference import shrink, threshold
 
 _POINTS = 200  # the most points of a curve that a chart of this size can show
+_SMALLEST = 1e-300  # below this a chart's axis has no round numbers in float64
 _WIDTH, _HEIGHT = 400, 200  # the size of a chart's plane, in px
 
 
@@ -119,14 +120,19 @@ def _sort_keys(index: int, layer: LayerMetrics) -> list[float]:
 
 
 def charts(layer: LayerMetrics, weight: Tensor) -> list[Chart]:
-    """A chart for every unfolding of a measured layer, whose weight has two to five dimensions."""
+    """A chart for every unfolding of a measured layer, whose weight has two to five dimensions.
+
+    Weights whose singular values or noise variance float64 cannot hold have none.
+    """
     result = []
     first = 0  # index of the unfolding's first mode among the layer's
     found = unfoldings(weight.shape)
     _, gammas = measure_spectra([(weight, unfolding) for unfolding in found], "half")
     for unfolding, gamma in zip(found, gammas, strict=True):
         values = gamma.cpu().numpy()
-        result.append(_chart(values, unfolding, layer.rank[first], layer.noise_variance[first]))
+        largest, variance = float(values[0]), layer.noise_variance[first]
+        if math.isfinite(largest) and math.isfinite(variance) and not 0.0 < largest < _SMALLEST:
+            result.append(_chart(values, unfolding, layer.rank[first], variance))
         first += len(unfolding.modes)
     return result
 

@@ -18,7 +18,7 @@ _NAMES = {
     "a table of positions": r"relative_coords_table|(.*_)?(cos|sin)_cached|freqs_(cis|cos|sin)|inv_freq|"
     r"pos_table|anchors?|anchor_grid|anchor_points|grid|coords_table",
     "a fixed filter": r"filt|blur_(filter|kernel)|resample_filter|mel_(filters?|basis|fb)|filter_bank|"
-    r"(forward|inverse)_basis|dct_(mat|matrix)|gaussian_kernel|sobel_[xy]|"
+    r"(forward|inverse)_basis(_buffer)?|dct_(mat|matrix)|gaussian_kernel|sobel_[xy]|"
     r"mel_scale\.fb",
     "constants of rotation groups": r"_?w3j(_.*)?|U_matrix_.*|clebsch_gordan|(.*_)?cg(_.*)?|J_?dense|"
     r"wigner_.*",

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from rmsgd.inspection.reading.archives import Archive
 from rmsgd.inspection.reading.file_format import Beginning, FileFormat, OpenFile, read_range
-from rmsgd.inspection.reading.stored import StoredTensor, as_tensor, not_there
+from rmsgd.inspection.reading.stored import (
+    CheckpointError,
+    NotMeasurableError,
+    StoredTensor,
+    as_tensor,
+    not_there,
+)
 from rmsgd.inspection.reading.torch_pickles import ReadBytes
 
 _HEADER_BYTES = 1 << 16
@@ -50,10 +56,12 @@ def _array(name: str, size: int, read: ReadBytes) -> StoredTensor:
     start, count = header.tell(), math.prod(shape) * dtype.itemsize
     if dtype.hasobject:
         return StoredTensor(name, shape, not_there, "an array of Python objects")
-    if start + count > size:
-        return StoredTensor(name, shape, not_there, "an array that is cut short")
+    if min(shape, default=0) < 0:
+        raise CheckpointError(f"{name} has the impossible shape {shape}")
 
     def read_tensor() -> Tensor:
+        if start + count > size:
+            raise CheckpointError("the array is cut short")
         flat = np.frombuffer(read(start, count), dtype)
         tensor = as_tensor(flat.reshape(shape, order="F" if fortran else "C"))
         return tensor.permute(-1, -2, *range(tensor.ndim - 2)) if kernel else tensor
@@ -61,7 +69,10 @@ def _array(name: str, size: int, read: ReadBytes) -> StoredTensor:
     kernel = name.rpartition("/")[2] == "kernel" and len(shape) in (4, 5)
     # Flax and Keras keep a convolution's channels last: (*k, i, o).
     shown = (shape[-1], shape[-2], *shape[:-2]) if kernel else shape
-    dtype_of_torch = as_tensor(np.empty(0, dtype)).dtype if dtype.kind in "fiub" else None
+    try:
+        dtype_of_torch = as_tensor(np.empty(0, dtype)).dtype if dtype.kind in "fiub" else None
+    except NotMeasurableError as reason:
+        return StoredTensor(name, shown, not_there, str(reason))
     return StoredTensor(name, shown, read_tensor, dtype=dtype_of_torch)
 
 

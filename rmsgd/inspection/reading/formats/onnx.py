@@ -1,10 +1,15 @@
-"""ONNX: the initialisers of a graph, from the protocol buffer itself and from the files beside it."""
+"""ONNX: the constants of a graph, from the protocol buffer itself and from the files beside it.
+
+An exporter writes weights as initialisers, as nodes that return a constant, or into the graphs of branches.
+"""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
+from typing import BinaryIO, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,10 +37,13 @@ _DTYPES = {
     20: torch.float8_e5m2fnuz,
 }
 _MOST_DIMENSIONS = 64
+_MOST_NESTED = 32
 
 # Field numbers of onnx.proto.
 _GRAPH = 7
-_INITIALISER = 5
+_NODE, _INITIALISER = 1, 5
+_OUTPUT, _OPERATOR, _ATTRIBUTE = 2, 4, 5
+_TENSOR, _SUBGRAPH, _SUBGRAPHS = 5, 6, 11
 _DIMS, _DATA_TYPE, _FLOAT_DATA, _NAME, _RAW_DATA, _DOUBLE_DATA, _EXTERNAL, _LOCATION = (
     1,
     2,
@@ -47,6 +55,12 @@ _DIMS, _DATA_TYPE, _FLOAT_DATA, _NAME, _RAW_DATA, _DOUBLE_DATA, _EXTERNAL, _LOCA
     14,
 )
 _INTEGER_DATA = (5, 7, 11)
+
+_WITH_BRANCHES = ("If", "Loop", "Scan", "SequenceMap")
+"""The operators whose attributes are graphs."""
+
+Span: TypeAlias = tuple[int, int]
+"""Where the bytes of a message begin and end in the file."""
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
@@ -73,21 +87,58 @@ class _Initialiser:
 def _open(path: Path) -> OpenFile:
     tensors: dict[str, StoredTensor] = {}
     with path.open("rb") as file:
-        data = Bytes(file)
-        for graph in _submessages(data, data.end, _GRAPH):
-            for end in _submessages(data, graph, _INITIALISER):
-                found = _initialiser(data, end)
-                tensors[found.name] = _tensor(path, found)
+        for found in _constants(file, _spans(Bytes(file), _GRAPH)):
+            tensors[_free_name(found.name, tensors)] = _tensor(path, found)
     return OpenFile(tensors)
 
 
-def _submessages(data: Bytes, end: int, number: int) -> Iterator[int]:
-    """The end of each submessage of a field number, with ``data`` at the submessage's beginning."""
-    for field_, wire, value in _fields(data, end):
-        if field_ == number and wire == _LENGTH:
-            yield data.position + value
+def _free_name(name: str, taken: Mapping[str, object]) -> str:
+    """The name, with a number where another branch has a tensor of that name."""
+    names = chain([name], (f"{name}#{i}" for i in count(2)))
+    return next(each for each in names if each not in taken)
+
+
+def _constants(file: BinaryIO, graphs: Sequence[Span], depth: int = 0) -> Iterator[_Initialiser]:
+    """The initialisers of graphs, and after them what their nodes hold."""
+    if depth > _MOST_NESTED:
+        raise CheckpointError(f"graphs within graphs, more than {_MOST_NESTED} deep")
+    for graph in graphs:
+        for begin, end in _spans(Bytes(file, *graph), _INITIALISER):
+            yield _initialiser(Bytes(file, begin, end), end)
+        for node in _spans(Bytes(file, *graph), _NODE):
+            yield from _of_node(file, node, depth)
+
+
+def _of_node(file: BinaryIO, node: Span, depth: int) -> Iterator[_Initialiser]:
+    """The constant that a node returns, or the constants of its branches."""
+    data, attributes, output, operator = Bytes(file, *node), [], "", ""
+    for number, wire, value in _fields(data, data.end):
+        if wire == _LENGTH and number in (_OUTPUT, _OPERATOR):
+            text = data.take(value).decode("utf-8", "replace")
+            output, operator = (text, operator) if number == _OUTPUT else (output, text)
         elif wire == _LENGTH:
+            if number == _ATTRIBUTE:
+                attributes.append((data.position, data.position + value))
             data.skip(value)
+    for attribute in attributes:
+        for begin, end in _spans(Bytes(file, *attribute), _TENSOR) if operator == "Constant" else ():
+            constant = _initialiser(Bytes(file, begin, end), end)
+            if len(constant.dims) > 1:  # the others are settings of other nodes: axes, shapes, limits
+                yield replace(constant, name=output or constant.name)
+        if operator in _WITH_BRANCHES:
+            branches = _spans(Bytes(file, *attribute), _SUBGRAPH, _SUBGRAPHS)
+            yield from _constants(file, branches, depth + 1)
+
+
+def _spans(data: Bytes, *numbers: int) -> list[Span]:
+    """Begin and end of each submessage of these field numbers, in a message that reaches to ``data.end``."""
+    found = []
+    for field_, wire, value in _fields(data, data.end):
+        if wire == _LENGTH:
+            if field_ in numbers:
+                found.append((data.position, data.position + value))
+            data.skip(value)
+    return found
 
 
 def _fields(data: Bytes, end: int) -> Iterator[tuple[int, int, int]]:
