@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from rmsgd.element_types import ELEMENT_TYPES
 
@@ -87,6 +88,10 @@ def check_matrix(weight: object, name: str) -> None:
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
+    if is_lazy(weight):
+        raise ValueError(f"{name} has no shape yet, as its module is a lazy one: call the model once first")
+    if weight.is_nested:
+        raise TypeError(f"{name} must be dense, got a nested tensor: use its parts, weight.unbind()")
     if weight.dtype not in ELEMENT_TYPES:
         raise TypeError(f"{name} must be a real floating-point tensor, got {weight.dtype}")
     if weight.ndim != 2 or weight.numel() == 0:

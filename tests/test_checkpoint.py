@@ -364,6 +364,17 @@ def test_state_of_parameters_in_no_group_is_refused():
         ours.load_state_dict(state_dict)
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "Adagrad", "Rprop", "ASGD", "LBFGS", "NAdam"])
+def test_another_optimizers_checkpoint_is_refused_before_its_first_step_too(name):
+    model = nn.Linear(4, 3)
+    other = getattr(torch.optim, name)(model.parameters(), lr=0.5)
+    other.state.clear()
+    optimizer = rmsgd.RMSGD(model.parameters(), lr=0.03)
+    with pytest.raises(ValueError, match=r"group 0 .* another optimizer's checkpoint"):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.03
+
+
 @pytest.mark.parametrize("other", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adadelta])
 def test_another_optimizers_state_is_refused(other):
     model = network()

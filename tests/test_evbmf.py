@@ -194,6 +194,8 @@ def test_strided_and_subnormal_matrices():
         (torch.ones(2, 2, device="meta"), ValueError, "meta device"),
         (torch.eye(2).to_sparse(), TypeError, "must be dense, got layout torch.sparse_coo"),
         (np.ones((2, 2)), TypeError, "must be a torch.Tensor, got ndarray"),
+        (torch.nn.LazyLinear(3).weight, ValueError, "has no shape yet"),
+        (torch.nested.nested_tensor([torch.ones(2, 2)]), TypeError, "got a nested tensor"),
     ],
 )
 def test_bad_input_is_named(weight, error, message):

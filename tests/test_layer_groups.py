@@ -98,6 +98,12 @@ def test_no_parameters_are_no_groups_and_torch_says_so():
         (torch.ones(3), TypeError, "got a Tensor"),
         ({"params": []}, TypeError, r"a list of groups"),
         ([{"lr": 0.1}], ValueError, r'group 0 has no "params"'),
+        ([{"params": None}], TypeError, r'"params" of a group must be parameters, got None'),
+        (
+            [{"params": [torch.ones(2, 2)] * 2, "param_names": ["a"]}],
+            ValueError,
+            "2 parameters and 1 param_names",
+        ),
         ([("a", 3)], TypeError, "parameter a must be a tensor"),
         ([1.0], TypeError, "parameter 0 must be a tensor"),
         (nn.LazyLinear(3).named_parameters(), TypeError, "parameter weight has no shape yet"),

@@ -149,6 +149,36 @@ def test_a_wrong_checkpoint_is_refused_and_changes_nothing(change, message):
     assert rates.state_dict() == before
 
 
+def by_position(report):
+    return {layer.name: 1.5 for layer in report.layers[:1]}
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda all_: pickle.loads(pickle.dumps(all_))])
+@pytest.mark.parametrize("rule", ["rank-momentum", "llr", by_position])
+def test_a_copy_of_a_run_goes_on_as_the_original(copied, rule):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    optimizer = torch.optim.SGD(rmsgd.layer_groups(model.named_parameters()), lr=0.1, momentum=0.9)
+    rates = rmsgd.LayerRates(optimizer, rule, linear=True, transition=3)
+    x = torch.randn(8, 32)
+
+    def go_on(model, optimizer, rates):
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        rates.step()
+        optimizer.step()
+        return [p.detach() for p in model.parameters()], rates.learning_rates()
+
+    go_on(model, optimizer, rates)
+    twin = copied((model, optimizer, rates))
+    assert twin[2].optimizer is twin[1]
+    (weights, lrs), (twins_weights, twins_lrs) = go_on(model, optimizer, rates), go_on(*twin)
+    assert lrs == twins_lrs
+    assert all(map(torch.equal, weights, twins_weights))
+
+
 def test_a_copy_of_the_optimizer_is_the_plain_optimizer():
     model, optimizer, _, rates = make()
     run((model, optimizer, _, rates), 0, 4)

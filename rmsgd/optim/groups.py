@@ -48,7 +48,7 @@ def layer_groups(params: Parameters, **defaults: Any) -> list[dict[str, Any]]:
 
     Raises:
         TypeError: ``params`` holds something else, or a parameter to train that has no shape yet.
-        ValueError: a group has no "params".
+        ValueError: a group has no "params", or another number of "param_names".
     """
     options, entries = _entries(params)
     layers = [i for i, entry in enumerate(entries) if _is_layer(entry)]
@@ -100,8 +100,12 @@ def _entries(params: Parameters) -> tuple[list[dict[str, Any]], list[_Entry]]:
 def _named(group: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
     """The parameters of a group and their names, as far as it has them."""
     members = group["params"]
+    if not isinstance(members, Iterable):
+        raise TypeError(f'"params" of a group must be parameters, got {in_short(members)}')
     members = [members] if isinstance(members, Tensor) else list(members)
     names = group.get("param_names") or [None] * len(members)
+    if len(names) != len(members):
+        raise ValueError(f"a group has {len(members)} parameters and {len(names)} param_names")
     for i, (name, member) in enumerate(zip(names, members, strict=True)):
         if isinstance(member, tuple) and len(member) == 2 and isinstance(member[0], str):
             name, member = member

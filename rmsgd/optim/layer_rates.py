@@ -4,6 +4,7 @@ import difflib
 import warnings
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -283,6 +284,20 @@ class LayerRates:
         begin = dict(zip(self._order, saved.begin, strict=True)) if steps else {}
         self._transition = Transition(steps, saved.taken, begin)
         self._applied.refresh()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "rule": self.rule, "saved": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The copy of an optimizer is plain: its step and its hooks do not refer to rates.
+        self.__init__(state["optimizer"], state["rule"], process_group=state.get("process_group"))  # type: ignore[misc]
+        self.load_state_dict(state["saved"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LayerRates":
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        copy.__setstate__({**deepcopy(self.__getstate__(), memo), "process_group": self.process_group})
+        return copy
 
     # -- what to call ----------------------------------------------------------------------------
 

@@ -34,6 +34,9 @@ _GROUP: Mapping[str, Range] = {
 }
 """The ranges of a checkpoint's options: its lr may be where a schedule ends."""
 
+_OF_OTHERS = {"betas", "eps", "etas", "lambd", "max_iter"}
+"""Options that other optimizers have, and neither RMSGD nor SGD: they tell before there is any state."""
+
 STATE_NUMBERS: Mapping[str, tuple[Callable[[float], float], Range]] = {
     "rate": (float, FINITE),
     "stable_rank": (float, (lambda x: AT_LEAST_0[0](x) or _is_nan(x), "0 or more, or NaN")),
@@ -83,6 +86,13 @@ def check_and_complete(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> d
     }
     ours = {key for group in saved if _is_ours(group) for key in group["params"]}
     _check_states(owners, state_dict["state"], ours, all(map(_is_ours, saved)))
+    for g, group in enumerate(saved):
+        foreign = [] if _is_ours(group) else sorted(_OF_OTHERS & group.keys())
+        if foreign:
+            raise ValueError(
+                f"group {g} of the checkpoint has {listed(foreign)}: it is another optimizer's checkpoint, "
+                "neither RMSGD's nor torch.optim.SGD's"
+            )
     return {
         **state_dict,
         "state": {

@@ -17,6 +17,8 @@ from rmsgd.optim.device_step import DeviceStep
 from rmsgd.optim.load_state_dict import check_and_complete, check_form, unwrapped_state
 from rmsgd.optim.options import (
     AT_LEAST_0,
+    OF_EPOCH_END,
+    check_groups,
     check_keywords,
     check_options,
     check_parameter,
@@ -26,7 +28,7 @@ from rmsgd.optim.options import (
     is_trained,
     number,
     stands_still,
-    step_group,
+    step_groups,
 )
 from rmsgd.optim.rates import Rates
 from rmsgd.optim.records import all_parameters, by_device, hold_the_same, parameter_name, records_of
@@ -264,6 +266,7 @@ class RMSGD(Optimizer):
     @torch.inference_mode(False)  # its tables outlive the mode of the first caller
     @torch.no_grad()  # which leaving that mode would switch off
     def _build(self) -> None:
+        check_groups(self.param_groups, OF_EPOCH_END)
         records = records_of(self.param_groups)
         for p, record in records.items():
             if is_trained(p):
@@ -378,7 +381,8 @@ class RMSGD(Optimizer):
         Raises:
             RuntimeError: a gradient is sparse, a parameter was resized, or two parameters share memory.
             TypeError: a parameter that was frozen is now trained and has a type that cannot be trained.
-                Nothing has been changed in either case.
+            ValueError: an option of a group has been set to what is no finite number, or deleted.
+                Nothing has been changed in any of these cases.
         """
         loss = None
         if closure is not None:
@@ -432,7 +436,7 @@ class RMSGD(Optimizer):
             scale = step.scaling(grad_scale, found_inf)
             if scale is not None:
                 rates.measure_first()
-                step.step([step_group(group, step.device) for group in self.param_groups], scale)
+                step.step(step_groups(self.param_groups, step.device), scale)
 
     @torch.no_grad()
     def epoch_step(self) -> None:
@@ -448,10 +452,13 @@ class RMSGD(Optimizer):
 
         Raises:
             RuntimeError: the ranks of a process group or a mesh do not hold the same layers, a parameter was
-                resized or has no values, two share memory, or a CUDA graph is being captured. Nothing has
-                changed then.
+                resized or has no values, two share memory, or a CUDA graph is being captured.
+            ValueError: an option of a group has been set to a value out of its range, or deleted. Nothing has
+                changed in either case.
         """
         check_not_capturing(filter(is_trained, all_parameters(self.param_groups)), "epoch_step()")
+        self._begin_groups_of_others()
+        check_groups(self.param_groups, OF_EPOCH_END)
         self._current_steps()
         if not self._rates.probe_the_same(self.param_groups):
             self._write_back()
@@ -494,4 +501,4 @@ RMSGD.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 def _memory_needs(groups: list[dict[str, Any]]) -> list[tuple[int, bool, str]]:
     """The options of the groups that decide which memory their parameters need."""
-    return [(len(group["params"]), group["momentum"] != 0, group["rule"]) for group in groups]
+    return [(len(group["params"]), group.get("momentum") != 0, group.get("rule", "")) for group in groups]

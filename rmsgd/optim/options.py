@@ -98,9 +98,23 @@ OPTIONS: Mapping[str, Range] = {
 """The range of every option."""
 
 
+OF_STEP: Mapping[str, Range] = {
+    name: FINITE for name in ("lr", "lr0", "momentum", "dampening", "weight_decay")
+} | {name: OPTIONS[name] for name in ("nesterov", "maximize", "rule")}
+"""What a step needs of a group. As in torch, a schedule may go beyond the ranges of ``OPTIONS``."""
+
+OF_EPOCH_END: Mapping[str, Range] = {
+    name: OPTIONS[name]
+    for name in ("beta", "zeta", "gamma", "step_size", "min_lr", "rule", "linear", "probe", "initial_rank")
+} | {"lr0": AT_LEAST_0}
+"""What an epoch end needs of the options of a group: not its lr, which may lie on a GPU."""
+
+
 def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range], where: str = "") -> None:
-    """Raise ValueError for a value out of its range, in a message that begins with ``where`` and names it."""
+    """Raise ValueError for a value that lacks or is out of range; the message is ``where`` and its name."""
     for name, (holds, expected) in ranges.items():
+        if name not in values:
+            raise ValueError(f"{where}{name} is missing; it must be {expected}")
         if not holds(values[name]):
             raise ValueError(f"{where}{name} must be {expected}, got {in_short(values[name])}")
 
@@ -201,7 +215,7 @@ def stands_still(group: Mapping[str, Any]) -> bool:
 
     Such a group has no lr0 at which its rates could begin, so it is not measured and its epochs do not count.
     """
-    return float(group["lr0"]) == 0.0
+    return number(group.get("lr0")) == 0.0
 
 
 def first_lr(group: Mapping[str, Any]) -> float:
@@ -226,8 +240,36 @@ def multiplier(group: Mapping[str, Any]) -> float:
     return 0.0 if stands_still(group) else float(group["lr"]) / float(group["lr0"])
 
 
-def step_group(group: Mapping[str, Any], device: torch.device) -> StepGroup:
-    """A group's options in the form of a step on a device, without a wait for a learning rate on a GPU."""
+def step_groups(groups: Sequence[Mapping[str, Any]], device: torch.device) -> list[StepGroup]:
+    """The groups' options in the form of a step on a device, without a wait for a learning rate on a GPU.
+
+    Raises:
+        ValueError: code or a schedule has set an option to what is no number, or has deleted it. The message
+            names the group and the option.
+    """
+    try:
+        made = [_step_group(group, device) for group in groups]
+        if all(map(_is_finite, made)):
+            return made
+    except (LookupError, TypeError, ValueError, OverflowError, RuntimeError):
+        check_groups(groups, OF_STEP)
+        raise
+    check_groups(groups, OF_STEP)
+    return made
+
+
+def check_groups(groups: Sequence[Mapping[str, Any]], ranges: Mapping[str, Range]) -> None:
+    """Raise ValueError for an option out of its range that a group has been given since it was added."""
+    for g, group in enumerate(groups):
+        check_ranges(group, ranges, f"group {g}: ")
+
+
+def _is_finite(group: StepGroup) -> bool:
+    multiplier = 1.0 if isinstance(group.multiplier, Tensor) else group.multiplier
+    return math.isfinite(multiplier + group.momentum + group.dampening + group.weight_decay)
+
+
+def _step_group(group: Mapping[str, Any], device: torch.device) -> StepGroup:
     lr = group["lr"]
     on_device = isinstance(lr, Tensor) and lr.is_cuda and device.type == "cuda" and not stands_still(group)
     return StepGroup(
