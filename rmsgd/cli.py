@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from io import TextIOWrapper
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -150,7 +150,7 @@ def _probe(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.json:
         print(json.dumps(result.to_dict(), indent=1, allow_nan=False))
     elif options.csv == "-":
-        result.to_csv(sys.stdout)
+        _print_csv(result)
     elif table is not None:
         _console(sys.stdout).print(table)
         _print_notes(paths, reports)
@@ -161,6 +161,14 @@ def _probe(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             _complain(str(error))
             return max(code, FAILED)
     return code
+
+
+def _print_csv(result: _Result) -> None:
+    """Print CSV: names as they are to a program, and in visible letters to a terminal."""
+    table = StringIO()
+    result.to_csv(table)
+    lines = table.getvalue().removesuffix("\n").split("\n")
+    print("\n".join(map(printable, lines) if sys.stdout.isatty() else lines))
 
 
 def _print_notes(paths: Sequence[str], reports: Sequence[Report]) -> None:

@@ -225,6 +225,19 @@ def test_parameters_of_sgd_that_never_had_a_gradient_begin_afresh():
     assert fresh == [False] + [True] * 5
 
 
+def test_a_schedule_that_ends_below_zero_by_a_rounding_leaves_a_checkpoint_that_loads():
+    model = network()
+    ours = rmsgd.RMSGD(model.named_parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LinearLR(ours, 1 / 3, 0.0, total_iters=4)
+    for i in range(4):
+        step(model, ours, i)
+        scheduler.step()
+    assert -1e-15 < ours.param_groups[0]["lr"] < 0.0
+    other = rmsgd.RMSGD(model.named_parameters())
+    other.load_state_dict(ours.state_dict())
+    assert other.learning_rates() == ours.learning_rates()
+
+
 def test_a_checkpoint_of_sgd_whose_schedule_ended_at_zero_loads():
     model = network()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -410,6 +423,7 @@ def changed(state_dict, path, value):
         (("param_groups",), {}, "param_groups of the checkpoint must be a list"),
         (("param_groups", 0), 7, "group 0 of the checkpoint must be a dict, got 7"),
         (("param_groups", 0, "momentum"), "x", "group 0 of the checkpoint: momentum must be 0 or more"),
+        (("param_groups", 0, "lr"), math.nan, "group 0 of the checkpoint: lr must be finite, got nan"),
         (("param_groups", 0, "lr0"), -1.0, "group 0 of the checkpoint: lr0 must be 0 or more, got -1.0"),
         (("param_groups", 0, "rule"), "adam", "group 0 of the checkpoint: rule must be one of"),
         (("param_groups", 0, "params"), None, "group 0 of the checkpoint: params must be a list"),

@@ -116,6 +116,44 @@ def test_names_from_a_file_steer_neither_terminal_nor_page(capsys, tmp_path):
     assert "<b>\x1b" not in (tmp_path / "out.html").read_text()
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_from_a_file_are_no_formulas_in_a_figure_and_steer_it_not(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    for file in ("$a_{$1.pt", "$a_{$2.pt"):
+        torch.save(
+            {name: torch.randn(4, 6) for name in ("$x_{$", "\x1b[31m\ty", r"\alpha$_")}, tmp_path / file
+        )
+    files = sorted(tmp_path.glob("*.pt"))
+    for paths in (files[:1], files):
+        code, *_ = run(capsys, *paths, "--plot", tmp_path / "out.png")
+        assert code == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_series_of_layers_without_a_tail_or_with_huge_weights_is_drawn(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    for weight in (torch.randn(2, 2), torch.randn(5, 5, dtype=torch.float64) * 1e300):
+        torch.save({"w": weight}, tmp_path / "w.pt")
+        code, *_ = run(capsys, tmp_path / "w.pt", tmp_path / "w.pt", "--plot", tmp_path / "out.png")
+        assert code == 0
+
+
+def test_an_empty_path_is_not_the_current_folder(capsys, checkpoint, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, "")
+    assert (code, err) == (2, "rmsgd: the path is empty\n")
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_csv_is_in_visible_letters_on_a_terminal_only(capsys, tmp_path, monkeypatch, is_terminal):
+    torch.save({"\x1b[31mw": torch.randn(4, 6)}, tmp_path / "odd.pt")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    _, out, _ = run(capsys, tmp_path / "odd.pt", "--csv")
+    assert ("\x1b" in out) is not is_terminal
+    assert "[31mw,4x6," in out
+    assert len(out.splitlines()) == 2
+
+
 def test_a_filter_may_be_repeated(capsys, checkpoint):
     _, out, _ = run(capsys, checkpoint, "--json", "--filter", "0.w", "--filter", "2.*")
     assert [layer["name"] for layer in json.loads(out)["layers"]] == ["0.weight", "2.weight"]

@@ -132,6 +132,7 @@ def test_other_names_are_matched_by_order():
             lambda s: s | {"transition": {"steps": 3, "taken": -1}},
             "transition of the checkpoint: taken must be a number of steps, got -1",
         ),
+        (lambda s: s | {"names": [[name] for name in s["names"]]}, "names and state .* must be lists"),
         (lambda s: s | {"transition": 3}, "transition of the checkpoint must be steps and taken, got 3"),
         (
             lambda s: s | {"options": s["options"] | {"transition": 1.5}},

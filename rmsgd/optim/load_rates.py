@@ -66,6 +66,7 @@ def checked(saved: object, rule: str, names: Sequence[str]) -> Saved:
     check_ranges({"transition": None} | dict(options), TRANSITION, "options of the checkpoint: ")
     if (
         not isinstance(theirs, list | tuple)
+        or not all(isinstance(name, str) for name in theirs)
         or not isinstance(states, list | tuple)
         or len(theirs) != len(states)
     ):

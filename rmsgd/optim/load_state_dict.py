@@ -29,10 +29,11 @@ from rmsgd.optim.state import BUFFERS, Group
 
 _GROUP: Mapping[str, Range] = {
     **OPTIONS,
+    "lr": FINITE,
     "lr0": AT_LEAST_0,
     "initial_rank": INITIAL_RANK,
 }
-"""The ranges of a checkpoint's options: its lr may be where a schedule ends."""
+"""The ranges of a checkpoint's options: its lr may be where a schedule ends, and that rounded below 0."""
 
 _OF_OTHERS = {"betas", "eps", "etas", "lambd", "max_iter"}
 """Options that other optimizers have, and neither RMSGD nor SGD: they tell before there is any state."""

@@ -80,6 +80,8 @@ def checkpoint_files(path: str | os.PathLike[str]) -> tuple[list[Path], list[str
         CheckpointError: there is nothing at that path, or nothing that could be read.
     """
     text = os.fspath(path)
+    if not text:  # a shell's variable that is not set, and not the current folder
+        raise CheckpointError("the path is empty")
     if "://" in text or text.startswith("\\\\"):
         raise CheckpointError(f"{text}: not a path on this machine; download the file first")
     try:

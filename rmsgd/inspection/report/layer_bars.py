@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rmsgd.inspection.report.text import summary
+from rmsgd.inspection.report.text import label, summary
 from rmsgd.metrics import SCALARS, LayerMetrics, Metric, measured
 from rmsgd.plots import DPI, PALETTE, blank, short_names
 
@@ -69,5 +69,5 @@ def name_rows(axes: Any, names: Sequence[str]) -> None:
     step = math.ceil(len(names) * _ROW / rows_height(len(names)))
     named = range(0, len(names), step)
     labels = short_names(names, 48)
-    axes.set_yticks(list(named), labels=[labels[i] for i in named], fontsize=7)
+    axes.set_yticks(list(named), labels=[label(labels[i]) for i in named], fontsize=7)
     axes.set_ylim(len(names) - 0.5, -0.5)

@@ -14,6 +14,7 @@ from torch import Tensor
 from rmsgd.inspection.probing import Probing
 from rmsgd.inspection.report.layer_bars import axis_label, name_rows, rows_height
 from rmsgd.inspection.report.series import Series, comparable_name
+from rmsgd.inspection.report.text import label
 from rmsgd.inspection.selection import Selection
 from rmsgd.layers import as_matrix, unfoldings
 from rmsgd.lowrank import evbmf
@@ -109,7 +110,8 @@ def _draw_courses(figure: Any, series: Series, labels: Sequence[str]) -> None:
     for axes in panels:
         _name_columns(axes, labels)
         axes.grid(color="0.9", linewidth=0.6)
-        axes.set_ylim(0, axes.dataLim.y1 * 1.05 or 1)
+        top = axes.dataLim.y1  # infinite where no layer has the metric, as matrices of two rows have no tail
+        axes.set_ylim(0, top * 1.05 if 0 < top < math.inf else 1)
         axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -134,8 +136,9 @@ def _draw_parts(
     shown = [part[:rows, :columns] for _, *parts in pairs for part in parts]
     scale = max(float(np.quantile(np.abs(part), 0.995)) for part in shown) or 1.0
     panels = figure.subplots(2, len(pairs), squeeze=False)
-    for column, (label, low, noise) in enumerate(pairs):
-        energy = float(((low + noise) ** 2).sum()) or 1.0
+    for column, (point, low, noise) in enumerate(pairs):
+        size = float(np.abs(low + noise).max()) or 1.0  # squares of huge weights have no float64
+        energy = float((((low + noise) / size) ** 2).sum()) or 1.0
         for axes, part in zip(panels[:, column], (low, noise), strict=True):
             image = axes.imshow(
                 part[:rows, :columns],
@@ -146,12 +149,12 @@ def _draw_parts(
                 interpolation="nearest",
             )
             axes.set(xticks=[], yticks=[])
-        share = 100 * float((low**2).sum()) / energy
-        panels[0, column].set_title(f"{label}: low rank has {share:.0f} % of the energy", fontsize=7)
+        share = 100 * float(((low / size) ** 2).sum()) / energy
+        panels[0, column].set_title(f"{label(point)}: low rank has {share:.0f} % of the energy", fontsize=7)
     panels[0, 0].set_ylabel("low rank")
     panels[1, 0].set_ylabel("noise")
     figure.colorbar(image, ax=panels, label="weight", pad=0.01)
-    subject = f"{short_names([name], 60)[0]} (the first {rows} x {columns} entries)"
+    subject = f"{label(short_names([name], 60)[0])} (the first {rows} x {columns} entries)"
     figure.suptitle(f"Low rank and noise of {subject}", fontsize=9)
 
 
@@ -197,7 +200,7 @@ def _name_columns(axes: Any, labels: Sequence[str]) -> None:
     named = range(0, len(labels), step)
     shown = short_names(labels, 24)
     longest = max(len(shown[i]) for i in named)
-    axes.set_xticks(list(named), labels=[shown[i] for i in named], fontsize=7)
+    axes.set_xticks(list(named), labels=[label(shown[i]) for i in named], fontsize=7)
     axes.tick_params(axis="x", rotation=0 if longest * len(named) < 40 else 45)
     axes.set_xlabel("checkpoint")
 

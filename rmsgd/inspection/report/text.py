@@ -60,3 +60,8 @@ def terminal_table(title: str, first: str, numbers: Sequence[str]) -> Table:
 def name_cell(name: str) -> Text:
     """A name from a file as a cell, which is printed as it is, without rich's markup."""
     return Text(printable(name))
+
+
+def label(text: str) -> str:
+    """Text from a file as a label of a figure, where matplotlib takes what is between dollars for math."""
+    return printable(text).replace("$", r"\$")
