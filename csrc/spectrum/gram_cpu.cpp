@@ -209,14 +209,14 @@ RMSGD_FN void multiply_tile(const T* left, const T* right, int64_t depth, double
                             bool fresh) {
   constexpr int W = LANES<T>;
   // A large Gram matrix lies in the third-level cache; it comes nearer while the products are formed.
-#pragma GCC unroll 4
-  for (int r = 0; r < TILE_ROWS; ++r) {
+#pragma GCC unroll 8
+  for (int r = 0; r < TALL_TILE_ROWS; ++r) {
 #pragma GCC unroll 3
     for (int v = 0; v < VECTORS; ++v) prefetch_wide<T>(gram + r * stride + v * W);
   }
-  const Tile<T, VECTORS> tile(left, W, right, W, ptrdiff_t(GRAM_DEPTH) * W, depth);
-#pragma GCC unroll 4
-  for (int r = 0; r < TILE_ROWS; ++r) {
+  const Tile<T, VECTORS, CHAIN, TALL_TILE_ROWS> tile(left, W, right, W, ptrdiff_t(GRAM_DEPTH) * W, depth);
+#pragma GCC unroll 8
+  for (int r = 0; r < TALL_TILE_ROWS; ++r) {
 #pragma GCC unroll 3
     for (int v = 0; v < VECTORS; ++v) add_to(gram + r * stride + v * W, tile.sum[r][v], fresh);
   }
@@ -228,7 +228,7 @@ void multiply_column(const T* packed, int64_t top, int64_t bottom, int64_t colum
                      double* gram, ptrdiff_t stride, bool fresh) {
   constexpr int W = LANES<T>;
   constexpr ptrdiff_t GROUP = ptrdiff_t(GRAM_DEPTH) * W;
-  for (int64_t row = top; row < bottom; row += TILE_ROWS) {
+  for (int64_t row = top; row < bottom; row += TALL_TILE_ROWS) {
     const T* left = packed + row / W * GROUP + row % W;
     // On the diagonal, the vectors that lie wholly below it are left out.
     const int below = row > column ? int((row - column) / W) : 0;

@@ -159,19 +159,25 @@ RMSGD_FN ptrdiff_t vectors_down(ptrdiff_t n) {
 // we know, and with the operands they fill AVX2's 16 registers.
 constexpr int TILE_ROWS = 4, TILE_VECTORS = 3;
 
+// Rows of a tile of which the right operand comes from the second-level cache: where there are registers for
+// it, twice as many products are formed of what is read.
+constexpr int TALL_TILE_ROWS = VECTOR_BYTES == 64 ? 2 * TILE_ROWS : TILE_ROWS;
+
 // Terms that are summed one after another. Where they are equal, as in a matrix of signs, rounding errors
 // have one sign and grow with the length of the chain; sums of the sums of 64 keep them small for 3 % more
 // time.
 constexpr int CHAIN = 64;
 
-template <class T, int VECTORS, int LENGTH = CHAIN>
+template <class T, int VECTORS, int LENGTH = CHAIN, int ROWS = TILE_ROWS>
 struct Tile {
-  Vector<T> sum[TILE_ROWS][VECTORS];
+  Vector<T> sum[ROWS][VECTORS];
 
   RMSGD_FN Tile(const T* a, ptrdiff_t a_step, const T* b, ptrdiff_t b_step, ptrdiff_t b_group,
                 ptrdiff_t depth, ptrdiff_t a_row = 1) {
     add_chain<true>(a, a_step, a_row, b, b_step, b_group, depth < LENGTH ? depth : LENGTH);
     for (ptrdiff_t k = LENGTH; k < depth; k += LENGTH) {
+      // The sums wait in memory. In registers they would take the place of the next chain's.
+      __asm__ volatile("" : : "r"(&sum) : "memory");
       add_chain<false>(a + k * a_step, a_step, a_row, b + k * b_step, b_step, b_group,
                        depth - k < LENGTH ? depth - k : LENGTH);
     }
@@ -181,9 +187,9 @@ struct Tile {
   template <bool FIRST>
   RMSGD_FN void add_chain(const T* a, ptrdiff_t a_step, ptrdiff_t a_row, const T* b, ptrdiff_t b_step,
                           ptrdiff_t b_group, ptrdiff_t depth) {
-    Vector<T> chain[TILE_ROWS][VECTORS];
-#pragma GCC unroll 4
-    for (int r = 0; r < TILE_ROWS; ++r) {
+    Vector<T> chain[ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 3
       for (int v = 0; v < VECTORS; ++v) chain[r][v] = Vector<T>{};
     }
@@ -191,14 +197,14 @@ struct Tile {
       Vector<T> right[VECTORS];
 #pragma GCC unroll 3
       for (int v = 0; v < VECTORS; ++v) right[v] = load(b + v * b_group);
-#pragma GCC unroll 4
-      for (int r = 0; r < TILE_ROWS; ++r) {
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 3
         for (int v = 0; v < VECTORS; ++v) chain[r][v] += a[r * a_row] * right[v];
       }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < TILE_ROWS; ++r) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 3
       for (int v = 0; v < VECTORS; ++v) sum[r][v] = FIRST ? chain[r][v] : sum[r][v] + chain[r][v];
     }
