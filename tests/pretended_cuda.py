@@ -53,8 +53,9 @@ class Memory:
         if base.nbytes == 0 or any(stream in QUEUES.captured for stream in streams):
             _OF_GRAPHS.append(base)  # a graph's memory stays its own
             return
-        if not any(stream.queue for stream in streams):
-            spoil(base)
+        ended = not all(QUEUES.streams.get(stream.cuda_stream) is stream for stream in streams)
+        if ended or not any(stream.queue for stream in streams):
+            spoil(base)  # what a rehearsal that has ended left in its queues never runs
             return
         self.stream.free()
         overwriting = Stream(self.stream.device)

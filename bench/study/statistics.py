@@ -115,8 +115,9 @@ def detectable(deviation: float, pairs: int, alpha: float = 0.05, power: float =
     beyond = stats.t.ppf(1 - alpha / 2, pairs - 1)
 
     def excess(shift: float) -> float:
-        seen = stats.nct.sf(beyond, pairs - 1, shift) + stats.nct.cdf(-beyond, pairs - 1, shift)
-        # Far out, where any test sees the difference, SciPy's distribution is no number.
+        # Far out, where any test sees the difference, SciPy's distribution is no number, or warns.
+        with np.errstate(divide="ignore"):
+            seen = stats.nct.sf(beyond, pairs - 1, shift) + stats.nct.cdf(-beyond, pairs - 1, shift)
         return float(np.nan_to_num(seen, nan=1.0)) - power
 
     # Solved for in standard errors, so that the answer is proportional to the deviation.

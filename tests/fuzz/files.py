@@ -182,6 +182,16 @@ def _onnx() -> bytes:
     return bytes(onnx(*inside, beside, initialiser("packed", 22, (6, 8), message(9, bytes(24)))))
 
 
+def _safetensors_in_parts() -> bytes:
+    """The oldest `safetensors.torch` cannot write unsigned integers: they are written as signed ones."""
+    parts = _in_parts()
+    name = "mlx.weight"
+    data = save_safetensors({**parts, name: parts[name].view(torch.int32)})
+    start = f'"{name}":{{"dtype":"'.encode()
+    assert start + b"I32" in data
+    return data.replace(start + b"I32", start + b"U32")
+
+
 @cache
 def sound_files() -> Mapping[str, bytes]:
     """A file of every format that is read, by name."""
@@ -204,7 +214,7 @@ def sound_files() -> Mapping[str, bytes]:
         "old.pth": _saved(old, False),
         "old_training.pth": _saved({**training, "state_dict": old}, False),
         "m.safetensors.index.json": json.dumps(index).encode(),
-        "parts.safetensors": save_safetensors(_in_parts()),
+        "parts.safetensors": _safetensors_in_parts(),
         "parts.pt": _saved(_in_parts(), True),
         "several.pt": _saved({"model": state, "model_ema": state, "config": Settings()}, True),
         "list.pt": _saved([state, {"a": [state["half"]]}], True),
@@ -218,7 +228,7 @@ def sound_files() -> Mapping[str, bytes]:
         "m.gguf": _gguf(),
         "m.onnx": _onnx(),
         "m.pt.gz": gzip.compress(_saved(state, True), 1, mtime=0),
-        "m.safetensors.gz": gzip.compress(save_safetensors(_in_parts()), 1, mtime=0),
+        "m.safetensors.gz": gzip.compress(_safetensors_in_parts(), 1, mtime=0),
     }
 
 
