@@ -493,3 +493,14 @@ def test_the_split_is_even_up_to_one_matrix(ranks):
     assert sum(load) == sum(costs)
     assert max(load) <= sum(costs) / ranks + max(costs)
     assert owners == split(costs, ranks)
+
+
+@pytest.mark.parametrize("group", [dist.GroupMember.NON_GROUP_MEMBER, 3, "nccl"])
+@pytest.mark.parametrize(
+    "make", [rmsgd.RMSGD, lambda p, **of: rmsgd.LayerRates(torch.optim.SGD(p, lr=0.1), **of)]
+)
+def test_a_group_that_a_process_is_not_in_is_refused(make, group):
+    p = nn.Parameter(torch.randn(8, 8))
+    p.grad = torch.ones(8, 8)
+    with pytest.raises(ValueError, match=f"process_group must be .* this process belongs to.* got {group!r}"):
+        make([p], process_group=group).step()

@@ -70,7 +70,16 @@ class Ranks:
 
     @classmethod
     def of_group(cls, group: Any) -> "Ranks":
-        """The ranks of a process group that this process belongs to."""
+        """The ranks of a process group.
+
+        Raises:
+            ValueError: it is none, or one that this process does not belong to, for which torch has a number.
+        """
+        if not isinstance(group, dist.ProcessGroup):
+            raise ValueError(
+                "process_group must be a process group that this process belongs to, such as "
+                f"torch.distributed.group.WORLD, got {group!r}"
+            )
         return cls((group,), dist.get_world_size(group), dist.get_rank(group))
 
     @classmethod
