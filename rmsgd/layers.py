@@ -100,6 +100,19 @@ def check_matrix(weight: object, name: str) -> None:
         raise TypeError(f"{name} must be dense, got layout {weight.layout}: use to_dense()")
     if weight.is_meta:
         raise ValueError(f"{name} is on the meta device: it has a shape but no values")
+    if is_freed(weight):
+        raise ValueError(f"{name} has a shape but no values: its memory has been freed")
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor of any shape was given back, as sharded training does between steps.
+
+    Reading such a tensor ends the process.
+    """
+    try:
+        return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+    except (RuntimeError, NotImplementedError):  # sparse, or a subclass that keeps its numbers elsewhere
+        return False
 
 
 def as_matrix(weight: Tensor, unfolding: Unfolding) -> Tensor:

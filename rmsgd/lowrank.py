@@ -46,8 +46,8 @@ def evbmf(weight: Tensor, vectors: bool = False) -> LowRank:
 
     Raises:
         TypeError: ``weight`` is not a dense floating-point tensor.
-        ValueError: ``weight`` is not a matrix with at least one entry, has no values (it is on the meta
-            device), or has a NaN or an Inf.
+        ValueError: ``weight`` is not a matrix with at least one entry, has no values (on the meta
+            device, or freed), or has a NaN or an Inf.
     """
     check_matrix(weight, "weight")
     matrix = weight.detach().double()

@@ -288,6 +288,41 @@ def test_a_spectrum_cannot_be_changed():
 # ---- bad input ----
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor without memory of its own."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    def __init__(self, values):
+        self.values = values
+
+    def __repr__(self):
+        return "Elsewhere"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].values)
+        raise NotImplementedError(func)
+
+
+def freed(tensor):
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def test_a_weight_whose_memory_was_freed_is_a_reason_and_ends_no_process():
+    report = rmsgd.probe({"gone": freed(torch.randn(3, 4)), "w": torch.randn(3, 4)})
+    assert [layer.skipped for layer in report.layers] == [
+        "its memory has been freed: a shape without values",
+        None,
+    ]
+    with pytest.raises(ValueError, match="weight has a shape but no values: its memory has been freed"):
+        rmsgd.evbmf(freed(torch.randn(3, 4)))
+
+
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
@@ -304,9 +339,11 @@ def test_a_spectrum_cannot_be_changed():
         ),
         ([torch.eye(3).to_sparse()], TypeError, r"source\[0\] must be dense"),
         ([torch.eye(3, device="meta")], ValueError, r"source\[0\] is on the meta device"),
+        ([freed(torch.randn(3, 4))], ValueError, r"source\[0\] .* has been freed"),
+        ([Elsewhere(torch.randn(3, 4))], TypeError, r"source\[0\] must be a plain tensor, got a Elsewhere"),
         (3, TypeError, "3|int"),
     ],
-    ids=str,
+    ids=lambda value: value.__name__ if isinstance(value, type) else None,
 )
 def test_a_bad_source_is_named(source, error, message):
     with pytest.raises(error, match=message):

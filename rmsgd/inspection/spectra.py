@@ -12,7 +12,7 @@ from torch import Tensor
 from rmsgd.backends.base import NOISE_VARIANCE, RANK, why_not_measured
 from rmsgd.backends.spectra import measure_spectra
 from rmsgd.inspection.measuring import Measuring, ProbeSource
-from rmsgd.inspection.reading.stored import StoredTensor
+from rmsgd.inspection.reading.stored import StoredTensor, as_tensor, is_plain
 from rmsgd.inspection.selection import Selection, usable_device
 from rmsgd.layers import Unfolding, check_matrix, unfoldings, whole_matrix
 from rmsgd.reference import threshold
@@ -113,6 +113,10 @@ def _of_matrices(
 ) -> tuple[Spectrum, ...]:
     for index, weight in enumerate(source):
         check_matrix(weight, f"source[{index}]")
+    source = [as_tensor(weight) for weight in source]
+    for index, weight in enumerate(source):
+        if not is_plain(weight):
+            raise TypeError(f"source[{index}] must be a plain tensor, got a {type(weight).__name__}")
     if device is not None:
         target = usable_device(device)
         source = [weight.to(target) for weight in source]

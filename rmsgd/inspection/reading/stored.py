@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rmsgd.layers import is_freed
+
 
 class CheckpointError(ValueError):
     """A checkpoint, or a part of one, cannot be read. The message is one line: what is wrong, and where."""
@@ -138,6 +140,8 @@ def plain_numbers(tensor: Tensor) -> Tensor:
         raise NotMeasurableError(f"{kind}: not real")
     if tensor.is_meta:
         raise NotMeasurableError("on the meta device: a shape without values")
+    if is_freed(tensor):
+        raise NotMeasurableError("its memory has been freed: a shape without values")
     return tensor
 
 
