@@ -1,8 +1,8 @@
 """A small GPT on the sources of Python's standard library: AdamW alone, and with each rule of LayerRates.
 
 Every run of a seed starts from the same weights and sees the same batches. All runs have the same warm-up and
-cosine. LLR multiplies rates by up to 5, so AdamW alone also runs at three times the rate, and LLR at a third
-of it: a rule must gain more than another rate does.
+cosine. A rule must gain more than another rate does: AdamW alone also runs at the mean rates that
+rank-momentum and LLR come to, four thirds and three times lr, and LLR at a third of lr.
 """
 
 import json
@@ -48,6 +48,7 @@ class Variant:
 
 VARIANTS = {
     "adamw": Variant(),
+    "adamw at 4/3 lr": Variant(factor=4 / 3),
     "adamw at 3 lr": Variant(factor=3.0),
     "rank-momentum": Variant("rank-momentum"),
     "tempbalance": Variant("tempbalance"),
