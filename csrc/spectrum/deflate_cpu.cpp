@@ -6,16 +6,16 @@ namespace rmsgd {
 namespace RMSGD_ISA {
 namespace {
 
-constexpr int K = MOST_DEFLATED;
 constexpr int W = LANES<double>;
 
 // A value is large if it is so many times the mean of the others. With smaller ones the guard passes as a
 // rule.
 constexpr double LARGE = 32.0;
-constexpr int MOST_ROUNDS = 8;
+constexpr int MOST_ROUNDS = 8, MOST_WIDE_ROUNDS = 4;
 
 // The part of Y = G X that rows [row, row + count) of the upper triangle make up, by single elements of
 // columns [row, end).
+template <int K>
 void multiply_corner(const double* gram, ptrdiff_t row, ptrdiff_t count, ptrdiff_t end, ptrdiff_t stride,
                      const double* X, double* Y) {
   for (ptrdiff_t i = row; i < row + count; ++i) {
@@ -31,13 +31,14 @@ void multiply_corner(const double* gram, ptrdiff_t row, ptrdiff_t count, ptrdiff
 
 // Y = G X from the upper triangle, four rows at a time, which stay in the first-level cache while all of X
 // and Y passes. X and Y are K rows of length n, `stride` apart, zero beyond n.
+template <int K>
 void multiply(const double* gram, ptrdiff_t n, ptrdiff_t stride, const double* X, double* Y) {
   constexpr ptrdiff_t ROWS = 4;
   for (ptrdiff_t i = 0; i < K * stride; ++i) Y[i] = 0.0;
   ptrdiff_t row = 0;
   for (; row + ROWS <= n; row += ROWS) {
     const ptrdiff_t first = vectors_up<double>(row + ROWS) < n ? vectors_up<double>(row + ROWS) : n;
-    multiply_corner(gram, row, ROWS, first, stride, X, Y);
+    multiply_corner<K>(gram, row, ROWS, first, stride, X, Y);
     const double* const from = gram + row * stride;
     for (int c = 0; c < K && first < n; ++c) {
       const double* const x = X + c * stride;
@@ -58,7 +59,7 @@ void multiply(const double* gram, ptrdiff_t n, ptrdiff_t stride, const double* X
       for (int r = 0; r < ROWS; ++r) y[row + r] += horizontal_sum<double>(sums[r]);
     }
   }
-  multiply_corner(gram, row, n - row, n, stride, X, Y);
+  multiply_corner<K>(gram, row, n - row, n, stride, X, Y);
 }
 
 double dot(const double* x, const double* y, ptrdiff_t length) {
@@ -69,6 +70,7 @@ double dot(const double* x, const double* y, ptrdiff_t length) {
 
 // Makes the vectors orthonormal by Gram-Schmidt, twice. Returns false if one of them is not a number or
 // depends on those before it.
+template <int K>
 bool orthonormalise(double* X, ptrdiff_t stride) {
   for (int c = 0; c < K; ++c) {
     double* const x = X + c * stride;
@@ -88,6 +90,7 @@ bool orthonormalise(double* X, ptrdiff_t stride) {
 }
 
 // H (K, K) = Q diag Q^T by Jacobi's rotations; the columns of Q in the order of descending values.
+template <int K>
 void eigenvectors(double (&H)[K][K], double (&Q)[K][K]) {
   for (int i = 0; i < K; ++i) {
     for (int j = 0; j < K; ++j) Q[i][j] = i == j;
@@ -138,6 +141,7 @@ void eigenvectors(double (&H)[K][K], double (&Q)[K][K]) {
   }
 }
 
+template <int K>
 void rotate(double* X, ptrdiff_t stride, const double (&Q)[K][K]) {
   for (ptrdiff_t j = 0; j < stride; j += W) {
     Vector<double> old[K], next[K] = {};
@@ -164,6 +168,67 @@ double inequality(const double* gram, int n, ptrdiff_t stride, double trace) {
   return squares * n / (trace * trace);
 }
 
+// Signs, the same every time.
+class Signs {
+ public:
+  void fill(double* x, ptrdiff_t n, ptrdiff_t stride) {
+    for (ptrdiff_t j = 0; j < stride; ++j) {
+      state_ = state_ * 1664525u + 1013904223u;
+      x[j] = j >= n ? 0.0 : state_ >> 31 ? 1.0 : -1.0;
+    }
+  }
+
+ private:
+  uint32_t state_ = 12345;
+};
+
+// What an iteration knows of its K vectors, rows of X (Y holds G X): their Ritz values, descending, and |r|^2
+// of the residuals of the large ones.
+struct Ritz {
+  double values[MOST_DEFLATED], residuals[MOST_DEFLATED];
+  int large, settled;  // as many of them; what couples the settled ones counts for less than roundoff
+};
+
+constexpr int ROUNDS_TO_TELL = 2;
+
+// Subspace iteration from X on, until all large values are settled, or until it is known that all K are large
+// and `wider` says that more could be looked for. Returns false if a vector is not a number.
+template <int K>
+bool iterate(const double* gram, int n, ptrdiff_t stride, double trace, bool wider, double* X, double* Y,
+             Ritz& ritz) {
+  for (int round = 1;; ++round) {
+    ritz.large = ritz.settled = 0;
+    if (!orthonormalise<K>(X, stride)) return false;
+    multiply<K>(gram, n, stride, X, Y);
+    double H[K][K], Q[K][K];
+    for (int a = 0; a < K; ++a) {
+      for (int b = a; b < K; ++b) H[a][b] = H[b][a] = dot(X + a * stride, Y + b * stride, stride);
+    }
+    eigenvectors(H, Q);
+    rotate(X, stride, Q);
+    rotate(Y, stride, Q);
+    double rest = trace;
+    for (int c = 0; c < K; ++c) {
+      ritz.values[c] = H[c][c];
+      if (c != ritz.large || !(H[c][c] * (n - c) > LARGE * rest)) continue;
+      rest -= H[c][c];
+      ++ritz.large;
+    }
+    for (int c = 0; c < ritz.large; ++c) {
+      double square = 0.0;
+      for (ptrdiff_t j = 0; j < n; ++j) {
+        const double r = Y[c * stride + j] - H[c][c] * X[c * stride + j];
+        square += r * r;
+      }
+      ritz.residuals[c] = square;
+      if (c == ritz.settled && square < 0x1p-24 * H[c][c] * rest / n) ++ritz.settled;
+    }
+    if (round >= ROUNDS_TO_TELL && (ritz.settled == ritz.large || (wider && ritz.large == K))) return true;
+    if (round > (wider ? MOST_ROUNDS : MOST_WIDE_ROUNDS)) return true;
+    for (ptrdiff_t j = 0; j < K * stride; ++j) X[j] = Y[j];
+  }
+}
+
 }  // namespace
 
 Deflation deflate(double* gram, int n, ptrdiff_t stride, double trace, double least, double* left,
@@ -173,57 +238,24 @@ Deflation deflate(double* gram, int n, ptrdiff_t stride, double trace, double le
   result.looked = true;
   for (ptrdiff_t i = 0; i < n; ++i) left[i] = 1.0;
   double* const X = work;
-  double* const Y = work + K * stride;
-  uint32_t random = 12345;
-  for (int c = 0; c < K; ++c) {
-    for (ptrdiff_t j = 0; j < stride; ++j) {
-      random = random * 1664525u + 1013904223u;
-      X[c * stride + j] = j >= n ? 0.0 : random >> 31 ? 1.0 : -1.0;
-    }
+  double* const Y = work + MOST_DEFLATED * stride;
+  Signs signs;
+  for (int c = 0; c < FEW_DEFLATED; ++c) signs.fill(X + c * stride, n, stride);
+  Ritz ritz;
+  if (!iterate<FEW_DEFLATED>(gram, n, stride, trace, true, X, Y, ritz)) return result;
+  if (ritz.large == FEW_DEFLATED) {
+    for (ptrdiff_t j = 0; j < FEW_DEFLATED * stride; ++j) X[j] = Y[j];
+    for (int c = FEW_DEFLATED; c < MOST_DEFLATED; ++c) signs.fill(X + c * stride, n, stride);
+    if (!iterate<MOST_DEFLATED>(gram, n, stride, trace, false, X, Y, ritz)) return result;
   }
-  double theta[K], residual[K];
-  for (int round = 0;; ++round) {
-    if (!orthonormalise(X, stride)) return result;
-    multiply(gram, n, stride, X, Y);
-    double H[K][K], Q[K][K];
-    for (int a = 0; a < K; ++a) {
-      for (int b = a; b < K; ++b) H[a][b] = H[b][a] = dot(X + a * stride, Y + b * stride, stride);
-    }
-    eigenvectors(H, Q);
-    rotate(X, stride, Q);
-    rotate(Y, stride, Q);
-    // Large and settled ones: what couples them is to count for less than the roundoff of the rest.
-    double rest = trace;
-    int large = 0, settled = 0;
-    for (int c = 0; c < K; ++c) {
-      theta[c] = H[c][c];
-      if (c != large || !(theta[c] * (n - c) > LARGE * rest)) continue;
-      rest -= theta[c];
-      ++large;
-    }
-    for (int c = 0; c < large; ++c) {
-      double square = 0.0;
-      for (ptrdiff_t j = 0; j < n; ++j) {
-        const double r = Y[c * stride + j] - theta[c] * X[c * stride + j];
-        square += r * r;
-      }
-      residual[c] = square;
-      if (c == settled && square < 0x1p-24 * theta[c] * rest / n) ++settled;
-    }
-    if (round >= 1 && large == 0) return result;
-    if (round == MOST_ROUNDS || (round >= 1 && settled == large)) {
-      result.count = settled;
-      break;
-    }
-    for (ptrdiff_t j = 0; j < K * stride; ++j) X[j] = Y[j];
-  }
+  result.count = ritz.settled;
   for (int c = 0; c < result.count; ++c) {
-    result.values[c] = theta[c];
-    result.coupling += residual[c];
+    result.values[c] = ritz.values[c];
+    result.coupling += ritz.residuals[c];
     const double* const x = X + c * stride;
     for (ptrdiff_t i = 0; i < n; ++i) left[i] = x[i] * x[i] < left[i] ? left[i] - x[i] * x[i] : 0.0;
     double* const y = Y + c * stride;
-    for (ptrdiff_t j = 0; j < stride; ++j) y[j] -= 0.5 * theta[c] * x[j];
+    for (ptrdiff_t j = 0; j < stride; ++j) y[j] -= 0.5 * ritz.values[c] * x[j];
   }
   // G -= V Z^T + Z V^T with Z = G V - V diag(theta) / 2; blocks on the diagonal are whole.
   const ptrdiff_t end = vectors_up<float>(n);

@@ -16,7 +16,9 @@
 
 namespace rmsgd {
 
-constexpr int MOST_DEFLATED = 8;
+// So many are looked for at first, and so many where all of the first ones are large: values of much the same
+// size are only found together.
+constexpr int FEW_DEFLATED = 8, MOST_DEFLATED = 32;
 
 // Fewer rows are reduced in double instead, which takes no longer than to look.
 constexpr int DEFLATE_LEAST = 64;
@@ -39,8 +41,8 @@ RMSGD_FN ptrdiff_t deflation_work_size(ptrdiff_t stride) { return 2 * MOST_DEFLA
 
 }  // namespace rmsgd
 
-// gram: (n, n) as gram_f32 leaves it, of this trace. What is taken off is in the result; where there is
-// nothing to gain, or the eigenvalues are less unequal than `least`, gram is as it was.
-// left: (n) where it was looked, the diagonal of 1 - V V^T.
+// gram: (n, n) as gram_f32 leaves it, of this trace. What is taken off is
+// in the result; where there is nothing to gain, or the eigenvalues are less unequal than `least`, gram is as
+// it was. left: (n) where it was looked, the diagonal of 1 - V V^T.
 RMSGD_EACH_ISA(Deflation deflate(double* gram, int n, ptrdiff_t stride, double trace, double least,
                                  double* left, double* work);)
