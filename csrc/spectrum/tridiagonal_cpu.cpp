@@ -7,25 +7,29 @@ namespace rmsgd {
 namespace RMSGD_ISA {
 namespace {
 
-// x -= sum over k of factors[k] rows[k].
+// x -= sum over k of left[k] rows[k] + right[k] others[k], for four k at a time and the rest one by one.
 template <class T>
-void subtract_rows(T* x, const T* rows, ptrdiff_t stride, int count, const T* factors, ptrdiff_t first,
-                   ptrdiff_t end) {
+void subtract_rows(T* x, const T* rows, const T* others, ptrdiff_t stride, int count, const T* left,
+                   const T* right, ptrdiff_t first, ptrdiff_t end) {
   constexpr int W = LANES<T>;
   int k = 0;
   for (; k + 4 <= count; k += 4) {
-    const T* row = rows + k * stride;
-    const T* factor = factors + k;
+    const T *row = rows + k * stride, *other = others + k * stride;
+    const T *l = left + k, *r = right + k;
     for (ptrdiff_t j = first; j < end; j += W) {
-      Vector<T> value = load(x + j);
+      Vector<T> value = load(x + j), second = {};
 #pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) value -= factor[r] * load(row + r * stride + j);
-      store(x + j, value);
+      for (int i = 0; i < 4; ++i) {
+        value -= l[i] * load(row + i * stride + j);
+        second += r[i] * load(other + i * stride + j);
+      }
+      store(x + j, value - second);
     }
   }
   for (; k < count; ++k) {
+    const T *row = rows + k * stride, *other = others + k * stride;
     for (ptrdiff_t j = first; j < end; j += W) {
-      store(x + j, load(x + j) - factors[k] * load(rows + k * stride + j));
+      store(x + j, load(x + j) - left[k] * load(row + j) - right[k] * load(other + j));
     }
   }
 }
@@ -66,10 +70,11 @@ RMSGD_FN void multiply_block_row(const FourRows<T>& matrix, ptrdiff_t top, ptrdi
     typedef typename Simd<T>::four Four;
     *reinterpret_cast<Four*>(y + row) += horizontal_sums<T>(sum);
   }
-  Vector<T> here = load(y + top);
+  // Four sums, so that they need not wait for each other.
+  Vector<T> here[4] = {load(y + top)};
 #pragma GCC unroll 16
-  for (int r = 0; r < W; ++r) here += v[top + r] * load(matrix.at(top + r, top));
-  store(y + top, here);
+  for (int r = 0; r < W; ++r) here[r % 4] += v[top + r] * load(matrix.at(top + r, top));
+  store(y + top, (here[0] + here[1]) + (here[2] + here[3]));
 }
 
 // A -= left^T right for the rows and columns from `first` on, upper triangle by whole vectors.
@@ -152,8 +157,7 @@ void tridiagonalise(const double* gram, double scale, int n, T* memory, double* 
         }
         const ptrdiff_t begin = vectors_down<T>(j);
         for (ptrdiff_t i = begin; i < end; i += W) store(row + i, load(matrix.at(j, i)));
-        subtract_rows(row, w_rows, stride, pending, from_v, begin, end);
-        subtract_rows(row, v_rows, stride, pending, from_w, begin, end);
+        subtract_rows(row, w_rows, v_rows, stride, pending, from_v, from_w, begin, end);
         diagonal[j] = double(row[j]);
         for (ptrdiff_t i = 0; i < end; ++i) v[i] = i > j ? row[i] : T(0);
         if (j + 1 < n) tau = reflect(v, j + 1, end, &off_diagonal[j]);
@@ -185,8 +189,7 @@ void tridiagonalise(const double* gram, double scale, int n, T* memory, double* 
         T with_v[PANEL], with_w[PANEL];
         dot_rows(v_rows, stride, pending, v, first, end, with_v);
         dot_rows(w_rows, stride, pending, v, first, end, with_w);
-        subtract_rows(w, v_rows, stride, pending, with_w, first, end);
-        subtract_rows(w, w_rows, stride, pending, with_v, first, end);
+        subtract_rows(w, v_rows, w_rows, stride, pending, with_w, with_v, first, end);
         Wide<T> products = {};
         for (ptrdiff_t i = first; i < end; i += W) products += load_wide(w + i) * load_wide(v + i);
         const double shift = 0.5 * tau * horizontal_sum_wide<T>(products);

@@ -10,7 +10,7 @@
 namespace rmsgd {
 
 // So many Householder reflections are gathered into one update of the rest of the matrix.
-constexpr int PANEL = 16;
+constexpr int PANEL = 8;
 
 // A matrix-vector product has so many parts, which are summed in a fixed order, so that the result does not
 // depend on the number of threads. A matrix that one thread reduces alone needs one part.
