@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -83,17 +84,17 @@ def tail_exponents(weights: Sequence[tuple[Tensor, Slices]]) -> Tensor:
     found = iter(eigenvalues(matrices))
     table = torch.full((len(weights), 2), math.nan, dtype=torch.float64, device="cpu")
     for row, (weight, slices) in zip(table, weights, strict=True):
-        spectrum = torch.cat([_significant(next(found).cpu(), weight) for _ in range(slices.matrices)])
-        row[TAIL_STATUS] = NOT_FINITE if spectrum.isnan().any() else MEASURED
-        row[ALPHA] = hill_alpha(spectrum.sqrt().numpy())
+        spectra = torch.stack(list(islice(found, slices.matrices))).cpu()
+        row[TAIL_STATUS] = NOT_FINITE if spectra.isnan().any() else MEASURED
+        row[ALPHA] = hill_alpha(_significant(spectra, weight).sqrt().numpy().ravel())
     return table
 
 
-def _significant(spectrum: Tensor, weight: Tensor) -> Tensor:
-    """The eigenvalues of a slice, 0 where the rounding of single precision, or of float64, may be all."""
+def _significant(spectra: Tensor, weight: Tensor) -> Tensor:
+    """The eigenvalues (slices, values), 0 where the rounding of float32, or of float64, may be all."""
     dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
     rounding = max(weight.shape[:2]) * torch.finfo(dtype).eps
-    return torch.where(spectrum <= rounding**2 * spectrum.max(), 0.0, spectrum)
+    return torch.where(spectra <= rounding**2 * spectra.amax(1, keepdim=True), 0.0, spectra)
 
 
 def _slices(weight: Tensor) -> list[Tensor]:
