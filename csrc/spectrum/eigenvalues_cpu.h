@@ -1,4 +1,4 @@
-// The largest eigenvalues of a symmetric tridiagonal matrix, by bisection on Sturm counts.
+// The largest eigenvalues of a symmetric tridiagonal matrix, from Sturm counts.
 #pragma once
 
 #include <stddef.h>
@@ -9,7 +9,7 @@
 namespace rmsgd {
 
 // Doubles of the workspace of largest_eigenvalues.
-RMSGD_FN ptrdiff_t eigenvalues_work_size(ptrdiff_t n) { return 4 * n + 64; }
+RMSGD_FN ptrdiff_t eigenvalues_work_size(ptrdiff_t n) { return 11 * n + 64; }
 
 }  // namespace rmsgd
 

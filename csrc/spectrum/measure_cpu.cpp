@@ -336,10 +336,10 @@ Trust measure_reduced(const MatrixView& matrix, Stage stage, Stage precision, in
   }
   if (out.wanted == BULK_VALUES) {
     write_metrics(out.row, {0, 0.0, 0.0, 1.0, 0.0}, MEASURED, stage);
-    // The search is as exact as the matrix, and no more.
+    // The search adds half as much to the error of an fp32 matrix.
     Interval coarse = interval;
     if (precision == STAGE_FP32)
-      coarse.tolerance = std::max(interval.tolerance, interval.remaining * 0x1p-23);
+      coarse.tolerance = std::max(interval.tolerance, interval.remaining * 0x1p-21);
     find_largest(size, nonzero, 0.0, coarse, space);
     const double largest = nonzero > 0 ? space.values[0] : interval.upper;
     const double remaining = nonzero > taken ? space.values[taken] : interval.remaining;
