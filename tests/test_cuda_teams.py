@@ -17,14 +17,13 @@ from rmsgd.backends.cuda_teams import Teams, Wave, choose_teams, shared_bytes
 from rmsgd.layers import unfoldings
 
 ITEMSIZES = (4, 8)
-REGISTERS = {4: 64, 8: 128}
 NETWORKS = ("resnet18", "resnet50", "mobilenetv2", "vit-b16")
 SMALL = Card("a card of 48 KB", 75, Attributes(20, 48 * 1024, 48 * 1024, 2**20, 0, 0, 0), 64, 1024)
 by_card = pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
 
 
 def capacity_of(card, itemsize):
-    return lambda shared: card.resident(cuda_teams.THREADS, REGISTERS[itemsize], shared)
+    return lambda shared: card.resident(cuda_teams.THREADS, 128, shared)
 
 
 @cache
@@ -40,20 +39,7 @@ def planned(network, card, itemsize):
 
 
 def simulated(rows, itemsize, plan, card):
-    """With the blocks of every wave as close together as the largest of them allows."""
-    capacity, device = capacity_of(card, itemsize), card.device
-    each = [max(1, capacity(wave.shared) // device.multiprocessors) for wave in plan.waves]
-    seconds, first, ends = 0.0, 0, set(accumulate(wave.blocks for wave in plan.waves))
-    blocks = list(accumulate(team.blocks for team in plan.teams))
-    for wave, per_multiprocessor in zip(plan.waves, each, strict=True):
-        end = blocks.index(wave.first + wave.blocks) + 1
-        alone = Teams(plan.teams[first:end], [wave])
-        # Where blocks have multiprocessors of their own they share them with nobody.
-        shared = per_multiprocessor if wave.blocks > device.multiprocessors else 1
-        seconds += simulate(rows[first:end], itemsize, alone, shared, device)
-        first = end
-    assert ends <= set(blocks)
-    return seconds
+    return simulate(rows, itemsize, plan, card.device)
 
 
 def assert_teams_can_work(plan, rows, itemsize, capacity, device):
@@ -95,10 +81,9 @@ def test_the_count_is_near_a_simulation_of_the_waves(network, card):
 
 def simple_plan(rows, itemsize, card, most):
     """Teams as large as a limit allows, as many of them in a wave as there is room for."""
-    capacity, device = capacity_of(card, itemsize), card.device
-    budget = min(device.shared_block, device.shared_multiprocessor // 2 - 1024)
-    room = capacity(budget)
-    teams = [cuda_teams._team(n, itemsize, min(most, room, max(1, n // 64)), budget) for n in rows]
+    budget = card.device.shared_block
+    room = capacity_of(card, itemsize)(budget)
+    teams = [cuda_teams._team(n, itemsize, min(most, room, max(1, n // 64)), card.device) for n in rows]
     waves, first, filled = [], 0, 0
     for team in [*teams, None]:
         if team is None or filled + team.blocks > room:

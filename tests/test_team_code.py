@@ -11,6 +11,7 @@ from clock import PATIENCE
 from emulated import ORDERS, ROOT, compile_cpp
 
 from rmsgd import reference
+from rmsgd.backends import cuda_teams
 from rmsgd.backends.base import CONDITION_NUMBER, NOISE_VARIANCE, RANK, STABLE_RANK
 
 SIZES = (1, 32, 256)
@@ -86,6 +87,18 @@ def test_the_reduction_keeps_the_eigenvalues_and_no_order_changes_a_bit(fibers, 
         assert np.array_equal(again[1], tridiagonal)
         assert np.array_equal(again[2], row)
         assert again[3] == decided
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 8, 32])
+def test_the_planner_and_the_kernels_agree_about_the_rows_in_registers(fibers, blocks):
+    kept = np.zeros(3, np.int32)
+    for rows in (4 * blocks, 130, 131, 512, 1024, 2047, 8192):
+        packs = cuda_teams.slab_packs(rows, blocks)
+        fibers.kept_rows(rows, packs, cuda_teams.THREADS, pointer(kept))
+        assert tuple(kept) == cuda_teams.kept_rows(rows, 4, blocks)
+        first, each, depth = kept.tolist()
+        assert first + each * depth == rows
+        assert depth * packs <= cuda_teams.THREADS or each == 0
 
 
 @pytest.mark.parametrize("members", SIZES)

@@ -19,7 +19,7 @@ from rmsgd.layers import Unfolding, unfoldings
 
 REGISTERS = {
     "rmsgd_gram": 128,
-    "rmsgd_tridiagonal": 64,
+    "rmsgd_tridiagonal": 128,
     "rmsgd_tridiagonal_double": 128,
     "rmsgd_svd": 128,
 }

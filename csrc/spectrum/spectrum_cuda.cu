@@ -196,33 +196,26 @@ __device__ __forceinline__ void tridiagonal_block(const SpectrumArguments& argum
   // rmsgd/backends/cuda_teams.py decides what of this is in shared memory. There a row is an odd number of
   // packs, so that threads that work on different rows do not wait for one bank.
   T* const parts = reinterpret_cast<T*>(shared_memory() + TEAM_SHARED);
-  T* near = parts + part_elements(width, block.size());
+  const int widest = slabs.packs_of(0);
+  T* near = parts + part_elements(kept_rows<T>(n, widest, block.size()), widest, block.size());
   T* rows = at.vector(at.places.rows) + mine.block * reflected_elements(at.stride);
   if (at.reduction.near_rows) {
     rows = near;
     near += reflected_elements(at.stride);
   }
-  T* const slab = at.reduction.near_slab ? near : gram;
-  const int slab_stride = at.reduction.near_slab ? (packs | 1) * SLAB_PACK : width;
-
   // To a trace in [1, 2).
   const int exponent = -ilogb(trace);
-  const T scale = T(ldexp(1.0, exponent));
-  for (int turn = block.rank(); turn < n * packs; turn += block.size()) {
-    const int row = turn / packs, pack = turn - row * packs;
-    Pack<T, SLAB_PACK> elements;
-    elements.load(gram + row * width + pack * SLAB_PACK, true);
-    for (T& element : elements.value) element *= scale;
-    elements.store(slab + row * slab_stride + pack * SLAB_PACK, true);
-  }
-  block.barrier();
-  tridiagonalise(team, slabs, slab, slab_stride, at.vector(at.places.exchanged), rows, parts,
-                 at.tridiagonal());
   if (team.rank() == 0) {
     state.trace = ldexp(trace, exponent);
     state.exponent = exponent;
     state.nonzero_rows = nonzero_rows;
   }
+  Slab<T> slab = {gram, T(ldexp(1.0, exponent)), gram, width};
+  if (at.reduction.near_slab) {
+    slab.to = near;
+    slab.stride = (packs | 1) * SLAB_PACK;
+  }
+  tridiagonalise(team, slabs, slab, at.vector(at.places.exchanged), rows, parts, at.tridiagonal());
 }
 
 // Every block of a matrix finds out for itself which values are needed. The first block notes it.
@@ -359,7 +352,7 @@ extern "C" __global__ void __launch_bounds__(rmsgd::GRAM_THREADS)
       reinterpret_cast<const float*>(arguments.workspace + matrix.partial));
 }
 
-extern "C" __global__ void __launch_bounds__(512, 2)
+extern "C" __global__ void __launch_bounds__(512, 1)
     rmsgd_tridiagonal(const __grid_constant__ rmsgd::SpectrumArguments arguments) {
   rmsgd::tridiagonal_block<float>(arguments);
 }

@@ -124,7 +124,7 @@ struct Problem {
         matrix(std::size_t(n) * stride / 4),
         exchanged(rmsgd::exchanged_elements(stride) / 4),
         rows(std::size_t(blocks) * rmsgd::reflected_elements(stride) / 4),
-        parts(std::size_t(blocks) * rmsgd::part_elements(stride, members) / 4),
+        parts(blocks * part_packs(members)),
         tridiagonal(3 * stride),
         values(n),
         part_scratch(rmsgd::STURM_SCRATCH),
@@ -143,10 +143,16 @@ struct Problem {
   template <class Team>
   void reduce(Team& team) {
     const int block = team.block_number();
-    rmsgd::tridiagonalise(team, slabs, matrix[slabs.slab(block) / 4].value, slabs.width(block),
+    T* const mine = matrix[slabs.slab(block) / 4].value;
+    rmsgd::tridiagonalise(team, slabs, rmsgd::Slab<T>{mine, T(1), mine, slabs.width(block)},
                           exchanged[0].value, rows[block * (rows.size() / slabs.blocks)].value,
                           parts[block * (parts.size() / slabs.blocks)].value,
                           rmsgd::Tridiagonal<T>(tridiagonal.data(), stride));
+  }
+
+  std::size_t part_packs(int members) const {
+    const int widest = slabs.packs_of(0);
+    return rmsgd::part_elements(rmsgd::kept_rows<T>(n, widest, members), widest, members) / 4;
   }
 
   // Whether the values decide the row.

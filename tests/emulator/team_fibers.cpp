@@ -57,6 +57,14 @@ extern "C" int measure_f64(const double* gram, int n, double M, int members, int
   return measure<double>(gram, n, M, members, order, tridiagonal, row);
 }
 
+// first, each and depth of the rows of a float matrix that a block keeps in registers.
+extern "C" void kept_rows(int n, int packs, int members, int* kept) {
+  const rmsgd::KeptRows found = rmsgd::kept_rows<float>(n, packs, members);
+  kept[0] = found.first;
+  kept[1] = found.each;
+  kept[2] = found.depth;
+}
+
 // gamma (L) of a matrix (L, M).
 extern "C" void singular_values(const double* matrix, int L, int M, int members, int order, double* gamma) {
   std::vector<double> scratch(rmsgd::singular_values_scratch(L));

@@ -154,7 +154,7 @@ int main(int, char** arguments) {
     gram_tiles(128, 300);
     return 0;
   }
-  reduce_by_blocks<float>(3, 2, 26);
+  reduce_by_blocks<float>(3, 4, 26);  // rows in memory and in registers
   reduce_by_blocks<double>(2, 3, 13);
   measure<float>(members, 19, 40);
   measure<double>(members, 12, 12);
