@@ -102,7 +102,7 @@ def test_the_layers_have_the_rates_that_rmsgd_gives(rule):
         seen |= set(rates.learning_rates().values())
         for m in (model, other):
             shift(m, 0.1 * epoch)
-    assert len(seen) > 3
+    assert len(seen) > 2  # the first and at least two others
     # The same numbers are remembered, and none of them in the optimizer.
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert rates.state[p] == {name: ours.state[q][name] for name in rates.state[p]}

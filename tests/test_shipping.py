@@ -154,7 +154,7 @@ def test_no_metadata_are_stated_in_a_way_that_setuptools_65_rejects():
 def test_the_version_stands_in_one_place(sdist, pure_wheel):
     assert "version" in PROJECT["project"]["dynamic"]
     # setuptools before 69.3 keeps the hyphen in the name of a source archive.
-    assert sdist.name.replace("-", "_", 1) == f"rmsgd_kernels-{rmsgd.__version__}.tar.gz"
+    assert sdist.name.replace("rmsgd-", "rmsgd_") == f"rmsgd_kernels-{rmsgd.__version__}.tar.gz"
     assert pure_wheel.name.startswith(f"rmsgd_kernels-{rmsgd.__version__}-")
     assert rmsgd.__version__ in (ROOT / "CHANGELOG.md").read_text()
     assert set(re.findall(r"ref: v([\d.]+)", (ROOT / "README.md").read_text())) <= {rmsgd.__version__}
