@@ -423,7 +423,7 @@ def changed(state_dict, path, value):
         (("param_groups",), {}, "param_groups of the checkpoint must be a list"),
         (("param_groups", 0), 7, "group 0 of the checkpoint must be a dict, got 7"),
         (("param_groups", 0, "momentum"), "x", "group 0 of the checkpoint: momentum must be 0 or more"),
-        (("param_groups", 0, "lr"), math.nan, "group 0 of the checkpoint: lr must be finite, got nan"),
+        (("param_groups", 0, "lr"), math.nan, "group 0 of the checkpoint: lr must be 0 or more, got nan"),
         (("param_groups", 0, "lr0"), -1.0, "group 0 of the checkpoint: lr0 must be 0 or more, got -1.0"),
         (("param_groups", 0, "rule"), "adam", "group 0 of the checkpoint: rule must be one of"),
         (("param_groups", 0, "params"), None, "group 0 of the checkpoint: params must be a list"),

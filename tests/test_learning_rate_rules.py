@@ -156,3 +156,15 @@ def test_release_reproduces_rmsgd_1_0_2_over_15_epochs(monkeypatch, options):
         theirs.epoch_step()
         ours.epoch_step()
         np.testing.assert_allclose(list(ours.learning_rates().values()), theirs.lr_vector, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["bounded", "paper", "release", "published"])
+def test_rates_stay_numbers_where_the_product_of_all_gammas_is_too_small_for_one(rule):
+    model = torch.nn.Linear(20, 30)
+    optimizer = rmsgd.RMSGD(model.parameters(), lr=0.03, rule=rule, step_size=1, gamma=1e-200)
+    for _ in range(5):
+        optimizer.epoch_step()
+    assert np.isfinite(list(optimizer.learning_rates().values())).all()
+    again = rmsgd.RMSGD(model.parameters(), lr=0.03, rule=rule)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.learning_rates() == optimizer.learning_rates()

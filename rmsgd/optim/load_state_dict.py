@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from rmsgd.optim.distributed import is_dtensor
 from rmsgd.optim.options import (
+    ABOVE_0,
     AT_LEAST_0,
     FINITE,
     INITIAL_RANK,
@@ -29,11 +30,11 @@ from rmsgd.optim.state import BUFFERS, Group
 
 _GROUP: Mapping[str, Range] = {
     **OPTIONS,
-    "lr": FINITE,
+    "lr": (lambda x: -1e-9 <= number(x) < math.inf, "0 or more"),
     "lr0": AT_LEAST_0,
     "initial_rank": INITIAL_RANK,
 }
-"""The ranges of a checkpoint's options: its lr may be where a schedule ends, and that rounded below 0."""
+"""The ranges of a checkpoint's options: its lr may be where a schedule ends, and rounded below 0."""
 
 _OF_OTHERS = {"betas", "eps", "etas", "lambd", "max_iter"}
 """Options that other optimizers have, and neither RMSGD nor SGD: they tell before there is any state."""
@@ -42,7 +43,7 @@ STATE_NUMBERS: Mapping[str, tuple[Callable[[float], float], Range]] = {
     "rate": (float, FINITE),
     "stable_rank": (float, (lambda x: AT_LEAST_0[0](x) or _is_nan(x), "0 or more, or NaN")),
     "epoch": (int, (lambda x: AT_LEAST_0[0](x) and number(x).is_integer(), "a whole number")),
-    "decay": (float, AT_LEAST_0),
+    "decay": (float, ABOVE_0),
     "fresh": (bool, YES_OR_NO),
     "ready": (bool, YES_OR_NO),
 }

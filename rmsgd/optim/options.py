@@ -304,6 +304,11 @@ def applied_rate(group: Mapping[str, Any], rate: float, decay: float) -> float:
     return rules.applied_rate(rate, *bounds(group, decay))
 
 
+def decayed(decay: float, gamma: float) -> float:
+    """The product of the gammas so far and one more, above 0: rules divide by it, and bounds may be inf."""
+    return max(decay * gamma, 1e-300)
+
+
 def rate_group(group: Mapping[str, Any], epoch: int, decay: float) -> RateGroup:
     """A group's options in the form of an epoch end.
 
@@ -319,7 +324,7 @@ def rate_group(group: Mapping[str, Any], epoch: int, decay: float) -> RateGroup:
         now,
         floor(group),
         rule.anchor * group["lr0"] * decay * now,
-        *bounds(group, decay * now),
+        *bounds(group, decayed(decay, now)),
         rule.column,
         rule.holds,
         rule.number,

@@ -13,7 +13,7 @@ from torch import Tensor
 from rmsgd.inspection.report.report import Report
 from rmsgd.optim.device_rates import DeviceRates
 from rmsgd.optim.measurement import Measurement, TailMeasurement
-from rmsgd.optim.options import is_trained, multiplier, rate_group, stands_still
+from rmsgd.optim.options import decayed, is_trained, multiplier, rate_group, stands_still
 from rmsgd.optim.ratio_rules import RatioRule, checked_ratios, measures_tails
 from rmsgd.optim.records import ParamRecord, parameter_names
 from rmsgd.optim.state import State
@@ -80,7 +80,7 @@ class Rates:
             self._apply_rule(rule, groups)
         for group, moved, (epoch, decay) in zip(groups, rate_groups, counts, strict=True):
             for p in () if stands_still(group) else group["params"]:
-                states[p].update(epoch=epoch + 1, decay=decay * moved.decay)
+                states[p].update(epoch=epoch + 1, decay=decayed(decay, moved.decay))
         self.write_back(wait=False)
         large = self.large(groups, wait=False) if rule is None else []
         return [*self._nothing_measured(groups), *large, *self._not_finite()]

@@ -209,6 +209,6 @@ def check(case: Case) -> str:
         warnings.simplefilter("ignore", UserWarning)  # weights that a wild velocity made NaN
         train(optimizer, generator)
     rates = optimizer.learning_rates()
-    assert all(rate >= 0.0 for rate in rates.values()), rates
+    assert all(rate >= -1e-8 for rate in rates.values()), rates  # a schedule's last lr may round below 0
     optimizer.report()
     return outcome
