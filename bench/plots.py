@@ -104,12 +104,17 @@ def bands_over_time(
         )
     axes.set_xlim(left=0)
     axes.xaxis.label.set_size(9)
-    if late:
-        margin = 0.08 * (max(late) - min(late)) or 1.0
-        axes.set_ylim(min(late) - margin, max(late) + margin)
+    span(axes, late)
     if curves:
         figure.legend(frameon=False, loc="outside right upper")  # inside, it would hide what ends there
     return save(figure, path)
+
+
+def span(axes: Any, values: Sequence[float]) -> None:
+    """Let the vertical axis span these values, with a margin; those that are not finite do not count."""
+    if known := [value for value in values if np.isfinite(value)]:
+        margin = 0.08 * (max(known) - min(known)) or 1.0
+        axes.set_ylim(min(known) - margin, max(known) + margin)
 
 
 def proportions(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from bench.layer_rates.language import EVERY
-from bench.plots import save, style
+from bench.plots import save, span, style
 from bench.study.statistics import paired
 from rmsgd.plots import blank, plain
 
@@ -47,9 +47,7 @@ def losses(path: Path, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path
     # The first losses of all are those of random weights: they would hide what differs at the end.
     later = reference[:, len(steps) // 4 :]
     left.set_ylim(later.min() - 0.1, later.max() + 0.3)
-    if known := [value for value in late if np.isfinite(value)]:
-        margin = 0.08 * (max(known) - min(known)) or 1.0
-        right.set_ylim(min(known) - margin, max(known) + margin)
+    span(right, late)
     plain(left, "step", "training loss (nats per byte)")
     left.set_title("mean over the seeds", fontsize=10)
     plain(right, "step", "training loss minus AdamW's (nats per byte)")

@@ -285,7 +285,7 @@ def _train_search(runner: Runner, console: Console, configs: Sequence[RunConfig]
                 Console().print(tuning.search_table(found))
             return tuning.rates(found)
         ends = train_with_progress(runner, missing, console)
-        if failed := sum(how == "failed" for how in ends.values()):
+        if failed := Counter(ends.values())["failed"]:
             raise FailedRunsError(f"{failed} runs of the search failed, so no rates can be chosen")
         if set(ends.values()) == {"busy"}:
             time.sleep(WAIT_SECONDS)
@@ -302,9 +302,10 @@ def _fitted(
 
 def _status(ends: Mapping[RunConfig, str], console: Console) -> int:
     """The exit status after runs that ended so, and a word about what is missing."""
-    if busy := sum(how == "busy" for how in ends.values()):
+    count = Counter(ends.values())
+    if busy := count["busy"]:
         console.print(f"another process is at {busy} of these runs: the same command takes what it leaves")
-    if failed := sum(how == "failed" for how in ends.values()):
+    if failed := count["failed"]:
         console.print(f"{failed} failed: the same command tries them again")
     good = {config.optimizer for config, how in ends.items() if how != "diverged"}
     if lost := [name for name in dict.fromkeys(config.optimizer for config in ends) if name not in good]:
