@@ -192,10 +192,10 @@ struct Ritz {
 constexpr int ROUNDS_TO_TELL = 2;
 
 // Subspace iteration from X on, until all large values are settled, or until it is known that all K are large
-// and `wider` says that more could be looked for. Returns false if a vector is not a number.
+// and more can be looked for. Returns false if a vector is not a number.
 template <int K>
-bool iterate(const double* gram, int n, ptrdiff_t stride, double trace, bool wider, double* X, double* Y,
-             Ritz& ritz) {
+bool iterate(const double* gram, int n, ptrdiff_t stride, double trace, double* X, double* Y, Ritz& ritz) {
+  constexpr bool wider = K < MOST_DEFLATED;
   for (int round = 1;; ++round) {
     ritz.large = ritz.settled = 0;
     if (!orthonormalise<K>(X, stride)) return false;
@@ -242,11 +242,11 @@ Deflation deflate(double* gram, int n, ptrdiff_t stride, double trace, double le
   Signs signs;
   for (int c = 0; c < FEW_DEFLATED; ++c) signs.fill(X + c * stride, n, stride);
   Ritz ritz;
-  if (!iterate<FEW_DEFLATED>(gram, n, stride, trace, true, X, Y, ritz)) return result;
+  if (!iterate<FEW_DEFLATED>(gram, n, stride, trace, X, Y, ritz)) return result;
   if (ritz.large == FEW_DEFLATED) {
     for (ptrdiff_t j = 0; j < FEW_DEFLATED * stride; ++j) X[j] = Y[j];
     for (int c = FEW_DEFLATED; c < MOST_DEFLATED; ++c) signs.fill(X + c * stride, n, stride);
-    if (!iterate<MOST_DEFLATED>(gram, n, stride, trace, false, X, Y, ritz)) return result;
+    if (!iterate<MOST_DEFLATED>(gram, n, stride, trace, X, Y, ritz)) return result;
   }
   result.count = ritz.settled;
   for (int c = 0; c < result.count; ++c) {

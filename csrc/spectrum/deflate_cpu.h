@@ -41,8 +41,8 @@ RMSGD_FN ptrdiff_t deflation_work_size(ptrdiff_t stride) { return 2 * MOST_DEFLA
 
 }  // namespace rmsgd
 
-// gram: (n, n) as gram_f32 leaves it, of this trace. What is taken off is
-// in the result; where there is nothing to gain, or the eigenvalues are less unequal than `least`, gram is as
-// it was. left: (n) where it was looked, the diagonal of 1 - V V^T.
+// gram: (n, n) as gram_f32 leaves it, of this trace. What is taken off is in the result; where there is
+// nothing to gain, or the eigenvalues are less unequal than `least`, gram is as it was. left: (n), the
+// diagonal of 1 - V V^T, written if `looked`.
 RMSGD_EACH_ISA(Deflation deflate(double* gram, int n, ptrdiff_t stride, double trace, double least,
                                  double* left, double* work);)
