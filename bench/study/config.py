@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,15 @@ class RunConfig:
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         changed = "".join(f"-{name}={value}" for name, value in self.settings)
         return root / f"{self.dataset}-{self.network}" / f"{self.optimizer}{changed}-seed{self.seed}-{digest}"
+
+    def with_settings(self, changed: Mapping[str, Any]) -> "RunConfig":
+        """The same run with these settings set or replaced; UsageError as `sorted_settings` raises it."""
+        return replace(self, settings=sorted_settings({**dict(self.settings), **changed}))
+
+    @property
+    def lr(self) -> float:
+        """The learning rate that the run sets; KeyError where it has its optimizer's own."""
+        return dict(self.settings)["lr"]
 
     @property
     def label(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from bench import peers
 from bench.names import look_up
-from bench.study.config import RunConfig, sorted_settings
+from bench.study.config import RunConfig
 
 SMALL_WIDTH = 0.125
 SMALL_BATCH = 64
@@ -78,7 +78,7 @@ class Grid:
         new = scaled_rate(run.optimizer, value) if self.sweep == "lr" else value
         if new in (None, own):
             return run
-        return replace(run, settings=sorted_settings({**dict(run.settings), self.sweep: new}))
+        return run.with_settings({self.sweep: new})
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from bench.data.registry import DATASETS
 from bench.errors import UsageError
 from bench.names import look_up
 from bench.study import tuning
-from bench.study.config import RunConfig, sorted_settings
+from bench.study.config import RunConfig
 from bench.study.experiments import EXPERIMENTS, SEARCH, Experiment, Grid, experiment, full, small
 
 
@@ -68,8 +68,7 @@ def by_experiment(
     rates = tuning.read(options.rates) if options.rates else {}
 
     def as_said(config: RunConfig) -> RunConfig:
-        settings = {**dict(config.settings), **changed.get(config.optimizer, {})}
-        return replace(config, settings=sorted_settings(settings), **fixed)
+        return replace(config.with_settings(changed.get(config.optimizer, {})), **fixed)
 
     chosen: dict[str, Parts] = {}
     for name, entry in known.items():

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bench import measure, peers
 from bench.errors import UsageError
-from bench.study.config import RunConfig, sorted_settings
+from bench.study.config import RunConfig
 from bench.study.experiments import scaled_rate
 from bench.study.records import Record, finished
 
@@ -27,7 +27,7 @@ def grid(configs: Sequence[RunConfig], factors: Sequence[float] = FACTORS) -> li
     An optimizer that searches its rate itself (SLS) has nothing to search.
     """
     return [
-        replace(config, holdout=True, settings=sorted_settings({**dict(config.settings), "lr": lr}))
+        replace(config.with_settings({"lr": lr}), holdout=True)
         for config in configs
         for lr in (scaled_rate(config.optimizer, factor) for factor in factors)
         if lr is not None
@@ -63,7 +63,7 @@ class Found:
     @property
     def at_the_edge(self) -> bool:
         """Whether a better rate may lie beyond those tried."""
-        rate = self.best and dict(self.best.settings)["lr"]
+        rate = self.best and self.best.lr
         return rate in (min(self.tried), max(self.tried)) if self.tried else False
 
 
@@ -76,9 +76,7 @@ def search(config: RunConfig, judge: Judge) -> Found:
     while True:
         runs = {factor: grid([config], [factor])[0] for factor in tried}
         judged = {factor: judge(run) for factor, run in runs.items()}
-        known = {
-            dict(runs[factor].settings)["lr"]: value for factor, value in judged.items() if value is not None
-        }
+        known = {runs[factor].lr: value for factor, value in judged.items() if value is not None}
         if missing := tuple(runs[factor] for factor, value in judged.items() if value is None):
             return Found(None, missing, known)
         chosen = max(tried, key=lambda factor: (judged[factor], -abs(math.log(factor))))
@@ -103,22 +101,19 @@ def searched(configs: Iterable[RunConfig], look: Look) -> dict[str, Found]:
 
 def tried(found: Found) -> list[RunConfig]:
     """The runs of a search that has ended."""
-    if found.best is None:
-        return []
-    settings = dict(found.best.settings)
-    return [replace(found.best, settings=sorted_settings({**settings, "lr": rate})) for rate in found.tried]
+    return [] if found.best is None else [found.best.with_settings({"lr": rate}) for rate in found.tried]
 
 
 def rates(found: Mapping[str, Found]) -> dict[str, float]:
     """Variant to its best rate, where the search has ended."""
-    return {name: dict(entry.best.settings)["lr"] for name, entry in found.items() if entry.best}
+    return {name: entry.best.lr for name, entry in found.items() if entry.best}
 
 
 def search_table(found: Mapping[str, Found]) -> Table:
     """Accuracy of every rate that a search tried."""
     shown = {
         name: {
-            "lr": dict(entry.best.settings)["lr"],
+            "lr": entry.best.lr,
             "at_the_edge": entry.at_the_edge,
             "accuracy": {rate: 100 * value for rate, value in sorted(entry.tried.items())},
         }
@@ -138,8 +133,8 @@ def best(records: Sequence[Record], factors: Sequence[float] = FACTORS) -> dict[
     for name in dict.fromkeys(record.config.optimizer for record in records):
         mine = [record for record in records if record.config.optimizer == name]
         accuracy = {}
-        for lr in sorted({dict(record.config.settings)["lr"] for record in mine}):
-            seeds = [record for record in mine if dict(record.config.settings)["lr"] == lr]
+        for lr in sorted({record.config.lr for record in mine}):
+            seeds = [record for record in mine if record.config.lr == lr]
             if len(finished(seeds)) == len(seeds):
                 accuracy[lr] = 100 * float(np.mean([seed.final["test_accuracy"] for seed in seeds]))
         if accuracy:
@@ -197,9 +192,6 @@ def read(path: Path) -> dict[str, float]:
 
 def with_rates(config: RunConfig, rates: Mapping[str, float]) -> RunConfig:
     """The run with the tuned rate of its optimizer, or of that with its schedule, where it sets none."""
-    settings = dict(config.settings)
     own = peers.peer(config.optimizer).settings.get("lr")
     rate = rates.get(config.variant, rates.get(config.optimizer, own))
-    if "lr" in settings or rate == peers.peer(config.optimizer).settings.get("lr"):
-        return config
-    return replace(config, settings=sorted_settings({**settings, "lr": rate}))
+    return config if "lr" in dict(config.settings) or rate == own else config.with_settings({"lr": rate})
