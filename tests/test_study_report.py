@@ -704,7 +704,7 @@ def test_labels_say_what_tells_configurations_apart_and_no_more(tmp_path):
     for config in (cosine, fewer, many, other):
         seeds(tmp_path, config, (0.5, 0.6))
     configs = [replace(config, seed=seed) for config in (cosine, fewer, many, other) for seed in (0, 1)]
-    assert list(parts.grouped(read(tmp_path, configs))) == [
+    assert list(parts.by_configuration(read(tmp_path, configs))) == [
         "sam cosine, 250 epochs",
         "sam cosine, 100 epochs",
         "rmsgd constant, beta 0.98",
@@ -883,7 +883,7 @@ def test_the_records_of_cifar_10_are_small_and_have_all_seeds_of_the_main_table(
     judged = [record for record in known.values() if not record.config.holdout]
     assert all(len(record.epochs) == record.config.epochs for record in judged)
     asked = {run.variant for run in experiment("cifar10-small").part("main").runs((0,))}
-    of_five = [mine for mine in parts.grouped(judged).values() if len(mine) == 5]
+    of_five = [mine for mine in parts.by_configuration(judged).values() if len(mine) == 5]
     assert asked <= {mine[0].config.variant for mine in of_five}
     assert {record.config.optimizer for record in known.values() if record.layers} == {"rmsgd", "sgd"}
 

@@ -16,10 +16,10 @@ from bench.locks import locked
 from bench.measure import count
 from bench.plots import save
 from bench.study.network_metrics import LABELS, network_metrics
+from bench.study.records import TARGETS
 from bench.study.statistics import correlation
 from rmsgd.plots import PALETTE, blank, plain
 
-TARGETS = {"test_accuracy": "test accuracy (%)", "gap": "generalisation gap (%)"}
 COLUMNS = ("index", "epochs", "seed", *LABELS, "train_accuracy", "test_accuracy")
 
 
@@ -115,7 +115,7 @@ def correlations(rows: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
 
 
 def value(row: dict[str, float], target: str) -> float:
-    """A target of `TARGETS`, as a share."""
+    """One of `TARGETS`, as a share."""
     return row["train_accuracy"] - row["test_accuracy"] if target == "gap" else row[target]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.grouping import grouped
 from bench.plots import DASHES, save, style_of
 from bench.study import parts, tuning
 from bench.study.plots import scatter
@@ -70,7 +71,7 @@ def draw(
 def _main(path: Path, records: Sequence[Record]) -> Path:
     """Test accuracy at the end with its interval, best at the top; and over the epochs."""
     entries = sorted(parts.rows(records), key=lambda entry: entry["test_accuracy"])
-    groups = parts.grouped(records)
+    groups = parts.by_configuration(records)
     figure = blank(10.4, max(3.6, 0.3 * len(entries) + 1.4))
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     for row, entry in enumerate(entries):
@@ -134,9 +135,7 @@ def _measurements(path: Path, records: Sequence[Record]) -> Path:
     drawn: dict[str, Any] = {}
     for axes, epochs in zip(panels, lengths, strict=True):
         here = [entry for entry in entries if entry["epochs"] == epochs]
-        lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for entry in here:
-            lines.setdefault((entry["schedule"], _remainder(entry)), []).append(entry)
+        lines = grouped(here, lambda entry: (entry["schedule"], _remainder(entry)))
         for (schedule, left), mine in sorted(lines.items()):
             look = {"color": colours[left], "marker": "o", "linestyle": DASH_OF.get(schedule, "-")}
             label = f"{schedule}, βⁿ = {left}"
@@ -160,7 +159,7 @@ def _swept(
     axes: Any, records: Sequence[Record], entries: Sequence[Mapping[str, Any]], quantity: str, **look: Any
 ) -> Any:
     """Draws accuracy by a quantity, on a logarithmic axis: means, and bars from lowest to highest seed."""
-    groups = parts.grouped(records)
+    groups = parts.by_configuration(records)
     entries = sorted(entries, key=lambda entry: entry[quantity])
     means = np.array([entry["test_accuracy"] for entry in entries])
     values = [[100 * run.final["test_accuracy"] for run in groups[entry["label"]]] for entry in entries]
@@ -181,9 +180,7 @@ def _rates(path: Path, records: Sequence[Record]) -> Path:
     """Final accuracy against the initial learning rate."""
     figure = blank(7.2, 4.4)
     axes = figure.subplots()
-    lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for entry in parts.rows(records):
-        lines.setdefault((entry["optimizer"], entry["schedule"]), []).append(entry)
+    lines = grouped(parts.rows(records), lambda entry: (entry["optimizer"], entry["schedule"]))
     for (optimizer, schedule), mine in lines.items():
         colour, marker = style_of(optimizer)
         look = {"color": colour, "marker": marker, "linestyle": DASH_OF.get(schedule, "-")}

@@ -10,11 +10,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from bench import peers
+from bench.grouping import grouped
 from bench.measure import count
 from bench.study import report, tuning
 from bench.study.config import RunConfig
 from bench.study.network_metrics import LABELS
-from bench.study.records import Record, finished
+from bench.study.records import TARGETS, Record, finished
 from bench.study.statistics import bootstrapped, mean_interval
 
 Groups = dict[str, list[Record]]
@@ -28,20 +29,16 @@ REFERENCES = ("rmsgd constant", "rmsgd cosine", "sgd cosine")
 """The rows of the main part that all others are compared with, a family of tests each."""
 
 
-def grouped(records: Sequence[Record]) -> Groups:
+def by_configuration(records: Sequence[Record]) -> Groups:
     """Seeds of the same configuration together, under labels that say what tells the configurations apart.
 
     That is the optimizer and its schedule, and, of the other fields and settings, those that differ among
     the runs of the same optimizer and schedule. A learning rate that each optimizer has one of is left out.
     """
-    alone = [replace(record.config, seed=0) for record in records]
-    by_variant: dict[str, list[RunConfig]] = {}
-    for config in dict.fromkeys(alone):
-        by_variant.setdefault(config.variant, []).append(config)
-    groups: Groups = {}
-    for record, config in zip(records, alone, strict=True):
-        groups.setdefault(_label(config, by_variant[config.variant]), []).append(record)
-    return groups
+    alone = dict.fromkeys(replace(record.config, seed=0) for record in records)
+    by_variant = grouped(alone, lambda config: config.variant)
+    labels = {config: _label(config, by_variant[config.variant]) for config in alone}
+    return grouped(records, lambda record: labels[replace(record.config, seed=0)])
 
 
 def _label(config: RunConfig, like: Sequence[RunConfig]) -> str:
@@ -90,7 +87,7 @@ def with_own_runs(parts: Mapping[str, Sequence[Record]]) -> dict[str, Sequence[R
 
 def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     """A row for each configuration: accuracies in per cent over its seeds, and other results."""
-    return [_row(label, mine) for label, mine in grouped(records).items()]
+    return [_row(label, mine) for label, mine in by_configuration(records).items()]
 
 
 def _row(label: str, mine: Sequence[Record]) -> dict[str, Any]:
@@ -119,7 +116,7 @@ def _row(label: str, mine: Sequence[Record]) -> dict[str, Any]:
 
 def comparisons(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Every reference that there is against all other configurations, seed by seed."""
-    groups = grouped(records)
+    groups = by_configuration(records)
     return [entry for name in REFERENCES if name in groups for entry in report.against(name, groups)]
 
 
@@ -138,19 +135,16 @@ def relations(records: Sequence[Record]) -> list[dict[str, Any]]:
     runs with each optimizer's means taken away.
     """
     good = finished(records)
-    groups = grouped(good)
+    groups = by_configuration(good)
     label_of = {record.config: label for label, mine in groups.items() for record in mine}
-    optimizers: Groups = {}
-    for record in good:
-        optimizers.setdefault(record.config.optimizer, []).append(record)
     found = []
 
     def add(name: str, mine: Sequence[Record], clusters: Sequence[object], centred: bool = False) -> None:
         for metric in LABELS:
-            for target in ("test_accuracy", "gap"):
+            for target in TARGETS:
                 result = bootstrapped(
                     [record.final[metric] for record in mine],
-                    [_target(record, target) for record in mine],
+                    [record.target(target) for record in mine],
                     clusters,
                     centred,
                 )
@@ -167,14 +161,10 @@ def relations(records: Sequence[Record]) -> list[dict[str, Any]]:
         [record.config.optimizer for record in good],
         centred=True,
     )
-    for name, mine in optimizers.items():
+    for name, mine in grouped(good, lambda record: record.config.optimizer).items():
         if len(mine) >= 8:
             add(name, mine, range(len(mine)))
     return found
-
-
-def _target(record: Record, name: str) -> float:
-    return record.gap if name == "gap" else record.final[name]
 
 
 def _mean_record(mine: Sequence[Record]) -> Record:
@@ -255,7 +245,7 @@ def tables(
     if search:
         content["tuning"] = {
             name: {
-                "lr": dict(entry.best.settings)["lr"],
+                "lr": entry.best.lr,
                 "at_the_edge": entry.at_the_edge,
                 "tried": entry.tried,
             }

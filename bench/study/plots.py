@@ -8,9 +8,10 @@ import numpy as np
 
 import rmsgd
 from bench import peers
+from bench.grouping import grouped
 from bench.plots import bands_over_time, save, style, style_of
 from bench.study.network_metrics import AXES
-from bench.study.records import Record, by_label, finished, is_plain
+from bench.study.records import TARGETS, Record, by_cell, by_label, finished, is_plain
 from bench.study.statistics import correlation, mean_interval
 from rmsgd.inspection.report.series import Series, in_order_of_training
 from rmsgd.inspection.report.series_figure import plot_series
@@ -92,26 +93,22 @@ def scatter(stem: Path, records: Sequence[Record]) -> list[Path]:
         optimizers = list(dict.fromkeys(record.config.optimizer for record in mine))
         figure = blank(9.6, 3.0 * len(AXES))
         panels = figure.subplots(len(AXES), 2, sharex="row", sharey="col")
-        targets: tuple[tuple[str, Callable[[Record], float]], ...] = (
-            ("test accuracy (%)", lambda record: 100 * record.final["test_accuracy"]),
-            ("generalisation gap (%)", lambda record: 100 * record.gap),
-        )
         for row, (metric, label) in zip(panels, AXES.items(), strict=True):
-            for axes, (target, value) in zip(row, targets, strict=True):
+            for axes, (target, said) in zip(row, TARGETS.items(), strict=True):
                 for record in mine:
                     colour, marker = style_of(record.config.optimizer)
                     axes.plot(
                         record.final[metric],
-                        value(record),
+                        100 * record.target(target),
                         marker,
                         color=colour,
                         fillstyle=("full", "none", "left", "top")[networks.index(record.config.network) % 4],
                         markersize=5,
                         alpha=0.8,
                     )
-                found = correlation([r.final[metric] for r in mine], [value(r) for r in mine])
+                found = correlation([r.final[metric] for r in mine], [r.target(target) for r in mine])
                 axes.set_title(str(found) if found else "", fontsize=9)
-                plain(axes, label, target)
+                plain(axes, label, said)
         _optimizer_legend(figure, optimizers)
         fills = ", ".join(
             f"{kind} {name}"
@@ -166,9 +163,7 @@ def _by_beta(path: Path, records: Sequence[Record]) -> Path:
     """Test accuracy over the epochs for every beta."""
     default = peers.RMSGD["beta"]
     ordered = sorted(records, key=lambda record: dict(record.config.settings).get("beta", default))
-    groups: dict[str, list[Record]] = {}
-    for record in ordered:
-        groups.setdefault(f"β = {dict(record.config.settings).get('beta', default)}", []).append(record)
+    groups = grouped(ordered, lambda record: f"β = {dict(record.config.settings).get('beta', default)}")
     figure = blank(7.2, 4.2)
     axes = figure.subplots()
     for index, (label, mine) in enumerate(groups.items()):
@@ -220,9 +215,7 @@ def performance(stem: Path, records: Sequence[Record]) -> list[Path]:
 
 def accuracy_dots(stem: Path, records: Sequence[Record]) -> list[Path]:
     """Test accuracy of every run, its mean and 95 % interval; a line per optimizer, a panel per cell."""
-    cells: dict[str, list[Record]] = {}
-    for record in records:
-        cells.setdefault(f"{record.config.network}, {record.config.dataset}", []).append(record)
+    cells = by_cell(records)
     labels = list(dict.fromkeys(record.config.label for record in records))
     columns = min(3, len(cells))
     height = -(-len(cells) // columns)

@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.grouping import grouped
 from bench.study.config import RunConfig
 from bench.study.run import METRICS
 
 Floats = NDArray[np.float64]
+TARGETS = {"test_accuracy": "test accuracy (%)", "gap": "generalisation gap (%)"}
+"""What a network's metrics are held against: the keys of `Record.target`, and their names in figures."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,10 @@ class Record:
     def gap(self) -> float:
         """Training minus test accuracy at the end, both of images as they are: the generalisation gap."""
         return self.final["train_accuracy"] - self.final["test_accuracy"]
+
+    def target(self, name: str) -> float:
+        """One of `TARGETS`, as a share."""
+        return self.gap if name == "gap" else self.final[name]
 
     def column(self, name: str) -> Floats:
         """One quantity over the epochs."""
@@ -131,7 +138,9 @@ def is_plain(record: Record) -> bool:
 
 def by_label(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Seeds of the same optimizer and settings together, in the order given."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record.config.label, []).append(record)
-    return groups
+    return grouped(records, lambda record: record.config.label)
+
+
+def by_cell(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The runs of the same network on the same data together, under the names of both."""
+    return grouped(records, lambda record: f"{record.config.network}, {record.config.dataset}")

@@ -9,12 +9,13 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from bench.grouping import grouped
 from bench.study import published
 from bench.study.config import RunConfig
 from bench.study.experiments import EXPERIMENTS, experiment
 from bench.study.network_metrics import LABELS
 from bench.study.published import Value
-from bench.study.records import Record, by_label, finished, is_plain
+from bench.study.records import TARGETS, Record, by_cell, by_label, finished, is_plain
 from bench.study.statistics import Difference, correlation, detectable, holm, in_deviations, paired
 
 UNKNOWN = Difference(math.nan, math.nan, math.nan, math.nan)
@@ -49,13 +50,14 @@ def different(config: RunConfig, paper: RunConfig) -> list[str]:
 
 def cells(records: Sequence[Record]) -> dict[tuple[str, str, str], list[Record]]:
     """(data set, network, label) to the runs with their seeds; the label has the batch size if it varies."""
-    groups: dict[tuple[str, str, str], list[Record]] = {}
     varies = len({record.config.batch for record in records}) > 1
-    for record in records:
+
+    def cell(record: Record) -> tuple[str, str, str]:
         config = record.config
         label = f"{config.label}, batch {config.batch}" if varies else config.label
-        groups.setdefault((config.dataset, config.network, label), []).append(record)
-    return groups
+        return config.dataset, config.network, label
+
+    return grouped(records, cell)
 
 
 def rows(name: str, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
@@ -326,17 +328,14 @@ def correlations(records: Sequence[Record]) -> list[dict[str, Any]]:
     """
     found = []
     good = finished(records)
-    groups: dict[str, list[Record]] = {}
-    for record in good:
-        groups.setdefault(f"{record.config.network}, {record.config.dataset}", []).append(record)
+    groups = by_cell(good)
     if len(groups) > 1:
         groups["all"] = good
     for name, mine in groups.items():
         for metric in LABELS:
-            for target in ("test_accuracy", "gap"):
+            for target in TARGETS:
                 result = correlation(
-                    [record.final[metric] for record in mine],
-                    [record.gap if target == "gap" else record.final[target] for record in mine],
+                    [record.final[metric] for record in mine], [record.target(target) for record in mine]
                 )
                 if result is not None:
                     found.append({"group": name, "metric": metric, "against": target, **result._asdict()})
@@ -370,7 +369,7 @@ def correlation_table(entries: Sequence[Mapping[str, Any]], group: str = "group"
             table.add_section()
             table.add_row(f"[bold]{over}[/bold]")
             before = over
-        found = [pairs.get((over, metric, against)) for against in ("test_accuracy", "gap")]
+        found = [pairs.get((over, metric, against)) for against in TARGETS]
         cells = [_coefficient(entry[kind]) if entry else "-" for entry in found for kind in ("plcc", "rocc")]
         table.add_row(LABELS[metric], str(next(entry["n"] for entry in found if entry)), *cells)
     return table

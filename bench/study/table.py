@@ -12,6 +12,7 @@ from typing import Any
 
 from bench import measure
 from bench.errors import UsageError
+from bench.grouping import grouped
 from bench.study.config import RunConfig
 from bench.study.records import Record, by_layer
 from bench.study.run import METRICS
@@ -120,11 +121,8 @@ def _short(value: float) -> float:
 
 def _grouped(path: Path) -> dict[tuple[str, ...], list[Mapping[str, str]]]:
     """The rows of each run, by what is the same in all of them."""
-    groups: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
     with path.open(newline="", encoding="utf-8") as file:
-        for row in _rows(csv.DictReader(file)):
-            groups.setdefault(tuple(row[name] for name in RUN), []).append(row)
-    return groups
+        return grouped(_rows(csv.DictReader(file)), lambda row: tuple(row[name] for name in RUN))
 
 
 def _rows(rows: Iterable[Mapping[str, str]]) -> Iterable[Mapping[str, str]]:
