@@ -10,7 +10,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,17 +51,23 @@ def backend_name() -> str:
     return backends.backend_for(torch.device("cuda")).name
 
 
+def rows_of(kinds: Iterable[Row], measured: Callable[[Row], Row]) -> Iterator[Row]:
+    """A row for each kind, with what was measured of it, or the error that it ended with."""
+    for kind in kinds:
+        try:
+            yield {**kind, "backend": backend_name(), **measured(kind)}
+        except Exception as error:  # one failure leaves the other rows
+            yield {**kind, "error": reason(error)}
+        torch.cuda.empty_cache()
+
+
 # -- the step ----------------------------------------------------------------------------------------
 
 
 def step() -> Iterator[Row]:
     """The step of whole networks, beside the forms of torch's SGD and a device copy."""
-    for network in STEP_NETWORKS:
-        try:
-            yield {"network": network, "backend": backend_name(), **step_of(network)}
-        except Exception as error:  # one network's failure leaves the others' rows
-            yield {"network": network, "error": reason(error)}
-        torch.cuda.empty_cache()
+    kinds = ({"network": network} for network in STEP_NETWORKS)
+    return rows_of(kinds, lambda kind: step_of(kind["network"]))
 
 
 def step_of(network: str) -> Row:
@@ -100,14 +106,10 @@ def step_of(network: str) -> Row:
 
 def epoch_end() -> Iterator[Row]:
     """The epoch end on initial and on trained-like weights, then that of rmsgd 1.0.2 on the same card."""
-    for network in EPOCH_END_NETWORKS:
-        for weights in WEIGHTS:
-            row = {"network": network, "weights": weights}
-            try:
-                yield {**row, "backend": backend_name(), **epoch_end_of(weighted(network, weights))}
-            except Exception as error:
-                yield {**row, "error": reason(error)}
-            torch.cuda.empty_cache()
+    kinds = (
+        {"network": network, "weights": weights} for network in EPOCH_END_NETWORKS for weights in WEIGHTS
+    )
+    yield from rows_of(kinds, lambda kind: epoch_end_of(weighted(**kind)))
     for network in RELEASE_NETWORKS:
         row = {"network": network, "weights": WEIGHTS[-1], "peer": RELEASE}
         try:
@@ -181,16 +183,8 @@ def release_seconds(model: nn.Module) -> float:
 
 def kernels() -> Iterator[Row]:
     """Device seconds of every kernel of an epoch end, from torch's profiler."""
-    for network in EPOCH_END_NETWORKS:
-        try:
-            yield {
-                "network": network,
-                "backend": backend_name(),
-                **kernels_of(weighted(network, WEIGHTS[-1])),
-            }
-        except Exception as error:
-            yield {"network": network, "error": reason(error)}
-        torch.cuda.empty_cache()
+    kinds = ({"network": network} for network in EPOCH_END_NETWORKS)
+    return rows_of(kinds, lambda kind: kernels_of(weighted(kind["network"], WEIGHTS[-1])))
 
 
 def kernels_of(model: nn.Module) -> Row:
@@ -221,12 +215,8 @@ def kernel_seconds(averages: Any, times: int) -> dict[str, dict[str, float]]:
 
 def eigenvalues() -> Iterator[Row]:
     """Matrices n x 2 n: rmsgd (Gram matrix to metrics) beside Gram products and a vendor's eigenvalues."""
-    for n in EIGENVALUE_SIZES:
-        try:
-            yield {"n": n, "count": MATRICES, "backend": backend_name(), **eigenvalues_of(n)}
-        except Exception as error:
-            yield {"n": n, "count": MATRICES, "error": reason(error)}
-        torch.cuda.empty_cache()
+    kinds = ({"n": n, "count": MATRICES} for n in EIGENVALUE_SIZES)
+    return rows_of(kinds, lambda kind: eigenvalues_of(kind["n"]))
 
 
 def eigenvalues_of(n: int) -> Row:
