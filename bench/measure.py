@@ -255,6 +255,20 @@ def ratio(a: npt.ArrayLike, b: npt.ArrayLike) -> Interval:
     return median(above / below)
 
 
+def medians(seconds: Mapping[str, npt.ArrayLike]) -> dict[str, float]:
+    """The median seconds of every case."""
+    return {case: median(times).median for case, times in seconds.items()}
+
+
+def ratios(seconds: Mapping[str, npt.ArrayLike], reference: str) -> dict[str, dict[str, float | None]]:
+    """How many times as long every other case takes as the reference: `ratio`, ready for JSON."""
+    return {
+        case: ratio(times, seconds[reference])._asdict()
+        for case, times in seconds.items()
+        if case != reference
+    }
+
+
 def machine() -> dict[str, Any]:
     """The machine of a measurement: hardware, threads and versions, without names of hosts or users."""
     description: dict[str, Any] = {

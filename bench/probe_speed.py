@@ -92,12 +92,8 @@ def compare(name: str, rounds: int, theirs: Callable[[StateDict], Any] | None) -
     return {
         "model": name,
         "layers": len(layers),
-        "seconds": {case: float(np.median(values)) for case, values in seconds.items()},
-        "faster": {
-            case: measure.ratio(values, seconds["rmsgd"])._asdict()
-            for case, values in seconds.items()
-            if case != "rmsgd"
-        },
+        "seconds": measure.medians(seconds),
+        "faster": measure.ratios(seconds, "rmsgd"),
         "stable_rank": [
             {
                 "layer": layer.name,

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from bench import peers, plots, readme
 from bench.costs import gram_multiplications
 from bench.epoch_end import STAGES, epoch_end, gram_products, spectra
-from bench.measure import Interleaved, median, ratio
+from bench.measure import Interleaved, median, medians, ratio
 from bench.networks import network
 from bench.weights import make_trained_like
 from rmsgd import backends
@@ -47,7 +47,7 @@ def measure(
             "sum_L2M": sum(gram_multiplications(u) for _, u in spectra(trained)),
             "stages": stages(trained),
             "stages_initial": stages(initial),
-            "seconds": {case: median(times).median for case, times in seconds.items()},
+            "seconds": medians(seconds),
             "to_gram": ratio(seconds["rmsgd"], seconds["gram"])._asdict(),
             "to_gram_initial": ratio(seconds["rmsgd, initial"], seconds["gram"])._asdict(),
         }

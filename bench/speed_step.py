@@ -11,7 +11,7 @@ from rich.table import Table
 
 from bench import peers, readme
 from bench.errors import UnavailableError
-from bench.measure import interleave, median, ratio
+from bench.measure import interleave, medians, ratio
 from bench.networks import network
 from rmsgd.extras import install_command
 
@@ -71,7 +71,7 @@ def measure(
                 "model": model,
                 "parameters": sum(sizes),
                 "tensors": len(sizes),
-                "seconds": {name: median(times).median for name, times in seconds.items()},
+                "seconds": medians(seconds),
                 "to_sgd_fused": {
                     name: ratio(times, seconds["sgd-fused"])._asdict() for name, times in seconds.items()
                 },

@@ -31,7 +31,7 @@ from torch.multiprocessing.spawn import spawn
 from bench import output, readme
 from bench.arguments import add_output, add_rounds
 from bench.epoch_end import epoch_end, spectra
-from bench.measure import Interleaved, interleave, machine, median, ratio
+from bench.measure import Interleaved, interleave, machine, median, medians, ratio
 from bench.networks import network, networks
 from bench.weights import make_trained_like
 from rmsgd.backends import backend_for
@@ -82,7 +82,7 @@ def _time_together(rank: int, folder: str, model: str, rounds: int) -> None:
     timed = {case: values.tolist() for case, values in seconds.items()} | {"own work": own_work[1:]}
     if rank == 0:  # the other rank waits below
         single = {str(i): partial(measure, [matrix]) for i, matrix in enumerate(matrices)}
-        timed["matrices"] = [median(values).median for values in interleave(single, rounds).values()]
+        timed["matrices"] = list(medians(interleave(single, rounds)).values())
     dist.barrier()
     torch.save(timed, f"{folder}/{rank}")
     dist.destroy_process_group()

@@ -1,10 +1,9 @@
 """The cost of LayerRates: more parameter groups in every step, and a measurement from time to time."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -37,7 +36,8 @@ def step(name: str, rounds: int) -> dict[str, Any]:
         "model": name,
         "tensors": sum(1 for _ in model.parameters()),
         "groups": len(many.param_groups),
-        **_compared(seconds, "one group"),
+        "seconds": measure.medians(seconds),
+        "ratio": measure.ratios(seconds, "one group"),
     }
 
 
@@ -89,19 +89,8 @@ def epoch_end(name: str, rounds: int) -> dict[str, Any]:
         "layers": len(ours),
         "compared": len(apart),
         "exponents_apart": max(apart),
-        **_compared(seconds, "SVD loop"),
-    }
-
-
-def _compared(seconds: Mapping[str, Any], reference: str) -> dict[str, Any]:
-    """Median seconds of every case, and how many times as long it takes as the reference."""
-    return {
-        "seconds": {case: float(np.median(values)) for case, values in seconds.items()},
-        "ratio": {
-            case: measure.ratio(values, seconds[reference])._asdict()
-            for case, values in seconds.items()
-            if case != reference
-        },
+        "seconds": measure.medians(seconds),
+        "ratio": measure.ratios(seconds, "SVD loop"),
     }
 
 
