@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rmsgd.plots import DPI, PALETTE, one_panel
+from rmsgd import plots
+from rmsgd.plots import PALETTE, one_panel
 
 DASHES = ("-", "--", "-.", ":")
 MARKERS = "osD^vP*X<>hd"
@@ -227,5 +228,5 @@ def overheads(
 
 def save(figure: Any, path: Path) -> Path:
     """Writes the figure and returns its path."""
-    figure.savefig(path, dpi=DPI)
+    plots.save(figure, path)
     return path

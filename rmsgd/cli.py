@@ -4,8 +4,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -33,6 +33,7 @@ from rmsgd.inspection.report.series import Series, in_order_of_training
 from rmsgd.inspection.report.series_figure import plot_series
 from rmsgd.inspection.report.series_table import series_table
 from rmsgd.inspection.selection import Selection, usable_device
+from rmsgd.plots import check_format
 
 OK, NOTHING, FAILED, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: 0 where a layer was measured, 1 where all was read and no layer could be measured, 2 where
@@ -60,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(str(error))
         _drop_stdout()
         return FAILED
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -160,6 +164,9 @@ def _probe(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         except (OSError, ValueError) as error:
             _complain(str(error))
             return max(code, FAILED)
+        except KeyboardInterrupt:
+            _complain("interrupted: not all files that were asked for have been written")
+            return INTERRUPTED
     return code
 
 
@@ -188,21 +195,41 @@ def _check_usage(options: argparse.Namespace, parser: argparse.ArgumentParser) -
         parser.error(f"--html takes one checkpoint, got {len(options.paths)}; --plot draws a series")
     if options.json and options.csv == "-":
         parser.error("--json and --csv both write to stdout: give --csv a FILE")
+    if options.layer and (not options.plot or len(options.paths) == 1):
+        parser.error(
+            "--layer is for the figure of a series: it needs --plot FILE and two checkpoints or more"
+        )
+    _check_targets(options, parser)
+    try:
+        usable_device(options.device or "cpu")
+    except (ValueError, BackendUnavailable) as error:
+        parser.error(str(error))
+
+
+def _check_targets(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Exit with a usage error for a file that could not be written, or that another one would overwrite."""
+    owner: dict[str, str] = {}
     for option, needs in (("plot", "matplotlib"), ("html", "jinja2"), ("csv", None)):
         target = getattr(options, option)
         if target in (None, "-"):
             continue
         if needs and find_spec(needs) is None:
             parser.error(f"--{option} needs {needs}: {install_command('plot')}")
-        path = Path(target)
         if _is_checkpoint(target, options.paths):
             parser.error(f"--{option} {target} would overwrite a checkpoint")
+        other = owner.setdefault(os.path.realpath(target), option)
+        if other != option:
+            parser.error(f"--{option} {target} would overwrite what --{other} writes")
+        path = Path(target)
         if path.is_dir() or not path.absolute().parent.is_dir():
             parser.error(f"--{option} {target} is not a file in an existing folder")
-    try:
-        usable_device(options.device or "cpu")
-    except (ValueError, BackendUnavailable) as error:
-        parser.error(str(error))
+        if option == "plot":
+            try:
+                check_format(target)
+            except ValueError as error:
+                parser.error(f"--plot: {error}")
+        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            parser.error(f"--{option} {target} cannot be written: permission denied, or a read-only disk")
 
 
 def _is_checkpoint(target: str, paths: Sequence[str]) -> bool:
@@ -281,15 +308,29 @@ def _result(
 
 def _write_files(options: argparse.Namespace, result: _Result) -> None:
     if options.csv not in (None, "-"):
-        result.to_csv(options.csv)
-    if options.plot and isinstance(result, Report):
-        result.plot(options.plot)
-    if options.plot and isinstance(result, Series):
-        plot_series(result, options.plot, options.layer, options.key)
+        with _naming(options.csv):
+            result.to_csv(options.csv)
+    if options.plot:
+        with _naming(options.plot):
+            if isinstance(result, Report):
+                result.plot(options.plot)
+            elif isinstance(result, Series):
+                plot_series(result, options.plot, options.layer, options.key)
     if options.html and isinstance(result, Report):
-        with _progress_bar() as bar:
+        with _naming(options.html), _progress_bar() as bar:
             task = bar.add_task("spectra", total=1)
             write_page(result, options.paths[0], options.html, partial(_advance, bar, task, 0), options.key)
+
+
+@contextmanager
+def _naming(target: str) -> Iterator[None]:
+    """Name the file in an error that does not, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, target) from error
+        raise
 
 
 # -- doctor --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ matplotlib is imported when the first figure is drawn. Where it is missing, Modu
 which extra brings it.
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -57,7 +58,7 @@ def layer_curves(
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        ValueError: there is no curve.
+        ValueError: there is no curve, or the suffix names no format of figures.
 
     """
     if not curves:
@@ -88,7 +89,7 @@ def layer_curves(
     if labelled:
         _label_ends(axes, ends)
     whole_numbers(axes)
-    figure.savefig(path, dpi=DPI)
+    save(figure, path)
 
 
 def require_matplotlib() -> Any:
@@ -107,6 +108,23 @@ def blank(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def check_format(path: str | PathLike[str]) -> None:
+    """Raise ValueError for a file whose suffix names no format in which figures are written."""
+    require_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = sorted(FigureCanvasBase.get_supported_filetypes().keys() - {"pgf"})  # that one needs LaTeX
+    if os.path.splitext(path)[1][1:].lower() not in formats:
+        known = ", ".join(f".{name}" for name in formats)
+        raise ValueError(f"the suffix of {os.fspath(path)} is no format of figures; there are {known}")
+
+
+def save(figure: Any, path: str | PathLike[str]) -> None:
+    """Write a figure in the format of the suffix; see ``check_format``."""
+    check_format(path)
+    figure.savefig(path, dpi=DPI)
 
 
 def plain(axes: Any, xlabel: str, ylabel: str) -> None:

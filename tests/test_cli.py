@@ -280,11 +280,50 @@ def test_csv_needs_no_extra(capsys, checkpoint, tmp_path, monkeypatch):
     assert run(capsys, checkpoint, "--csv", tmp_path / "out.csv")[0] == 0
 
 
-def test_a_file_that_cannot_be_written_is_a_failure_after_the_table(capsys, checkpoint, tmp_path):
-    code, out, err = run(capsys, checkpoint, "--plot", tmp_path / "out.nonsense")
-    assert code == 2
+@pytest.mark.parametrize("name", ["out.nonsense", "out", "out.pgf"])
+def test_a_suffix_that_no_figure_has_is_bad_usage(capsys, checkpoint, tmp_path, name):
+    assert ".png" in bad_usage(capsys, checkpoint, "--plot", tmp_path / name)
+
+
+@pytest.mark.parametrize("more", [("--csv",), ("--html", "page.html"), ("--plot", "out.png")])
+def test_a_layer_is_bad_usage_where_no_figure_of_a_series_shows_it(capsys, checkpoint, more):
+    assert "--layer" in bad_usage(capsys, checkpoint, "--layer", "0.weight", *more)
+    assert "--layer" in bad_usage(capsys, checkpoint, checkpoint, "--layer", "0.weight")
+
+
+def test_two_options_do_not_write_to_the_same_file(capsys, checkpoint, tmp_path):
+    (tmp_path / "link.png").symlink_to(tmp_path / "out.png")
+    targets = ("--plot", tmp_path / "out.png", "--html", tmp_path / "link.png")
+    assert "what --plot writes" in bad_usage(capsys, checkpoint, *targets)
+
+
+def test_a_file_without_the_permission_to_write_is_bad_usage(capsys, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.os, "access", lambda path, mode: False)
+    for option, name in (("--csv", "out.csv"), ("--plot", "out.png"), ("--html", "out.html")):
+        assert "cannot be written" in bad_usage(capsys, checkpoint, option, tmp_path / name)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_disk_that_fills_up_is_a_failure_after_the_table_that_names_the_file(capsys, checkpoint, tmp_path):
+    (tmp_path / "out.png").symlink_to("/dev/full")
+    for option, target in (("--csv", "/dev/full"), ("--html", "/dev/full"), ("--plot", tmp_path / "out.png")):
+        code, out, err = run(capsys, checkpoint, option, target)
+        assert code == 2
+        assert "Q = " in out
+        assert str(target) in err
+        assert err.count("\n") == 1
+
+
+def test_ctrl_c_while_a_file_is_written_is_one_line(capsys, checkpoint, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "write_page", interrupted)
+    code, out, err = run(capsys, checkpoint, "--html", tmp_path / "out.html")
+    assert code == 130
     assert "Q = " in out
-    assert "nonsense" in err
+    assert "interrupted" in err
+    assert err.count("\n") == 1
 
 
 def test_ctrl_c_prints_what_is_done_so_far(capsys, checkpoint, monkeypatch):

@@ -15,7 +15,7 @@ import numpy as np
 
 from rmsgd.inspection.report.text import label, summary
 from rmsgd.metrics import SCALARS, LayerMetrics, Metric, measured
-from rmsgd.plots import DPI, PALETTE, blank, short_names
+from rmsgd.plots import PALETTE, blank, save, short_names
 
 _ROW = 0.15  # inches: a line of 7 points
 _TALLEST = 80.0  # inches: beyond it rows become thinner and only some are named
@@ -28,7 +28,7 @@ def draw_layers(layers: Sequence[LayerMetrics], path: str | os.PathLike[str]) ->
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        ValueError: no layer was measured.
+        ValueError: no layer was measured, or the suffix names no format of figures.
     """
     layers = measured(layers)
     if not layers:
@@ -51,7 +51,7 @@ def draw_layers(layers: Sequence[LayerMetrics], path: str | os.PathLike[str]) ->
     name_rows(panels[0], [layer.name for layer in layers])
     note = "; grey: nothing stands out from the noise" if any(empty) else ""
     figure.suptitle(f"{summary(layers)}{note}", fontsize=10)
-    figure.savefig(path, dpi=DPI)
+    save(figure, path)
 
 
 def axis_label(metric: Metric) -> str:

@@ -80,7 +80,7 @@ class Report:
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
-            ValueError: no layer was measured.
+            ValueError: no layer was measured, or the suffix names no format of figures.
         """
         draw_layers(self.layers, path)
 

@@ -19,7 +19,7 @@ from rmsgd.inspection.selection import Selection
 from rmsgd.layers import as_matrix, unfoldings
 from rmsgd.lowrank import evbmf
 from rmsgd.metrics import AVERAGED, NETWORK_QUALITY, QUALITY, LayerMetrics
-from rmsgd.plots import DPI, PALETTE, blank, short_names
+from rmsgd.plots import PALETTE, blank, save, short_names
 
 _SHOWN = (96, 192)  # the rows and columns of a matrix that are drawn
 _PARTS = 5  # the number of checkpoints whose parts are drawn
@@ -35,7 +35,8 @@ def plot_series(
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        ValueError: no layer was measured, or ``layer`` is not one of those that were.
+        ValueError: no layer was measured, ``layer`` is not one of those that were, or the suffix names no
+            format of figures.
     """
     by_layer = series.by_layer()
     if not by_layer:
@@ -52,7 +53,7 @@ def plot_series(
     _draw_courses(courses, series, labels)
     _draw_parts(parts, series, shown, by_layer[shown], labels, key)
     _draw_map(map_, series, list(by_layer), labels)
-    figure.savefig(path, dpi=DPI)
+    save(figure, path)
 
 
 def checkpoint_labels(sources: Sequence[str]) -> list[str]:
