@@ -146,6 +146,14 @@ std::optional<Dtype> dtype_of(const dlpack::Tensor& t) {
   return std::nullopt;
 }
 
+// Whether a tensor is the negative of what its memory holds, which the exchange table does not tell.
+bool is_lazily_negated(PyObject* tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("is_neg");
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, name));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() == Py_True;
+}
+
 // Takes a parameter's gradient from the two Python objects. Returns false if they are not those that the plan
 // was made for.
 bool take_gradient(const dlpack::ExchangeTable& table, PyObject* parameter, PyObject* gradient,
@@ -161,8 +169,7 @@ bool take_gradient(const dlpack::ExchangeTable& table, PyObject* parameter, PyOb
   const bool fits = dlpack::on_cpu(g) && dlpack::same_layout(w, g) && gradient_dtype &&
                     goes_with(*gradient_dtype, tensor.dtype);
   if (!as_planned || !fits || !dlpack::is_aligned(g)) return false;
-  // Torch's lazy minus sign: only a view of one element can have it in the parameter's layout.
-  if (tensor.numel == 1 && py::bool_(py::handle(gradient).attr("is_neg")())) return false;
+  if (is_lazily_negated(gradient)) return false;
   if (plan.writes(dlpack::data(g), tensor.numel * size_of(*gradient_dtype))) return false;
   tensor.gradient = dlpack::data(g);
   tensor.gradient_dtype = *gradient_dtype;

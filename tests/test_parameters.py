@@ -9,6 +9,7 @@ import pytest
 import torch
 from matrices import planted
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
@@ -260,6 +261,37 @@ def test_a_scaled_gradient_that_half_precision_cannot_hold_is_unscaled_first(bac
     optimizer.grad_scale = torch.tensor(2.0**17)
     optimizer.step()
     assert torch.equal(p.detach(), torch.full_like(p, 0.5))
+
+
+def test_fake_parameters_are_refused_by_name():
+    with FakeTensorMode():
+        layer = nn.Linear(3, 4)
+        optimizer = rmsgd.RMSGD(layer.named_parameters())
+        layer(torch.ones(2, 3)).sum().backward()
+        for call in (optimizer.step, optimizer.epoch_step):
+            with pytest.raises(RuntimeError, match="parameter weight is a fake tensor"):
+                call()
+
+
+def test_a_fake_mode_around_real_parameters_is_refused_and_changes_nothing():
+    layer = nn.Linear(3, 4)
+    optimizer = rmsgd.RMSGD(layer.named_parameters())
+    layer(torch.ones(2, 3)).sum().backward()
+    before = layer.weight.detach().clone()
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="outside FakeTensorMode"):
+        optimizer.step()
+    assert torch.equal(layer.weight, before)
+    optimizer.step()
+    assert not torch.equal(layer.weight, before)
+
+
+def test_a_matrix_of_gradients_with_a_sign_still_to_be_applied_is_descended_along(backend):
+    w = Parameter(torch.zeros(3, 4))
+    w.grad = torch._neg_view(torch.ones(3, 4))
+    optimizer = rmsgd.RMSGD([w], lr=1.0, momentum=0.0)
+    for _ in range(2):  # the first step makes the tables that the second one finds
+        optimizer.step()
+    assert torch.equal(w.detach(), torch.full((3, 4), 2.0))
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])

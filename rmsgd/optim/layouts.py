@@ -45,10 +45,7 @@ class Layouts:
 
 def has_memory(tensor: Tensor) -> bool:
     """Whether the elements of a tensor of any shape lie at an address; a subclass may compute them."""
-    if tensor.numel() == 0 or tensor.is_meta or is_dtensor(tensor):
-        return True
-    fake = sys.modules.get("torch._subclasses.fake_tensor")
-    if fake is not None and isinstance(tensor, fake.FakeTensor):
+    if tensor.numel() == 0 or tensor.is_meta or is_dtensor(tensor) or is_fake(tensor):
         return True
     try:
         return tensor.data_ptr() != 0
@@ -56,10 +53,21 @@ def has_memory(tensor: Tensor) -> bool:
         return False
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor is one of FakeTensorMode, which has a shape and a device but no values."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return fake is not None and isinstance(tensor, fake.FakeTensor)
+
+
+def bytes_spanned(tensor: Tensor) -> int:
+    """The bytes from the first element of a tensor of any shape with elements to the end of its last one."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
 def extent(tensor: Tensor) -> tuple[int, int]:
     """The first address of a tensor of any shape with elements, and the one behind its last, in bytes."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+    return tensor.data_ptr(), tensor.data_ptr() + bytes_spanned(tensor)
 
 
 def dense_forms(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from rmsgd import rules
 from rmsgd.backends.base import RateGroup, StepGroup
 from rmsgd.element_types import ELEMENT_TYPES, known_element_types
-from rmsgd.optim.layouts import extent, has_memory
+from rmsgd.optim.layouts import bytes_spanned, has_memory
 from rmsgd.rules import RULES
 
 INITIAL_RANKS = ("zero", "measure")
@@ -191,8 +191,7 @@ def fault(p: Tensor) -> str | None:
             f"is of type {type(p).__name__}, which has no memory that a step could write to: freeze it by "
             "requires_grad_(False) and train plain parameters beside it, as LoRA does"
         )
-    begin, end = extent(p)
-    if p.nbytes > end - begin:
+    if p.nbytes > bytes_spanned(p):
         return "has elements that share memory, as after expand(); use clone()"
     if p.is_neg():
         return "is the negative of other memory; use resolve_neg()"

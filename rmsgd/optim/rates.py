@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rmsgd.inspection.report.report import Report
 from rmsgd.optim.device_rates import DeviceRates
+from rmsgd.optim.layouts import is_fake
 from rmsgd.optim.measurement import Measurement, TailMeasurement
 from rmsgd.optim.options import decayed, is_trained, multiplier, rate_group, stands_still
 from rmsgd.optim.ratio_rules import RatioRule, checked_ratios, measures_tails
@@ -44,7 +45,12 @@ class Rates:
         states: States,
         process_group: Any,
     ) -> None:
-        """Make the tables of these parameters anew, from their states."""
+        """Make the tables of these parameters anew, from their states.
+
+        Raises:
+            RuntimeError: a parameter is a fake tensor, or FakeTensorMode is active and every table would be.
+        """
+        _check_not_fake([record for on_device in records.values() for record in on_device])
         self.devices = [
             DeviceRates(device, on_device, groups, states, process_group)
             for device, on_device in records.items()
@@ -173,6 +179,16 @@ class Rates:
         if self._measured is None:
             raise RuntimeError("report() needs an epoch_step() first: nothing has been measured yet")
         return _report(self._measured, self._of_tails)
+
+
+def _check_not_fake(records: Sequence[ParamRecord]) -> None:
+    trained = [record for record in records if is_trained(record.parameter)]
+    names = [record.name for record in trained if is_fake(record.parameter)]
+    if names or is_fake(torch.empty(0, device="cpu")):
+        what = f"parameter {names[0]} is a fake tensor" if names else "tensors that are made now are fake"
+        raise RuntimeError(
+            f"{what}, without values: make, step and measure the optimizer outside FakeTensorMode"
+        )
 
 
 def _report(measured: Sequence[Measurement] | Sequence[TailMeasurement], tails: bool) -> Report | TailReport:
