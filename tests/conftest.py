@@ -1,5 +1,6 @@
 """Fixtures that several tests share."""
 
+import gc
 import importlib
 import os
 
@@ -71,6 +72,12 @@ settings.load_profile("rmsgd")
 
 def pytest_configure(config):
     import_torchvision()  # also in the process that distributes tests, which imports what raised a warning
+
+
+def pytest_collection_finish():
+    """Leave what is imported by now out of later collections, each of which would walk through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
