@@ -10,6 +10,7 @@ from emulated import build_emulated_module
 from hypothesis import HealthCheck, settings
 from trainers import import_torchvision
 
+from bench.locks import locked
 from rmsgd import backends
 
 
@@ -45,15 +46,22 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    """The emulated CUDA kernels, as a file to load."""
-    return build_emulated_module(tmp_path_factory.mktemp("emulator"))
+    """The emulated CUDA kernels, as a file to load, which is built once for all processes of a test run."""
+    temporary = tmp_path_factory.getbasetemp()
+    folder = (temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary) / "emulator"
+    folder.mkdir(exist_ok=True)
+    with locked(folder, wait=True):
+        return next(folder.glob("_cuda*"), None) or build_emulated_module(folder)
 
 
 @pytest.fixture(scope="session")
 def gpu_folder(library):
     """The folder of the emulated kernels, and everything else that the pretended GPU needs."""
-    importlib.import_module("rehearsal").build_guard(library.parent)
-    return library.parent
+    folder = library.parent
+    with locked(folder, wait=True):
+        if not (folder / "guard.so").exists():
+            importlib.import_module("rehearsal").build_guard(folder)
+    return folder
 
 
 @pytest.fixture
