@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from clock import PATIENCE
+from forked import context
 
 from rmsgd.backends import backend_for
 
@@ -46,7 +46,6 @@ class Job:
     def __init__(self, size: int) -> None:
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
-        context = mp.get_context("spawn")
         pipes = [context.Pipe() for _ in range(size)]
         self._pipes = [ours for ours, _ in pipes]
         store = str(Path(self._folder.name) / "store")

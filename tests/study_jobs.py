@@ -1,6 +1,5 @@
 """Training runs of the study in processes that can be killed. Imported by the children, too."""
 
-import multiprocessing
 import os
 import signal
 from dataclasses import asdict
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import torch
 from clock import PATIENCE
+from forked import context
 
 from bench import atomic
 from bench.data import Split, nats, registry
@@ -65,18 +65,11 @@ def child(settings: dict, folder: str, where: str, count: int, started) -> None:
     run.train()
 
 
-_context = multiprocessing.get_context("forkserver")
-# Found from the folder that pytest runs in: what each child would else spend seconds on importing.
-_context.set_forkserver_preload(
-    ["sklearn.datasets", "sklearn.model_selection", "torch._dynamo", "bench.study.command"]
-)
-
-
 def start(config: RunConfig, folder: Path, where: str = "", count: int = 0):
     """A child that trains; it has built its run when this returns."""
-    started = _context.Event()
+    started = context.Event()
     settings = {**asdict(config), "settings": dict(config.settings)}
-    process = _context.Process(target=child, args=(settings, str(folder), where, count, started))
+    process = context.Process(target=child, args=(settings, str(folder), where, count, started))
     process.start()
     started.wait(PATIENCE)
     return process
@@ -91,9 +84,9 @@ def _measure_budget(settings: dict, out: str, together, found) -> None:
 
 def budgets(config: RunConfig, out: Path, count: int) -> list[float]:
     """The budgets of a run that `count` processes get when they ask at the same moment."""
-    together, found = _context.Barrier(count), _context.Queue()
+    together, found = context.Barrier(count), context.Queue()
     arguments = (config.to_dict(), str(out), together, found)
-    processes = [_context.Process(target=_measure_budget, args=arguments) for _ in range(count)]
+    processes = [context.Process(target=_measure_budget, args=arguments) for _ in range(count)]
     for process in processes:
         process.start()
     told = [found.get(timeout=PATIENCE) for _ in processes]
@@ -111,7 +104,7 @@ def _measure_nats(folder: str, table: str, last: int) -> None:
 
 def killed_measuring(folder: Path, table: Path, last: int) -> int | None:
     """Measures NATS-Bench's networks in a process that is killed when it comes to `last`; its exit code."""
-    process = _context.Process(target=_measure_nats, args=(str(folder), str(table), last))
+    process = context.Process(target=_measure_nats, args=(str(folder), str(table), last))
     process.start()
     process.join(PATIENCE)
     return process.exitcode
