@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,22 +45,34 @@ MOST_REGISTERS = {
 """With which so many threads are resident as the launches and the planner count on; other kernels: 128."""
 
 
-@pytest.mark.parametrize("source", cupy_.SOURCES)
-@pytest.mark.parametrize("archs", [pytest.param(ARCHS, id="few"), OTHER_ARCHS])
-def test_nvcc_compiles_every_kernel_without_a_warning_a_spill_or_a_stack_frame(source, archs, tmp_path):
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A function from a source and an architecture to the file that nvcc makes and what it says."""
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc")
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    command = [nvcc, *NVCC_FLAGS, *targets, "--Werror", "all-warnings", "-Xptxas=-v", "-fatbin"]
-    done = subprocess.run(
-        [*command, ROOT / "csrc" / source, "-o", tmp_path / "kernels.fatbin"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    said = done.stdout + done.stderr
+    folder = tmp_path_factory.mktemp("nvcc")
+
+    @cache
+    def compiled(source, arch):
+        cubin = folder / f"{Path(source).stem}-{arch}.cubin"
+        target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        command = [nvcc, *NVCC_FLAGS, target, "--Werror", "all-warnings", "-Xptxas=-v", "-cubin"]
+        command += [ROOT / "csrc" / source, "-o", cubin]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return cubin, done.stdout + done.stderr
+
+    return compiled
+
+
+@pytest.mark.parametrize("source", cupy_.SOURCES)
+@pytest.mark.parametrize("archs", [pytest.param(ARCHS, id="few"), OTHER_ARCHS])
+def test_nvcc_compiles_every_kernel_without_a_warning_a_spill_or_a_stack_frame(source, archs, compiled):
+    said = "".join(compiled(source, arch)[1] for arch in archs)
     reports = list(REPORT.finditer(said))
-    compiled = sorted((report["kernel"], int(report["arch"])) for report in reports)
-    assert compiled == sorted((kernel, arch) for kernel in kernels_of(source) for arch in archs), said
+    found = sorted((report["kernel"], int(report["arch"])) for report in reports)
+    assert found == sorted((kernel, arch) for kernel in kernels_of(source) for arch in archs), said
     for report in reports:
         assert [report[what] for what in ("frame", "stores", "loads")] == ["0"] * 3, report[0]
         assert int(report["registers"]) <= MOST_REGISTERS.get(report["kernel"], 128), report[0]
@@ -95,15 +108,10 @@ def loops_of(kernel, text):
 
 
 @pytest.mark.parametrize("arch", [75, pytest.param(90, marks=slow), pytest.param(120, marks=slow)])
-def test_the_gram_kernel_has_the_share_of_multiply_adds_that_times_are_counted_with(arch, tmp_path):
-    nvcc, show = find_nvcc(), disassembler()
-    if nvcc is None:
-        pytest.skip("no nvcc")
-    cubin = tmp_path / "kernels.cubin"
-    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    source = ROOT / "csrc" / "spectrum" / "spectrum_cuda.cu"
-    subprocess.run([nvcc, *NVCC_FLAGS, target, "-cubin", source, "-o", cubin], check=True)
-    text = subprocess.run([show, "-c", cubin], capture_output=True, text=True, check=True).stdout
+def test_the_gram_kernel_has_the_share_of_multiply_adds_that_times_are_counted_with(arch, compiled):
+    cubin, _ = compiled("spectrum/spectrum_cuda.cu", arch)
+    command = [disassembler(), "-c", cubin]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     shares = {}
     for loop in loops_of("rmsgd_gram", text):
         multiply_adds = sum("FFMA" in instruction for instruction in loop)
