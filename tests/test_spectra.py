@@ -145,6 +145,50 @@ def test_eigenvalues_of_the_slices_of_a_kernel_are_those_of_their_copies():
         np.testing.assert_allclose(found, expected_values(piece) ** 2, rtol=1e-3, atol=1e-6 * found[0])
 
 
+KERNELS = {
+    "square": lambda: torch.randn(20, 20, 3, 3),
+    "more inputs": lambda: torch.randn(24, 300, 3, 3),
+    "more outputs": lambda: torch.randn(530, 40, 3, 3),
+    "long": lambda: torch.randn(17, 33, 7),
+    "two positions": lambda: torch.randn(33, 70, 1, 2),
+    "one row": lambda: torch.randn(1, 9, 3, 3),
+    "three dimensions": lambda: torch.randn(18, 16, 2, 3, 2),
+    "channels last": lambda: torch.randn(24, 16, 3, 3).to(memory_format=torch.channels_last),
+    "every second input": lambda: torch.randn(24, 32, 3, 3)[:, ::2],
+    "a part of the positions": lambda: torch.randn(24, 16, 3, 5)[..., :2],
+    "overlapping": lambda: torch.randn(24 * 16 + 2).as_strided((24, 16, 3), (16, 1, 1)),
+    "expanded": lambda: torch.randn(16, 3, 3).expand(24, 16, 3, 3),
+    "huge": lambda: 1e25 * torch.randn(24, 16, 3, 3),
+    "one value": lambda: torch.randn(24, 40, 3, 3) + 300.0,
+    "too large to pack": lambda: torch.randn(2, 120_000, 3, 3),
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_position_has_the_same_values_beside_the_others_of_its_kernel_and_alone(name, dtype):
+    kernel = KERNELS[name]()
+    kernel = kernel if name == "overlapping" and dtype == torch.float32 else kernel.to(dtype)
+    slices = list(kernel.flatten(2).permute(2, 0, 1))
+    alone = [eigenvalues([piece])[0] for piece in slices]
+    for found, expected in zip(eigenvalues(slices), alone, strict=True):
+        assert torch.equal(found.nan_to_num(-1.0), expected.nan_to_num(-1.0))
+    for found, piece in zip(alone[:1], slices[:1], strict=True):
+        if piece.isfinite().all() and piece.numel() < 10_000:
+            expected = expected_values(piece) ** 2
+            half = (len(expected) + 1) // 2
+            np.testing.assert_allclose(found[:half], expected[:half], rtol=1e-3, atol=1e-12 * expected[0])
+
+
+def test_a_position_that_is_not_finite_leaves_the_others_of_its_kernel_as_they_are():
+    kernel = torch.randn(24, 16, 3, 3)
+    expected = eigenvalues(list(kernel.flatten(2).permute(2, 0, 1)))
+    kernel[3, 5, 1, 0] = math.inf
+    found = eigenvalues(list(kernel.flatten(2).permute(2, 0, 1)))
+    assert [bool(values.isnan().all()) for values in found] == [i == 3 for i in range(9)]
+    assert all(torch.equal(found[i], expected[i]) for i in range(9) if i != 3)
+
+
 def test_eigenvalues_of_a_weight_that_is_not_finite_are_not_numbers(backend):
     good, bad = torch.randn(8, 9), torch.full((4, 5), math.nan)
     found = eigenvalues([bad, good])

@@ -65,6 +65,17 @@ def test_spectra_are_the_same_bits_on_any_number_of_threads(dtype):
         assert np.array_equal(_cpu.measure(matrices, threads), expected)
 
 
+def test_the_positions_of_kernels_have_the_same_bits_on_any_number_of_threads():
+    # The last two kernels have no room to be packed at the same time.
+    shapes = [(64, 64, 3, 3), (40, 30, 5, 5), (30, 40, 3, 3), (2, 70_000, 3, 3), (2, 70_000, 3, 3)]
+    kernels = [torch.randn(shape) for shape in shapes]
+    slices = [piece for kernel in kernels for piece in kernel.flatten(2).permute(2, 0, 1)]
+    matrices = described(slices)
+    expected = _cpu.spectra(matrices, "bulk", 1)[1]
+    for threads in (2, 3, 8, 40):
+        assert np.array_equal(_cpu.spectra(matrices, "bulk", threads)[1], expected)
+
+
 def test_a_matrix_that_all_threads_share_gives_the_same_bits():
     low = torch.randn(1030, 3) @ torch.randn(3, 1040)
     weights = [low + torch.randn(1030, 1040), torch.randn(20, 30)]

@@ -122,41 +122,67 @@ RMSGD_FN void transpose(V (&x)[8]) {
   }
 }
 
-// Writes W rows of `length` columns of one stride, column after column: to[k * W + r].
+// Where the packed columns go, as they come: one after the other, or in turn to matrices of which each has
+// its own place, `apart` elements from the one before.
+template <class T>
+class PackedColumns {
+ public:
+  RMSGD_FN PackedColumns(T* first, int matrices, ptrdiff_t apart)
+      : column_(first), apart_(apart), matrices_(matrices) {}
+
+  RMSGD_FN T* operator*() const { return column_; }
+
+  RMSGD_FN void operator++() {
+    column_ += apart_;
+    if (++turn_ < matrices_) return;
+    turn_ = 0;
+    column_ += LANES<T> - matrices_ * apart_;
+  }
+
+ private:
+  T* column_;
+  ptrdiff_t apart_;
+  int matrices_, turn_ = 0;
+};
+
+// Writes W rows of `length` columns of one stride, column after column.
 template <class T, class Source>
-RMSGD_FN void pack_run(T* to, const Source* from, const int64_t* rows, int64_t stride, int64_t length,
-                       T scale) {
+RMSGD_FN void pack_run(PackedColumns<T>& to, const Source* from, const int64_t* rows, int64_t stride,
+                       int64_t length, T scale) {
   constexpr int W = LANES<T>;
   bool neighbours = true;
   for (int r = 1; r < W; ++r) neighbours = neighbours && rows[r] == rows[0] + r;
   int64_t k = 0;
   if (neighbours) {
-    for (; k < length; ++k) {
+    for (; k < length; ++k, ++to) {
       for (int r = 0; r < W; r += B<T>) {
-        store_block(to + k * W + r, load_block(from + rows[0] + r + k * stride, scale));
+        store_block(*to + r, load_block(from + rows[0] + r + k * stride, scale));
       }
     }
   } else if (stride == 1) {
     for (; k + B<T> <= length; k += B<T>) {
+      PackedColumns<T> column = to;
       for (int top = 0; top < W; top += B<T>) {
         typename Block<T>::vector x[B<T>];
 #pragma GCC unroll 8
         for (int r = 0; r < B<T>; ++r) x[r] = load_block(from + rows[top + r] + k, scale);
         transpose(x);
+        column = to;
 #pragma GCC unroll 8
-        for (int r = 0; r < B<T>; ++r) store_block(to + (k + r) * W + top, x[r]);
+        for (int r = 0; r < B<T>; ++r, ++column) store_block(*column + top, x[r]);
       }
+      to = column;
     }
   }
-  for (; k < length; ++k) {
-    for (int r = 0; r < W; ++r) to[k * W + r] = T(widen(from[rows[r] + k * stride])) * scale;
+  for (; k < length; ++k, ++to) {
+    for (int r = 0; r < W; ++r) (*to)[r] = T(widen(from[rows[r] + k * stride])) * scale;
   }
 }
 
 // Packs columns [first, first + depth) of the W rows from `row` on; rows beyond the last are zero.
 template <class T, class Source>
-void pack_group(T* to, const Source* data, const Side& small, const Side& large, int64_t row, int64_t first,
-                int64_t depth, T scale) {
+void pack_group(PackedColumns<T> to, const Source* data, const Side& small, const Side& large, int64_t row,
+                int64_t first, int64_t depth, T scale) {
   constexpr int W = LANES<T>;
   const int64_t count = small.length() - row;
   int64_t rows[W];
@@ -165,22 +191,24 @@ void pack_group(T* to, const Source* data, const Side& small, const Side& large,
   int64_t within = first % run;
   int64_t index[3] = {first / run / large.size[2] / large.size[1],
                       first / run / large.size[2] % large.size[1], first / run % large.size[2]};
+  PackedColumns<T> column = to;
   for (int64_t done = 0; done < depth; within = 0) {
     const int64_t length = run - within < depth - done ? run - within : depth - done;
     const int64_t offset =
         index[0] * large.stride[0] + index[1] * large.stride[1] + index[2] * large.stride[2];
-    pack_run(to + done * W, data + offset + within * stride, rows, stride, length, scale);
+    pack_run(column, data + offset + within * stride, rows, stride, length, scale);
     done += length;
     for (int d = 2; d >= 0 && ++index[d] == large.size[d]; --d) index[d] = 0;
   }
-  for (int64_t r = count; r < W; ++r) {
-    for (int64_t k = 0; k < depth; ++k) to[k * W + r] = T(0);
+  if (count >= W) return;
+  for (int64_t k = 0; k < depth; ++k, ++to) {
+    for (int64_t r = count; r < W; ++r) (*to)[r] = T(0);
   }
 }
 
 template <class T>
-void pack(T* to, const MatrixView& matrix, const Side& small, const Side& large, int64_t row, int64_t first,
-          int64_t depth, T scale) {
+void pack(const PackedColumns<T>& to, const MatrixView& matrix, const Side& small, const Side& large,
+          int64_t row, int64_t first, int64_t depth, T scale) {
   with_elements(matrix.dtype, matrix.data,
                 [&](auto* data) { pack_group(to, data, small, large, row, first, depth, scale); });
 }
@@ -251,33 +279,45 @@ void multiply_column(const T* packed, int64_t top, int64_t bottom, int64_t colum
 // Rows of the left operand that stay in the second-level cache while all columns pass.
 constexpr int64_t LEFT_ROWS = 192;
 
+// Adds the products of `depth` packed columns to the Gram matrix, or begins it with them.
+template <class T>
+void multiply(const T* packed, int64_t padded, int64_t depth, double* out, ptrdiff_t stride, bool fresh,
+              const ThreadTeam& team) {
+  constexpr int W = LANES<T>;
+  constexpr int64_t TILE_COLUMNS = TILE_VECTORS * W;
+  for (int64_t top = 0; top < padded; top += LEFT_ROWS) {
+    int64_t turn = 0;
+    int64_t column = top / TILE_COLUMNS * TILE_COLUMNS;
+    for (int vectors; column < padded; column += vectors * W, ++turn) {
+      // Four vectors are halved: a single vector's sums are too few to hide the latency of their additions.
+      const int64_t left = (padded - column) / W;
+      vectors = left == TILE_VECTORS + 1 ? 2 : left < TILE_VECTORS ? int(left) : TILE_VECTORS;
+      if (turn % team.size() != team.rank()) continue;
+      const int64_t end = column + vectors * W;
+      const int64_t bottom = top + LEFT_ROWS < end ? top + LEFT_ROWS : end;
+      multiply_column(packed, top, bottom, column, vectors, depth, out, stride, fresh);
+    }
+  }
+}
+
+int64_t depth_from(int64_t first, int64_t columns) {
+  return columns - first < GRAM_DEPTH ? columns - first : GRAM_DEPTH;
+}
+
 template <class T>
 void gram(const MatrixView& matrix, T scale, double* out, ptrdiff_t stride, T* packed,
           const ThreadTeam& team) {
   constexpr int W = LANES<T>;
-  constexpr int64_t TILE_COLUMNS = TILE_VECTORS * W;
   const Side small = tidied(matrix.small), large = tidied(matrix.large);
   const int64_t rows = small.length(), columns = large.length();
   const int64_t padded = vectors_up<T>(rows);
   for (int64_t first = 0; first < columns; first += GRAM_DEPTH) {
-    const int64_t depth = columns - first < GRAM_DEPTH ? columns - first : GRAM_DEPTH;
+    const int64_t depth = depth_from(first, columns);
     for (int64_t row = team.rank() * W; row < padded; row += team.size() * W) {
-      pack(packed + row * GRAM_DEPTH, matrix, small, large, row, first, depth, scale);
+      pack(PackedColumns<T>(packed + row * GRAM_DEPTH, 1, 0), matrix, small, large, row, first, depth, scale);
     }
     team.barrier();
-    for (int64_t top = 0; top < padded; top += LEFT_ROWS) {
-      int64_t turn = 0;
-      int64_t column = top / TILE_COLUMNS * TILE_COLUMNS;
-      for (int vectors; column < padded; column += vectors * W, ++turn) {
-        // Four vectors are halved: a single vector's sums are too few to hide the latency of their additions.
-        const int64_t left = (padded - column) / W;
-        vectors = left == TILE_VECTORS + 1 ? 2 : left < TILE_VECTORS ? int(left) : TILE_VECTORS;
-        if (turn % team.size() != team.rank()) continue;
-        const int64_t end = column + vectors * W;
-        const int64_t bottom = top + LEFT_ROWS < end ? top + LEFT_ROWS : end;
-        multiply_column(packed, top, bottom, column, vectors, depth, out, stride, first == 0);
-      }
-    }
+    multiply(packed, padded, depth, out, stride, first == 0, team);
     team.barrier();
   }
 }
@@ -311,16 +351,38 @@ void gram_f64(const MatrixView& matrix, double scale, double* out, ptrdiff_t str
   gram(matrix, scale, out, stride, packed, team);
 }
 
+void pack_positions(const MatrixView& all, int positions, int64_t row, float* packed) {
+  const Side small = tidied(all.small), large = tidied(all.large);
+  const int64_t rows = small.length(), columns = large.length() / positions;
+  const ptrdiff_t apart = packed_position_size(rows, columns);
+  const int64_t end = row + PACKED_ROWS < rows ? row + PACKED_ROWS : rows;
+  for (; row < end; row += LANES<float>) {
+    for (int64_t first = 0; first < columns; first += GRAM_DEPTH) {
+      float* const to = packed + packed_chunk(rows, first) + row * GRAM_DEPTH;
+      pack(PackedColumns<float>(to, positions, apart), all, small, large, row, first * positions,
+           depth_from(first, columns) * positions, 1.0f);
+    }
+  }
+}
+
+void gram_of_packed(int64_t rows, int64_t columns, const float* packed, double* out, ptrdiff_t stride) {
+  const ThreadTeam alone(0, 1, nullptr);
+  for (int64_t first = 0; first < columns; first += GRAM_DEPTH) {
+    multiply(packed + packed_chunk(rows, first), vectors_up<float>(rows), depth_from(first, columns), out,
+             stride, first == 0, alone);
+  }
+}
+
 void product_spread(const MatrixView& matrix, float scale, const double* left, double* spread,
                     double* energies, float* packed, const ThreadTeam& team) {
   constexpr int W = LANES<float>;
   const Side small = tidied(matrix.small), large = tidied(matrix.large);
   const int64_t rows = small.length(), columns = large.length();
   for (int64_t first = 0; first < columns; first += GRAM_DEPTH) {
-    const int64_t depth = columns - first < GRAM_DEPTH ? columns - first : GRAM_DEPTH;
+    const int64_t depth = depth_from(first, columns);
     for (int64_t row = team.rank() * W; row < rows; row += team.size() * W) {
       float* const block = packed + row * GRAM_DEPTH;
-      pack(block, matrix, small, large, row, first, depth, scale);
+      pack(PackedColumns<float>(block, 1, 0), matrix, small, large, row, first, depth, scale);
       Vector<float> squares = {};
       for (int64_t k = 0; k < depth; ++k) squares += load(block + k * W) * load(block + k * W);
       for (int r = 0; r < W; ++r) energies[row + r] = double(squares[r]);

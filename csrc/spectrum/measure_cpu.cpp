@@ -16,6 +16,7 @@
 #include "eigenvalues_cpu.h"
 #include "gram_cpu.h"
 #include "measure.h"
+#include "positions_cpu.h"
 #include "stage.h"
 #include "tridiagonal_cpu.h"
 
@@ -48,10 +49,6 @@ enum Trust {
 };
 
 // ---- memory ----
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
 
 // What one matrix of up to `rows` rows needs: its Gram matrix in double, and as much again for packed
 // columns, then for the copy in fp32 that is reduced.
@@ -114,10 +111,14 @@ class Workspace {
 
 // ---- one matrix: Gram, tridiagonal form, eigenvalues ----
 
-void form_gram(const MatrixView& matrix, Stage stage, Workspace& space, const ThreadTeam& team) {
+// packed: the columns of the matrix where they are packed already; else null.
+void form_gram(const MatrixView& matrix, const float* packed, Stage stage, Workspace& space,
+               const ThreadTeam& team) {
   const std::ptrdiff_t stride = tridiagonal_stride(rows_of(matrix));
   const double scale = std::ldexp(1.0, space.scale_exponent);
-  if (stage == STAGE_FP32) {
+  if (stage == STAGE_FP32 && packed != nullptr) {
+    RMSGD_DISPATCH(gram_of_packed)(rows_of(matrix), columns_of(matrix), packed, space.gram, stride);
+  } else if (stage == STAGE_FP32) {
     RMSGD_DISPATCH(gram_f32)(matrix, float(scale), space.gram, stride, static_cast<float*>(space.copy), team);
   } else {
     RMSGD_DISPATCH(gram_f64)(matrix, scale, space.gram, stride, static_cast<double*>(space.copy), team);
@@ -140,10 +141,11 @@ void form_gram(const MatrixView& matrix, Stage stage, Workspace& space, const Th
 
 // The Gram matrix of the weight, scaled by a power of two where its squares would leave the range of the
 // format. Almost no weight needs it, so the first attempt does without and the trace tells.
-void form_scaled_gram(const MatrixView& matrix, Stage stage, Workspace& space, const ThreadTeam& team) {
+void form_scaled_gram(const MatrixView& matrix, const float* packed, Stage stage, Workspace& space,
+                      const ThreadTeam& team) {
   if (team.rank() == 0) space.scale_exponent = 0;
   team.barrier();
-  form_gram(matrix, stage, space, team);
+  form_gram(matrix, packed, stage, space, team);
   if (team.rank() == 0) {
     space.status = MEASURED;
     space.repeat = !in_range(space.trace, stage);
@@ -156,7 +158,7 @@ void form_scaled_gram(const MatrixView& matrix, Stage stage, Workspace& space, c
     }
   }
   team.barrier();
-  if (space.repeat) form_gram(matrix, stage, space, team);
+  if (space.repeat) form_gram(matrix, nullptr, stage, space, team);
   team.barrier();
 }
 
@@ -401,8 +403,9 @@ Trust measure_reduced(const MatrixView& matrix, Stage stage, Stage precision, in
   return trust;
 }
 
-// Measures one matrix by the team. Every member takes the same way through it.
-void measure_one(const MatrixView& matrix, Workspace& space, const ThreadTeam& team, Output out) {
+// Measures one matrix by the team. Every member takes the same way through it. packed: see form_gram.
+void measure_one(const MatrixView& matrix, const float* packed, Workspace& space, const ThreadTeam& team,
+                 Output out) {
   const int rows = int(rows_of(matrix));
   const bool in_fp64 = matrix.dtype == Dtype::float64 || rows == 1 || out.wanted == ALL_VALUES;
   Stage stage = in_fp64 ? STAGE_FP64 : STAGE_FP32;
@@ -410,7 +413,7 @@ void measure_one(const MatrixView& matrix, Workspace& space, const ThreadTeam& t
   // A product in fp32 may be reduced three times, in fp32, in fp32 without its largest eigenvalues, and in
   // fp64, before one in fp64 is formed.
   for (;; stage = STAGE_FP64) {
-    form_scaled_gram(matrix, stage, space, team);
+    form_scaled_gram(matrix, packed, stage, space, team);
     if (team.rank() == 0) space.lap(GRAM);
     if (space.status == NOT_FINITE || space.trace == 0.0 || rows == 1) {
       const double columns = double(columns_of(matrix));
@@ -476,17 +479,21 @@ void measure(const MatrixView* matrices, int count, int threads, double* out, do
   std::vector<Workspace> spaces;
   spaces.emplace_back(std::max(largest_shared, largest_own));
   for (int t = 1; t < threads; ++t) spaces.emplace_back(largest_own);
+  // All values take products in fp64.
+  Positions positions(matrices, count, wanted == ALL_VALUES ? 0 : SHARED_ROWS);
 
   Barrier meeting;
   std::atomic<int> next{shared};
   parallel(threads, shared > 0 ? threads : total, [&](int thread, int actual) {
     const ThreadTeam team(thread, actual, &meeting);
     for (int k = 0; k < shared; ++k) {
-      measure_one(matrices[order[k]], spaces[0], team, output(order[k]));
+      measure_one(matrices[order[k]], nullptr, spaces[0], team, output(order[k]));
     }
     const ThreadTeam alone(0, 1, nullptr);
     for (int k; (k = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
-      measure_one(matrices[order[k]], spaces[thread], alone, output(order[k]));
+      const int i = order[k];
+      measure_one(matrices[i], positions.packed(i), spaces[thread], alone, output(i));
+      positions.done(i);
     }
   });
   if (seconds == nullptr) return;
