@@ -86,6 +86,18 @@ RMSGD_FN T horizontal_sum(Vector<T> x) {
   return halves[0];
 }
 
+// The numbers from 0 to COUNT - 1, as arguments of a template.
+template <int... NUMBER>
+struct Numbers {};
+
+template <int COUNT, int... NUMBER>
+struct CountTo : CountTo<COUNT - 1, COUNT - 1, NUMBER...> {};
+
+template <int... NUMBER>
+struct CountTo<0, NUMBER...> {
+  typedef Numbers<NUMBER...> numbers;
+};
+
 // The elements of a and b, numbered one after the other, that LANE names. GCC before 12 has no
 // __builtin_shufflevector, Clang has no __builtin_shuffle.
 template <int... LANE, class V>
@@ -98,23 +110,52 @@ RMSGD_FN V pick(V a, V b) {
 #endif
 }
 
+// The lanes of a vector are units of UNIT lanes, in blocks of four units, or of all where there are fewer.
+// In every block of the result lie the sums of neighbouring units of a, then those of b.
+template <class T, int UNIT, int... LANE>
+RMSGD_FN Vector<T> add_neighbours(Vector<T> a, Vector<T> b, Numbers<LANE...>) {
+  constexpr int W = LANES<T>, UNITS = W / UNIT < 4 ? W / UNIT : 4, HALF = UNITS / 2 * UNIT;
+  // Where the first one of the two units that make up unit p of a block is.
+  constexpr auto first = [](int lane) {
+    const int within = lane % (UNITS * UNIT), block = lane - within;
+    return (within < HALF ? 0 : W - 2 * HALF) + block + within / UNIT * 2 * UNIT + within % UNIT;
+  };
+  return pick<first(LANE)...>(a, b) + pick<first(LANE) + UNIT...>(a, b);
+}
+
+template <class T, int UNIT>
+RMSGD_FN Vector<T> add_neighbours(Vector<T> a, Vector<T> b) {
+  return add_neighbours<T, UNIT>(a, b, typename CountTo<LANES<T>>::numbers());
+}
+
+// Sums over the lanes of four vectors, four by four: every four lanes hold a part of each of the four sums.
+template <class T>
+RMSGD_FN Vector<T> sums_by_fours(const Vector<T> (&x)[4]) {
+  return add_neighbours<T, 1>(add_neighbours<T, 1>(x[0], x[1]), add_neighbours<T, 1>(x[2], x[3]));
+}
+
+// What sums_by_fours left of four vectors each, for as many vectors as there are lanes: their sums.
+template <class T>
+RMSGD_FN Vector<T> join_fours(const Vector<T> (&parts)[LANES<T> / 4]) {
+  constexpr int COUNT = LANES<T> / 4;
+  if constexpr (COUNT == 1) return parts[0];
+  if constexpr (COUNT == 2) return add_neighbours<T, 4>(parts[0], parts[1]);
+  if constexpr (COUNT == 4) {
+    return add_neighbours<T, 4>(add_neighbours<T, 4>(parts[0], parts[1]),
+                                add_neighbours<T, 4>(parts[2], parts[3]));
+  }
+}
+
 // The sums over the lanes of four vectors, in one vector of four.
 template <class T>
 RMSGD_FN typename Simd<T>::four horizontal_sums(const Vector<T> (&x)[4]) {
   typedef typename Simd<T>::four Four;
-  T lanes[4 * LANES<T>] __attribute__((aligned(64)));
-  Four sum[4];
+  T lanes[LANES<T>] __attribute__((aligned(64)));
+  store(lanes, sums_by_fours<T>(x));
+  Four sum = *reinterpret_cast<const Four*>(lanes);
 #pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) store(lanes + r * LANES<T>, x[r]);
-#pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) {
-    sum[r] = *reinterpret_cast<const Four*>(lanes + r * LANES<T>);
-#pragma GCC unroll 4
-    for (int l = 4; l < LANES<T>; l += 4) sum[r] += *reinterpret_cast<const Four*>(lanes + r * LANES<T> + l);
-  }
-  const Four left = pick<0, 4, 1, 5>(sum[0], sum[1]) + pick<2, 6, 3, 7>(sum[0], sum[1]);
-  const Four right = pick<0, 4, 1, 5>(sum[2], sum[3]) + pick<2, 6, 3, 7>(sum[2], sum[3]);
-  return pick<0, 1, 4, 5>(left, right) + pick<2, 3, 6, 7>(left, right);
+  for (int l = 4; l < LANES<T>; l += 4) sum += *reinterpret_cast<const Four*>(lanes + l);
+  return sum;
 }
 
 // dots[k] = rows[k] . x over columns [first, end), for `count` rows one stride apart. Whole vectors.

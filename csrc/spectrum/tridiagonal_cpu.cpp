@@ -52,11 +52,18 @@ struct FourRows {
 template <class T>
 RMSGD_FN void multiply_block_row(const FourRows<T>& matrix, ptrdiff_t top, ptrdiff_t end, const T* v, T* y) {
   constexpr int W = LANES<T>;
-  for (ptrdiff_t row = top; row < top + W; row += 4) {
-    const T* from = matrix.at(row, top + W);
+  Vector<T> here = load(y + top), sums[W / 4];
+#pragma GCC unroll 4
+  for (int four = 0; four < W / 4; ++four) {
+    const ptrdiff_t row = top + 4 * four;
+    const T* from = matrix.at(row, top);
     const T scale[4] = {v[row], v[row + 1], v[row + 2], v[row + 3]};
-    Vector<T> sum[4] = {};
-    for (ptrdiff_t j = top + W; j < end; j += W, from += 4 * W) {
+    Vector<T> sum[4] = {}, block[2] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) block[r % 2] += load(from + r * W) * scale[r];
+    here += block[0] + block[1];
+    for (ptrdiff_t j = top + W; j < end; j += W) {
+      from += 4 * W;
       const Vector<T> right = load(v + j);
       Vector<T> below = load(y + j);
 #pragma GCC unroll 4
@@ -67,14 +74,28 @@ RMSGD_FN void multiply_block_row(const FourRows<T>& matrix, ptrdiff_t top, ptrdi
       }
       store(y + j, below);
     }
-    typedef typename Simd<T>::four Four;
-    *reinterpret_cast<Four*>(y + row) += horizontal_sums<T>(sum);
+    sums[four] = sums_by_fours<T>(sum);
   }
-  // Four sums, so that they need not wait for each other.
-  Vector<T> here[4] = {load(y + top)};
-#pragma GCC unroll 16
-  for (int r = 0; r < W; ++r) here[r % 4] += v[top + r] * load(matrix.at(top + r, top));
-  store(y + top, (here[0] + here[1]) + (here[2] + here[3]));
+  store(y + top, here + join_fours<T>(sums));
+}
+
+template <int VECTORS, class T>
+RMSGD_FN void subtract_tile(const FourRows<T>& matrix, ptrdiff_t row, ptrdiff_t column, const T* left,
+                            const T* right, ptrdiff_t stride, int depth) {
+  constexpr int W = LANES<T>;
+  const Tile<T, VECTORS, CHAIN, TALL_TILE_ROWS> tile(left + row, stride, right + column, stride, W, depth);
+#pragma GCC unroll 2
+  for (int top = 0; top < TALL_TILE_ROWS; top += 4) {
+    T* const to = matrix.at(row + top, column);
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; ++v) {
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        T* const at = to + (v * 4 + r) * W;
+        store(at, load(at) - tile.sum[top + r][v]);
+      }
+    }
+  }
 }
 
 // A -= left^T right for the rows and columns from `first` on, upper triangle by whole vectors.
@@ -82,27 +103,15 @@ RMSGD_FN void multiply_block_row(const FourRows<T>& matrix, ptrdiff_t top, ptrdi
 template <class T>
 void subtract_products(const FourRows<T>& matrix, ptrdiff_t first, ptrdiff_t end, const T* left,
                        const T* right, ptrdiff_t stride, int depth, const ThreadTeam& team) {
-  constexpr int W = LANES<T>;
   ptrdiff_t turn = 0;
-  for (ptrdiff_t row = first; row < end; row += TILE_ROWS, ++turn) {
+  for (ptrdiff_t row = first; row < end; row += TALL_TILE_ROWS, ++turn) {
     if (turn % team.size() != team.rank()) continue;
     ptrdiff_t column = vectors_down<T>(row);
-    T* to = matrix.at(row, column);
-    for (; column + TILE_VECTORS * W <= end; column += TILE_VECTORS * W, to += TILE_ROWS * TILE_VECTORS * W) {
-      const Tile<T, TILE_VECTORS> tile(left + row, stride, right + column, stride, W, depth);
-#pragma GCC unroll 3
-      for (int v = 0; v < TILE_VECTORS; ++v) {
-#pragma GCC unroll 4
-        for (int r = 0; r < TILE_ROWS; ++r) {
-          T* at = to + (v * TILE_ROWS + r) * W;
-          store(at, load(at) - tile.sum[r][v]);
-        }
-      }
+    for (; column + TILE_VECTORS * LANES<T> <= end; column += TILE_VECTORS * LANES<T>) {
+      subtract_tile<TILE_VECTORS>(matrix, row, column, left, right, stride, depth);
     }
-    for (; column < end; column += W, to += TILE_ROWS * W) {
-      const Tile<T, 1> tile(left + row, stride, right + column, stride, W, depth);
-#pragma GCC unroll 4
-      for (int r = 0; r < TILE_ROWS; ++r) store(to + r * W, load(to + r * W) - tile.sum[r][0]);
+    for (; column < end; column += LANES<T>) {
+      subtract_tile<1>(matrix, row, column, left, right, stride, depth);
     }
   }
 }

@@ -22,9 +22,9 @@ RMSGD_FN int product_parts(ptrdiff_t n) { return n < 1024 ? 1 : PRODUCT_PARTS; }
 // core of an Intel Xeon with 2 MB of second-level cache the reduction to a band and on takes
 //
 //   rows   fp32   fp64
-//    512   2.45   2.04   times as long as the one here
-//   1024   1.41    .81
-//   2048    .61    .45
+//    512   3.31   2.10   times as long as the one here
+//   1024   1.49    .85
+//   2048    .60    .56
 constexpr ptrdiff_t BANDED_BYTES = ptrdiff_t(1) << 23;
 RMSGD_FN bool is_banded(ptrdiff_t n, ptrdiff_t element_bytes) {
   return n * n * element_bytes >= BANDED_BYTES;
