@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 
 from bench import data, measure, models, peers
-from bench.errors import UsageError, is_out_of_memory
+from bench.data.source import whole_batches
+from bench.errors import is_out_of_memory
 from bench.training import cross_entropy
 
 SCHEMA = "rmsgd-bench-epoch-time/1"
@@ -97,10 +98,7 @@ def workload(settings: Settings) -> Workload:
     samples = None if settings.data == "digits" else POOL * settings.batch
     if settings.data == "synthetic":
         train, test = EPOCHS.get(models.architecture(settings.model).sample[-1], EPOCHS[32])
-        if settings.batch > train:
-            raise UsageError(
-                f"batch must be between 1 and the {train} training samples, got {settings.batch}"
-            )
+        whole_batches(train, settings.batch)  # checked before samples are made for the batch
     dataset = data.load(settings.data, settings.model, settings.device, samples)
     batches = list(islice(data.Batches(dataset.train, settings.batch, seed=0), POOL))
     count = min(settings.batch, len(dataset.test))
@@ -109,8 +107,7 @@ def workload(settings: Settings) -> Workload:
         train, test = len(dataset.train), len(dataset.test)
     elif settings.data != "synthetic":
         train, test = data.sizes(Path(settings.data))
-    # As in `data.Batches`, the samples after the last whole batch are not used.
-    steps, evaluations = train // settings.batch, math.ceil(test / count)
+    steps, evaluations = whole_batches(train, settings.batch), math.ceil(test / count)
     return Workload(batches, held_out, steps, evaluations, dataset.classes)
 
 

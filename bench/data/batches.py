@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from bench.data.source import whole_batches
 from bench.data.split import Split
-from bench.errors import UsageError
 
 
 class Batches:
@@ -21,13 +21,11 @@ class Batches:
     """
 
     def __init__(self, split: Split, size: int, seed: int) -> None:
-        if not 1 <= size <= len(split):
-            raise UsageError(f"batch must be between 1 and the {len(split)} training samples, got {size}")
-        self._split, self._size = split, size
+        self._split, self._size, self._count = split, size, whole_batches(len(split), size)
         self._generator = torch.Generator(split.inputs.device).manual_seed(seed)
 
     def __len__(self) -> int:
-        return len(self._split) // self._size
+        return self._count
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         device = self._split.inputs.device

@@ -107,9 +107,9 @@ def limited_parts(
 
 
 def whole_batches(count: int, size: int) -> int:
-    """How many batches of `size` there are in `count` images; raises UsageError if there is none."""
+    """How many batches of `size` there are in `count` samples; raises UsageError if there is none."""
     if not 1 <= size <= count:
-        raise UsageError(f"batch must be between 1 and the {count} training images, got {size}")
+        raise UsageError(f"batch must be between 1 and the {count} training samples, got {size}")
     return count // size
 
 
