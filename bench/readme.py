@@ -214,8 +214,7 @@ def study_cells(row: dict[str, Any]) -> list[str]:
     cells = [f"{measured['mean']:.2f}{deviation}", f"{row['gap']:.2f}", f"{row['Q']:.2f}"]
     if difference is None:
         return [*cells, "-", "-"]
-    low, high = (None if math.isnan(difference[bound]) else difference[bound] for bound in ("low", "high"))
-    interval = Interval(difference["mean"], low, high)
+    interval = Interval(difference["mean"], *_bounds((difference["low"], difference["high"])))
     return [*cells, interval.text("+.2f"), f"{difference['p_corrected']:.2g}"]
 
 
@@ -336,7 +335,7 @@ def epoch_cells(row: dict[str, Any]) -> list[str]:
         f"{1e3 * row['step']['median']:.1f}",
         f"{1e3 * row['epoch_end']['median']:.0f}",
         f"{row['epoch']['median']:.0f}",
-        Interval(**row["ratio"]).text(),
+        _interval(row["ratio"], ".3f"),
     ]
 
 
@@ -367,7 +366,7 @@ def split_cells(row: dict[str, Any]) -> list[str]:
     seconds = row["seconds"]
     return [
         f"{seconds['one rank'] * 1e3:.0f}",
-        Interval(**row["two_to_one"]).text(".2f"),
+        _interval(row["two_to_one"]),
         " / ".join(f"{own * 1e3:.0f}" for own in seconds["own work"]),
         f"{seconds['exchange'] * 1e3:.2f}",
         " / ".join(f"{share:.2f}" for share in row["modelled_to_one"].values()),
