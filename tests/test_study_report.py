@@ -259,6 +259,14 @@ def test_seeds_that_make_no_pair_are_named_with_what_became_of_them(tmp_path, ca
     assert "adam 1 of 4 - -" in said
 
 
+def test_a_seed_that_the_reference_lacks_makes_no_pair(tmp_path):
+    ours = seeds(tmp_path, replace(CELL, optimizer="rmsgd"), [0.96, 0.95])
+    sgd = seeds(tmp_path, CELL, [0.94, 0.95, 0.93])
+    (found,) = report.comparisons(read(tmp_path, [*ours, *sgd]))
+    assert found["seeds"] == 2
+    assert found["left_out"] == [{"seed": 2, "optimizer": "rmsgd", "why": "not ended"}]
+
+
 @pytest.mark.parametrize(("second", "compared"), [(100.0, 1), (130.0, 0)])
 def test_runs_with_different_budgets_are_marked_and_not_compared(second, compared, tmp_path):
     configs = seeds(tmp_path, replace(CELL, optimizer="rmsgd"), [0.95, 0.96], budget=100.0)
