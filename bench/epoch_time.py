@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bench import arguments, epoch_timing, measure, output, plots, readme
+from bench import arguments, epoch_timing, measure, output, plots, readme, terminal
 from bench.epoch_timing import Settings
 from bench.measure import Interval
 
@@ -51,7 +51,7 @@ def main(given: Sequence[str]) -> int:
                 task = progress.add_task("rounds", total=settings.rounds)
                 result = epoch_timing.run(settings, lambda done: progress.update(task, completed=done))
         except epoch_timing.DoesNotFitError as error:
-            console.print(str(error), soft_wrap=True)
+            terminal.say(str(error), console)
             return 1
     Console().print(table(result))
     _write(options.out, result, console)
@@ -185,11 +185,7 @@ def _complaints(result: dict[str, Any], console: Console) -> int:
         off = row["parts_over_whole"] - 1
         if abs(off) > TOLERANCE:
             status = 1
-            console.print(
-                f"{row['optimizer']}: the parts are {off:+.1%} off the measured whole", soft_wrap=True
-            )
+            terminal.say(f"{row['optimizer']}: the parts are {off:+.1%} off the measured whole", console)
         if not row["finite"]:
-            console.print(
-                f"{row['optimizer']}: its loss is no longer a number; the times are valid", soft_wrap=True
-            )
+            terminal.say(f"{row['optimizer']}: its loss is no longer a number; the times are valid", console)
     return status

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import measure, readme
+from bench import measure, readme, terminal
 
 
 def check(folder: Path, page: Path | None = None, tables: Iterable[str] = ()) -> None:
@@ -75,7 +75,7 @@ def finish(
 
 def say(written: Iterable[Path], console: Console) -> None:
     """Prints the names of the files that were written."""
-    console.print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
+    terminal.say("wrote " + ", ".join(map(str, written)), console)
 
 
 def figures(draw: Callable[[], Sequence[Path]], console: Console) -> list[Path]:
@@ -83,5 +83,5 @@ def figures(draw: Callable[[], Sequence[Path]], console: Console) -> list[Path]:
     try:
         return list(draw())
     except ModuleNotFoundError as error:
-        console.print(f"no figures: {error}", soft_wrap=True, markup=False)
+        terminal.say(f"no figures: {error}", console)
         return []

@@ -1,4 +1,4 @@
-"""Tables on terminals of any width."""
+"""Tables and lines on terminals of any width."""
 
 from collections.abc import Iterable, Sequence
 
@@ -16,6 +16,11 @@ def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) ->
     for row in rows:
         result.add_row(*row)
     return result
+
+
+def say(text: str, console: Console) -> None:
+    """Prints a line as it is: not broken, and what looks like Rich's markup, as in a path, is no markup."""
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def show(table: Table, console: Console) -> None:

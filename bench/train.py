@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bench import arguments, measure, output, peers, plots, training
+from bench import arguments, measure, output, peers, plots, terminal, training
 from bench.training import Run, Settings
 from rmsgd.plots import layer_curves
 
@@ -59,7 +59,7 @@ def main(given: Sequence[str]) -> int:
     Console().print(table(settings, summary))
     lost = [name for name, entry in summary.items() if entry["diverged"] == entry["runs"]]
     if lost:
-        console.print(f"diverged with every seed: {', '.join(lost)}", soft_wrap=True)
+        terminal.say(f"diverged with every seed: {', '.join(lost)}", console)
     return 1 if lost else 0
 
 
@@ -146,7 +146,7 @@ def _train(settings: Settings, console: Console, cache: Path) -> list[Run]:
             said = f"{run.optimizer_name}, seed {run.seed}: {accuracy:.1%}"
             if run.diverged:
                 said = f"{run.optimizer_name}, seed {run.seed}: diverged"
-                progress.console.print(f"{said} in epoch {len(run.epochs)}; the others go on")
+                terminal.say(f"{said} in epoch {len(run.epochs)}; the others go on", progress.console)
                 progress.advance(task, settings.epochs - len(run.epochs))
             progress.update(task, advance=1, description=said)
 

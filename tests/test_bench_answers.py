@@ -1,14 +1,17 @@
 """`python -m bench` answers with one line where something is wrong, before anything is measured."""
 
 import sys
+from pathlib import Path
 
 import pytest
 from commands import run_bench
+from rich.console import Console
 
 from bench import (
     epoch_timing,
     models,
     noise_search,
+    output,
     peers,
     plots,
     probe_speed,
@@ -214,3 +217,9 @@ def test_a_setting_that_an_optimizer_refuses_is_named():
 def test_a_step_of_one_linear_layer_is_timed_too():
     assert callable(speed_step.case("rmsgd", "linear-8"))
     assert len(speed_epoch_end.spectra(speed_epoch_end.network("linear-8"))) == 1
+
+
+def test_the_name_of_a_file_is_printed_as_it_is_whatever_it_looks_like(capsys):
+    path = Path("runs [bold] of May") / ("long " * 40) / "result.json"
+    output.say([path], Console())
+    assert capsys.readouterr().out == f"wrote {path}\n"

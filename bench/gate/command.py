@@ -141,11 +141,11 @@ def main(given: Sequence[str]) -> int:
     except GateError as error:
         if options.json:
             print(json.dumps({"schema": SCHEMA, "exit": UNDECIDED, "reasons": [str(error)]}))
-        errors.print(f"bench gate: {error}", soft_wrap=True, markup=False, highlight=False)
+        terminal.say(f"bench gate: {error}", errors)
         return UNDECIDED
     except KeyboardInterrupt:
         said = "the same command goes on" if options.self_test else "nothing was decided"
-        errors.print(f"interrupted: {said}")
+        terminal.say(f"interrupted: {said}", errors)
         return INTERRUPTED
     report.seconds = time.perf_counter() - start
     if options.json:
@@ -373,8 +373,8 @@ def update(options: argparse.Namespace, machine: Mapping[str, Any], console: Con
             notes.append(f"{figure.text}: processes differ, so its tolerance is {entry['tolerance']:.1%}")
     terminal.show(table, Console())
     for note in notes:
-        console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
-    console.print(f"wrote {path}", soft_wrap=True)
+        terminal.say(f"note: {note}", console)
+    terminal.say(f"wrote {path}", console)
     return PASSED
 
 
@@ -421,10 +421,10 @@ def show(report: Report, console: Console) -> None:
             table.add_row(row["name"], *cells, row["verdict"])
         terminal.show(table, console)
     for note in report.notes:
-        console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
+        terminal.say(f"note: {note}", console)
     if report.status == UNDECIDED:
-        console.print("undecided: an interval still contains its limit; --seconds gives more time")
+        terminal.say("undecided: an interval still contains its limit; --seconds gives more time", console)
     for reason in report.reasons:
-        console.print(f"slower: {reason}", soft_wrap=True, markup=False, highlight=False)
+        terminal.say(f"slower: {reason}", console)
     if report.status == PASSED:
-        console.print("nothing got slower")
+        terminal.say("nothing got slower", console)

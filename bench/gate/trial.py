@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import measure, readme
+from bench import measure, readme, terminal
 from bench.gate.cases import SLOWER
 from bench.gate.processes import GateError
 
@@ -109,18 +109,18 @@ def run(count: int, settings: Settings, out: Path, page: Path | None) -> int:
     todo = [(number, kind) for number in range(1, count + 1) for kind in KINDS]
     runs = _left(unfinished, record)[: len(todo)]
     if runs:
-        console.print(f"going on after {len(runs)} of {len(todo)} runs, from {unfinished}")
+        terminal.say(f"going on after {len(runs)} of {len(todo)} runs, from {unfinished}", console)
     with busy_neighbour():
         for number, kind in todo[len(runs) :]:
             runs.append(one(kind, settings))
             measure.write_json(unfinished, record | {"gate": summary(runs), "runs": runs})
             last = runs[-1]
             ending = f"{ENDS[last['exit']]} after {last['seconds']:.0f} s"
-            console.print(f"{number}/{count} {kind}: {ending}" + ("" if last["right"] else ": wrong"))
+            terminal.say(f"{number}/{count} {kind}: {ending}" + ("" if last["right"] else ": wrong"), console)
     record |= {"gate": summary(runs), "runs": runs}
     measure.write_json(finished, record)
     unfinished.unlink()
-    console.print(f"wrote {finished}")
+    terminal.say(f"wrote {finished}", console)
     if page:
         readme.rewrite(page, record)
     return 0 if all(r["right"] for r in runs) else 1

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from bench import arguments, measure, output, peers, readme
+from bench import arguments, measure, output, peers, readme, terminal
 from bench.gpu import checks, measurements, processes, tables, targets
 from bench.gpu.budget import Need, share
 
@@ -157,8 +157,8 @@ def main(given: Sequence[str]) -> int:
     names = options.only or sections_of(options.stages)
     seconds = options.seconds or budget_of(names)
     if not torch.cuda.is_available():
-        _say(
-            Console(stderr=True), "bench gpu: torch finds no CUDA device here, so there is nothing to measure"
+        terminal.say(
+            "bench gpu: torch finds no CUDA device here, so there is nothing to measure", Console(stderr=True)
         )
         return NO_GPU
     output.check(options.out)
@@ -168,13 +168,13 @@ def main(given: Sequence[str]) -> int:
     try:
         run_sections(names, session, result, console, time.monotonic() + seconds)
     except KeyboardInterrupt:
-        _say(console, f"interrupted; what was measured is in {session.out}")
+        terminal.say(f"interrupted; what was measured is in {session.out}", console)
         return INTERRUPTED
     console.print(*tables.tables(result), tables.targets(targets.judge(result)))
     failed = failures(result, names)
     for line in failed:
-        _say(console, line)
-    _say(console, f"wrote {session.out / 'gpu.json'} and {session.log}")
+        terminal.say(line, console)
+    terminal.say(f"wrote {session.out / 'gpu.json'} and {session.log}", console)
     return FAILED if failed else DONE
 
 
@@ -287,13 +287,13 @@ def run_sections(
         if not seconds:
             result[name] = {"skipped": "no time was left"}
         else:
-            _say(console, f"{name}: at most {seconds:.0f} s ...")
+            terminal.say(f"{name}: at most {seconds:.0f} s ...", console)
             try:
                 result[name] = section.run(session, seconds)
             except Exception as error:  # one section's failure leaves the others' figures
                 result[name] = {"error": measurements.reason(error)}
             result[name]["seconds"] = time.monotonic() - start
-            _say(console, f"{name}: {result[name]['seconds']:.0f} s")
+            terminal.say(f"{name}: {result[name]['seconds']:.0f} s", console)
         result["targets"] = [asdict(target) for target in targets.judge(result)]
         measure.write_json(session.out / "gpu.json", result)
         stage = next((stage for stage, sections in STAGES.items() if name in sections), name)
@@ -311,7 +311,3 @@ def failures(result: Mapping[str, Any], names: Sequence[str]) -> list[str]:
         if why:
             lines.append(f"{name}: {why if len(why) <= CUT else '... ' + why[-CUT:]}")
     return lines
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False, highlight=False)

@@ -166,10 +166,10 @@ def main(given: Sequence[str]) -> int:
                 if key not in known:
                     known.add(key, train(tasks, key))
     except BusyError as error:
-        console.print(str(error), soft_wrap=True)
+        terminal.say(str(error), console)
         return 1
     except KeyboardInterrupt:
-        console.print("interrupted: the same command goes on after the last run that ended")
+        terminal.say("interrupted: the same command goes on after the last run that ended", console)
         return 130
     rows = [compare(name, seeds[name], known) for name in tasks]
     result = {"schema": 2, "machine": machine(), "revisions": known.revisions(), "same-lr": rows}

@@ -24,7 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from bench import arguments, measure, output, readme
+from bench import arguments, measure, output, readme, terminal
 from bench.data.nats import LAYOUT as NATS_LAYOUT
 from bench.errors import UsageError
 from bench.locks import BusyError
@@ -72,13 +72,13 @@ def main(given: Sequence[str]) -> int:
     try:
         return options.act(options, console)
     except (BusyError, FailedRunsError) as error:
-        console.print(str(error), soft_wrap=True, markup=False)
+        terminal.say(str(error), console)
         return 1
     except OSError as error:
-        console.print(_failed(error, options.out), soft_wrap=True, markup=False)
+        terminal.say(_failed(error, options.out), console)
         return 1
     except KeyboardInterrupt:
-        console.print("interrupted: the same command goes on from the last checkpoint")
+        terminal.say("interrupted: the same command goes on from the last checkpoint", console)
         return 130
 
 
@@ -271,7 +271,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         ends = {} if options.part == (SEARCH,) else train_with_progress(runner, configs, console)
     said = ", ".join(f"{count} {how}" for how, count in Counter(ends.values()).items())
     again = shlex.join(["report", *options.given[1:]])
-    console.print(f"{said}; in {options.out}. Next: python -m bench study {again}", soft_wrap=True)
+    terminal.say(f"{said}; in {options.out}. Next: python -m bench study {again}", console)
     return _status(ends, console)
 
 
@@ -296,7 +296,7 @@ def _fitted(
 ) -> list[RunConfig]:
     """The runs that fit into the minutes given: seed by seed, of so many epochs that all optimizers end."""
     chosen = fit.chosen(runner, configs, 60 * options.minutes, options.out / FIT)
-    console.print(chosen.text(), soft_wrap=True)
+    terminal.say(chosen.text(), console)
     return chosen.runs(configs)
 
 
@@ -304,12 +304,14 @@ def _status(ends: Mapping[RunConfig, str], console: Console) -> int:
     """The exit status after runs that ended so, and a word about what is missing."""
     count = Counter(ends.values())
     if busy := count["busy"]:
-        console.print(f"another process is at {busy} of these runs: the same command takes what it leaves")
+        terminal.say(
+            f"another process is at {busy} of these runs: the same command takes what it leaves", console
+        )
     if failed := count["failed"]:
-        console.print(f"{failed} failed: the same command tries them again")
+        terminal.say(f"{failed} failed: the same command tries them again", console)
     good = {config.optimizer for config, how in ends.items() if how != "diverged"}
     if lost := [name for name in dict.fromkeys(config.optimizer for config in ends) if name not in good]:
-        console.print(f"diverged in every run: {', '.join(lost)}", soft_wrap=True)
+        terminal.say(f"diverged in every run: {', '.join(lost)}", console)
     return 1 if busy or failed or lost else 0
 
 
@@ -324,7 +326,7 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     configs = tuning.grid(chosen, options.factors)
     names = dict.fromkeys(config.optimizer for config in chosen)
     if unsearched := [name for name in names if name in SEARCHED]:
-        console.print(f"{', '.join(unsearched)}: searches its rate itself, so there is none to tune")
+        terminal.say(f"{', '.join(unsearched)}: searches its rate itself, so there is none to tune", console)
     if not configs:
         raise UsageError("no optimizer is left to tune")
     place = prepare(options)
@@ -332,7 +334,7 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
         ends = train_with_progress(Runner(place), configs, console)
     status = _status(ends, console)
     if {"busy", "failed"} & set(ends.values()):
-        console.print("no rate is chosen before they have ended")
+        terminal.say("no rate is chosen before they have ended", console)
         return status
     records = read(options.out, configs)
     found = tuning.best(records, options.factors)
@@ -346,10 +348,10 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     tuning.write(path, found, configs[0], together)
     drawn = output.figures(lambda: draw("fig2", records, options.out / "figures-tuning"), console)
     output.say([path, *drawn], console)
-    console.print(
+    terminal.say(
         f"Next: python -m bench study run {' '.join(options.ids)} --rates {path}, with the --data, "
         "--preset and filters of this search",
-        soft_wrap=True,
+        console,
     )
     return status
 
@@ -428,7 +430,7 @@ def _report(options: argparse.Namespace, console: Console) -> int:
         ended = {record.config.optimizer for record in records}
         if missing := dict.fromkeys(c.optimizer for c in configs if c.optimizer not in ended):
             hint = "" if options.rates else "; where they were run with --rates FILE, give that too"
-            console.print(f"{name}: no ended run of {', '.join(missing)}{hint}", soft_wrap=True)
+            terminal.say(f"{name}: no ended run of {', '.join(missing)}{hint}", console)
         machine = machine or records[0].machine
         entries = content[name] = {"cells": list(report.rows(name, records))}
         out.print(report.accuracy_table(name, entries["cells"]))
@@ -484,7 +486,7 @@ def _selected(
     """The runs that the arguments name, by experiment; a word about experiments that have none."""
     chosen = by_experiment(options, sweeps, search)
     if without := [name for name in named(options) if name not in chosen]:
-        console.print(f"no such cell in {', '.join(without)}", soft_wrap=True)
+        terminal.say(f"no such cell in {', '.join(without)}", console)
     return chosen
 
 
@@ -530,6 +532,6 @@ def train_with_progress(
             progress.update(task, completed=ended)
             if how != "complete":
                 run = f"{config.label}, {config.network} on {config.dataset}, seed {config.seed}"
-                progress.console.print(f"{run}: {ENDS[how]}", soft_wrap=True)
+                terminal.say(f"{run}: {ENDS[how]}", progress.console)
 
         return train_all(runner, configs, tell, end)
