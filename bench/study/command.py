@@ -8,7 +8,7 @@ import os
 import shlex
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -413,34 +413,21 @@ def _report(options: argparse.Namespace, console: Console) -> int:
         records = look(configs)
         if not records:
             continue
-        if experiment(name).scheduled:
-            machine = machine or records[0].machine
-            ended_parts = parts.with_own_runs({part: look(mine) for part, mine in by_part.items()})
-            searched = look([run for found in searches.values() for run in tuning.tried(found)])
-            content[name], tables = parts.tables(ended_parts, searches, searched)
-            for shown in tables:
-                out.print(shown)
-            if options.save_records:
-                written += _save(options.save_records, [*searched, *records], ended_parts)
-            stem = options.out / "figures" / name
-            written += output.figures(
-                partial(part_plots.draw, stem, ended_parts, searches, searched), console
-            )
-            continue
-        ended = {record.config.optimizer for record in records}
-        if missing := dict.fromkeys(c.optimizer for c in configs if c.optimizer not in ended):
-            hint = "" if options.rates else "; where they were run with --rates FILE, give that too"
-            terminal.say(f"{name}: no ended run of {', '.join(missing)}{hint}", console)
         machine = machine or records[0].machine
-        entries = content[name] = {"cells": list(report.rows(name, records))}
-        out.print(report.accuracy_table(name, entries["cells"]))
-        if compared := report.comparisons(records):
-            entries["comparisons"] = compared
-            out.print(report.comparison_table(compared))
-        if name == "fig2" and (together := report.correlations(records)):
-            entries["correlations"] = together
-            out.print(report.correlation_table(together))
-        written += output.figures(partial(draw, name, records, options.out / "figures"), console)
+        if experiment(name).scheduled:
+            ended = parts.with_own_runs({part: look(mine) for part, mine in by_part.items()})
+            searched = look([run for found in searches.values() for run in tuning.tried(found)])
+            content[name], tables = parts.tables(ended, searches, searched)
+            if options.save_records:
+                written += _save(options.save_records, [*searched, *records], ended)
+            draw_it = partial(part_plots.draw, options.out / "figures" / name, ended, searches, searched)
+        else:
+            _name_missing(name, configs, records, options, console)
+            content[name], tables = report.tables(name, records)
+            draw_it = partial(draw, name, records, options.out / "figures")
+        for shown in tables:
+            out.print(shown)
+        written += output.figures(draw_it, console)
     if not content:
         raise UsageError(
             f"{options.out} has no ended run of {', '.join(chosen)} as the arguments say: give those of run"
@@ -450,11 +437,7 @@ def _report(options: argparse.Namespace, console: Console) -> int:
         measure.write_json(options.json, whole)
         written.append(options.json)
     if options.readme:
-        rows: dict[str, Any] = {}
-        if "digits" in content:
-            rows["study"] = report.readme_rows(content["digits"])
-        if "cifar10-rules" in content:
-            rows["cifar10-rules"] = parts.rules_rows(content["cifar10-rules"])
+        rows = {table: of(content[name]) for name, (table, of) in README_ROWS.items() if name in content}
         if not rows:
             raise UsageError("--readme is for the tables of digits and cifar10-rules: report one of them")
         readme.rewrite(options.readme, {"machine": machine, **rows})
@@ -462,6 +445,27 @@ def _report(options: argparse.Namespace, console: Console) -> int:
     if written:
         output.say(written, console)
     return 0
+
+
+README_ROWS: Mapping[str, tuple[str, Callable[[dict[str, Any]], list[dict[str, Any]]]]] = {
+    "digits": ("study", report.readme_rows),
+    "cifar10-rules": ("cifar10-rules", parts.rules_rows),
+}
+"""From an experiment to its table in a page, and the function that makes the table's rows of a report."""
+
+
+def _name_missing(
+    name: str,
+    configs: Sequence[RunConfig],
+    records: Sequence[Record],
+    options: argparse.Namespace,
+    console: Console,
+) -> None:
+    """Names the optimizers of which no run has ended."""
+    ended = {record.config.optimizer for record in records}
+    if missing := dict.fromkeys(c.optimizer for c in configs if c.optimizer not in ended):
+        hint = "" if options.rates else "; where they were run with --rates FILE, give that too"
+        terminal.say(f"{name}: no ended run of {', '.join(missing)}{hint}", console)
 
 
 def _records(options: argparse.Namespace) -> tuning.Look:

@@ -6,7 +6,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from bench import peers
@@ -191,10 +190,9 @@ def size(config: RunConfig) -> str:
 
 def accuracy_table(title: str, entries: Sequence[Mapping[str, Any]], caption: str) -> Table:
     """Test accuracy of every configuration, the best first."""
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, show_edge=False, collapse_padding=True)
-    table.add_column("optimizer", overflow="fold", min_width=20)
-    for column in ("lr", "seeds", "test (%)", "gap", "Q", "rank", "cond."):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = ("lr", "seeds", "test (%)", "gap", "Q", "rank", "cond.")
+    table = report.new_table(title, "optimizer", columns, caption)
+    table.columns[0].min_width = 20
     for entry in sorted(entries, key=lambda entry: -np.nan_to_num(entry["test_accuracy"])):
         half = (entry["interval"][1] - entry["interval"][0]) / 2
         table.add_row(

@@ -1,9 +1,10 @@
 """`study report`: measured results beside published ones, and the conclusions."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from itertools import groupby, product
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -18,6 +19,7 @@ from bench.study.published import Value
 from bench.study.records import TARGETS, Record, by_cell, by_label, finished, is_plain
 from bench.study.statistics import Difference, correlation, detectable, holm, in_deviations, paired
 
+Entry = TypeVar("Entry")
 UNKNOWN = Difference(math.nan, math.nan, math.nan, math.nan)
 
 
@@ -123,53 +125,91 @@ def deviation(values: Sequence[float] | np.ndarray) -> float:
 
 def accuracy_table(name: str, entries: Sequence[dict[str, Any]]) -> Table:
     """Measured against published."""
-    table = Table(
-        title=f"{name}: {experiment(name).title}", box=SIMPLE_HEAD, show_edge=False, collapse_padding=True
-    )
-    table.add_column("optimizer", overflow="fold")
     numbers = any(entry["published"] for entry in entries)
-    columns = ["measured (%)", "gap", "Q", "epochs"]
-    for column in [*columns, "published (%)", "diff. /\nstd. dev."] if numbers else columns:
+    columns = ["measured (%)", "gap", "Q", "epochs"] + ["published (%)", "diff. /\nstd. dev."] * numbers
+    table = new_table(f"{name}: {experiment(name).title}", "optimizer", columns)
+    table.caption = " ".join(_notes(entries))
+
+    def cells(entry: Mapping[str, Any]) -> list[str]:
+        return _measured_cells(entry) + (_published_cells(entry) if numbers else [])
+
+    _add_sections(table, entries, lambda entry: f"{entry['network']}, {entry['dataset']}", cells)
+    return table
+
+
+def new_table(title: str, first: str, columns: Iterable[str], caption: str = "") -> Table:
+    """A table of the study without rows: its first column names them, and the others hold numbers."""
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, show_edge=False, collapse_padding=True)
+    table.add_column(first, overflow="fold")
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    before = None
-    for entry in entries:
-        cell = f"{entry['network']}, {entry['dataset']}"
-        if cell != before:
-            table.add_section()
-            table.add_row(f"[bold]{cell}[/bold]")
-        lost = f", {entry['diverged']} of {entry['seeds']} diverged" if entry["diverged"] else ""
-        good = entry["diverged"] < entry["seeds"]
-        figures = (
-            str(Value(**entry["measured"])),
-            f"{entry['gap']:.2f}",
-            f"{entry['Q']:.3f}",
-            f"{entry['epochs']:.4g}",
-        )
-        cells = [
-            entry["optimizer"] + (f", epoch {entry['epoch']}" if entry["epoch"] else "") + lost,
-            *(figures if good else "-" * len(figures)),
-        ]
-        if numbers:
-            cells.append(str(Value(**entry["published"])) if entry["published"] else "-")
-            known = entry["deviations"] is not None and not math.isnan(entry["deviations"])
-            cells.append(f"{entry['deviations']:+.1f}" if known else "-")
-        table.add_row(*cells)
-        before = cell
+    return table
+
+
+def _add_sections(
+    table: Table,
+    entries: Iterable[Entry],
+    heading: Callable[[Entry], str],
+    cells: Callable[[Entry], Iterable[str]],
+) -> None:
+    """Adds a row for each entry; neighbours with the same heading stand under it."""
+    for said, mine in groupby(entries, heading):
+        table.add_section()
+        table.add_row(f"[bold]{said}[/bold]")
+        for entry in mine:
+            table.add_row(*cells(entry))
+
+
+def _measured_cells(entry: Mapping[str, Any]) -> list[str]:
+    lost = f", {entry['diverged']} of {entry['seeds']} diverged" if entry["diverged"] else ""
+    figures = [
+        str(Value(**entry["measured"])),
+        f"{entry['gap']:.2f}",
+        f"{entry['Q']:.3f}",
+        f"{entry['epochs']:.4g}",
+    ]
+    good = entry["diverged"] < entry["seeds"]
+    label = entry["optimizer"] + (f", epoch {entry['epoch']}" if entry["epoch"] else "") + lost
+    return [label, *(figures if good else "-" * len(figures))]
+
+
+def _published_cells(entry: Mapping[str, Any]) -> list[str]:
+    known = entry["deviations"] is not None and not math.isnan(entry["deviations"])
+    return [
+        str(Value(**entry["published"])) if entry["published"] else "-",
+        f"{entry['deviations']:+.1f}" if known else "-",
+    ]
+
+
+def _notes(entries: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Sentences on what the table of accuracies holds, and on what cannot be compared."""
     seeds = max((entry["seeds"] for entry in entries), default=0)
-    notes = [f"Seeds: {seeds}. Gap: training minus test accuracy."]
+    yield f"Seeds: {seeds}. Gap: training minus test accuracy."
     theirs = {entry["published_dataset"] for entry in entries if entry["published"]}
     if other := theirs - {entry["dataset"] for entry in entries}:
         places = ", ".join(sorted(other))
-        notes.append(f"Published numbers are of {places}: other data, so no difference is given.")
+        yield f"Published numbers are of {places}: other data, so no difference is given."
     own = [entry for entry in entries if entry["published"] and "dataset" not in entry["differs"]]
     if changed := dict.fromkeys(name for entry in own for name in entry["differs"]):
-        notes.append(f"No difference is given where the paper has another {', '.join(changed)}.")
+        yield f"No difference is given where the paper has another {', '.join(changed)}."
     if unequal := dict.fromkeys(_budgets_of(entry) for entry in entries if len(entry["budgets"]) > 1):
-        notes.append(f"Not comparable, for different budgets: {', '.join(unequal)}.")
+        yield f"Not comparable, for different budgets: {', '.join(unequal)}."
     if order := order_agreement(entries):
-        notes.append("Order of the optimizers, measured against published: " + "; ".join(order) + ".")
-    table.caption = " ".join(notes)
-    return table
+        yield "Order of the optimizers, measured against published: " + "; ".join(order) + "."
+
+
+def tables(name: str, records: Sequence[Record]) -> tuple[dict[str, Any], list[Table]]:
+    """What the runs of an experiment came to, as data and as tables."""
+    cells = list(rows(name, records))
+    content: dict[str, Any] = {"cells": cells}
+    shown = [accuracy_table(name, cells)]
+    if compared := comparisons(records):
+        content["comparisons"] = compared
+        shown.append(comparison_table(compared))
+    if name == "fig2" and (together := correlations(records)):
+        content["correlations"] = together
+        shown.append(correlation_table(together))
+    return content, shown
 
 
 def _budgets_of(entry: dict[str, Any]) -> str:
@@ -271,36 +311,24 @@ def readme_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 def comparison_table(entries: Sequence[dict[str, Any]]) -> Table:
     """Whether the differences are real."""
-    table = Table(
-        title=f"test accuracy of {entries[0]['reference']} minus another's (%)",
-        caption=" ".join(
-            [
-                "Paired by seed: mean, 95 % interval, p of Student's t; corrected (Holm) per cell.",
-                *_seeds_left_out(entries),
-            ]
-        ),
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        collapse_padding=True,
+    said = "Paired by seed: mean, 95 % interval, p of Student's t; corrected (Holm) per cell."
+    table = new_table(
+        f"test accuracy of {entries[0]['reference']} minus another's (%)",
+        "other",
+        ("pairs", "difference", "95 % interval", "p", "p corrected"),
+        " ".join([said, *_seeds_left_out(entries)]),
     )
-    table.add_column("other", overflow="fold")
-    for column in ("pairs", "difference", "95 % interval", "p", "p corrected"):
-        table.add_column(column, justify="right", no_wrap=True)
-    before = None
-    for entry in entries:
-        if (cell := (entry["network"], entry["dataset"])) != before:
-            table.add_section()
-            table.add_row(f"[bold]{', '.join(cell)}[/bold]")
-            before = cell
+
+    def cells(entry: Mapping[str, Any]) -> Iterator[str]:
         known = entry["seeds"] > 1
-        table.add_row(
-            entry["other"],
-            f"{entry['seeds']} of {entry['seeds'] + len({run['seed'] for run in entry['left_out']})}",
-            f"{entry['mean']:+.2f}" if known else "-",
-            "-" if math.isnan(entry["low"]) else f"{entry['low']:+.2f} to {entry['high']:+.2f}",
-            f"{entry['p']:.2g}" if known else "-",
-            f"{entry['p_corrected']:.2g}" if known else "-",
-        )
+        yield entry["other"]
+        yield f"{entry['seeds']} of {entry['seeds'] + len({run['seed'] for run in entry['left_out']})}"
+        yield f"{entry['mean']:+.2f}" if known else "-"
+        yield "-" if math.isnan(entry["low"]) else f"{entry['low']:+.2f} to {entry['high']:+.2f}"
+        yield f"{entry['p']:.2g}" if known else "-"
+        yield f"{entry['p_corrected']:.2g}" if known else "-"
+
+    _add_sections(table, entries, lambda entry: f"{entry['network']}, {entry['dataset']}", cells)
     return table
 
 
@@ -352,26 +380,23 @@ def correlation_table(entries: Sequence[Mapping[str, Any]], group: str = "group"
         note: ends the caption.
 
     """
-    table = Table(
-        title="Q, stable rank and condition against test accuracy and generalisation gap",
-        caption=f"PLCC: Pearson's correlation. ROCC: Spearman's rank-order correlation. {note}".rstrip(),
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        collapse_padding=True,
+    table = new_table(
+        "Q, stable rank and condition against test accuracy and generalisation gap",
+        "over the runs of",
+        ("runs", "accuracy\nPLCC", "accuracy\nROCC", "gap\nPLCC", "gap\nROCC"),
+        f"PLCC: Pearson's correlation. ROCC: Spearman's rank-order correlation. {note}".rstrip(),
     )
-    table.add_column("over the runs of", overflow="fold")
-    for column in ("runs", "accuracy\nPLCC", "accuracy\nROCC", "gap\nPLCC", "gap\nROCC"):
-        table.add_column(column, justify="right")
     pairs = {(entry[group], entry["metric"], entry["against"]): entry for entry in entries}
-    before = None
-    for over, metric in dict.fromkeys((entry[group], entry["metric"]) for entry in entries):
-        if over != before:
-            table.add_section()
-            table.add_row(f"[bold]{over}[/bold]")
-            before = over
-        found = [pairs.get((over, metric, against)) for against in TARGETS]
-        cells = [_coefficient(entry[kind]) if entry else "-" for entry in found for kind in ("plcc", "rocc")]
-        table.add_row(LABELS[metric], str(next(entry["n"] for entry in found if entry)), *cells)
+
+    def cells(row: tuple[str, str]) -> Iterator[str]:
+        found = [pairs.get((*row, against)) for against in TARGETS]
+        yield LABELS[row[1]]
+        yield str(next(entry["n"] for entry in found if entry))
+        for entry, kind in product(found, ("plcc", "rocc")):
+            yield _coefficient(entry[kind]) if entry else "-"
+
+    shown = dict.fromkeys((entry[group], entry["metric"]) for entry in entries)
+    _add_sections(table, shown, lambda row: row[0], cells)
     return table
 
 
