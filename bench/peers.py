@@ -69,6 +69,23 @@ class Peer:
     needs_closure: bool = False
     needs_loss: bool = False
 
+    def take_step(self, optimizer: Optimizer, compute: Callable[[], Tensor]) -> Tensor:
+        """Takes a step of `optimizer` for the loss that `compute` returns, and returns that loss before it.
+
+        An optimizer with several passes lets its step compute the loss again.
+        """
+
+        def gradients() -> Tensor:
+            loss = compute()
+            if torch.is_grad_enabled():  # a line search asks for the loss alone
+                optimizer.zero_grad()
+                loss.backward()
+            return loss
+
+        loss = gradients().detach()
+        optimizer.step(*self.step_arguments(gradients, loss))
+        return loss
+
     def step_arguments(self, closure: Callable[[], Tensor], loss: Tensor) -> tuple[Any, ...]:
         """The arguments for its `step`, some of `closure` (see `needs_closure`) and `loss`."""
         if self.needs_loss:

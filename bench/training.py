@@ -160,17 +160,11 @@ class Run:
         total = torch.zeros((), device=self._device)
         for inputs, targets in self._batches:
 
-            def gradients(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-                loss = cross_entropy(self._network(inputs), targets)
-                if torch.is_grad_enabled():  # a line search asks for the loss only
-                    self._optimizer.zero_grad()
-                    loss.backward()
-                return loss
+            def loss(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+                return cross_entropy(self._network(inputs), targets)
 
             # The loss is read once per epoch, since a copy to the host at every step would stall a GPU.
-            loss = gradients().detach()
-            total += loss
-            self._optimizer.step(*self._peer.step_arguments(gradients, loss))
+            total += self._peer.take_step(self._optimizer, loss)
         return total.item() / len(self._batches)
 
     def _end_epoch(self) -> None:

@@ -232,16 +232,7 @@ class Run:
         return done * count // total > (done - 1) * count // total
 
     def _take_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        def gradients() -> Tensor:
-            loss = self._criterion(self._logits(inputs), targets)
-            if torch.is_grad_enabled():  # a line search asks for the loss alone
-                self._optimizer.zero_grad()
-                loss.backward()
-            return loss
-
-        loss = gradients().detach()
-        self._optimizer.step(*self._peer.step_arguments(gradients, loss))
-        return loss
+        return self._peer.take_step(self._optimizer, lambda: self._criterion(self._logits(inputs), targets))
 
     def _logits(self, inputs: Tensor) -> Tensor:
         if self.config.channels_last:
