@@ -108,20 +108,7 @@ def main(given: Sequence[str]) -> int:
             not decide, or the arguments are wrong. 130: it was interrupted.
 
     """
-    parser = _parser()
-    options = parser.parse_args(given)
-    if options.update and options.against:
-        parser.error("--update and --against exclude each other: a revision is compared with, not stored")
-    if options.self_test and (options.update or options.against or options.target):
-        parser.error("--self-test runs the gate as it is: without --update, --against and --target")
-    if options.readme and not options.self_test:
-        parser.error("--readme: the table is that of --self-test N")
-    if options.json and (options.update or options.self_test):
-        parser.error("--json prints a judgement, so --update and --self-test cannot have it")
-    if options.limit is not None and (options.baseline or options.update or not options.target):
-        parser.error("--limit is for --target without a baseline; a baseline has limits of its own")
-    if options.baseline and options.against:
-        parser.error("--baseline and --against exclude each other: one of them is judged against")
+    options = _options(given)
     options.seconds = options.seconds or (AGAINST_S if options.against else LONGEST_S)
     errors = Console(stderr=True)
     if options.self_test:
@@ -200,6 +187,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path(".out/gate"), help="folder for --self-test (default: %(default)s)")
     add("--readme", type=Path, help="rewrite the table of --self-test in this file")
     return parser
+
+
+def _options(given: Sequence[str]) -> argparse.Namespace:
+    """The arguments; those that exclude each other end the program with status 2."""
+    parser = _parser()
+    options = parser.parse_args(given)
+    if options.update and options.against:
+        parser.error("--update and --against exclude each other: a revision is compared with, not stored")
+    if options.self_test and (options.update or options.against or options.target):
+        parser.error("--self-test runs the gate as it is: without --update, --against and --target")
+    if options.readme and not options.self_test:
+        parser.error("--readme: the table is that of --self-test N")
+    if options.json and (options.update or options.self_test):
+        parser.error("--json prints a judgement, so --update and --self-test cannot have it")
+    if options.limit is not None and (options.baseline or options.update or not options.target):
+        parser.error("--limit is for --target without a baseline; a baseline has limits of its own")
+    if options.baseline and options.against:
+        parser.error("--baseline and --against exclude each other: one of them is judged against")
+    return options
 
 
 def _module_and_function(text: str) -> str:
