@@ -46,22 +46,12 @@ def by_experiment(
 
     """
     _check_names(options.network or (), options.dataset or (), options.optimizers or ())
-    seeds = tuple(range(options.seeds or (1 if options.preset == "small" else 5)))
     known = {name: _sized(experiment(name), options) for name in named(options)}
-    parts = {name: _parts(name, entry, options) for name, entry in known.items()}
-    runs = {
-        (name, part): _narrow(known[name].part(part), options).runs(seeds)
-        for name, wanted in parts.items()
-        for part in wanted
-    }
-    if options.schedules:
-        runs = {key: [run for run in mine if run.schedule in options.schedules] for key, mine in runs.items()}
-    if not sweeps:
-        runs = {key: [run for run in mine if not run.settings] for key, mine in runs.items()}
-    if not any(runs.values()):
+    runs = {name: _wanted(name, entry, options, sweeps) for name, entry in known.items()}
+    if not (everything := each_once(runs)):
         raise UsageError(_no_cell(known))
     changed = arguments.overrides(options.set)
-    arguments.check_taking_part(changed, (run.optimizer for mine in runs.values() for run in mine))
+    arguments.check_taking_part(changed, (run.optimizer for run in everything))
     fixed = {key: value for key in ("epochs", "batch") if (value := getattr(options, key)) is not None}
     if options.mode:
         fixed["budget"] = options.mode == "budget"
@@ -73,9 +63,9 @@ def by_experiment(
     chosen: dict[str, Parts] = {}
     for name, entry in known.items():
         tuned = entry.search and not options.rates
-        said = {part: [as_said(run) for run in runs[name, part]] for part in parts[name]}
+        said = {part: [as_said(run) for run in mine] for part, mine in runs[name].items()}
         # A sweep goes over fixed rates, of which the optimizer's own is one that no setting shows.
-        swept = {part: entry.part(part).sweeps_rates for part in parts[name]}
+        swept = {part: entry.part(part).sweeps_rates for part in said}
         if tuned:
             wanted = {run.variant for part, mine in said.items() if not swept[part] for run in mine}
             first = {
@@ -98,12 +88,21 @@ def _sized(entry: Experiment, options: argparse.Namespace) -> Experiment:
     return full(entry) if options.preset == "full" else entry
 
 
-def _parts(name: str, entry: Experiment, options: argparse.Namespace) -> tuple[str, ...]:
-    """The parts of an experiment that the arguments name, the search left out."""
+def _wanted(name: str, entry: Experiment, options: argparse.Namespace, sweeps: bool) -> Parts:
+    """The runs of the parts of an experiment that the arguments name, the search left out."""
     wanted = options.part or entry.parts
     for part in wanted:
         look_up(f"part of {name}", part, dict.fromkeys(entry.parts))
-    return tuple(part for part in wanted if part != SEARCH) or ("main",)
+    parts = tuple(part for part in wanted if part != SEARCH) or ("main",)
+    seeds = tuple(range(options.seeds or (1 if options.preset == "small" else 5)))
+    return {
+        part: [
+            run
+            for run in _narrow(entry.part(part), options).runs(seeds)
+            if (not options.schedules or run.schedule in options.schedules) and (sweeps or not run.settings)
+        ]
+        for part in parts
+    }
 
 
 def each_once(chosen: Mapping[str, Parts]) -> list[RunConfig]:
