@@ -39,6 +39,8 @@ _GROUP: Mapping[str, Range] = {
 _OF_OTHERS = {"betas", "eps", "etas", "lambd", "max_iter"}
 """Options that other optimizers have, and neither RMSGD nor SGD: they tell before there is any state."""
 
+_OF_ANOTHER = "it is another optimizer's checkpoint, neither RMSGD's nor torch.optim.SGD's"
+
 STATE_NUMBERS: Mapping[str, tuple[Callable[[float], float], Range]] = {
     "rate": (float, FINITE),
     "stable_rank": (float, (lambda x: AT_LEAST_0[0](x) or _is_nan(x), "0 or more, or NaN")),
@@ -91,10 +93,7 @@ def check_and_complete(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> d
     for g, group in enumerate(saved):
         foreign = [] if _is_ours(group) else sorted(_OF_OTHERS & group.keys())
         if foreign:
-            raise ValueError(
-                f"group {g} of the checkpoint has {listed(foreign)}: it is another optimizer's checkpoint, "
-                "neither RMSGD's nor torch.optim.SGD's"
-            )
+            raise ValueError(f"group {g} of the checkpoint has {listed(foreign)}: {_OF_ANOTHER}")
     return {
         **state_dict,
         "state": {
@@ -243,40 +242,40 @@ def _check_states(
     different = []
     for key in [key for key in states if key in owners]:
         state, (p, name) = states[key], owners[key]
-        for kind, value in state.items():
-            if isinstance(value, Tensor) and value.is_meta and not p.is_meta:
-                raise ValueError(f"{name} in the checkpoint: {kind} is on the meta device, without values")
-        numbers = {kind: what for kind, (_, what) in STATE_NUMBERS.items() if kind in state}
-        check_ranges(state, numbers, f"{name} in the checkpoint: ")
-        foreign = [
-            str(k) for k, v in state.items() if isinstance(v, Tensor) and k not in (*BUFFERS, *STATE_NUMBERS)
-        ]
-        if foreign and key not in ours:
-            raise ValueError(
-                f"{name} in the checkpoint has {listed(foreign)}: it is another optimizer's checkpoint, "
-                "neither RMSGD's nor torch.optim.SGD's"
-            )
+        _check_values(state, p, name, key in ours)
         for kind in BUFFERS:
             buffer = state.get(kind)
-            if buffer is not None and not _is_buffer(buffer):
-                raise ValueError(
-                    f"{name} in the checkpoint: {kind} must be a dense tensor of floating-point numbers, "
-                    f"got {_kind(buffer)}"
-                )
-            if buffer is not None and is_dtensor(buffer) != is_dtensor(p):
-                raise ValueError(
-                    f"{name} or its {kind} is a DTensor and the other is not: load the checkpoint with "
-                    "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-                )
-            if buffer is not None and buffer.shape != p.shape:
+            if buffer is None:
+                continue
+            _check_buffer(buffer, p, name, kind)
+            if buffer.shape != p.shape:
                 different.append(f"{name} is {tuple(p.shape)}, its {kind} {tuple(buffer.shape)}")
     if different:
         raise ValueError(f"shapes differ between optimizer and checkpoint: {listed(different)}")
 
 
-def _is_buffer(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
+def _check_values(state: Mapping[str, Any], p: Tensor, name: str, is_ours: bool) -> None:
+    """Raise ValueError for a number out of its range, a tensor without values, and another rule's tensor."""
+    for kind, value in state.items():
+        if isinstance(value, Tensor) and value.is_meta and not p.is_meta:
+            raise ValueError(f"{name} in the checkpoint: {kind} is on the meta device, without values")
+    numbers = {kind: what for kind, (_, what) in STATE_NUMBERS.items() if kind in state}
+    check_ranges(state, numbers, f"{name} in the checkpoint: ")
+    known = (*BUFFERS, *STATE_NUMBERS)
+    foreign = [str(k) for k, v in state.items() if isinstance(v, Tensor) and k not in known]
+    if foreign and not is_ours:
+        raise ValueError(f"{name} in the checkpoint has {listed(foreign)}: {_OF_ANOTHER}")
 
 
-def _kind(value: object) -> str:
-    return f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else in_short(value)
+def _check_buffer(buffer: object, p: Tensor, name: str, kind: str) -> None:
+    """Raise ValueError for past gradients that are no plain numbers, or are sharded where ``p`` is not."""
+    if not (isinstance(buffer, Tensor) and buffer.layout == torch.strided and buffer.is_floating_point()):
+        got = f"{buffer.dtype}, {buffer.layout}" if isinstance(buffer, Tensor) else in_short(buffer)
+        raise ValueError(
+            f"{name} in the checkpoint: {kind} must be a dense tensor of floating-point numbers, got {got}"
+        )
+    if is_dtensor(buffer) != is_dtensor(p):
+        raise ValueError(
+            f"{name} or its {kind} is a DTensor and the other is not: load the checkpoint with "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+        )
