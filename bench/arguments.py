@@ -24,6 +24,15 @@ KNOWN = (
 )
 
 
+def refuse(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, unused: Iterable[str], why: str
+) -> None:
+    """Exits with a usage error where an option was given that would not be used, and says why."""
+    for option in unused:
+        if getattr(options, option) != parser.get_default(option):
+            parser.error(f"--{option.replace('_', '-')} {why}")
+
+
 def names(text: str) -> tuple[str, ...]:
     """`A,B,...`."""
     return tuple(text.split(","))

@@ -32,7 +32,7 @@ from torch import Tensor
 
 import rmsgd
 from bench import large_checkpoint, measure, output, readme, terminal
-from bench.arguments import add_output, add_rounds
+from bench.arguments import add_output, add_rounds, refuse
 from bench.networks import network, networks
 from bench.weights import make_trained_like
 
@@ -175,6 +175,8 @@ def main(arguments: Sequence[str]) -> int:
     add_rounds(parser, 6)
     add_output(parser, "probe-speed")
     options = parser.parse_args(arguments)
+    if options.large:
+        refuse(parser, options, ["models", "rounds"], "is not for --large, whose checkpoints are made")
     name = "probe-large" if options.large else "probe-speed"
     output.check(options.out, options.readme, [name])
     theirs = weightwatcher()

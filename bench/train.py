@@ -29,7 +29,10 @@ def main(given: Sequence[str]) -> int:
         0 when every optimizer finished with at least one seed, 1 when one diverged with all seeds.
 
     """
-    options = _parser().parse_args(given)
+    parser = _parser()
+    options = parser.parse_args(given)
+    if options.data == "digits":
+        arguments.refuse(parser, options, ["samples"], "is for other data: the digits are always all there")
     settings = Settings(
         options.model,
         options.data,

@@ -385,7 +385,8 @@ def test_a_weight_whose_memory_was_freed_is_a_reason_and_ends_no_process():
         ([torch.eye(3, device="meta")], ValueError, r"source\[0\] is on the meta device"),
         ([freed(torch.randn(3, 4))], ValueError, r"source\[0\] .* has been freed"),
         ([Elsewhere(torch.randn(3, 4))], TypeError, r"source\[0\] must be a plain tensor, got a Elsewhere"),
-        (3, TypeError, "3|int"),
+        (3, TypeError, "a list of matrices.*got int"),
+        (iter([torch.randn(3, 4)]), TypeError, "a list of matrices.*got list_iterator"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else None,
 )

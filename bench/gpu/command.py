@@ -151,9 +151,16 @@ def main(given: Sequence[str]) -> int:
             interrupted.
 
     """
-    options = _parser().parse_args(given)
+    parser = _parser()
+    options = parser.parse_args(given)
     if options.model:
+        arguments.refuse(parser, options, ["only", "seconds"], "is for what runs, and --model runs nothing")
+        if options.stages:
+            parser.error("--model runs no stages")
         return model(options.json, options.out, options.readme)
+    arguments.refuse(parser, options, ["json", "readme"], "is for --model")
+    if options.only and options.stages:
+        parser.error("--only takes the place of stages")
     names = options.only or sections_of(options.stages)
     seconds = options.seconds or budget_of(names)
     if not torch.cuda.is_available():

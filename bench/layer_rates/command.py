@@ -72,6 +72,10 @@ def main(given: Sequence[str]) -> int:
     options = parser.parse_args(given)
     for part in options.parts:
         look_up("part", part, PARTS)
+    if "language" not in options.parts:
+        arguments.refuse(parser, options, ["seeds", "steps"], "is for the part language")
+    if set(options.parts) == {"language"}:
+        arguments.refuse(parser, options, ["models", "rounds"], "is for the parts groups and epoch-end")
     output.check(options.out, options.readme, [TABLES[part] for part in options.parts])
     torch.set_num_threads(options.threads)
     console = Console()

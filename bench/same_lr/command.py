@@ -153,6 +153,8 @@ def main(given: Sequence[str]) -> int:
     if options.tasks is not None:
         if CIFAR10 in options.tasks and CIFAR10 not in tasks:
             parser.error(f"--tasks {CIFAR10} needs --data")
+        if CIFAR10 not in options.tasks:
+            arguments.refuse(parser, options, ["data"], f"is for the task {CIFAR10}, and --tasks has others")
         tasks = {name: look_up("task", name, tasks) for name in options.tasks}
     if options.seeds == 1:
         parser.error("--seeds: at least two are needed for an interval")

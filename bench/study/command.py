@@ -68,6 +68,8 @@ def main(given: Sequence[str]) -> int:
 
     """
     options = _parser().parse_args(given, argparse.Namespace(given=list(given)))
+    if getattr(options, "all", False) and options.preset != "small":
+        raise UsageError("--all is for --preset small, which takes two networks of each experiment by itself")
     console = Console(stderr=True)
     try:
         return options.act(options, console)

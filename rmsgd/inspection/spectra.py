@@ -1,13 +1,14 @@
 """``rmsgd.spectra``: the singular values of every layer of a network, or of a list of matrices, at once."""
 
 import math
+import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmsgd.backends.base import NOISE_VARIANCE, RANK, why_not_measured
 from rmsgd.backends.spectra import measure_spectra
@@ -94,8 +95,12 @@ def spectra(
     """
     if values not in ("top", "all"):
         raise ValueError(f'values must be "top" or "all", got {values!r}')
-    if isinstance(source, Tensor):
-        raise TypeError("source must be a module, a mapping, a path or a list of matrices: give [tensor]")
+    if not isinstance(source, nn.Module | Mapping | str | os.PathLike | Sequence):
+        hint = ": give [tensor]" if isinstance(source, Tensor) else f", got {type(source).__name__}"
+        raise TypeError(
+            "source must be a list of matrices, a torch.nn.Module, a mapping of names to tensors or NumPy "
+            f"arrays, or a path{hint}"
+        )
     selection = Selection(filter, exclude, key, include_buffers, merge_lora, device)
     if isinstance(source, Sequence) and not isinstance(source, str):
         if given := selection.given_for_networks():
