@@ -102,7 +102,7 @@ def _torch(name: str) -> Create:
 
 def _collection(name: str) -> Create:
     def create(named: Named, **settings: Any) -> Optimizer:
-        return getattr(_pytorch_optimizer(), name)(_tensors(named), **settings)
+        return getattr(_pytorch_optimizer(name), name)(_tensors(named), **settings)
 
     return create
 
@@ -112,7 +112,7 @@ def _sgd_per_layer(named: Named, **settings: Any) -> Optimizer:
 
 
 def _sam(named: Named, **settings: Any) -> Optimizer:
-    return _pytorch_optimizer().SAM(_tensors(named), torch.optim.SGD, **settings)
+    return _pytorch_optimizer("SAM").SAM(_tensors(named), torch.optim.SGD, **settings)
 
 
 def _sls(named: Named, **settings: Any) -> Optimizer:
@@ -366,9 +366,10 @@ def _fetch_release(target: Path) -> str | None:
     return None
 
 
-def _pytorch_optimizer() -> ModuleType:
+def _pytorch_optimizer(peer: str) -> ModuleType:
     try:
         import pytorch_optimizer
     except ImportError as error:
-        raise PeerUnavailableError(f"this optimizer needs the extra: {install_command('bench')}") from error
+        message = f"{peer} needs pytorch_optimizer: {install_command('bench')}"
+        raise PeerUnavailableError(message) from error
     return pytorch_optimizer

@@ -3,6 +3,7 @@
 import platform
 from dataclasses import asdict
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from rich.text import Text
 from rmsgd._version import __version__
 from rmsgd.backends import backend_for, statuses
 from rmsgd.backends.base import BackendUnavailable
-from rmsgd.extras import install_command, reinstall_command
+from rmsgd.extras import DISTRIBUTION, install_command, reinstall_command
 
 _CUPY = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
 
@@ -89,6 +90,26 @@ def _instruction_set() -> str | None:
 
 
 def _warnings() -> list[str]:
+    return [*_authors_package(), *_hidden_installation()]
+
+
+def _hidden_installation() -> list[str]:
+    """A warning where a folder of sources is imported in place of the package that was installed.
+
+    Python looks into the current folder first, so a checkout hides what ``pip install .`` has built from it.
+    """
+    here = Path(__file__).resolve().parent
+    for distribution in metadata.distributions(name=DISTRIBUTION):
+        installed = Path(str(distribution.locate_file(f"{here.name}/{Path(__file__).name}"))).resolve()
+        if installed.exists() and installed.parent != here:
+            return [
+                f"rmsgd is imported from {here}, which hides the one that is installed in "
+                f"{installed.parent}: run Python in another folder, or pip install -e {here.parent}"
+            ]
+    return []
+
+
+def _authors_package() -> list[str]:
     theirs = _installed("rmsgd")
     if theirs is None:
         return []

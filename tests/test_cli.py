@@ -463,6 +463,17 @@ def test_doctor_warns_of_the_authors_package_beside_ours(monkeypatch):
     assert "pip uninstall rmsgd" in warning
 
 
+def test_doctor_warns_of_sources_that_hide_what_is_installed(monkeypatch, tmp_path):
+    (tmp_path / "rmsgd").mkdir()
+    (tmp_path / "rmsgd" / "doctor.py").touch()
+    (tmp_path / "rmsgd_kernels-0.dist-info").mkdir()
+    (tmp_path / "rmsgd_kernels-0.dist-info" / "METADATA").write_text("Name: rmsgd-kernels\nVersion: 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    [warning] = doctor.examine()["warnings"]
+    assert f"hides the one that is installed in {tmp_path / 'rmsgd'}" in warning
+    assert "pip install -e" in warning
+
+
 def test_doctor_says_what_to_do_where_only_a_slow_backend_runs(monkeypatch):
     monkeypatch.setenv("RMSGD_BACKEND", "torch")
     [advice] = doctor.examine()["advice"]

@@ -6,8 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-from rmsgd import plots
+from rmsgd import cli, plots
 from rmsgd.extras import install_command
 
 PNG = b"\x89PNG"
@@ -41,6 +45,39 @@ def test_gaps_single_epochs_and_logarithms_are_drawn(tmp_path):
     plots.layer_curves(tmp_path / "gap.svg", {"a": [0.1, float("nan"), 0.3]}, ylabel="stable rank")
     plots.layer_curves(tmp_path / "log.pdf", {"a": [0.0, 1e-3, 1.0]}, ylabel="rate", log=True)
     assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())
+
+
+def drawn_figures(monkeypatch):
+    """The figures that are written from now on."""
+    figures = []
+    write = Figure.savefig
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda self, *args, **options: (figures.append(self), write(self, *args, **options)),
+    )
+    return figures
+
+
+def test_no_label_of_a_figure_of_the_probe_is_cut_off(tmp_path, monkeypatch):
+    figures = drawn_figures(monkeypatch)
+    torch.manual_seed(0)
+    for epoch in (1, 2, 3):
+        weights = {f"{i}.weight": torch.randn(20, 32) + epoch * torch.randn(20, 1) for i in range(4)}
+        torch.save(weights, tmp_path / f"epoch_{epoch}.pt")
+    epochs = [str(tmp_path / f"epoch_{epoch}.pt") for epoch in (1, 2, 3)]
+    assert cli.main(["probe", epochs[0], "--plot", str(tmp_path / "one.png")]) == 0
+    assert cli.main(["probe", *epochs, "--plot", str(tmp_path / "series.png")]) == 0
+    for figure in figures:
+        FigureCanvasAgg(figure).draw()
+        page = figure.bbox.padded(1)  # px
+        # Short texts are left out: among them are ticks beyond the ends of an axis, which are not drawn.
+        texts = [text for text in figure.findobj(Text) if len(text.get_text()) > 8]
+        assert len(texts) > 4
+        for text in texts:
+            box = text.get_window_extent()
+            assert page.x0 <= box.x0 <= box.x1 <= page.x1, text
+            assert page.y0 <= box.y0 <= box.y1 <= page.y1, text
 
 
 def test_no_curve_is_an_error(tmp_path):

@@ -89,8 +89,8 @@ class RMSGD(Optimizer):
         weight_decay: L2 penalty, 0 or more; ``p.grad`` is left as it is.
         nesterov: whether to use Nesterov momentum, which needs a ``momentum`` above 0 and no ``dampening``.
         zeta: gain of the stable rank's change, above 0.
-        min_lr: smallest rate, before the multiplier. The rules of the released code have a floor of their
-            own.
+        min_lr: smallest rate, before the multiplier. Above lr it is the rate that layers are lifted to, under
+            "bounded" from the first step on. The rules of the released code have a floor of their own.
         maximize: whether to ascend instead of descend.
         rule: "bounded" (the default: Algorithm 1 around lr, within bounds), "paper"
             (Algorithm 1 to the letter), "release" (the arithmetic of rmsgd 1.0.2) or "published" (that of the

@@ -187,6 +187,8 @@ def fault(p: Tensor) -> str | None:
     if p.layout != torch.strided:
         return f"has layout {p.layout}; RMSGD needs dense parameters"
     if not has_memory(p):
+        if type(p) in (Tensor, torch.nn.Parameter):
+            return "has no memory: its storage was freed, as by untyped_storage().resize_(0)"
         return (
             f"is of type {type(p).__name__}, which has no memory that a step could write to: freeze it by "
             "requires_grad_(False) and train plain parameters beside it, as LoRA does"

@@ -103,11 +103,11 @@ def _draw_courses(figure: Any, series: Series, labels: Sequence[str]) -> None:
             label="lowest to highest layer",
         )
         axes.plot(at, np.nanmean(columns, axis=0), color=colour, marker=_marker(labels), label="mean")
-        axes.set_ylabel(axis_label(metric))
+        axes.set_ylabel(axis_label(metric), fontsize=8)
         axes.legend(frameon=False, fontsize=7)
     q = [report.quality for report in series.reports]
     panels[-1].plot(across, q, color=PALETTE[len(AVERAGED)], marker=_marker(labels))
-    panels[-1].set_ylabel(f"{NETWORK_QUALITY.label}\n({NETWORK_QUALITY.meaning})")
+    panels[-1].set_ylabel(f"{NETWORK_QUALITY.label}\n({NETWORK_QUALITY.meaning})", fontsize=8)
     for axes in panels:
         _name_columns(axes, labels)
         axes.grid(color="0.9", linewidth=0.6)
@@ -156,7 +156,7 @@ def _draw_parts(
     panels[1, 0].set_ylabel("noise")
     figure.colorbar(image, ax=panels, label="weight", pad=0.01)
     subject = f"{label(short_names([name], 60)[0])} (the first {rows} x {columns} entries)"
-    figure.suptitle(f"Low rank and noise of {subject}", fontsize=9)
+    figure.suptitle(f"Low rank and noise of layer {subject}", fontsize=9)
 
 
 def _draw_map(figure: Any, series: Series, names: Sequence[str], labels: Sequence[str]) -> None:
