@@ -122,7 +122,7 @@ void count_above(const double* diagonal, const double* squares, int n, const dou
 // the first round is a grid. A bracket of one value is cut where the determinant says that the value is, or
 // in the middle if the last cut took less than half of it off.
 void largest_eigenvalues(const double* diagonal, const double* squares, int n, int count, double lower,
-                         double upper, double tolerance, double* values, double* work) {
+                         double upper, double tolerance, double relative, double* values, double* work) {
   double* const low = work;
   double* const high = low + n;
   double* const shifts = high + n;
@@ -139,17 +139,19 @@ void largest_eigenvalues(const double* diagonal, const double* squares, int n, i
     at_low[h] = at_high[h] = {0.0, 0};
     halve[h] = false;
   }
+  // The width at which a bracket is narrow enough.
+  const auto allowed = [&](int h) { return relative * low[h] > tolerance ? relative * low[h] : tolerance; };
   for (;;) {
     int total = 0;
     for (int h = 0; h < count;) {
       int next = h + 1;
       while (next < count && low[next] == low[h] && high[next] == high[h]) ++next;
-      const double width = high[h] - low[h];
-      if (width > tolerance) {
+      const double width = high[h] - low[h], most = allowed(h);
+      if (width > most) {
         const int members = next - h;
         if (members == 1 && spacing[h] == 0.0) spacing[h] = width;
         if (members == 1 && !halve[h]) {
-          shifts[total++] = estimate(low[h], high[h], at_low[h], at_high[h], spacing[h], tolerance);
+          shifts[total++] = estimate(low[h], high[h], at_low[h], at_high[h], spacing[h], most);
         } else {
           for (int k = 1; k <= members; ++k) shifts[total++] = low[h] + width * k / (members + 1);
         }
@@ -162,7 +164,7 @@ void largest_eigenvalues(const double* diagonal, const double* squares, int n, i
     for (int h = 0; h < count;) {
       int next = h + 1;
       while (next < count && low[next] == low[h] && high[next] == high[h]) ++next;
-      if (high[h] - low[h] > tolerance) {
+      if (high[h] - low[h] > allowed(h)) {
         const int end = begin + next - h;
         int cut = end;  // the first shift with no more than h values above it
         for (int k = h; k < next; ++k) {

@@ -17,8 +17,8 @@ RMSGD_FN ptrdiff_t eigenvalues_work_size(ptrdiff_t n) { return 11 * n + 64; }
 // SMALLEST_SQUARE; its norm is about 1.
 //
 // count_above: above[k] is the number of eigenvalues larger than shifts[k].
-// largest_eigenvalues: the `count` largest, descending, each within `tolerance`; all of them are known to
-// lie between lower and upper.
+// largest_eigenvalues: the `count` largest, descending, each within half of `tolerance` or of `relative`
+// times itself, whichever is more; all of them are known to lie between lower and upper.
 namespace rmsgd {
 // Off-diagonal elements of 2^-60 change no eigenvalue that double could tell; smaller ones would let the
 // sequence of determinants underflow between two rescalings.
@@ -27,5 +27,5 @@ constexpr double SMALLEST_SQUARE = 0x1p-120;
 RMSGD_EACH_ISA(void count_above(const double* diagonal, const double* squares, int n, const double* shifts,
                                 int shift_count, int* above);
                void largest_eigenvalues(const double* diagonal, const double* squares, int n, int count,
-                                        double lower, double upper, double tolerance, double* values,
-                                        double* work);)
+                                        double lower, double upper, double tolerance, double relative,
+                                        double* values, double* work);)

@@ -206,7 +206,8 @@ struct Interval {
   double upper;      // no eigenvalue is above
   double remaining;  // none of those that were not taken off
   double tolerance;
-  double mean_square;  // of those that were not taken off
+  double mean_square;     // of those that were not taken off
+  double relative = 0.0;  // see largest_eigenvalues
 };
 
 // Squares the off-diagonal and bounds the eigenvalues (Gershgorin): of the reduced matrix, which has `rows`
@@ -235,8 +236,8 @@ Interval prepare(int rows, Stage precision, Workspace& space) {
 // Eigenvalues of a positive semidefinite matrix: what rounding put below zero is zero.
 void find_largest(int rows, int count, double lower, const Interval& interval, Workspace& space) {
   RMSGD_DISPATCH(largest_eigenvalues)
-  (space.diagonal, space.squares, rows, count, lower, interval.upper, interval.tolerance, space.values,
-   space.eigenvalues_work);
+  (space.diagonal, space.squares, rows, count, lower, interval.upper, interval.tolerance, interval.relative,
+   space.values, space.eigenvalues_work);
 }
 
 // ---- EVBMF ----
@@ -302,12 +303,14 @@ Errors errors_of(int rows, Stage stage, Stage precision, int exponent, double la
   return {plain || whole < parts ? whole : parts, product, std::min(whole, taken)};
 }
 
-// Whether the larger half of the eigenvalues, of which `taken` were taken off, is known to three digits.
-Trust trust_in_half(const double* values, int nonzero, int rows, int taken, Stage stage,
-                    const Errors& errors) {
+// Whether the larger half of the eigenvalues, of which `taken` were taken off, is known to three digits, if
+// the search found each within half of `relative` times itself.
+Trust trust_in_half(const double* values, int nonzero, int rows, int taken, Stage stage, const Errors& errors,
+                    double relative) {
   if (stage == STAGE_FP64 || nonzero <= rows / 2) return TRUSTED;
-  if (taken > 0 && !(errors.taken <= HALF_ERROR * values[taken - 1])) return NOT_TRUSTED;
-  const double most = HALF_ERROR * values[(rows - 1) / 2];
+  const double share = HALF_ERROR - 0.5 * relative;
+  if (taken > 0 && !(errors.taken <= share * values[taken - 1])) return NOT_TRUSTED;
+  const double most = share * values[(rows - 1) / 2];
   return errors.all <= most ? TRUSTED : errors.product <= most ? TRUSTED_PRODUCT : NOT_TRUSTED;
 }
 
@@ -338,10 +341,12 @@ Trust measure_reduced(const MatrixView& matrix, Stage stage, Stage precision, in
   }
   if (out.wanted == BULK_VALUES) {
     write_metrics(out.row, {0, 0.0, 0.0, 1.0, 0.0}, MEASURED, stage);
-    // The search adds half as much to the error of an fp32 matrix.
+    // The search adds half as much to the error of an fp32 matrix, or a tenth of what three digits allow.
     Interval coarse = interval;
-    if (precision == STAGE_FP32)
+    if (precision == STAGE_FP32) {
       coarse.tolerance = std::max(interval.tolerance, interval.remaining * 0x1p-21);
+      coarse.relative = 0.2 * HALF_ERROR;
+    }
     find_largest(size, nonzero, 0.0, coarse, space);
     const double largest = nonzero > 0 ? space.values[0] : interval.upper;
     const double remaining = nonzero > taken ? space.values[taken] : interval.remaining;
@@ -350,7 +355,7 @@ Trust measure_reduced(const MatrixView& matrix, Stage stage, Stage precision, in
     errors.product += 0.5 * coarse.tolerance;
     write_values(space.values, nonzero, errors.all, exponent + 2 * space.scale_exponent, out.gamma);
     space.lap(EIGENVALUES);
-    return trust_in_half(space.values, nonzero, rows, taken, stage, errors);
+    return trust_in_half(space.values, nonzero, rows, taken, stage, errors, coarse.relative);
   }
   NeededValues needed =
       nonzero < rows ? all_values(nonzero) : needed_values(rows, size, columns, trace, interval, space);
@@ -397,7 +402,7 @@ Trust measure_reduced(const MatrixView& matrix, Stage stage, Stage precision, in
     find_largest(size, nonzero, 0.0, interval, space);
     write_values(values, nonzero, errors.all, total_exponent, out.gamma);
     if (out.wanted == HALF_VALUES && trust != NOT_TRUSTED)
-      trust = std::min(trust, trust_in_half(values, nonzero, rows, taken, stage, errors));
+      trust = std::min(trust, trust_in_half(values, nonzero, rows, taken, stage, errors, interval.relative));
   }
   space.lap(EVBMF);
   return trust;

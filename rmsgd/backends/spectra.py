@@ -65,8 +65,8 @@ def eigenvalues(weights: Sequence[Tensor]) -> list[Tensor]:
 
     Returns:
         For each (min(m, n),) float64 on its device, descending, never below 0; NaN where a weight has a NaN
-        or an Inf. The larger half is known to three digits, and all to 1e-6 of the largest. Those that are
-        numerically zero are 0.
+        or an Inf. The larger half is known to three digits, and all to 1e-6 of the largest or to 1e-4 of
+        themselves. Those that are numerically zero are 0.
     """
     _, gammas = measure_spectra([(weight, whole_matrix(weight.shape)) for weight in weights], "bulk")
     return [gamma * gamma for gamma in gammas]
