@@ -209,9 +209,11 @@ class Backend(Protocol):
 
 
 Values = Literal["top", "half", "bulk", "all"]
-"""Which singular values are wanted beside the metrics: those above the noise threshold; all, of which the
-larger half is to be known to three digits; the same, and no metrics; or all, as exactly as a Gram matrix in
-float64 gives them."""
+"""Which singular values are wanted beside the metrics.
+
+"top": those above the noise threshold. "half": all, the larger half of them known to three digits. "bulk":
+the same, and no metrics. "all": all, as exactly as a Gram matrix in float64 gives them.
+"""
 
 
 @runtime_checkable
@@ -223,9 +225,9 @@ class MeasuresSpectra(Protocol):
     ) -> tuple[Tensor, list[Tensor]]:
         """The metrics table as ``measure`` gives it, and the L singular values of every matrix.
 
-        They are float64 on the matrix's device, descending; those that are not wanted are 0 or as they are.
-        With "bulk" the columns of the table before STATUS need not hold the metrics.
-        They mean nothing where STATUS is not ``MEASURED``.
+        The values are float64 on the matrix's device, descending. Those that are not wanted are right or 0,
+        and where STATUS is not ``MEASURED`` none of them has a meaning. With "bulk" the columns of the table
+        before STATUS need not hold the metrics.
         """
 
 

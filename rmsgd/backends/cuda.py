@@ -84,9 +84,9 @@ _VALUES_ARGUMENTS = np.dtype(
 
 
 class CudaBackend:
-    """Step, spectra with EVBMF and rules on NVIDIA GPUs. The host waits for nothing.
+    """Step, spectra with EVBMF and rules on NVIDIA GPUs, for which the host waits for nothing.
 
-    The exception are matrices of more than ``LARGEST`` rows, which torch's own routine measures.
+    The host waits only for matrices of more than ``LARGEST`` rows, which torch's own routine measures.
     """
 
     on_host = False

@@ -109,7 +109,10 @@ class NativeBackend(OnHost):
     def _complete(
         self, rows: NDArray[np.float64], matrices: Sequence[tuple[Tensor, Unfolding]]
     ) -> dict[int, Tensor]:
-        """Fill in the rows that a Gram matrix does not decide; the singular values of those matrices."""
+        """Measure by SVD what a Gram matrix does not decide, and fill in the rows of the table.
+
+        Returns the singular values (L,) of those matrices, by their indices.
+        """
         exact: dict[int, Tensor] = {}
         # Rarely any: a look at each row would cost a tenth of a small network's epoch end.
         for i in np.flatnonzero(rows[:, STATUS] == NEEDS_SVD).tolist():

@@ -30,7 +30,7 @@ _PROBING = ("probe", "linear", "rule")
 """The options of a group that decide which of its parameters are measured."""
 
 _LARGE = 10.0
-"""How many times its first a learning rate may be before a warning names its layer."""
+"""A warning names a layer whose learning rate is more than so many times its first one."""
 
 
 class DeviceRates:

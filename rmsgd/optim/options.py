@@ -306,7 +306,10 @@ def applied_rate(group: Mapping[str, Any], rate: float, decay: float) -> float:
 
 
 def decayed(decay: float, gamma: float) -> float:
-    """The product of the gammas so far and one more, above 0: rules divide by it, and bounds may be inf."""
+    """The product of the gammas so far and one more.
+
+    It is kept above 0 where it underflows, since rules divide by it, and 0 times an infinite bound is NaN.
+    """
     return max(decay * gamma, 1e-300)
 
 

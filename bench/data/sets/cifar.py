@@ -139,7 +139,7 @@ def _find(folder: Path, form: Form) -> tuple[Content, Names, Decode]:
     for (names, decode), archive in zip(kinds, form.archives, strict=True):
         if (folder / archive).is_file():
             return _archived(folder / archive, form.archives[archive]), names, decode
-    raise DatasetError(f"{folder} holds neither of them")
+    raise DatasetError(f"{folder} holds neither the binary nor the Python form of the images")
 
 
 def _archived(path: Path, digest: str) -> Content:
