@@ -27,6 +27,9 @@ DPI = 150
 _MOST_LABELLED = 30
 """Curves that are labelled at their ends."""
 
+_MOST_TICKS = 8
+"""Layers that a colour bar names."""
+
 _LINE = 0.045
 """Height of a label of 7 points, as a share of a panel's."""
 
@@ -144,9 +147,7 @@ def one_panel(title: str, xlabel: str, ylabel: str, height: float = 4.4) -> tupl
     return figure, axes
 
 
-def depth_colours(
-    figure: Any, axes: Any, names: Sequence[str], most: int = 8, *, bar: bool = True
-) -> list[Any]:
+def depth_colours(figure: Any, axes: Any, names: Sequence[str], *, bar: bool = True) -> list[Any]:
     """One colour per layer, (red, green, blue, alpha) in 0 to 1; a colour bar names a few of the layers."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -159,7 +160,7 @@ def depth_colours(
     if bar:
         legend = figure.colorbar(scale, ax=axes, label="layer, from input to output", pad=0.02)
         legend.ax.set_ylim(0, last)
-        ticks = np.unique(np.linspace(0, len(names) - 1, min(most, len(names))).round().astype(int))
+        ticks = np.unique(np.linspace(0, len(names) - 1, min(_MOST_TICKS, len(names))).round().astype(int))
         labels = short_names(names)
         legend.set_ticks(ticks, labels=[labels[tick] for tick in ticks])
         legend.ax.tick_params(labelsize=7)

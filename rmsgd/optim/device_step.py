@@ -119,11 +119,6 @@ class DeviceStep:
             p.copy_(dense)
         _mark_written(self._parameters, [i for i, grad in enumerate(usable) if grad is None])
 
-    @property
-    def on_host(self) -> bool:
-        """Whether the flags can be read without waiting for a device."""
-        return self._backend.on_host
-
     def write_back(self) -> None:
         """Write the flags to the state."""
         fresh = self._fresh.tolist()

@@ -254,14 +254,13 @@ class RMSGD(Optimizer):
         assert self._steps is not None
         return self._steps
 
-    def _write_back(self, wait: bool = True) -> None:
-        """Write the numbers to the state; those of a GPU, which have to be waited for, only if ``wait``."""
+    def _write_back(self) -> None:
+        """Write the numbers to the state; waits for a GPU."""
         if self._steps is None:  # there are no tables, or they are out of date
             return
-        self._rates.write_back(wait)
+        self._rates.write_back()
         for step in self._steps:
-            if wait or step.on_host:
-                step.write_back()
+            step.write_back()
 
     @torch.inference_mode(False)  # its tables outlive the mode of the first caller
     @torch.no_grad()  # which leaving that mode would switch off

@@ -131,10 +131,10 @@ def in_short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def listed(items: Sequence[str], most: int = 5) -> str:
-    """The first few of these in a message, and how many more there are."""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return (", ".join(items[:most]) or "none") + more
+def listed(items: Sequence[str]) -> str:
+    """The first five of these in a message, and how many more there are."""
+    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+    return (", ".join(items[:5]) or "none") + more
 
 
 def check_options(options: Mapping[str, Any]) -> None:
