@@ -7,9 +7,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
+from bench.measure import CONFIDENCE
+
 Floats = NDArray[np.float64]
 FEWEST_CLUSTERS = 5
 """With fewer, resamples of them say nothing."""
+
+POWER = 0.8
+"""The probability with which a difference that counts as detectable is seen."""
 
 
 class Difference(NamedTuple):
@@ -34,8 +39,8 @@ class Correlation(NamedTuple):
         return f"PLCC {self.plcc:+.2f}, ROCC {self.rocc:+.2f} (n = {self.n})"
 
 
-def paired(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Difference:
-    """a minus b, pair by pair: Student's t of the differences.
+def paired(a: ArrayLike, b: ArrayLike) -> Difference:
+    """a minus b, pair by pair: Student's t of the differences, with the interval of `CONFIDENCE`.
 
     Differences that are all the same, as of accuracies over few images, have no spread to judge them by. p is
     then 1, and the interval is not known (NaN) unless they are 0.
@@ -53,18 +58,18 @@ def paired(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Difference:
         unknown = 0.0 if same == 0 else float("nan")
         return Difference(same, unknown, unknown, 1.0)
     found = stats.ttest_1samp(differences, 0.0)
-    interval = found.confidence_interval(confidence)
+    interval = found.confidence_interval(CONFIDENCE)
     return Difference(
         float(differences.mean()), float(interval.low), float(interval.high), float(found.pvalue)
     )
 
 
-def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
-    """The confidence interval of a mean by Student's t; NaN for fewer than two values."""
+def mean_interval(values: ArrayLike) -> tuple[float, float]:
+    """The interval of a mean by Student's t at `CONFIDENCE`; NaN for fewer than two values."""
     known = np.asarray(values, dtype=np.float64)
     if known.size < 2:
         return float("nan"), float("nan")
-    half = stats.t.ppf((1 + confidence) / 2, known.size - 1) * known.std(ddof=1) / np.sqrt(known.size)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, known.size - 1) * known.std(ddof=1) / np.sqrt(known.size)
     return float(known.mean() - half), float(known.mean() + half)
 
 
@@ -97,14 +102,14 @@ def correlation(x: ArrayLike, y: ArrayLike) -> Correlation | None:
     )
 
 
-def detectable(deviation: float, pairs: int, alpha: float = 0.05, power: float = 0.8) -> float:
-    """The smallest mean difference that a paired t test of so many pairs would see.
+def detectable(deviation: float, pairs: int) -> float:
+    """The smallest mean difference that a paired t test of so many pairs sees with a probability of `POWER`.
+
+    A difference is seen where the interval of `CONFIDENCE` leaves 0 out.
 
     Args:
         deviation: the standard deviation of the differences of single pairs.
         pairs: the number of pairs; for fewer than three, which would need many deviations, NaN is returned.
-        alpha: the p below which a difference counts as seen.
-        power: the probability of seeing it.
 
     Returns:
         The difference, in the unit of `deviation`.
@@ -112,13 +117,13 @@ def detectable(deviation: float, pairs: int, alpha: float = 0.05, power: float =
     """
     if pairs < 3 or not deviation > 0:
         return float("nan")
-    beyond = stats.t.ppf(1 - alpha / 2, pairs - 1)
+    beyond = stats.t.ppf((1 + CONFIDENCE) / 2, pairs - 1)
 
     def excess(shift: float) -> float:
         # Far out, where any test sees the difference, SciPy's distribution is no number, or warns.
         with np.errstate(divide="ignore"):
             seen = stats.nct.sf(beyond, pairs - 1, shift) + stats.nct.cdf(-beyond, pairs - 1, shift)
-        return float(np.nan_to_num(seen, nan=1.0)) - power
+        return float(np.nan_to_num(seen, nan=1.0)) - POWER
 
     # Solved for in standard errors, so that the answer is proportional to the deviation.
     return float(optimize.brentq(excess, 0.0, 10 * beyond)) * deviation / float(np.sqrt(pairs))
@@ -130,7 +135,6 @@ def bootstrapped(
     clusters: Sequence[object],
     centred: bool = False,
     resamples: int = 2000,
-    confidence: float = 0.95,
 ) -> dict[str, tuple[float, float, float]] | None:
     """PLCC and ROCC with bootstrap intervals (percentiles, clusters resampled with replacement).
 
@@ -140,7 +144,6 @@ def bootstrapped(
         centred: correlate what is left of both when each cluster's means are taken away; then points are
             drawn within their clusters.
         resamples: draws.
-        confidence: the confidence of the interval.
 
     Returns:
         "plcc" and "rocc" to (value, low, high); None for fewer than three points, a constant quantity, or,
@@ -174,7 +177,7 @@ def bootstrapped(
     found = {"plcc": _pearson(a, b, times), "rocc": _pearson(_ranks(a, times), _ranks(b, times), times)}
     if any(np.isnan(values[0]) for values in found.values()):
         return None
-    tail = 50 * (1 - confidence)
+    tail = 50 * (1 - CONFIDENCE)
     ends = {name: np.nanpercentile(values[1:], [tail, 100 - tail]) for name, values in found.items()}
     return {
         name: (float(values[0]), float(ends[name][0]), float(ends[name][1])) for name, values in found.items()
