@@ -27,14 +27,16 @@ def everything(model, optimizer):
 
 GONE = object()
 STEP = [
+    *(
+        (name, value)
+        for name in ("lr", "momentum", "dampening", "weight_decay")
+        for value in (float("nan"), float("inf"))
+    ),
     ("lr", None),
     ("lr", "fast"),
-    ("lr", float("nan")),
-    ("lr", float("inf")),
     ("lr", torch.ones(2)),
     ("lr", GONE),
     ("momentum", None),
-    ("momentum", float("nan")),
     ("momentum", GONE),
     ("dampening", "x"),
     ("weight_decay", None),
