@@ -248,6 +248,17 @@ def test_a_layer_whose_rate_grew_tenfold_is_named_once():
         optimizer.learning_rates()
 
 
+@pytest.mark.parametrize(("times", "named"), [(9.9, False), (10.1, True)])
+def test_a_rate_is_named_from_ten_times_its_first_on(times, named):
+    weight = Parameter(torch.randn(8, 12))
+    optimizer = rmsgd.RMSGD([("head", weight)], lr=0.03, rule="paper")
+    optimizer.state[weight]["rate"] = times * 0.03
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.learning_rates()
+    assert bool(caught) == named
+
+
 def test_no_layer_is_named_where_the_rate_applied_is_bounded():
     model = network()
     optimizer = rmsgd.RMSGD(model.named_parameters(), lr=0.01, zeta=1000.0)
