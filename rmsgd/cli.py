@@ -387,4 +387,5 @@ def _drop_stdout() -> None:
 
 
 def _complain(line: str) -> None:
-    print(f"rmsgd: {printable(line)}", file=sys.stderr)
+    with suppress(OSError):  # a full disk; the exit code tells of the failure
+        print(f"rmsgd: {printable(line)}", file=sys.stderr)

@@ -418,6 +418,12 @@ def test_a_full_disk_is_one_line_and_exit_code_2(checkpoint, form):
     assert err == "rmsgd: [Errno 28] No space left on device\n"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_the_exit_code_tells_of_a_failure_where_stderr_cannot(tmp_path):
+    line = shlex.join([sys.executable, "-m", "rmsgd", "probe", str(tmp_path / "nothing.pt")])
+    assert subprocess.run(f"{line} 2>/dev/full", shell=True).returncode == 2
+
+
 @pytest.mark.parametrize("form", [[], ["--json"], ["--csv"]])
 def test_a_closed_stdout_is_no_failure(checkpoint, form):
     line = shlex.join([sys.executable, "-m", "rmsgd", "probe", checkpoint, *form])

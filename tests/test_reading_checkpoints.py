@@ -299,6 +299,12 @@ def test_a_network_path_is_refused(path):
         open_checkpoint(path)
 
 
+def test_a_link_that_leads_nowhere_says_where_it_leads(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to("blobs/model")
+    with pytest.raises(CheckpointError, match="a link to blobs/model, which leads to no file"):
+        rmsgd.probe(tmp_path / "model.safetensors")
+
+
 def test_a_path_to_nothing_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         rmsgd.probe(tmp_path / "nothing.pt")

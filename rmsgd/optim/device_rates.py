@@ -273,6 +273,20 @@ class DeviceRates:
             for m, rate in zip(layers, eta, strict=True)
         ]
 
+    def moving(self) -> list[Tensor]:
+        """A copy of what an epoch end moves, for ``restore``."""
+        return [values.clone() for values in self._moved()]
+
+    def restore(self, moving: Sequence[Tensor]) -> None:
+        """Go back to what ``moving`` has copied."""
+        for now, before in zip(self._moved(), moving, strict=True):
+            now.copy_(before)
+        self._lacks_ranks = bool(self._tables.stable_rank.isnan().any())
+
+    def _moved(self) -> tuple[Tensor, ...]:
+        t = self._tables
+        return t.eta, t.unbounded, t.stable_rank, t.ready
+
     # -- results ---------------------------------------------------------------------------------
 
     def rates(self) -> dict[Tensor, float]:

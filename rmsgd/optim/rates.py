@@ -4,7 +4,8 @@ This is all of RMSGD but its step, and it knows nothing of steps. It can move th
 given groups with RMSGD's options for them and states that ``rmsgd.optim.state.complete_rates`` has completed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,16 +81,37 @@ class Rates:
         rate_groups = [rate_group(group, *count) for group, count in zip(groups, counts, strict=True)]
         for device in self.devices:
             device.check_epoch_end(rate_groups)
-        if rule is None:
-            self._measured = [device.epoch_step(rate_groups) for device in self.devices]
-        else:
-            self._apply_rule(rule, groups)
-        for group, moved, (epoch, decay) in zip(groups, rate_groups, counts, strict=True):
-            for p in () if stands_still(group) else group["params"]:
-                states[p].update(epoch=epoch + 1, decay=decayed(decay, moved.decay))
-        self.write_back(wait=False)
+        with self._all_or_nothing(groups, states):
+            if rule is None:
+                self._measured = [device.epoch_step(rate_groups) for device in self.devices]
+            else:
+                self._apply_rule(rule, groups)
+            for group, moved, (epoch, decay) in zip(groups, rate_groups, counts, strict=True):
+                for p in () if stands_still(group) else group["params"]:
+                    states[p].update(epoch=epoch + 1, decay=decayed(decay, moved.decay))
+            self.write_back(wait=False)
         large = self.large(groups, wait=False) if rule is None else []
         return [*self._nothing_measured(groups), *large, *self._not_finite()]
+
+    @contextmanager
+    def _all_or_nothing(self, groups: Groups, states: States) -> Iterator[None]:
+        """A context that undoes an epoch end which Ctrl-C or an error ends early, where the host drives it.
+
+        Else rates might have moved without being counted, or those of one device alone.
+        """
+        measured, of_tails = self._measured, self._of_tails
+        moving = [(device, device.moving()) for device in self.devices if device.on_host]
+        counted = [(states[p], states[p]["epoch"], states[p]["decay"]) for g in groups for p in g["params"]]
+        try:
+            yield
+        except BaseException:
+            self._measured, self._of_tails = measured, of_tails
+            for device, values in moving:
+                device.restore(values)
+            for state, epoch, decay in counted:
+                state.update(epoch=epoch, decay=decay)
+            self.write_back(wait=False)
+            raise
 
     def _apply_rule(self, rule: RatioRule, groups: Groups) -> None:
         measured: list[Measurement] | list[TailMeasurement]

@@ -95,6 +95,8 @@ def checkpoint_files(path: str | os.PathLike[str]) -> tuple[list[Path], list[str
         return _of_folder(here)
     if exists:
         return [here], []
+    if here.is_symlink():
+        raise CheckpointError(f"{here}: a link to {printable(os.readlink(here))}, which leads to no file")
     raise CheckpointError(f"{here}: no such file or folder")
 
 
