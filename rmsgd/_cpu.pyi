@@ -181,7 +181,8 @@ def spectra(
         values: which are wanted. "top": those above the noise threshold, from what decided their number.
             "all": all, from a Gram matrix in fp64 (u = 2^-53). "half": all, in fp32 (u = 2^-24) where that
             gives the larger half to three digits, else in fp64. "bulk": the same without metrics, whose
-            fields mean nothing then, and in fp32 a square may be off by 1e-4 of itself besides.
+            fields mean nothing then. In fp32 a square may be off by 1e-4 of itself besides, and one that is
+            not known to three digits is 0.
         threads: as for ``measure``.
 
     Returns:

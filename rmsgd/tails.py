@@ -80,14 +80,32 @@ def tail_exponents(weights: Sequence[tuple[Tensor, Slices]]) -> Tensor:
     The eigenvalues of all slices of a kernel are one spectrum, as in TempBalance. A weight with a NaN or an
     Inf has the status ``NOT_FINITE``.
     """
-    matrices = [part for weight, _ in weights for part in _slices(weight)]
-    found = iter(eigenvalues(matrices))
+    slices = [_slices(weight) for weight, _ in weights]
+    found = iter(eigenvalues([part for parts in slices for part in parts]))
+    spectra = [torch.stack(list(islice(found, len(parts)))).cpu() for parts in slices]
+    doubtful = [(i, k) for i, values in enumerate(spectra) for k in _doubtful(values)]
+    exact = eigenvalues([slices[i][k] for i, k in doubtful], all_known=True) if doubtful else []
+    for (i, k), values in zip(doubtful, exact, strict=True):
+        spectra[i][k] = values
     table = torch.full((len(weights), 2), math.nan, dtype=torch.float64, device="cpu")
-    for row, (weight, slices) in zip(table, weights, strict=True):
-        spectra = torch.stack(list(islice(found, slices.matrices))).cpu()
-        row[TAIL_STATUS] = NOT_FINITE if spectra.isnan().any() else MEASURED
-        row[ALPHA] = hill_alpha(_significant(spectra, weight).sqrt().numpy().ravel())
+    for row, (weight, _), values in zip(table, weights, spectra, strict=True):
+        row[TAIL_STATUS] = NOT_FINITE if values.isnan().any() else MEASURED
+        row[ALPHA] = hill_alpha(_significant(values, weight).sqrt().numpy().ravel())
     return table
+
+
+def _doubtful(spectra: Tensor) -> list[int]:
+    """The slices of a weight, of eigenvalues (slices, values), whose unknown ones may be in the upper half.
+
+    Of each slice the larger half is known, and what is not known is 0. The upper half of all of them may
+    reach further down in a slice with large values.
+    """
+    if len(spectra) == 1 or spectra.isnan().any():
+        return []
+    least = spectra.flatten().sort().values[spectra.numel() // 2]
+    last_known = torch.where(spectra > 0.0, spectra, math.inf).amin(1)
+    unknown = (spectra == 0.0).any(1) & (last_known > least) & (last_known < math.inf)
+    return unknown.nonzero().flatten().tolist()
 
 
 def _significant(spectra: Tensor, weight: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from test_spectrum import with_singular_values
 from torch import nn
 
 import rmsgd
@@ -97,6 +98,25 @@ def test_the_spectrum_of_a_kernel_is_that_of_its_slices_together():
     assert slices.values == len(gamma) == 30
     ((alpha, _),) = tail_exponents([(weight, slices)]).tolist()
     assert alpha == pytest.approx(hill_alpha(gamma), rel=1e-3)
+
+
+STRONG_BESIDE_WEAK = {
+    # The upper half of both positions is all of the strong one, whose lower half fp32 cannot tell.
+    "two decades": (np.r_[np.linspace(1.0, 0.9, 20), np.linspace(1e-3, 5e-4, 20)], np.full(40, 1e-5)),
+    "a power law": (np.geomspace(1.0, 1e-5, 40), np.geomspace(1e-6, 1e-7, 40)),
+    "of low rank": (np.r_[np.linspace(1.0, 0.9, 30), np.zeros(10)], np.linspace(1e-2, 1e-3, 40)),
+    "both alike": (np.geomspace(1.0, 1e-4, 40), np.geomspace(1.0, 1e-4, 40)),
+}
+
+
+@pytest.mark.parametrize("name", STRONG_BESIDE_WEAK)
+def test_the_upper_half_of_a_kernel_is_known_also_where_it_is_that_of_one_position(name):
+    gammas = STRONG_BESIDE_WEAK[name]
+    slices = [with_singular_values(gamma, 60, seed).float() for seed, gamma in enumerate(gammas)]
+    weight = torch.stack(slices, -1)
+    exact = np.concatenate([torch.linalg.svdvals(part.double()).numpy() for part in slices])
+    ((alpha, _),) = tail_exponents([(weight, Slices.of(weight.shape))]).tolist()
+    assert alpha == pytest.approx(hill_alpha(exact), rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

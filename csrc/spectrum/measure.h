@@ -24,9 +24,10 @@ enum WantedValues : int {
   NO_VALUES,
   KEPT_VALUES,  // those above the noise threshold, as many as the rank
   HALF_VALUES,  // all, of which the larger half is known to three digits or u is 2^-53
-  BULK_VALUES,  // the same without the metrics, which may need a product in fp64 where the values do not, and
-                // with u 2^-24 the search adds up to HALF_ERROR / 10 of a value to its error
-  ALL_VALUES,   // all, u = 2^-53
+  // The same without the metrics, which may need a product in fp64 where the values do not. With u 2^-24 the
+  // search adds up to HALF_ERROR / 10 of a value to its error, and one not known to three digits is 0.
+  BULK_VALUES,
+  ALL_VALUES,  // all, u = 2^-53
 };
 
 // A value of the larger half is known to three digits where the bound of its error is below this share of it.

@@ -303,12 +303,15 @@ Errors errors_of(int rows, Stage stage, Stage precision, int exponent, double la
   return {plain || whole < parts ? whole : parts, product, std::min(whole, taken)};
 }
 
-// Whether the larger half of the eigenvalues, of which `taken` were taken off, is known to three digits, if
-// the search found each within half of `relative` times itself.
+// How much of an eigenvalue its error may be if three digits are to be known, where the search finds each
+// within half of `relative` times itself.
+double share_of_error(double relative) { return HALF_ERROR - 0.5 * relative; }
+
+// Whether the larger half of the eigenvalues, of which `taken` were taken off, is known to three digits.
 Trust trust_in_half(const double* values, int nonzero, int rows, int taken, Stage stage, const Errors& errors,
                     double relative) {
   if (stage == STAGE_FP64 || nonzero <= rows / 2) return TRUSTED;
-  const double share = HALF_ERROR - 0.5 * relative;
+  const double share = share_of_error(relative);
   if (taken > 0 && !(errors.taken <= share * values[taken - 1])) return NOT_TRUSTED;
   const double most = share * values[(rows - 1) / 2];
   return errors.all <= most ? TRUSTED : errors.product <= most ? TRUSTED_PRODUCT : NOT_TRUSTED;
@@ -353,7 +356,8 @@ Trust measure_reduced(const MatrixView& matrix, Stage stage, Stage precision, in
     Errors errors = errors_up_to(largest, remaining);
     errors.all += 0.5 * coarse.tolerance;
     errors.product += 0.5 * coarse.tolerance;
-    write_values(space.values, nonzero, errors.all, exponent + 2 * space.scale_exponent, out.gamma);
+    const double known = stage == STAGE_FP32 ? errors.all / share_of_error(coarse.relative) : errors.all;
+    write_values(space.values, nonzero, known, exponent + 2 * space.scale_exponent, out.gamma);
     space.lap(EIGENVALUES);
     return trust_in_half(space.values, nonzero, rows, taken, stage, errors, coarse.relative);
   }

@@ -212,7 +212,8 @@ Values = Literal["top", "half", "bulk", "all"]
 """Which singular values are wanted beside the metrics.
 
 "top": those above the noise threshold. "half": all, the larger half of them known to three digits. "bulk":
-the same, and no metrics. "all": all, as exactly as a Gram matrix in float64 gives them.
+the same, and no metrics; where others are known worse than that, they may be 0. "all": all, as exactly as a
+Gram matrix in float64 gives them.
 """
 
 
