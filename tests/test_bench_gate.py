@@ -581,6 +581,11 @@ def test_inclusive_costs_are_read_from_calls():
     assert callgrind.inclusive_costs(lines) == {"step": 307, "inner": 10}
 
 
+def test_a_lambda_is_not_counted_beside_the_function_that_calls_it():
+    costs = {"rmsgd::measure(int)": 30, "rmsgd::measure(int)::{lambda(int)#1}::operator()": 20, "other": 5}
+    assert callgrind.instructions_of("rmsgd::measure(", costs) == 30
+
+
 def test_want_of_valgrind_or_of_a_core_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(callgrind.CallgrindError, match="valgrind is not installed"):
