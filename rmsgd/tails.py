@@ -102,7 +102,7 @@ def _doubtful(spectra: Tensor) -> list[int]:
     """
     if len(spectra) == 1 or spectra.isnan().any():
         return []
-    least = spectra.flatten().sort().values[spectra.numel() // 2]
+    least = spectra.flatten().kthvalue(spectra.numel() // 2 + 1).values
     last_known = torch.where(spectra > 0.0, spectra, math.inf).amin(1)
     unknown = (spectra == 0.0).any(1) & (last_known > least) & (last_known < math.inf)
     return unknown.nonzero().flatten().tolist()
