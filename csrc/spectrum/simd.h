@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <utility>
+
 #include "../team.h"
 
 namespace rmsgd {
@@ -86,18 +88,6 @@ RMSGD_FN T horizontal_sum(Vector<T> x) {
   return halves[0];
 }
 
-// The numbers from 0 to COUNT - 1, as arguments of a template.
-template <int... NUMBER>
-struct Numbers {};
-
-template <int COUNT, int... NUMBER>
-struct CountTo : CountTo<COUNT - 1, COUNT - 1, NUMBER...> {};
-
-template <int... NUMBER>
-struct CountTo<0, NUMBER...> {
-  typedef Numbers<NUMBER...> numbers;
-};
-
 // The elements of a and b, numbered one after the other, that LANE names. GCC before 12 has no
 // __builtin_shufflevector, Clang has no __builtin_shuffle.
 template <int... LANE, class V>
@@ -113,7 +103,7 @@ RMSGD_FN V pick(V a, V b) {
 // The lanes of a vector are units of UNIT lanes, in blocks of four units, or of all where there are fewer.
 // In every block of the result lie the sums of neighbouring units of a, then those of b.
 template <class T, int UNIT, int... LANE>
-RMSGD_FN Vector<T> add_neighbours(Vector<T> a, Vector<T> b, Numbers<LANE...>) {
+RMSGD_FN Vector<T> add_neighbours(Vector<T> a, Vector<T> b, std::integer_sequence<int, LANE...>) {
   constexpr int W = LANES<T>, UNITS = W / UNIT < 4 ? W / UNIT : 4, HALF = UNITS / 2 * UNIT;
   // Where the first one of the two units that make up unit p of a block is.
   constexpr auto first = [](int lane) {
@@ -125,7 +115,7 @@ RMSGD_FN Vector<T> add_neighbours(Vector<T> a, Vector<T> b, Numbers<LANE...>) {
 
 template <class T, int UNIT>
 RMSGD_FN Vector<T> add_neighbours(Vector<T> a, Vector<T> b) {
-  return add_neighbours<T, UNIT>(a, b, typename CountTo<LANES<T>>::numbers());
+  return add_neighbours<T, UNIT>(a, b, std::make_integer_sequence<int, LANES<T>>());
 }
 
 // Sums over the lanes of four vectors, four by four: every four lanes hold a part of each of the four sums.
