@@ -2,8 +2,6 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 #include <new>
 #include <numeric>
 #include <vector>
@@ -16,6 +14,7 @@
 #include "eigenvalues_cpu.h"
 #include "gram_cpu.h"
 #include "measure.h"
+#include "memory_cpu.h"
 #include "positions_cpu.h"
 #include "stage.h"
 #include "tridiagonal_cpu.h"
@@ -61,10 +60,8 @@ class Workspace {
         std::max(gram_packed_size(rows) * sizeof(double), stride * padded * sizeof(float));
     const std::size_t work_bytes = tridiagonal_work_size(rows) * sizeof(double);
     const std::size_t vector_bytes = (8 * padded + eigenvalues_work_size(padded)) * sizeof(double);
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 64, gram_bytes + copy_bytes + work_bytes + vector_bytes) != 0)
-      throw std::bad_alloc();
-    memory_.reset(static_cast<char*>(memory));
+    memory_ = allocate<char>(gram_bytes + copy_bytes + work_bytes + vector_bytes);
+    if (memory_ == nullptr) throw std::bad_alloc();
     char* next = memory_.get();
     gram = reinterpret_cast<double*>(next);
     copy = next += gram_bytes;
@@ -105,7 +102,7 @@ class Workspace {
 
  private:
   using Clock = std::chrono::steady_clock;
-  std::unique_ptr<char, Free> memory_;
+  Memory<char> memory_;
   Clock::time_point last_lap_;
 };
 

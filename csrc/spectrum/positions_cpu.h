@@ -9,19 +9,15 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <deque>
-#include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "gram_cpu.h"
+#include "memory_cpu.h"
 
 namespace rmsgd {
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
 
 // Finds the kernels among the matrices of a measurement, and packs each of them for products in fp32. The
 // products are those of matrices that are packed one by one, bit for bit.
@@ -123,10 +119,10 @@ class Positions {
       unused_.pop_back();
       return memory;
     }
-    void* memory = nullptr;
-    if ((memory_.size() + 1) * largest_ > MOST_BYTES || posix_memalign(&memory, 64, largest_) != 0)
-      return nullptr;
-    memory_.emplace_back(static_cast<float*>(memory));
+    if ((memory_.size() + 1) * largest_ > MOST_BYTES) return nullptr;
+    Memory<float> memory = allocate<float>(largest_);
+    if (memory == nullptr) return nullptr;
+    memory_.push_back(std::move(memory));
     return memory_.back().get();
   }
 
@@ -134,7 +130,7 @@ class Positions {
   std::vector<Kernel*> kernel_of_;
   std::size_t largest_ = 0;
   std::mutex mutex_;
-  std::vector<std::unique_ptr<float, Free>> memory_;
+  std::vector<Memory<float>> memory_;
   std::vector<float*> unused_;
 };
 
